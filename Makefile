@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both create .venv first and take up where they stopped.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export OMP_WAIT_POLICY ?= passive
+
+comma := ,
+
+.PHONY: demo test slow lint clean help
+
+help:
+	@echo "make demo   train, index, retrieve and generate on real text, in a few minutes on a laptop CPU"
+	@echo "make test   run the tests"
+	@echo "make slow   run the slow tests too"
+	@echo "make lint   ruff and pyright"
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python >= 3.11 is needed, this is {v[0]}.{v[1]}; name another one: make PYTHON=python3.12")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(if $(filter dev,$*),all$(comma)dev,all)]'
+	@touch $@
+
+demo: $(VENV)/.installed-all
+	$(VENV)/bin/cosup-fast demo
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest
+
+slow: $(VENV)/.installed-dev
+	$(PY) -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
