@@ -1,0 +1,237 @@
+"""The records every data file is made of, and reading and writing them as JSONL.
+
+A passage file holds one `Passage` a line, an example file one `Example`. Reading checks everything that a
+run would otherwise trip over later; what is wrong is a `DataError` that reads `file:line: field: what was
+expected, what was found`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says where, what was expected and what was found."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` for the name closest to a mistyped one, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _encodable(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "text", "expected Unicode text, found {value}", {"value": ascii(value)}
+        ) from None
+    return value
+
+
+def _nonblank(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("text", "expected some text, found {value}", {"value": repr(value)})
+    return value
+
+
+String = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[String, AfterValidator(_nonblank)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    known = ", ".join(cls.model_fields)
+                    raise PydanticCustomError(
+                        "unknown_field",
+                        "expected one of {known}, found '{field}'{hint}",
+                        {"field": str(name), "known": known, "hint": nearest(str(name), cls.model_fields)},
+                    )
+        return data
+
+
+class Passage(_Record):
+    """One entry of the nonparametric index: a sequence that Embseq embeds as `title :: text`."""
+
+    id: Text
+    title: String
+    text: Text
+    topic: String = ""
+
+
+class Segment(_Record):
+    """A stretch of Gen's output: grounded on `passage` (an id), or free text when that is None."""
+
+    text: Text
+    passage: Text | None = None
+
+
+class Example(_Record):
+    """A question with the output that Gen should write.
+
+    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `gold` are the
+    ids of the passages that count as retrieved correctly, by default those that the output is grounded on.
+    """
+
+    id: Text
+    dataset: String = ""
+    instruction: String = ""
+    question: Text
+    output: list[Segment]
+    answers: list[Text] = Field(default_factory=list)
+    answer_type: Literal["string", "regex"] = "string"
+    gold: list[Text] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _answers_and_gold(self) -> Example:
+        if self.answer_type == "regex":
+            for answer in self.answers:
+                try:
+                    re.compile(answer)
+                except re.error as error:
+                    raise PydanticCustomError(
+                        "regex",
+                        "expected a regular expression, found {value}: {reason}",
+                        {"field": "answers", "value": repr(answer), "reason": str(error)},
+                    ) from None
+        if not self.gold:
+            cited = dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None)
+            object.__setattr__(self, "gold", list(cited))
+        return self
+
+
+R = TypeVar("R", Passage, Example)
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """The passages of a JSONL file; ids are unique."""
+    return [passage for _, passage in _read(Path(path), Passage)]
+
+
+def read_examples(
+    path: str | Path, passages: Collection[str] | None, allow_no_retrieval: bool = False
+) -> list[Example]:
+    """The examples of a JSONL file; ids are unique and every passage named is one of `passages`, if given.
+
+    An example with no grounded segment teaches no retrieval and is refused unless `allow_no_retrieval`.
+    """
+    examples = []
+    for where, example in _read(Path(path), Example):
+        check_example(where, example, passages, allow_no_retrieval)
+        examples.append(example)
+    return examples
+
+
+def check_example(
+    where: str, example: Example, passages: Collection[str] | None, allow_no_retrieval: bool
+) -> None:
+    """Raises `DataError` unless the example retrieves and names known passages only."""
+    named = [
+        (f"output.{i}.passage", s.passage) for i, s in enumerate(example.output) if s.passage is not None
+    ]
+    if not named and not allow_no_retrieval:
+        raise DataError(
+            f"{where}: output: expected at least one segment with a passage, found none "
+            "(allow_no_retrieval=True keeps such examples)"
+        )
+    if passages is not None:
+        for field, name in [*named, *((f"gold.{i}", name) for i, name in enumerate(example.gold))]:
+            if name not in passages:
+                raise DataError(
+                    f"{where}: {field}: expected the id of a passage in the corpus, found {name!r}"
+                )
+
+
+def write_jsonl(path: str | Path, records: Iterable[BaseModel]) -> None:
+    """Writes one record a line, defaults left out; the file appears whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for record in records:
+                file.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def validate(where: str, kind: type[R], data: Any) -> R:
+    """The record that `data` describes, or a `DataError` that begins with `where`."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise DataError(f"{where}: {_describe(error)}") from None
+
+
+def _read(path: Path, kind: type[R]) -> Iterator[tuple[str, R]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: expected a JSONL file, found none: {error.strerror}") from None
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: expected UTF-8, found byte 0x{line[error.start]:02x}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: expected one JSON object, found {_short(line)} ({error})") from None
+        if not isinstance(data, dict):
+            raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
+        record = validate(where, kind, data)
+        if record.id in seen:
+            raise DataError(
+                f"{where}: id: expected a new id, found {record.id!r} of line {seen[record.id]} again"
+            )
+        seen[record.id] = number
+        yield where, record
+    if not seen:
+        raise DataError(f"{path}: expected at least one {kind.__name__.lower()}, found an empty file")
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
+    field = ".".join([*map(str, first["loc"]), *filter(None, [context.get("field")])])
+    match first["type"]:
+        case "missing":
+            return f"{field}: expected a value, found only {', '.join(map(str, first['input']))}"
+        case "unknown_field" | "text" | "regex":
+            return f"{field}: {first['msg']}"
+        case _:
+            return f"{field}: {_EXPECTED.get(first['type'], first['msg'])}, found {_short(first['input'])}"
+
+
+_EXPECTED = {
+    "string_type": "expected a string",
+    "list_type": "expected a list",
+    "literal_error": "expected 'string' or 'regex'",
+    "model_type": "expected an object",
+}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
