@@ -86,8 +86,8 @@ class Segment(_Record):
 class Example(_Record):
     """A question with the output that Gen should write.
 
-    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `gold` are the
-    ids of the passages that count as retrieved correctly, by default those that the output is grounded on.
+    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `gold` are
+    the ids of the passages that count as retrieved correctly, by default those the output is grounded on.
     """
 
     id: Text
