@@ -1,0 +1,77 @@
+"""Attention over packs: sequences laid end to end, each attending to itself alone, with no mask and no pad token.
+
+`packed_sdpa` is registered with transformers' `AttentionInterface`. A pack is one row of tokens `(1, T)`; the
+lengths of its sequences come as the keyword argument `sequence_lengths`, which transformers hands down to every
+layer. On a GPU with flash-attn, `flash_attention_2` reads the same pack through `cu_seq_lens_q` and never splits it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED_SDPA = "packed_sdpa"
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention implementation for a pack: what was requested, or the best one that runs here.
+
+    `auto` is FlashAttention 2 where flash-attn imports, the device is CUDA and the dtype is 16 bits wide, and
+    `packed_sdpa` everywhere else.
+    """
+    if requested != "auto":
+        return requested
+    half = dtype in (torch.float16, torch.bfloat16)
+    flash = device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else PACKED_SDPA
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, d)
+    key: Tensor,  # (1, H_kv, T, d)
+    value: Tensor,  # (1, H_kv, T, d)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sequence_lengths: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence of a pack; without `sequence_lengths`, transformers' own sdpa."""
+    if sequence_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if sliding_window is not None and max(sequence_lengths) > sliding_window:
+        raise ValueError(
+            f"a sequence of {max(sequence_lengths)} tokens is longer than the model's sliding window of "
+            f"{sliding_window}, which packed_sdpa does not apply: set model.attention=flash_attention_2, or "
+            "shorten the sequences"
+        )
+    pieces = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _packed_mask(*, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask=None, **kwargs: Any):
+    """No mask where causality alone decides; transformers' sdpa mask when a cache is being continued."""
+    if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+AttentionMaskInterface.register(PACKED_SDPA, _packed_mask)

@@ -1,0 +1,210 @@
+"""How an example becomes tokens: prompt, output, and `[NSP]title :: text[Cs]grounded text[Ce]` for each retrieval.
+
+    {instruction}## Input:\\n\\n{question}## Output:\\n\\n free text [NSP]{title} :: {text}[Cs]{grounded}[Ce] ... </s>
+
+`[NSP]` asks for a passage: the hidden state there is the query. The passage that follows is given to Gen, not
+written by it, so by default its tokens carry no label. User text never becomes a special token: a passage that
+contains the characters `[NSP]` is read as those five characters. Source: Lee et al. 2024, section 3 and appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cosup_fast.data.records import Example, Passage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NSP, CONTEXT_START, CONTEXT_END, PAD = "[NSP]", "[Cs]", "[Ce]", "[PAD]"
+IGNORE = -100
+
+# A new token's embedding starts as the mean of the embeddings of its description (Zhang et al. 2024, OneGen).
+DESCRIPTIONS = {
+    NSP: "search for the next passage that supports the answer",
+    CONTEXT_START: "the answer begins",
+    CONTEXT_END: "the answer ends",
+    PAD: "nothing",
+}
+
+
+class TextConfig(BaseModel):
+    """The text template and its limits; stored with every checkpoint and stamped on every index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(
+        "{instruction}## Input:\n\n{question}## Output:\n\n",
+        description="prompt template with the fields {instruction} and {question}",
+    )
+    passage: str = Field("{title} :: {text}", description="passage template with the fields {title} and {text}")
+    max_passage_tokens: int = Field(512, ge=1, description="longest passage, in tokens, in Gen and in Embseq")
+    long_passages: Literal["error", "truncate"] = Field(
+        "error",
+        description="what a passage beyond max_passage_tokens does: stop with its id, or lose its tail",
+    )
+    label_passages: bool = Field(
+        False, description="also train NTP on the inserted passages, as the paper's published code does"
+    )
+
+
+@dataclass(frozen=True)
+class GenSequence:
+    """One training sequence for Gen."""
+
+    input_ids: list[int]
+    labels: list[int]  # labels[t] is the token after input_ids[t], or IGNORE
+    query_rows: list[int]  # positions of [NSP]
+    query_passages: list[str]  # the passage each [NSP] asks for
+
+
+class Template:
+    """Text to tokens for one pair of tokenizers.
+
+    Args:
+        config: the template.
+        tokenizer: Gen's tokenizer, which must hold the special tokens (`add_special_tokens` adds them).
+        embseq_tokenizer: Embseq's; Gen's when omitted.
+        max_length: the longest sequence Gen takes, in tokens.
+        embseq_max_length: the longest sequence Embseq takes, in tokens.
+
+    Raises:
+        ValueError: a special token is missing from Gen's tokenizer, or a tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        embseq_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_length: int = 1 << 30,
+        embseq_max_length: int = 1 << 30,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.embseq_tokenizer = embseq_tokenizer or tokenizer
+        self.max_length = max_length
+        self.embseq_max_length = embseq_max_length
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in DESCRIPTIONS if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} lacks the special tokens {', '.join(missing)}: load the "
+                "model through CoSupervisionModel.from_pretrained, which adds them, or give a co-supervised checkpoint"
+            )
+        self.nsp, self.context_start, self.context_end, self.pad = (vocabulary[token] for token in DESCRIPTIONS)
+        self.eos = _end_of_sequence(tokenizer)
+        self._start = _start_of_sequence(tokenizer)
+        self._embseq_end = [_end_of_sequence(self.embseq_tokenizer)]
+        self._embseq_start = _start_of_sequence(self.embseq_tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of plain text for Gen; the text of a special token in it stays plain text."""
+        return _encode(self.tokenizer, text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of Gen's tokens, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prompt(self, question: str, instruction: str = "") -> list[int]:
+        """Gen's tokens up to where the output begins."""
+        return self._start + self.encode(self.config.prompt.format(instruction=instruction, question=question))
+
+    def inserted_passage(self, passage: Passage) -> list[int]:
+        """The tokens that stand between [NSP] and [Cs] in Gen's context."""
+        return self._passage(passage, self.encode)
+
+    def sequence(self, passage: Passage) -> list[int]:
+        """Embseq's tokens for a passage: the same text that is inserted, closed by the end-of-sequence token."""
+        body = self._passage(passage, lambda text: _encode(self.embseq_tokenizer, text))
+        ids = [*self._embseq_start, *body, *self._embseq_end]
+        if len(ids) > self.embseq_max_length:
+            raise ValueError(
+                f"passage {passage.id!r} has {len(ids)} tokens, more than the {self.embseq_max_length} positions of "
+                f"Embseq: set text.max_passage_tokens below that and text.long_passages=truncate"
+            )
+        return ids
+
+    def gen_sequence(self, example: Example, passages: dict[str, Passage]) -> GenSequence:
+        """The training sequence of an example.
+
+        Raises:
+            ValueError: an unknown passage id, or a sequence longer than Gen's positions.
+        """
+        ids = self.prompt(example.question, example.instruction)
+        learned = [False] * len(ids)
+        rows: list[int] = []
+        wanted: list[str] = []
+
+        def append(tokens: list[int], learn: bool = True) -> None:
+            ids.extend(tokens)
+            learned.extend([learn] * len(tokens))
+
+        for segment in example.output:
+            if segment.passage is None:
+                append(self.encode(segment.text))
+                continue
+            if segment.passage not in passages:
+                raise ValueError(
+                    f"example {example.id!r}: unknown passage id {segment.passage!r}; "
+                    f"the corpus holds {len(passages)} passages"
+                )
+            append([self.nsp])
+            rows.append(len(ids) - 1)
+            wanted.append(segment.passage)
+            # [Cs] always follows the passage and is appended, not chosen, at inference.
+            append(
+                [*self.inserted_passage(passages[segment.passage]), self.context_start],
+                self.config.label_passages,
+            )
+            append([*self.encode(segment.text), self.context_end])
+        append([self.eos])
+        if len(ids) > self.max_length:
+            raise ValueError(
+                f"example {example.id!r} has {len(ids)} tokens, more than the {self.max_length} positions of Gen: "
+                "shorten it, or lower text.max_passage_tokens with text.long_passages=truncate"
+            )
+        labels = [token if learn else IGNORE for token, learn in zip(ids[1:], learned[1:], strict=True)] + [IGNORE]
+        return GenSequence(ids, labels, rows, wanted)
+
+    def _passage(self, passage: Passage, encode: Callable[[str], list[int]]) -> list[int]:
+        ids = encode(self.config.passage.format(title=passage.title, text=passage.text))
+        if len(ids) > self.config.max_passage_tokens:
+            if self.config.long_passages == "error":
+                raise ValueError(
+                    f"passage {passage.id!r} has {len(ids)} tokens, more than text.max_passage_tokens="
+                    f"{self.config.max_passage_tokens}: raise that limit, or set text.long_passages=truncate"
+                )
+            ids = ids[: self.config.max_passage_tokens]
+        return ids
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Adds [NSP], [Cs], [Ce] and [PAD] to a tokenizer; returns how many were new."""
+    return tokenizer.add_special_tokens(
+        {"pad_token": PAD, "additional_special_tokens": [NSP, CONTEXT_START, CONTEXT_END]}
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _start_of_sequence(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer itself puts before a text ([<s>] for Llama 2, none for SmolLM2)."""
+    with_start = tokenizer("a")["input_ids"]
+    return with_start[:1] if with_start[:1] == [tokenizer.bos_token_id] else []
+
+
+def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, which closes every output and "
+            "every passage: set tokenizer.eos_token and save the tokenizer again"
+        )
+    return tokenizer.eos_token_id

@@ -1,0 +1,379 @@
+"""Gen and Embseq: two `transformers` causal LMs, one that writes and one that turns a passage into a vector.
+
+Both run on packs and give hidden states, never logits. A query is Gen's last hidden state at [NSP]; a sequence
+embedding is Embseq's last hidden state at the end-of-sequence token that closes the passage, both after the final
+norm. With `similarity="cosine"` both leave here L2-normalised, so that losses and indexes only ever see inner
+products. Source: Lee et al. 2024, arXiv 2403.09024, section 3.
+
+Shapes: T tokens of a pack, S sequences in it, N queries, M passages, D Gen's width, D_e Embseq's width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from cosup_fast.attention import PACKED_SDPA, choose_attention
+from cosup_fast.data.packing import CoSupervisionBatch, Pack
+from cosup_fast.data.sources import resolve_model
+from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.functional import gather_last_hidden
+from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+
+
+class ModelConfig(BaseModel):
+    """Which two models, and how much of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gen: str = Field("smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
+    embseq: str | None = Field(None, description="Embseq, likewise; null means the same model as gen")
+    shared: bool = Field(False, description="Embseq is Gen itself: one set of weights")
+    freeze_embseq: bool = Field(False, description="Embseq's weights stay as they are")
+    gen_layers: int | None = Field(None, ge=1, description="keep only the first layers of Gen")
+    embseq_layers: int | None = Field(None, ge=1, description="keep only the first layers of Embseq")
+    attention: Literal["auto", "packed_sdpa", "flash_attention_2"] = Field(
+        "auto", description="auto: FlashAttention where it can run, else packed_sdpa"
+    )
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of the weights")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.shared and (self.embseq not in (None, self.gen) or self.embseq_layers not in (None, self.gen_layers)):
+            raise ValueError(
+                f"model.shared=true uses Gen as Embseq, so model.embseq={self.embseq!r} and "
+                f"model.embseq_layers={self.embseq_layers} cannot differ from Gen's: leave them null"
+            )
+        if self.shared and self.freeze_embseq:
+            raise ValueError(
+                "model.shared=true with model.freeze_embseq=true would freeze Gen: set one of them to false"
+            )
+        if self.attention == "flash_attention_2" and self.dtype == "float64":
+            raise ValueError("model.attention=flash_attention_2 takes 16-bit inputs, not model.dtype=float64")
+        return self
+
+
+class NSPConfig(BaseModel):
+    """The next-sequence-prediction loss: its weight in the sum and the geometry of its space."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(0.1, ge=0, description="lambda: loss = NTP + lambda * NSP")
+    similarity: Literal["dot", "cosine"] = Field("cosine", description="inner product, raw or of unit vectors")
+    temperature: float = Field(0.05, gt=0, description="scores are divided by it (dot / sqrt(D): the root of D)")
+    learnable_temperature: bool = Field(False, description="train the temperature, starting from the value given")
+    symmetric: bool = Field(False, description="also contrast passages against queries")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class CoSupervisionModel(nn.Module):
+    """Gen and Embseq under one `forward` that returns the co-supervision loss.
+
+    Args:
+        gen: a causal LM whose vocabulary holds the special tokens.
+        embseq: a causal LM without head; None shares Gen's weights.
+        template: the text template with both tokenizers.
+        nsp: the loss settings.
+        freeze_embseq: Embseq takes no gradient; its projection, if any, still does.
+    """
+
+    def __init__(
+        self,
+        gen: PreTrainedModel,
+        embseq: PreTrainedModel | None,
+        template: Template,
+        nsp: NSPConfig,
+        *,
+        freeze_embseq: bool = False,
+    ):
+        super().__init__()
+        self.gen = gen
+        self.embseq = embseq
+        self.template = template
+        self.nsp = nsp
+        self.freeze_embseq = freeze_embseq
+        self.width = gen.config.get_text_config().hidden_size
+        embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
+        # Orthogonal: a projection that keeps the angles between sequence embeddings is the neutral start.
+        self.projection = None
+        if embseq_width != self.width:
+            weight = nn.init.orthogonal_(torch.empty(self.width, embseq_width))
+            self.projection = nn.Linear(embseq_width, self.width, bias=False).to(gen.dtype)
+            self.projection.weight.data.copy_(weight)
+        self.criterion = CoSupervisionLoss(
+            nsp_weight=nsp.weight,
+            nsp=InfoNCELoss(
+                temperature=nsp.temperature,
+                learnable_scale=nsp.learnable_temperature,
+                symmetric=nsp.symmetric,
+                label_smoothing=nsp.label_smoothing,
+            ),
+        )
+        if freeze_embseq and embseq is not None:
+            embseq.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: ModelConfig,
+        text: TextConfig | None = None,
+        nsp: NSPConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Two pretrained causal LMs, with special tokens added to Gen.
+
+        Raises:
+            ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are.
+        """
+        device = torch.device(device)
+        gen, tokenizer = _load(model.gen, model, device, layers=model.gen_layers)
+        _add_special_tokens(gen, tokenizer)
+        embseq, embseq_tokenizer = None, None
+        if not model.shared:
+            embseq_name = model.embseq or model.gen
+            embseq, embseq_tokenizer = _load(embseq_name, model, device, layers=model.embseq_layers, head=False)
+        template = _make_template(text or TextConfig(), gen, tokenizer, embseq, embseq_tokenizer)
+        return cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", attention: str = "auto") -> Self:
+        """A checkpoint folder that `save` wrote.
+
+        Raises:
+            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete.
+        """
+        folder, device = Path(folder), torch.device(device)
+        description = read_description(folder)
+        settings = ModelConfig(attention=attention, dtype=description["dtype"])
+        gen, tokenizer = _load(str(folder / "gen"), settings, device)
+        embseq, embseq_tokenizer = None, None
+        if not description["shared"]:
+            embseq, embseq_tokenizer = _load(str(folder / "embseq"), settings, device, head=False)
+        text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
+        template = _make_template(text, gen, tokenizer, embseq, embseq_tokenizer)
+        model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
+        heads = load_file(folder / "heads.safetensors")
+        model.load_state_dict(heads, strict=False)
+        expected = set(model._head_state())
+        if expected != set(heads):
+            raise ValueError(f"{folder / 'heads.safetensors'} holds {sorted(heads)}, expected {sorted(expected)}")
+        return model.to(device)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.gen.save_pretrained(folder / "gen")
+        self.template.tokenizer.save_pretrained(folder / "gen")
+        if self.embseq is not None:
+            self.embseq.save_pretrained(folder / "embseq")
+            self.template.embseq_tokenizer.save_pretrained(folder / "embseq")
+        save_file(self._head_state(), folder / "heads.safetensors")
+        description = {
+            "format_version": FORMAT_VERSION,
+            "shared": self.embseq is None,
+            "freeze_embseq": self.freeze_embseq,
+            "dtype": str(self.gen.dtype).removeprefix("torch."),
+            "text": self.template.config.model_dump(),
+            "nsp": self.nsp.model_dump(),
+        }
+        (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    def forward(
+        self, batch: CoSupervisionBatch, *, ntp_count: int | None = None, nsp_count: int | None = None
+    ) -> CoSupervisionOutput:
+        """The loss of a batch: NTP + lambda * NSP.
+
+        Args:
+            batch: packs and targets.
+            ntp_count: supervised tokens of the whole step, when this batch is a part of it.
+            nsp_count: queries of the whole step, likewise.
+        """
+        hidden = self.hidden_states(batch.gen)
+        return self.criterion(
+            hidden,
+            self.gen.get_output_embeddings().weight,
+            batch.labels,
+            query=self.queries(hidden, batch.query_rows),
+            keys=self.embed(batch.passages),
+            positive=batch.positive,
+            ntp_count=ntp_count,
+            nsp_count=nsp_count,
+        )
+
+    def hidden_states(self, pack: Pack) -> Tensor:
+        """Gen's hidden states after the final norm, (T, D)."""
+        return _run(self.gen.base_model, pack)
+
+    def queries(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Query embeddings (N, D) from Gen's hidden states (T, D) at the rows of [NSP] (N,)."""
+        return gather_last_hidden(hidden, rows, normalize=self.nsp.similarity == "cosine")
+
+    def embed(self, pack: Pack) -> Tensor:
+        """Sequence embeddings (S, D), one for each passage of a pack."""
+        model = self.gen.base_model if self.embseq is None else self.embseq
+        cosine = self.nsp.similarity == "cosine"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
+            hidden = _run(model, pack)
+        if self.projection is None:
+            return gather_last_hidden(hidden, pack.last_rows, normalize=cosine)
+        embedding = self.projection(gather_last_hidden(hidden, pack.last_rows))
+        return nn.functional.normalize(embedding, dim=-1) if cosine else embedding
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.gen.device
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
+        digest = hashlib.sha256(
+            json.dumps([self.template.config.model_dump(), self.nsp.similarity], sort_keys=True).encode()
+        )
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; a frozen Embseq stays in evaluation mode, so that dropout does not move it."""
+        super().train(mode)
+        if self.freeze_embseq and self.embseq is not None:
+            self.embseq.eval()
+        return self
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recomputes each decoder layer's activations in the backward pass instead of keeping them."""
+        for model in (self.gen, self.embseq):
+            if model is not None and not (model is self.embseq and self.freeze_embseq):
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _head_state(self) -> dict[str, Tensor]:
+        """What belongs to neither model: the loss's learnable scale and the projection."""
+        return {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self.state_dict().items()
+            if name.startswith(("criterion.", "projection."))
+        }
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The `cosup.json` of a checkpoint.
+
+    Raises:
+        ValueError: it is not there, is no JSON, or is of another format version.
+    """
+    path = Path(folder) / "cosup.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no co-supervised checkpoint: it has no cosup.json; expected a folder that `cosup-fast train` wrote"
+        )
+    try:
+        description = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {description.get('format_version')!r}, this release reads {FORMAT_VERSION}"
+        )
+    return description
+
+
+def _run(model: PreTrainedModel, pack: Pack) -> Tensor:
+    lengths = {
+        "flash_attention_2": {
+            "cu_seq_lens_q": pack.cu_seqlens,
+            "cu_seq_lens_k": pack.cu_seqlens,
+            "max_length_q": max(pack.lengths),
+            "max_length_k": max(pack.lengths),
+        },
+        PACKED_SDPA: {"sequence_lengths": pack.lengths},
+    }[model.config._attn_implementation]
+    return model(
+        input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, **lengths
+    ).last_hidden_state[0]
+
+
+def _load(
+    name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    source = resolve_model(name)
+    dtype = getattr(torch, settings.dtype)
+    config = AutoConfig.from_pretrained(source)
+    stack = config.get_text_config()
+    if layers is not None and layers > stack.num_hidden_layers:
+        raise ValueError(
+            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
+            "lower model.gen_layers or model.embseq_layers"
+        )
+    if layers is not None:
+        stack.num_hidden_layers = layers
+        if getattr(stack, "layer_types", None):
+            stack.layer_types = stack.layer_types[:layers]
+    factory = AutoModelForCausalLM if head else AutoModel
+    with _quiet_transformers():  # it would list every weight of the layers left out, or of the head
+        model = factory.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=choose_attention(settings.attention, device, dtype),
+        )
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _make_template(
+    text: TextConfig,
+    gen: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    embseq: PreTrainedModel | None,
+    embseq_tokenizer: PreTrainedTokenizerBase | None,
+) -> Template:
+    return Template(
+        text,
+        tokenizer,
+        embseq_tokenizer,
+        max_length=gen.config.get_text_config().max_position_embeddings,
+        embseq_max_length=(embseq or gen).config.get_text_config().max_position_embeddings,
+    )
+
+
+@torch.no_grad()
+def _add_special_tokens(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds the special tokens to Gen, each embedded as the mean of its description's tokens."""
+    descriptions = {
+        token: tokenizer(text, add_special_tokens=False)["input_ids"] for token, text in DESCRIPTIONS.items()
+    }
+    if add_special_tokens(tokenizer):
+        gen.resize_token_embeddings(max(len(tokenizer), gen.get_input_embeddings().num_embeddings), mean_resizing=False)
+        vocabulary = tokenizer.get_vocab()
+        for weight in {gen.get_input_embeddings().weight, gen.get_output_embeddings().weight}:
+            for token, description in descriptions.items():
+                weight[vocabulary[token]] = weight[description].mean(dim=0)
+    gen.config.pad_token_id = tokenizer.pad_token_id
