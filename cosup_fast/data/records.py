@@ -33,9 +33,7 @@ def _encodable(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError(
-            "text", "expected Unicode text, found {value}", {"value": ascii(value)}
-        ) from None
+        raise PydanticCustomError("text", "expected Unicode text, found {value}", {"value": ascii(value)}) from None
     return value
 
 
@@ -139,13 +137,9 @@ def read_examples(
     return examples
 
 
-def check_example(
-    where: str, example: Example, passages: Collection[str] | None, allow_no_retrieval: bool
-) -> None:
+def check_example(where: str, example: Example, passages: Collection[str] | None, allow_no_retrieval: bool) -> None:
     """Raises `DataError` unless the example retrieves and names known passages only."""
-    named = [
-        (f"output.{i}.passage", s.passage) for i, s in enumerate(example.output) if s.passage is not None
-    ]
+    named = [(f"output.{i}.passage", s.passage) for i, s in enumerate(example.output) if s.passage is not None]
     if not named and not allow_no_retrieval:
         raise DataError(
             f"{where}: output: expected at least one segment with a passage, found none "
@@ -154,9 +148,7 @@ def check_example(
     if passages is not None:
         for field, name in [*named, *((f"gold.{i}", name) for i, name in enumerate(example.gold))]:
             if name not in passages:
-                raise DataError(
-                    f"{where}: {field}: expected the id of a passage in the corpus, found {name!r}"
-                )
+                raise DataError(f"{where}: {field}: expected the id of a passage in the corpus, found {name!r}")
 
 
 def write_jsonl(path: str | Path, records: Iterable[BaseModel]) -> None:
@@ -202,9 +194,7 @@ def _read(path: Path, kind: type[R]) -> Iterator[tuple[str, R]]:
             raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
         record = validate(where, kind, data)
         if record.id in seen:
-            raise DataError(
-                f"{where}: id: expected a new id, found {record.id!r} of line {seen[record.id]} again"
-            )
+            raise DataError(f"{where}: id: expected a new id, found {record.id!r} of line {seen[record.id]} again")
         seen[record.id] = number
         yield where, record
     if not seen:

