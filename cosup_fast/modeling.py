@@ -212,7 +212,7 @@ class CoSupervisionModel(nn.Module):
             self.gen.get_output_embeddings().weight,
             batch.labels,
             query=self.queries(hidden, batch.query_rows),
-            keys=self.embed(batch.passages),
+            keys=hidden[:0] if batch.passages is None else self.embed(batch.passages),
             positive=batch.positive,
             ntp_count=ntp_count,
             nsp_count=nsp_count,
@@ -283,7 +283,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "cosup.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no co-supervised checkpoint: it has no cosup.json; expected a folder that `cosup-fast train` wrote"
+            f"{folder} is no co-supervised checkpoint (no cosup.json): expected a folder that `cosup-fast train` wrote"
         )
     try:
         description = json.loads(path.read_text())
@@ -340,12 +340,16 @@ def _load(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _make_template(

@@ -62,14 +62,14 @@ class CoSupervisionBatch:
     labels: Tensor  # (T,) int64, already shifted, -100 where nothing is learnt
     query_rows: Tensor  # (N,) int64, rows of the pack that hold [NSP]
     positive: Tensor  # (N,) int64, the row among the passages that answers each query
-    passages: Pack  # M sequences for Embseq
+    passages: Pack | None  # M sequences for Embseq; None when no example has a retrieval
 
     def to(self, device: torch.device) -> CoSupervisionBatch:
         """The batch with its tensors on `device`."""
         return CoSupervisionBatch(
             self.gen.to(device),
             *(x.to(device, non_blocking=True) for x in (self.labels, self.query_rows, self.positive)),
-            self.passages.to(device),
+            self.passages and self.passages.to(device),
         )
 
 
@@ -77,23 +77,20 @@ def make_batch(examples: Sequence[Example], corpus: dict[str, Passage], template
     """Tokenizes and packs examples with the passages they ask for.
 
     Raises:
-        ValueError: no example, no retrieval in any of them, or what `Template.gen_sequence` refuses.
+        ValueError: no example, or what `Template.gen_sequence` and `Template.sequence` refuse.
     """
     if not examples:
         raise ValueError("a batch needs at least one example")
     sequences = [template.gen_sequence(example, corpus) for example in examples]
     starts = accumulate((len(s.input_ids) for s in sequences[:-1]), initial=0)
     wanted = [passage for s in sequences for passage in s.query_passages]
-    if not wanted:
-        raise ValueError(
-            f"none of the {len(examples)} examples of this batch has a retrieval (example {examples[0].id!r} is the "
-            "first): next sequence prediction needs at least one segment with a `passage`"
-        )
     row_of = {passage: row for row, passage in enumerate(dict.fromkeys(wanted))}
     return CoSupervisionBatch(
         gen=Pack.of([s.input_ids for s in sequences]),
         labels=torch.tensor([label for s in sequences for label in s.labels]),
-        query_rows=torch.tensor([start + row for start, s in zip(starts, sequences) for row in s.query_rows]),
-        positive=torch.tensor([row_of[passage] for passage in wanted]),
-        passages=Pack.of([template.sequence(corpus[passage]) for passage in row_of]),
+        query_rows=torch.tensor(
+            [start + row for start, s in zip(starts, sequences) for row in s.query_rows], dtype=torch.int64
+        ),
+        positive=torch.tensor([row_of[passage] for passage in wanted], dtype=torch.int64),
+        passages=Pack.of([template.sequence(corpus[passage]) for passage in row_of]) if row_of else None,
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cosup_fast.data.records import Example, Passage
 
@@ -50,6 +51,22 @@ class TextConfig(BaseModel):
     label_passages: bool = Field(
         False, description="also train NTP on the inserted passages, as the paper's published code does"
     )
+
+    @field_validator("prompt", "passage")
+    @classmethod
+    def _template_fields(cls, value: str, info: ValidationInfo) -> str:
+        wanted = {"prompt": {"instruction", "question"}, "passage": {"title", "text"}}[str(info.field_name)]
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"text.{info.field_name}={value!r} is no template: {error}") from None
+        main = "question" if "question" in wanted else "text"
+        if not fields <= wanted or main not in fields:
+            raise ValueError(
+                f"text.{info.field_name}={value!r} uses the fields {sorted(fields)}: "
+                f"expected {{{main}}} and at most {sorted(wanted)}"
+            )
+        return value
 
 
 @dataclass(frozen=True)

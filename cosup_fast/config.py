@@ -1,0 +1,134 @@
+"""One configuration file for a run: YAML, checked field by field, every field overridable as `section.field=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cosup_fast.data.records import nearest
+from cosup_fast.data.template import TextConfig
+from cosup_fast.generation import GenerationConfig
+from cosup_fast.modeling import ModelConfig, NSPConfig
+from cosup_fast.training.trainer import TrainingConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, its value and the remedy."""
+
+
+class DataConfig(BaseModel):
+    """What is trained on and what is held out. Each name is prepared, a JSONL file, or `hf:owner/name:split`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    corpus: str = Field("wiki-leads", description="the passages")
+    train: list[str] = Field(["cloze/train", "questions/train"], description="example sets that are trained on")
+    dev: list[str] = Field(["questions/dev"], description="held-out example sets, evaluated while training")
+    train_limit: int | None = Field(None, ge=1, description="use only so many training examples, drawn by the seed")
+    dev_limit: int | None = Field(200, ge=1, description="use only so many held-out examples, drawn by the seed")
+    dev_pool: int = Field(800, ge=1, description="passages searched for held-out retrieval: the gold ones and others")
+    allow_no_retrieval: bool = Field(False, description="accept training examples without any retrieval")
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: str = Field("runs/cosup", description="folder for checkpoints, metrics, plots and this configuration")
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    nsp: NSPConfig = NSPConfig()
+    training: TrainingConfig = TrainingConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `section.field=value` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, a key is unknown (the nearest one is suggested), or a
+            value is not what its field takes.
+    """
+    raw = _read(Path(path)) if path is not None else {}
+    source = str(path) if path is not None else "the configuration"
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r}: expected section.field=value, as in training.lr=1e-4")
+        _set(raw, key.split("."), _parse(value), override)
+    _reject_unknown(raw, RunConfig, source)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_explain(e)}" for e in error.errors())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[str]:
+    """Every dotted field name, sections opened."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from field_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+def _parse(value: str) -> Any:
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(parsed)
+        except ValueError:
+            return value
+    return parsed
+
+
+def _set(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"override {override!r}: {key!r} is not a section")
+    raw[keys[-1]] = value
+
+
+def _reject_unknown(raw: dict[str, Any], model: type[BaseModel], source: str, prefix: str = "") -> None:
+    for key, value in raw.items():
+        if key not in model.model_fields:
+            names = list(field_names())
+            same_leaf = next((name for name in names if name.split(".")[-1] == key), None)
+            hint = f", did you mean '{same_leaf}'?" if same_leaf else nearest(prefix + str(key), names)
+            raise ConfigError(f"{source}: unknown field {prefix + str(key)!r}{hint}")
+        inner = model.model_fields[key].annotation
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            _reject_unknown(value, inner, source, f"{prefix}{key}.")
+
+
+def _explain(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}, found {error['input']!r}" if field and error["type"] != "value_error" else message

@@ -1,0 +1,73 @@
+"""What this machine has: versions, devices, and which optional parts are usable and why not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of `cosup-fast env`."""
+
+    name: str
+    usable: bool
+    note: str
+
+
+# distribution, module, what it is for, the extra that brings it
+_OPTIONAL = [
+    ("triton", "triton", "fused kernels on a GPU", None),
+    ("transformers", "transformers", "Gen and Embseq", "train"),
+    ("safetensors", "safetensors", "checkpoints", "train"),
+    ("gguf", "gguf", "preparing SmolLM2", "train"),
+    ("datasets", "datasets", "hf:owner/name data sets", "train"),
+    ("tensorboard", "tensorboard", "logs", "train"),
+    ("faiss-cpu", "faiss", "the nonparametric index", "index"),
+    ("scipy", "scipy", "confidence intervals", "eval"),
+    ("flash-attn", "flash_attn", "FlashAttention on a GPU", "gpu"),
+    ("bitsandbytes", "bitsandbytes", "8-bit optimizers", "gpu"),
+]
+
+
+def describe() -> list[Part]:
+    """Every part with its version, or why it cannot be used."""
+    from cosup_fast import __version__
+
+    parts = [
+        Part("cosup-fast", True, __version__),
+        Part("python", True, f"{platform.python_version()} on {platform.platform()}"),
+        Part("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            note = (
+                f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+            )
+            parts.append(Part(f"cuda:{i}", True, note))
+    else:
+        built = "torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+        parts.append(Part("cuda", False, f"{built}; everything runs on the CPU"))
+    return parts + [_optional(*row) for row in _OPTIONAL]
+
+
+def _optional(distribution: str, module: str, purpose: str, extra: str | None) -> Part:
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        remedy = f"pip install 'cosup-fast[{extra}]'" if extra else "comes with torch on Linux"
+        return Part(distribution, False, f"{purpose}: not installed ({remedy})")
+    if module == "flash_attn" and not torch.cuda.is_available():
+        return Part(distribution, False, f"{purpose}: {version} installed, but there is no CUDA device")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken binary may raise anything
+        return Part(distribution, False, f"{purpose}: {version} does not import ({type(error).__name__}: {error})")
+    if module == "triton" and not torch.cuda.is_available():
+        return Part(distribution, False, f"{purpose}: {version} imports, but there is no CUDA device")
+    return Part(distribution, True, f"{purpose}: {version}")

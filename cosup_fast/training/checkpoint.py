@@ -1,0 +1,166 @@
+"""Checkpoints that are whole or absent: written under a temporary name, hashed, flushed, then renamed.
+
+    step-000100/
+      gen/ embseq/            Hugging Face folders: configuration, safetensors, tokenizer
+      cosup.json heads.safetensors   what joins them (`CoSupervisionModel.save`)
+      trainer.json trainer.safetensors   step, optimizer state, random number generators
+      manifest.json           size and SHA-256 of every other file
+
+Nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from cosup_fast.modeling import CoSupervisionModel
+
+MANIFEST = "manifest.json"
+_PREFIX = "step-"
+_UNFINISHED = ".writing-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the file and the remedy."""
+
+
+def save_checkpoint(
+    root: Path, step: int, model: CoSupervisionModel, optimizer: torch.optim.Optimizer, *, keep: int = 2
+) -> Path:
+    """Writes `root/step-NNNNNN` and removes all but the `keep` newest.
+
+    Raises:
+        CheckpointError: the disk is full or not writable. The checkpoints already there are untouched.
+    """
+    final = root / f"{_PREFIX}{step:06d}"
+    if final.exists():
+        return final
+    unfinished = root / f"{_UNFINISHED}{final.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        model.save(unfinished)
+        _save_trainer_state(unfinished, step, model, optimizer)
+        _write_manifest(unfinished)
+        os.replace(unfinished, final)
+        _flush(root)
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, not as an OSError.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {final} was not written ({error}): free some space, or choose another output; "
+            "earlier checkpoints are whole"
+        ) from error
+    for old in checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in root.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file())
+
+
+def newest(folder: Path) -> Path:
+    """The folder itself when it is a checkpoint, else the newest finished checkpoint of the run in it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if (folder / "cosup.json").is_file():
+        return folder
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{folder} is neither a checkpoint nor the folder of a run with a finished checkpoint")
+    return found[-1]
+
+
+def verify(folder: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        CheckpointError: no manifest, or a file that is missing, truncated or altered.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no finished checkpoint: {MANIFEST} cannot be read ({error})") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: use an earlier checkpoint")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes, its manifest says {expected['bytes']}: use an earlier checkpoint"
+            )
+        if (found := _sha256(path)) != expected["sha256"]:
+            raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): use an earlier checkpoint")
+
+
+def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch.optim.Optimizer) -> int:
+    """Restores optimizer and random number generators into place; returns the step. The model is loaded already."""
+    description = json.loads((folder / "trainer.json").read_text())
+    tensors = load_file(folder / "trainer.safetensors")
+    random = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}
+    set_optimizer_state_dict(
+        model,
+        optimizer,
+        {**description["optimizer"], **tensors},
+        options=StateDictOptions(flatten_optimizer_state_dict=True),
+    )
+    torch.set_rng_state(random["rng.cpu"])
+    for device in range(torch.cuda.device_count()):
+        if f"rng.cuda{device}" in random:
+            torch.cuda.set_rng_state(random[f"rng.cuda{device}"], device)
+    return description["step"]
+
+
+def _save_trainer_state(folder: Path, step: int, model: CoSupervisionModel, optimizer: torch.optim.Optimizer) -> None:
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items() if isinstance(x, Tensor)}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    tensors |= {f"rng.cuda{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    save_file(tensors, folder / "trainer.safetensors")
+    scalars: dict[str, Any] = {name: x for name, x in state.items() if not isinstance(x, Tensor)}
+    (folder / "trainer.json").write_text(json.dumps({"step": step, "optimizer": scalars}, indent=1) + "\n")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _flush(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder to flush it
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

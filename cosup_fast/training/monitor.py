@@ -1,0 +1,80 @@
+"""Watches a run for the ways in which co-supervision is known to fail, and says the likely cause.
+
+The signatures are those of Lee et al. 2024, section 6: NSP that stays high or diverges (the two spaces do not match,
+too few negatives), NTP that degrades (lambda too high), retrieval that does not improve (Embseq untrained, batch too
+small).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+
+
+class FailureMonitor:
+    """Fed with every step and every held-out evaluation; yields a warning once per signature.
+
+    Args:
+        window: steps over which NSP is averaged.
+        patience: evaluations without progress before held-out figures count as a failure.
+    """
+
+    def __init__(self, window: int = 50, patience: int = 3):
+        self.window = window
+        self.patience = patience
+        self._nsp: deque[tuple[float, float]] = deque(maxlen=window)
+        self._ntp: list[float] = []
+        self._recall: list[float] = []
+        self._warned: set[str] = set()
+
+    def step(self, nsp: float, candidates: int) -> Iterator[str]:
+        """Warnings after a step with mean NSP loss `nsp` (nats) over `candidates` sequences."""
+        if candidates < 2:
+            yield from self._once(
+                "single",
+                "a batch holds a single sequence, so next sequence prediction has nothing to contrast: "
+                "raise training.batch_size",
+            )
+            return
+        self._nsp.append((nsp, math.log(candidates)))
+        if len(self._nsp) < self.window:
+            return
+        loss, chance = (sum(column) / self.window for column in zip(*self._nsp, strict=True))
+        if loss > 1.5 * chance:
+            yield from self._once(
+                "diverged",
+                f"NSP loss {loss:.2f} is far above chance, ln(M) = {chance:.2f}: the scores are saturated; "
+                "use nsp.similarity=cosine, or a larger nsp.temperature (sqrt(D) for raw dot products)",
+            )
+        elif loss > 0.95 * chance:
+            yield from self._once(
+                "chance",
+                f"NSP loss {loss:.2f} has stayed near chance, ln(M) = {chance:.2f}, for {self.window} steps: Gen and "
+                "Embseq may come from different distributions, nsp.weight or training.lr may be too small, "
+                "or nsp.temperature too large",
+            )
+
+    def evaluation(self, ntp: float, recall: float) -> Iterator[str]:
+        """Warnings after a held-out evaluation: mean NTP loss (nats per token) and R@5."""
+        self._ntp.append(ntp)
+        self._recall.append(recall)
+        recent = self.patience
+        best = min(self._ntp)
+        if len(self._ntp) > recent and all(x > 1.02 * best for x in self._ntp[-recent:]):
+            yield from self._once(
+                "ntp",
+                f"held-out NTP loss has risen from {best:.3f} to {ntp:.3f}: nsp.weight or training.lr may be too high, "
+                "or the training set is being memorised",
+            )
+        if len(self._recall) > recent and max(self._recall[-recent:]) <= self._recall[0]:
+            yield from self._once(
+                "recall",
+                f"held-out R@5 is flat at {recall:.1%} after {len(self._recall)} evaluations: Embseq may be frozen or "
+                "barely trained, or the batch too small (more in-batch negatives are what NSP learns from)",
+            )
+
+    def _once(self, signature: str, message: str) -> Iterator[str]:
+        if signature not in self._warned:
+            self._warned.add(signature)
+            yield message

@@ -1,0 +1,304 @@
+"""One training run from a configuration: data and models in, a folder of checkpoints, metrics and plots out.
+
+output/config.yaml        what was run
+output/checkpoints/       see `checkpoint.py`
+output/metrics.jsonl      one record a step or held-out evaluation
+output/tensorboard/       the same for TensorBoard
+output/curves.png         losses and retrieval accuracy
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
+from cosup_fast.data.packing import make_batch
+from cosup_fast.data.records import DataError, Example, Passage
+from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.template import IGNORE
+from cosup_fast.evaluation import retrieval_ranks
+from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.training.checkpoint import checkpoints, verify
+from cosup_fast.training.trainer import (
+    HeldOut,
+    StepMetrics,
+    Trainer,
+    TrainingConfig,
+    as_record,
+    autocast,
+    choose_device,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+# What may change between the parts of one run: none of it touches a step already taken or the order of the data.
+RESUMABLE = {
+    "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
+    "training.checkpoint_every", "training.keep_checkpoints", "training.device", "output",
+}  # fmt: skip
+
+
+def run_training(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Trains as configured and returns the last checkpoint's folder.
+
+    Args:
+        config: the run.
+        resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none.
+        console: where progress goes; standard error by default.
+
+    Raises:
+        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
+        DataError, CheckpointError, TrainingError: see there.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+    """
+    console = console or Console(stderr=True)
+    output = Path(config.output)
+    checkpoint = _prepare_output(config, output, resume)
+    device = choose_device(config.training.device)
+    corpus, examples, held_out = load_data(config)
+    if checkpoint is None:
+        torch.manual_seed(config.training.seed)
+        model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
+    else:
+        verify(checkpoint)
+        model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention)
+        console.print(f"continuing behind {checkpoint}")
+    _check_lengths(model, examples, corpus, console)
+    evaluator = HeldOutEvaluator(held_out, corpus, config) if held_out else None
+    with RunLog(output, console) as log:
+        trainer = Trainer(
+            model,
+            config.training,
+            examples,
+            corpus,
+            output,
+            evaluate=evaluator,
+            on_metrics=log.metrics,
+            on_warning=log.warning,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        log.start(trainer.step, trainer.total_steps)
+        return trainer.train()
+
+
+def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], list[Example]]:
+    """The corpus by id, the training examples and the held-out examples.
+
+    Raises:
+        DataError: what the files hold is not valid, or an example is both trained on and held out.
+    """
+    data = config.data
+    corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
+
+    def load(names: list[str], limit: int | None) -> list[Example]:
+        loaded = [e for name in names for e in load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)]
+        if limit is not None and limit < len(loaded):
+            loaded = random.Random(config.training.seed).sample(loaded, limit)
+        return loaded
+
+    examples, held_out = load(data.train, data.train_limit), load(data.dev, data.dev_limit)
+    if both := {e.id for e in examples} & {e.id for e in held_out}:
+        raise DataError(f"example {min(both)!r} stands in data.train and in data.dev ({len(both)} such ids)")
+    return corpus, examples, held_out
+
+
+class HeldOutEvaluator:
+    """Losses and retrieval on held-out examples, among a fixed pool of passages that holds their gold ones."""
+
+    def __init__(self, examples: Sequence[Example], corpus: dict[str, Passage], config: RunConfig):
+        self.examples = examples
+        self.corpus = corpus
+        self.training: TrainingConfig = config.training
+        gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
+        others = sorted(corpus.keys() - set(gold))
+        extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
+        chosen = gold + random.Random(config.training.seed).sample(others, extra)
+        self.pool = [corpus[passage] for passage in chosen]
+
+    @torch.no_grad()
+    def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:
+        model.eval()
+        ntp = nsp = 0.0
+        tokens = queries = 0
+        with autocast(model.device, self.training.precision):
+            for i in range(0, len(self.examples), self.training.batch_size):
+                chosen = self.examples[i : i + self.training.batch_size]
+                batch = make_batch(chosen, self.corpus, model.template).to(model.device)
+                out = model(batch, ntp_count=1, nsp_count=1)  # sums over the batch
+                ntp, nsp = ntp + float(out.ntp), nsp + float(out.nsp)
+                tokens, queries = tokens + int((batch.labels != IGNORE).sum()), queries + len(batch.query_rows)
+            ranks = retrieval_ranks(model, self.examples, self.pool)
+        recall = [sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 20)]
+        return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *recall)
+
+
+class RunLog:
+    """Metrics to JSONL, TensorBoard, a progress bar and, at every evaluation, a plot."""
+
+    def __init__(self, output: Path, console: Console):
+        self.output = output
+        self.console = console
+        self.path = output / "metrics.jsonl"
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if hasattr(self, "file"):
+            self.progress.stop()
+            self.file.close()
+            self.tensorboard.close()
+            plot_curves(read_metrics(self.path), self.output / "curves.png")
+
+    def start(self, step: int, total: int) -> None:
+        """Opens the files; records behind `step`, of a part that is run again, are dropped."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
+        temporary = self.path.with_suffix(".writing")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)
+        self.file: TextIO = self.path.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
+        self.task = self.progress.add_task("training", total=total, completed=step, status="")
+        self.progress.start()
+
+    def metrics(self, metrics: StepMetrics | HeldOut) -> None:
+        """Records a step or an evaluation."""
+        record = as_record(metrics)
+        self.file.write(json.dumps(record) + "\n")
+        kind = record["kind"]
+        for name, value in record.items():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
+        if isinstance(metrics, StepMetrics):
+            status = f"NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  in-batch {metrics.in_batch_accuracy:.0%}"
+            self.progress.update(self.task, completed=metrics.step, status=status)
+            if not self.console.is_terminal and metrics.step % 10 == 0:
+                self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
+        else:
+            self.console.print(
+                f"held out after step {metrics.step}: NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  "
+                f"R@1 {metrics.recall_at_1:.1%}  R@5 {metrics.recall_at_5:.1%}  R@20 {metrics.recall_at_20:.1%}"
+            )
+
+    def warning(self, message: str) -> None:
+        """Shows a warning of the failure monitor and keeps it with the metrics."""
+        self.console.print(f"[yellow]warning:[/] {message}")
+        with (self.output / "warnings.log").open("a") as file:
+            file.write(message + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws losses and retrieval accuracy over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in records if r["kind"] == "step"]
+    held_out = [r for r in records if r["kind"] == "held-out"]
+    figure, (losses, retrieval) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, color in (("ntp", "tab:blue"), ("nsp", "tab:orange")):
+        losses.plot(
+            [r["step"] for r in steps], [r[name] for r in steps], color=color, alpha=0.5, label=f"{name.upper()}"
+        )
+        losses.plot(
+            [r["step"] for r in held_out],
+            [r[name] for r in held_out],
+            "o-",
+            color=color,
+            label=f"{name.upper()} held out",
+        )
+    losses.set(xlabel="step", ylabel="loss (nats)", title="losses")
+    retrieval.plot(
+        [r["step"] for r in steps],
+        [r["in_batch_accuracy"] for r in steps],
+        color="tab:gray",
+        alpha=0.5,
+        label="in batch",
+    )
+    for k in (1, 5, 20):
+        retrieval.plot(
+            [r["step"] for r in held_out], [r[f"recall_at_{k}"] for r in held_out], "o-", label=f"R@{k} held out"
+        )
+    retrieval.set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="retrieval")
+    for axes in (losses, retrieval):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    temporary = path.with_name(path.stem + ".writing.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def _prepare_output(config: RunConfig, output: Path, resume: bool) -> Path | None:
+    """Makes the output folder; returns the checkpoint to continue behind, if any."""
+    saved = output / "config.yaml"
+    found = checkpoints(output / "checkpoints")
+    if saved.is_file() and not resume:
+        raise ConfigError(f"output={config.output!r} holds a run already: add --resume to continue it, or name another")
+    if saved.is_file() and found:
+        before, now = _flat(load_config(saved).model_dump()), _flat(config.model_dump())
+        changed = [name for name in now if name not in RESUMABLE and before[name] != now[name]]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"--resume: {name}={now[name]!r}, but the run in {config.output!r} was started with {before[name]!r}"
+                f"{f' ({len(changed) - 1} more fields differ)' if len(changed) > 1 else ''}: give the same value, "
+                "or start a new run in another output"
+            )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = saved.with_suffix(".writing")
+        temporary.write_text(dump_config(config))
+        os.replace(temporary, saved)
+    except OSError as error:
+        raise ConfigError(f"output={config.output!r} cannot be written: {error}") from None
+    return found[-1] if found else None
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _check_lengths(
+    model: CoSupervisionModel, examples: Sequence[Example], corpus: dict[str, Passage], console: Console
+) -> None:
+    """Tokenizes everything once, so that what does not fit is refused now and not in the middle of a night."""
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        for example in progress.track(examples, description="checking lengths"):
+            model.template.gen_sequence(example, corpus)
+        for passage in {segment.passage for example in examples for segment in example.output} - {None}:
+            model.template.sequence(corpus[passage])

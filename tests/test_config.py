@@ -1,0 +1,73 @@
+"""One configuration: what is read, what is overridden, and how mistakes are named."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cosup_fast.config import ConfigError, RunConfig, dump_config, field_names, load_config
+
+
+def test_every_field_can_be_overridden_on_the_command_line():
+    names = list(field_names())
+    assert {"output", "model.gen", "training.lr", "nsp.temperature", "data.train", "text.prompt"} <= set(names)
+    defaults = RunConfig().model_dump(mode="json")
+    for name in names:
+        value = defaults
+        for key in name.split("."):
+            value = value[key]
+        assert load_config(
+            None, [f"{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...\n').strip()}"]
+        )
+
+
+def test_a_dumped_configuration_reads_back_equal(tmp_path):
+    config = load_config(None, ["training.lr=3e-4", "data.train=[a.jsonl, b.jsonl]", "text.prompt='{question}?'"])
+    assert config.training.lr == 3e-4
+    assert config.data.train == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("training: {lr: 1.0e-3, steps: 5}\n")
+    config = load_config(tmp_path / "c.yaml", ["training.steps=7"])
+    assert (config.training.lr, config.training.steps) == (1e-3, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lrr=1", "unknown field 'training.lrr', did you mean 'training.lr'"),
+        ("temperature=0.1", "unknown field 'temperature', did you mean 'nsp.temperature'"),
+        ("trainin.lr=1", "unknown field 'trainin'"),
+        ("training.lr=-1", "training.lr: Input should be greater than 0, found -1"),
+        ("training.steps=many", "training.steps"),
+        ("training.lr", "expected section.field=value"),
+        ("output.x=1", "'output.x'"),
+        ("model.shared=true model.embseq=other", "model.shared=true uses Gen as Embseq"),
+        ("model.shared=true model.freeze_embseq=true", "model.freeze_embseq"),
+        ("text.prompt='{q}'", "text.prompt"),
+        ("text.passage='{text'", "text.passage"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, override.split())
+    assert message in str(error.value)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "typo.yaml").write_text("training: {batchsize: 2}\n")
+    with pytest.raises(
+        ConfigError, match=r"typo.yaml: unknown field 'training.batchsize', did you mean 'training.batch_size'"
+    ):
+        load_config(tmp_path / "typo.yaml")

@@ -1,0 +1,45 @@
+"""The failure signatures are seen when they happen, and only then."""
+
+from __future__ import annotations
+
+import math
+
+from cosup_fast.training.monitor import FailureMonitor
+
+
+def _run(losses, candidates=32):
+    monitor = FailureMonitor(window=10)
+    return [message for loss in losses for message in monitor.step(loss, candidates)]
+
+
+def test_nsp_at_chance_is_reported_once():
+    messages = _run([math.log(32)] * 40)
+    assert len(messages) == 1
+    assert "near chance, ln(M) = 3.47" in messages[0]
+
+
+def test_saturated_scores_are_reported():
+    (message,) = _run([300.0] * 20)
+    assert "saturated" in message
+
+
+def test_a_learning_run_is_silent():
+    assert _run([math.log(32) * 0.97**i for i in range(100)]) == []
+
+
+def test_a_batch_of_one_sequence_has_nothing_to_contrast():
+    (message,) = _run([0.0] * 5, candidates=1)
+    assert "training.batch_size" in message
+
+
+def test_rising_held_out_ntp_and_flat_recall():
+    monitor = FailureMonitor(patience=2)
+    messages = [m for ntp in (3.0, 2.0, 2.2, 2.3) for m in monitor.evaluation(ntp, 0.01)]
+    assert len(messages) == 2
+    assert any("held-out NTP loss has risen from 2.000" in m for m in messages)
+    assert any("R@5 is flat at 1.0%" in m for m in messages)
+
+
+def test_improving_held_out_figures_are_silent():
+    monitor = FailureMonitor(patience=2)
+    assert [m for i in range(8) for m in monitor.evaluation(3.0 - 0.1 * i, 0.05 * i)] == []
