@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import regex
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage, write_jsonl
 from cosup_fast.generation import Answer, GenerationConfig, Generator
@@ -80,7 +81,7 @@ class QuestionRecord(BaseModel):
     question: str
     answers: tuple[str, ...]
     gold: tuple[str, ...]
-    ranks: tuple[int, ...]  # of the gold passage, for each teacher-forced [NSP]
+    ranks: tuple[int, ...]  # for each teacher-forced [NSP], passages ahead of the gold one
     answer: Answer
     scores: dict[str, float]  # the metrics that are defined for this question
 
@@ -128,6 +129,21 @@ class Report(BaseModel):
             summary = json.dumps(self.model_dump(exclude={"questions"}), indent=2, ensure_ascii=False)
             (temporary / "report.json").write_text(summary + "\n", encoding="utf-8")
 
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads a report that `save` wrote.
+
+        Raises:
+            ValueError: the folder holds no report, or a damaged one.
+        """
+        folder = Path(folder)
+        try:
+            summary = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+            return cls.model_validate({**summary, "questions": [json.loads(line) for line in lines]})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no report that can be read: {error}") from None
+
 
 def retrieval_ranks(
     model: CoSupervisionModel,
@@ -136,11 +152,12 @@ def retrieval_ranks(
     *,
     batch_tokens: int = 4096,
     progress: bool = False,
-) -> list[list[int]]:
-    """The rank of the gold passage in the whole corpus, from 1, for each teacher-forced [NSP] of each example.
+) -> list[int]:
+    """Ranks of gold passages, example by example: for each teacher-forced [NSP], how many passages are ahead.
 
     A query's gold passages are the one that its [NSP] asks for and those of `Example.gold` that no other [NSP] of the
-    example asks for; the best of them counts. Ties count against it: a model that embeds all passages alike has rank M.
+    example asks for; the best of them counts. Ties count against it: a model that embeds all passages alike has
+    the last rank.
 
     Args:
         model: Gen and Embseq.
@@ -156,26 +173,8 @@ def retrieval_ranks(
         passages, embeddings = index.passages, index.embeddings
     else:
         passages, embeddings = index, embed_passages(model, index, batch_tokens=batch_tokens, progress=progress)
-    row_of = {passage.id: row for row, passage in enumerate(passages)}
-    corpus = {passage.id: passage for passage in passages}
-    queries, asked = embed_queries(model, examples, corpus, batch_tokens=batch_tokens, progress=progress)
-    asked_by: dict[int, set[str]] = {}
-    for number, passage in asked:
-        asked_by.setdefault(number, set()).add(passage)
-    ranks: list[list[int]] = [[] for _ in examples]
-    chunk = max(1, (1 << 26) // max(1, len(passages)))  # a quarter of a GB of scores
-    for start in range(0, len(asked), chunk):
-        scores = queries[start : start + chunk] @ embeddings.T
-        for row, (number, passage) in zip(scores, asked[start : start + chunk], strict=True):
-            gold = {passage, *examples[number].gold} - (asked_by[number] - {passage})
-            rows = [row_of[name] for name in gold if name in row_of]
-            if not rows:
-                raise ValueError(
-                    f"example {examples[number].id!r}: none of its gold passages {sorted(gold)} is in the corpus"
-                )
-            best = row[rows].max()
-            ranks[number].append(1 + int((row >= best).sum() - (row[rows] >= best).sum()))
-    return ranks
+    ranks = _ranks(model, examples, passages, embeddings, batch_tokens, progress)
+    return [rank for example_ranks in ranks for rank in example_ranks]
 
 
 def evaluate(
@@ -210,7 +209,7 @@ def evaluate(
         raise ValueError(f"example id {repeated[0]!r} stands more than once: ids must be unique")
     for example in examples:
         _patterns(example)
-    ranks = retrieval_ranks(model, examples, index, progress=progress)
+    ranks = _ranks(model, examples, index.passages, index.embeddings, progress=progress)
     generator = Generator(model, index, config)
     passages = {passage.id: passage for passage in index.passages}
     records = []
@@ -244,7 +243,7 @@ def evaluate(
 def score(example: Example, answer: Answer, ranks: Sequence[int], passages: Mapping[str, Passage]) -> dict[str, float]:
     """The metrics that are defined for one question, each between 0 and 1.
 
-    - recall@k: share of the example's [NSP] whose gold passage is among the first k; mrr: mean of 1 / rank.
+    - recall@k: share of the example's [NSP] whose gold passage is among the first k; mrr: mean of 1 / (rank + 1).
     - retrieved_gold: Gen, writing on its own, retrieved a gold passage. Needs gold passages.
     - answer: a gold answer stands, in whole words, in the generated text (inserted passages are no part of it). Needs
       gold answers, like the next two.
@@ -254,8 +253,8 @@ def score(example: Example, answer: Answer, ranks: Sequence[int], passages: Mapp
     """
     scores: dict[str, float] = {}
     if ranks:
-        scores |= {f"recall@{k}": float(np.mean([rank <= k for rank in ranks])) for k in (1, 5, 20)}
-        scores["mrr"] = float(np.mean([1 / rank for rank in ranks]))
+        scores |= {f"recall@{k}": float(np.mean([rank < k for rank in ranks])) for k in (1, 5, 20)}
+        scores["mrr"] = float(np.mean([1 / (rank + 1) for rank in ranks]))
     if example.gold:
         scores["retrieved_gold"] = float(any(found.best.passage in example.gold for found in answer.retrievals))
     grounded = [segment for segment in answer.segments if segment.passage is not None]
@@ -353,6 +352,37 @@ def paired_gain(before: Mapping[str, float], after: Mapping[str, float], *, seed
     if not common:
         raise ValueError(f"no question in common between {len(before)} before and {len(after)} after")
     return bootstrap_mean([after[name] - before[name] for name in common], seed=seed)
+
+
+def _ranks(
+    model: CoSupervisionModel,
+    examples: Sequence[Example],
+    passages: Sequence[Passage],
+    embeddings: Tensor,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> list[list[int]]:
+    """`retrieval_ranks`, apart for each example."""
+    row_of = {passage.id: row for row, passage in enumerate(passages)}
+    corpus = {passage.id: passage for passage in passages}
+    queries, asked = embed_queries(model, examples, corpus, batch_tokens=batch_tokens, progress=progress)
+    asked_by: dict[int, set[str]] = {}
+    for number, passage in asked:
+        asked_by.setdefault(number, set()).add(passage)
+    ranks: list[list[int]] = [[] for _ in examples]
+    chunk = max(1, (1 << 26) // max(1, len(passages)))  # a quarter of a GB of scores
+    for start in range(0, len(asked), chunk):
+        scores = queries[start : start + chunk] @ embeddings.T
+        for row, (number, passage) in zip(scores, asked[start : start + chunk], strict=True):
+            gold = {passage, *examples[number].gold} - (asked_by[number] - {passage})
+            rows = [row_of[name] for name in gold if name in row_of]
+            if not rows:
+                raise ValueError(
+                    f"example {examples[number].id!r}: none of its gold passages {sorted(gold)} is in the corpus"
+                )
+            best = row[rows].max()
+            ranks[number].append(int((row >= best).sum() - (row[rows] >= best).sum()))
+    return ranks
 
 
 def _estimates(records: Sequence[QuestionRecord]) -> dict[str, Estimate]:
