@@ -1,0 +1,173 @@
+"""Shared fixtures: tiny random models with real tokenizers, made on the spot, and a small corpus with examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
+
+PASSAGES = [
+    Passage(id="paris", title="Paris", text="Paris is the capital of France. It lies on the Seine."),
+    Passage(id="rome", title="Rome", text="Rome is the capital of Italy, founded in 753 BC."),
+    Passage(id="seine", title="Seine", text="The Seine is a river of 777 km in northern France."),
+    Passage(id="go", title="Go (game)", text="Go is a board game. 囲碁 is its Japanese name."),
+    Passage(
+        id="emoji",
+        title="👩‍👩‍👧‍👦 family",
+        text="A ZWJ sequence; e\u0301 is é in two code points, \u202eright to left\u202c.",
+    ),
+    Passage(id="marks", title="[NSP]", text="Some text writes [NSP], [Cs], [Ce], [PAD] and </s> out in full."),
+    Passage(id="braces", title="{title}", text="Braces {question} {0} and 100% stay as they are."),
+    Passage(id="short", title="", text="x"),
+    Passage(id="long", title="Long", text="one two three four five six seven eight nine ten " * 4),
+    Passage(id="nile", title="Nile", text="The Nile flows north through Egypt."),
+    Passage(id="euclid", title="Euclid", text="Euclid wrote the Elements in Alexandria about 300 BC."),
+]
+
+EXAMPLES = [
+    Example(
+        id="e1",
+        dataset="cities",
+        question="What is the capital of France?",
+        output=[Segment(text="Paris is the capital of France.", passage="paris")],
+        answers=["Paris"],
+    ),
+    Example(
+        id="e2",
+        dataset="cities",
+        instruction="Answer in full. ",
+        question="Which river crosses the capital of France, and how long is it?",
+        output=[
+            Segment(text="First the city. "),
+            Segment(text="Paris lies on the Seine. ", passage="paris"),
+            Segment(text="Then its length: "),
+            Segment(text="777 km", passage="seine"),
+            Segment(text=", that is all."),
+        ],
+        answers=["777 km", "777 kilometres"],
+    ),
+    Example(
+        id="e3",
+        dataset="dates",
+        question="When was Rome founded [NSP]?",
+        output=[Segment(text="753 BC", passage="rome")],
+        answers=[r"753\s*B\.?C"],
+        answer_type="regex",
+    ),
+    Example(
+        id="e4",
+        dataset="dates",
+        question="碁 in 日本?",
+        output=[Segment(text="囲碁 👍", passage="go"), Segment(text="囲碁 again", passage="go")],
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def passages() -> list[Passage]:
+    return PASSAGES
+
+
+@pytest.fixture(scope="session")
+def corpus() -> dict[str, Passage]:
+    return {passage.id: passage for passage in PASSAGES}
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    return EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """passages.jsonl and examples.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "passages.jsonl", PASSAGES)
+    write_jsonl(folder / "examples.jsonl", EXAMPLES)
+    return folder
+
+
+def make_tokenizer(vocabulary: int, start: bool):
+    """A byte-level BPE with pad = eos, as SmolLM2 has it; with `start` it puts <s> before a text, as Llama 2 does."""
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([f"{p.title} :: {p.text}" for p in PASSAGES if p.id != "marks"], trainer)
+    if start:
+        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> str:
+    """A Hugging Face folder with a random Llama of 2 layers, width 32, grouped queries and untied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = str(tmp_path_factory.mktemp("llama"))
+    tokenizer = make_tokenizer(300, start=False)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 5,  # rows that no token uses, as published models have them
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> str:
+    """Another architecture, width, dropout and tokenizer: a random GPT-2 of 2 layers and width 24."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = str(tmp_path_factory.mktemp("gpt2"))
+    tokenizer = make_tokenizer(280, start=True)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=3, n_positions=256, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_model(llama_folder):
+    """A function that makes a model in evaluation mode: Llama with Llama unless `embseq` or `shared` say otherwise."""
+    from cosup_fast.data.template import TextConfig
+    from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
+
+    def make(*, text: dict | None = None, nsp: dict | None = None, seed: int = 0, gen: str = llama_folder, **model):
+        torch.manual_seed(seed)
+        made = CoSupervisionModel.from_pretrained(
+            ModelConfig(gen=gen, **model), TextConfig(**(text or {})), NSPConfig(**(nsp or {}))
+        )
+        return made.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
+    """Llama with Llama in fp32; tests must leave it as it is."""
+    return make_model()
