@@ -1,0 +1,49 @@
+"""Semiparametric token-sequence co-supervision (Lee et al. 2024, arXiv 2403.09024), fast.
+
+The public names are imported on first use: importing the package imports neither torch nor transformers nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cosup_fast.functional import Stats, gather_last_hidden, info_nce, linear_cross_entropy
+    from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
+
+_HOME = {
+    "Stats": "functional",
+    "gather_last_hidden": "functional",
+    "info_nce": "functional",
+    "linear_cross_entropy": "functional",
+    "CoSupervisionLoss": "losses",
+    "CoSupervisionOutput": "losses",
+    "InfoNCELoss": "losses",
+    "LinearCrossEntropyLoss": "losses",
+}
+
+__all__ = [
+    "CoSupervisionLoss",
+    "CoSupervisionOutput",
+    "InfoNCELoss",
+    "LinearCrossEntropyLoss",
+    "Stats",
+    "gather_last_hidden",
+    "info_nce",
+    "linear_cross_entropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,408 @@
+"""The operators: check the arguments, choose an implementation.
+
+`impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never
+materialised, loss and gradients formed together in the forward pass. `impl="reference"` is
+`cosup_fast.reference`, which materialises every score and can be differentiated twice or in forward mode.
+`impl="auto"` is `stored`. An implementation that is asked for by name is the one that runs.
+
+Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
+operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
+(an index out of range, a query without an answer) only where reading them needs no synchronisation: on CPU
+tensors outside torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cosup_fast import reference
+from cosup_fast.kernels import last_hidden, softmax_xent
+from cosup_fast.reference import Stats
+
+Reduction = Literal["none", "mean", "sum"]
+Duplicates = Literal["mask", "positive", "keep"]
+Impl = Literal["auto", "reference", "stored"]
+
+
+def info_nce(
+    query: Tensor,  # (N, D)
+    keys: Tensor,  # (M, D)
+    positive: Tensor | None = None,  # (N,)
+    *,
+    scale: float | Tensor = 1.0,
+    normalize: bool = False,
+    symmetric: bool = False,
+    query_ids: Tensor | None = None,  # (N,)
+    key_ids: Tensor | None = None,  # (M,)
+    positive_ids: Tensor | None = None,  # (N, P)
+    duplicates: Duplicates = "mask",
+    private_negatives: Tensor | None = None,  # (N, K, D)
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+    impl: Impl = "auto",
+) -> Any:
+    """InfoNCE of queries against keys, every key a candidate of every query.
+
+        z_ij = scale <q_i, k_j>        L_i = log sum_{j in C_i} exp(z_ij) - log sum_{j in P_i} exp(z_ij)
+
+    C_i are the candidates of query i, P_i its positives. Label smoothing e turns L_i into
+    (1 - e) L_i + e (lse_i - mean_{C_i} z_ij).
+
+    Args:
+        query: (N, D) floating.
+        keys: (M, D), dtype and device of query. M may exceed N: the others are negatives of every query.
+        positive: (N,) int64, which key answers each query; 0..N-1 (needs M >= N) unless this or
+            positive_ids is given.
+        scale: 1 / temperature, a number > 0 or a 0-d tensor, which receives its gradient.
+        normalize: L2-normalise query, keys and private_negatives first. A vector no longer than 1e-12 becomes 0 and
+            receives no gradient.
+        symmetric: L_i = (L_i + Lcol_i) / 2, where Lcol_i is the loss of key positive[i] over all queries by the same
+            candidates and positives, transposed. A key that answers no query has none; one that answers several is
+            counted once a query and has them all as positives. Private negatives take no part in Lcol.
+        query_ids: (N,) int64, the id of the passage that answers each query, key_ids[positive] by default. Needs
+            key_ids.
+        key_ids: (M,) int64. A negative id marks padding: never a candidate.
+        positive_ids: (N, P) int64, negative for padding: every key of one of these ids is a positive, besides
+            `positive` if that is given. Needs key_ids.
+        duplicates: what a key other than positive[i] is whose id is query_ids[i]: "mask" no candidate, "positive" one
+            more positive, "keep" a negative.
+        private_negatives: (N, K, D), dtype and device of query: further negatives, each of one query only.
+        label_smoothing: in [0, 1].
+        reduction: "mean" over queries, "sum", or "none": (N,).
+        return_stats: also return `Stats` of each query (of rows, also where symmetric).
+        impl: see the module.
+
+    Returns:
+        The loss, or (loss, Stats). With N = 0 the loss is 0 (or empty) and every gradient is 0.
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
+        ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
+            positive_ids but without positive, which leaves open which key answers a query; an option out of its
+            range; on CPU also an index out of range or a query whose positives are all padding or absent (elsewhere
+            a device assertion, inf or NaN).
+
+    Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,
+    arXiv 2403.09024, section 3. With normalize and scale = 20 it is the MultipleNegativesRankingLoss of
+    sentence-transformers.
+    """
+    dtype = _operands("query", query, "keys", keys)
+    n, m = len(query), len(keys)
+    if private_negatives is not None:
+        _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
+    _choice("duplicates", duplicates, Duplicates)
+    _common(query, scale, label_smoothing, reduction, impl)
+    for name, ids, shape in (
+        ("positive", positive, (n,)),
+        ("key_ids", key_ids, (m,)),
+        ("query_ids", query_ids, (n,)),
+        ("positive_ids", positive_ids, (n, None)),
+    ):
+        if ids is not None:
+            _tensor(name, ids, shape, query, torch.int64)
+            if key_ids is None and name != "positive":
+                raise ValueError(
+                    f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
+                )
+    if positive is None and positive_ids is None:
+        if m < n:
+            raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
+        positive = torch.arange(n, device=query.device)
+    if symmetric and positive is None:
+        raise ValueError("symmetric=True with positive_ids leaves open which key answers a query; pass positive too")
+    _check_positives(positive, key_ids, positive_ids, m)
+    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    if n == 0:
+        loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
+    elif impl == "reference":
+        return reference.info_nce(
+            query,
+            keys,
+            positive,
+            scale=scale,
+            normalize=normalize,
+            symmetric=symmetric,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            positive_ids=positive_ids,
+            duplicates=duplicates,
+            private_negatives=private_negatives,
+            return_stats=return_stats,
+            **options,
+        )
+    else:
+        if query_ids is None and key_ids is not None and positive is not None:
+            query_ids = key_ids[positive]
+        loss, *stats = softmax_xent.softmax_xent(
+            query,
+            keys,
+            scale=scale,
+            private=private_negatives,
+            normalize=normalize,
+            product_dtype=dtype,
+            ranks=return_stats,
+            target=positive,
+            query_ids=None if duplicates == "keep" else query_ids,
+            key_ids=key_ids,
+            positive_ids=positive_ids,
+            duplicates_are_positive=duplicates == "positive",
+            symmetric=symmetric,
+            **options,
+        )
+    return (loss, Stats(*stats)) if return_stats else loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (T,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    ignore_index: int = -100,
+    scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+    impl: Impl = "auto",
+) -> Any:
+    """Cross-entropy of the next token without the logits.
+
+        a_tv = scale <h_t, w_v> + b_v      z = softcap tanh(a / softcap)      L_t = lse_t - z_t,y(t) + z_loss lse_t^2
+
+    Label smoothing e replaces lse_t - z_t,y(t) by (1 - e) of it + e (lse_t - mean_v z_tv).
+
+    Args:
+        hidden: (T, D) floating.
+        weight: (V, D), dtype and device of hidden.
+        target: (T,) int64; target[t] is the label of hidden[t], already shifted.
+        bias: (V,) floating, or None.
+        ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
+            Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
+            graph capture and fake tensors every row is computed and the losses of the others are dropped.
+        scale: a number > 0 or a 0-d tensor, which receives its gradient.
+        softcap: bound of |z|, > 0, or None.
+        z_loss: weight of lse^2, >= 0.
+        label_smoothing: in [0, 1].
+        reduction: "mean" over supervised rows, "sum", or "none": (T,) with 0 at ignored rows.
+        return_stats: also return `Stats` of each row; lse and positive_logit are 0, rank and top1 -1 at ignored rows.
+        impl: see the module.
+
+    Returns:
+        The loss, or (loss, Stats). If every row is ignored the loss is 0 and every gradient is 0.
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
+        ValueError: shapes or devices that do not fit; an option out of its range; on CPU also a supervised target
+            outside 0..V-1 (elsewhere a device assertion).
+
+    Sources: next token prediction of Lee et al. 2024, arXiv 2403.09024, section 3; z_loss of Chowdhery et al. 2022,
+    arXiv 2204.02311, section 5; softcap of the Gemma 2 report, arXiv 2408.00118, section 2.
+    """
+    dtype = _operands("hidden", hidden, "weight", weight)
+    t, v = len(hidden), len(weight)
+    _tensor("target", target, (t,), hidden, torch.int64)
+    _common(hidden, scale, label_smoothing, reduction, impl)
+    if v == 0:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, no token to predict; pass the LM head's (V, D) weight"
+        )
+    if bias is not None:
+        _tensor("bias", bias, (v,), hidden)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss is {z_loss}; pass a number >= 0")
+    supervised = target != ignore_index
+    if _readable(target) and target.device.type == "cpu":
+        _in_range("target", target[supervised], v, f" or ignore_index ({ignore_index})")
+    options = {
+        "bias": bias,
+        "scale": scale,
+        "softcap": softcap,
+        "z_loss": z_loss,
+        "label_smoothing": label_smoothing,
+        "reduction": reduction,
+    }
+    if impl == "reference":
+        return reference.linear_cross_entropy(
+            hidden, weight, target, ignore_index=ignore_index, return_stats=return_stats, **options
+        )
+    gather = _readable(target)
+    if gather:
+        rows = supervised.nonzero().squeeze(1)
+        hidden, target = hidden.index_select(0, rows), target[rows]
+    else:
+        rows, target = None, target.where(supervised, -1)
+    if len(hidden) == 0:
+        loss, stats = _nothing((hidden, weight, scale, bias), reduction)
+    else:
+        loss, *stats = softmax_xent.softmax_xent(
+            hidden, weight, product_dtype=dtype, ranks=return_stats, target=target, ignoring=not gather, **options
+        )
+    if rows is not None and reduction == "none":
+        loss = _scatter(loss, rows, t, 0)
+    if not return_stats:
+        return loss
+    blanks = (0, 0, -1, -1)
+    if rows is not None:
+        return loss, Stats(*(_scatter(s, rows, t, blank) for s, blank in zip(stats, blanks)))
+    return loss, Stats(*(s.where(supervised, blank) for s, blank in zip(stats, blanks)))
+
+
+def gather_last_hidden(
+    hidden: Tensor,  # (..., D)
+    rows: Tensor,  # (R,)
+    *,
+    norm_weight: Tensor | None = None,  # (D,)
+    eps: float = 1e-6,
+    normalize: bool = False,
+) -> Tensor:
+    """Embeddings from hidden states: rows gathered, RMS-normalised if norm_weight is given, L2-normalised if asked.
+
+        x_r = hidden[rows_r]        h = x rsqrt(mean(x^2) + eps) norm_weight        y = h / |h|
+
+    Only the gathered rows are normalised; backward writes the dense gradient of hidden once.
+
+    Args:
+        hidden: (..., D) floating; rows count over its flattened leading dimensions: b * S + s in a (B, S, D) batch.
+        rows: (R,) int64, in any order, repetitions allowed.
+        norm_weight: (D,) floating, the weight of the model's final RMSNorm where hidden is what precedes it.
+        eps: of the RMSNorm, >= 0.
+        normalize: divide by the L2 norm; a vector no longer than 1e-12 becomes 0 and receives no gradient.
+
+    Returns:
+        (R, D) in hidden's dtype, computed in fp32 (fp64 for fp64) and rounded once.
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype.
+        ValueError: shapes or devices that do not fit; eps < 0; on CPU also a row out of range.
+
+    Source: query and sequence embeddings of Lee et al. 2024, arXiv 2403.09024, section 3.
+    """
+    _tensor("hidden", hidden)
+    if hidden.ndim < 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (..., D) with at least one leading dimension")
+    hidden = hidden.flatten(0, -2)
+    _tensor("rows", rows, (None,), hidden, torch.int64)
+    if _readable(rows) and rows.device.type == "cpu":
+        _in_range("rows", rows, len(hidden), ", the flattened leading dimensions of hidden")
+    if norm_weight is not None:
+        _tensor("norm_weight", norm_weight, (hidden.shape[1],), hidden)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; pass a number >= 0")
+    return last_hidden.gather_last_hidden(hidden, rows, norm_weight, eps, normalize)
+
+
+def _tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | None, ...] | None = None,
+    like: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A tensor of this shape (None: any size), on the device of `like`, of this dtype (None: floating)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
+    if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
+        raise TypeError(f"{name} has dtype {value.dtype}; convert it to {dtype or 'a floating dtype'}")
+    fits = shape is None or (
+        value.ndim == len(shape) and all(want is None or got == want for got, want in zip(value.shape, shape))
+    )
+    if shape is not None and not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; the other arguments call for ({wanted})")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the operands on {like.device}; move them to one device")
+
+
+def _operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | None, ...] = (None, None)) -> torch.dtype:
+    """Checks two factors of a product and says what they are rounded to before it, as torch.matmul under autocast."""
+    _tensor(name, x, (None, None))
+    _tensor(other, w, shape, x)
+    if w.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"{other} has width {w.shape[-1]}, {name} has {x.shape[-1]}; project one of them to the other's width"
+        )
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    if x.dtype != w.dtype:
+        raise TypeError(f"{other} has dtype {w.dtype}, {name} has {x.dtype}; convert one of them, or use autocast")
+    return x.dtype
+
+
+def _choice(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
+
+
+def _common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, impl: str) -> None:
+    _choice("reduction", reduction, Reduction)
+    _choice("impl", impl, Impl)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; pass a number between 0 and 1")
+    if isinstance(scale, Tensor):
+        _tensor("scale", scale, (), x)
+        if scale.device.type != "cpu" or not _readable(scale):
+            return
+        scale = scale.item()
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale is a {type(scale).__name__}; pass a number or a 0-d tensor")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether t's values can be read here and now: no fake or meta tensor, nothing being compiled or captured."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _in_range(name: str, index: Tensor, size: int, what: str) -> None:
+    wrong = index[(index < 0) | (index >= size)]
+    if len(wrong):
+        raise ValueError(f"{name} holds {int(wrong[0])}; every entry must be in 0..{size - 1}{what}")
+
+
+def _check_positives(positive: Tensor | None, key_ids: Tensor | None, positive_ids: Tensor | None, m: int) -> None:
+    """On CPU, that every query has a positive that is a candidate."""
+    given = [t for t in (positive, key_ids, positive_ids) if t is not None]
+    if not all(t.device.type == "cpu" and _readable(t) for t in given):
+        return
+    if positive is not None:
+        _in_range("positive", positive, m, ", the rows of keys")
+        padding = positive[:0] if key_ids is None else (key_ids[positive] < 0).nonzero()
+        if len(padding):
+            i = int(padding[0])
+            raise ValueError(
+                f"positive[{i}] is {int(positive[i])}, a key that key_ids marks as padding; leave that query out"
+            )
+    elif key_ids is not None and positive_ids is not None:
+        present = (torch.isin(positive_ids, key_ids) & (positive_ids >= 0)).any(1)
+        if not present.all():
+            i = int((~present).nonzero()[0])
+            raise ValueError(
+                f"positive_ids[{i}] is {positive_ids[i].tolist()}, none of which is in key_ids; "
+                "add a key that answers the query or leave the query out"
+            )
+
+
+def _nothing(inputs: tuple[Any, ...], reduction: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss of no rows, 0 with gradients of 0, and its statistics."""
+    loss = sum(t.flatten()[:0].sum() for t in inputs if isinstance(t, Tensor))
+    assert isinstance(loss, Tensor)
+    loss = loss.to(last_hidden.accumulator(loss.dtype))
+    none, index = loss.new_empty(0), loss.new_empty(0, dtype=torch.int64)
+    return loss.expand(0) if reduction == "none" else loss, (none, none, index, index)
+
+
+def _scatter(values: Tensor, rows: Tensor, size: int, blank: int) -> Tensor:
+    return values.new_full((size,), blank).index_copy(0, rows, values)

@@ -1,0 +1,251 @@
+"""The losses as modules: InfoNCE, linear cross-entropy, and their sum for co-supervision.
+
+    L = NTP + nsp_weight * NSP
+
+NTP is the cross-entropy of the next token, NSP the InfoNCE of a query against the sequence embeddings of the batch
+(Lee et al. 2024, arXiv 2403.09024, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cosup_fast.functional import Duplicates, Impl, Reduction, Stats, info_nce, linear_cross_entropy
+
+
+def _over(result: Any, count: int | Tensor | None) -> Any:
+    """A sum, with or without its statistics, divided by a count of the caller's."""
+    if count is None:
+        return result
+    if isinstance(result, tuple):
+        return _over(result[0], count), result[1]
+    return result / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+class InfoNCELoss(nn.Module):
+    """InfoNCE of queries (N, D) against keys (M, D); the equation and the errors are those of `functional.info_nce`.
+
+    Args:
+        temperature: logits are divided by it; give this or scale, or neither for plain dot products as in the paper.
+        scale: 1 / temperature.
+        learnable_scale: train the scale, as the parameter `log_scale` = log(scale), fp32.
+        max_scale: each forward first clamps log_scale in place to at most log(max_scale), so that its gradient at the
+            bound stays alive and a step can lead away from it (100 as in CLIP, Radford et al. 2021, section 2.5).
+        normalize, symmetric, label_smoothing, duplicates, reduction, impl: as in `functional.info_nce`.
+
+    Raises:
+        ValueError: both temperature and scale are given; a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | None = None,
+        scale: float | None = None,
+        learnable_scale: bool = False,
+        max_scale: float = 100.0,
+        normalize: bool = False,
+        symmetric: bool = False,
+        label_smoothing: float = 0.0,
+        duplicates: Duplicates = "mask",
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        if temperature is not None:
+            if scale is not None:
+                raise ValueError(
+                    f"temperature is {temperature} and scale is {scale}; scale = 1 / temperature, pass one"
+                )
+            if not 0 < temperature < math.inf:
+                raise ValueError(f"temperature is {temperature}; pass a positive finite number")
+            scale = 1 / temperature
+        scale = 1.0 if scale is None else scale
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
+        if learnable_scale and scale > max_scale:
+            raise ValueError(f"scale is {scale}, above max_scale {max_scale}; raise max_scale or lower scale")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
+        self.fixed_scale, self.max_scale = scale, max_scale
+        self.normalize, self.symmetric, self.label_smoothing = normalize, symmetric, label_smoothing
+        self.duplicates: Duplicates = duplicates
+        self.reduction: Reduction = reduction
+        self.impl: Impl = impl
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What the scores are multiplied by: a float, or exp(log_scale) with its gradient."""
+        return self.fixed_scale if self.log_scale is None else self.log_scale.exp()
+
+    def forward(
+        self,
+        query: Tensor,  # (N, D)
+        keys: Tensor,  # (M, D)
+        positive: Tensor | None = None,  # (N,)
+        *,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        positive_ids: Tensor | None = None,
+        private_negatives: Tensor | None = None,
+        count: int | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss, or (loss, Stats). With `count` it is the sum over these queries divided by max(count, 1)."""
+        if self.log_scale is not None:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(self.max_scale))
+        result = info_nce(
+            query,
+            keys,
+            positive,
+            scale=self.scale,
+            normalize=self.normalize,
+            symmetric=self.symmetric,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            positive_ids=positive_ids,
+            duplicates=self.duplicates,
+            private_negatives=private_negatives,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction if count is None else "sum",
+            return_stats=return_stats,
+            impl=self.impl,
+        )
+        return _over(result, count)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """Next-token cross-entropy of hidden states (T, D) against an LM head (V, D) without the logits.
+
+    The options, the equation and the errors are those of `functional.linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.scale, self.softcap = ignore_index, scale, softcap
+        self.z_loss, self.label_smoothing = z_loss, label_smoothing
+        self.reduction: Reduction = reduction
+        self.impl: Impl = impl
+
+    def forward(
+        self,
+        hidden: Tensor,  # (T, D)
+        weight: Tensor,  # (V, D)
+        target: Tensor,  # (T,)
+        *,
+        bias: Tensor | None = None,  # (V,)
+        count: int | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss, or (loss, Stats). With `count` it is the sum over these rows divided by max(count, 1)."""
+        result = linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            scale=self.scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction if count is None else "sum",
+            return_stats=return_stats,
+            impl=self.impl,
+        )
+        return _over(result, count)
+
+
+class CoSupervisionOutput(NamedTuple):
+    """0-d losses, fp32 (fp64 for fp64 inputs); only `loss` carries the weight of NSP."""
+
+    loss: Tensor
+    ntp: Tensor
+    nsp: Tensor
+    stats: Stats | None
+    """`Stats` of the queries; None where there was none."""
+
+
+class CoSupervisionLoss(nn.Module):
+    """Token and sequence supervision of one step: loss = NTP + nsp_weight * NSP.
+
+    Args:
+        nsp_weight: lambda, 0.01 in the published code. With 0, NSP is still reported but costs no gradient.
+        ntp: `LinearCrossEntropyLoss()` by default.
+        nsp: `InfoNCELoss()` by default: plain dot products, no temperature, as in the paper.
+
+    Raises:
+        ValueError: nsp_weight is negative or not finite; ntp or nsp does not reduce by "mean".
+    """
+
+    def __init__(
+        self, nsp_weight: float = 0.01, ntp: LinearCrossEntropyLoss | None = None, nsp: InfoNCELoss | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 <= nsp_weight < math.inf:
+            raise ValueError(f"nsp_weight is {nsp_weight}; pass a finite number >= 0")
+        self.nsp_weight = nsp_weight
+        self.ntp = LinearCrossEntropyLoss() if ntp is None else ntp
+        self.nsp = InfoNCELoss() if nsp is None else nsp
+        for name, part in (("ntp", self.ntp), ("nsp", self.nsp)):
+            if part.reduction != "mean":
+                raise ValueError(f"{name} has reduction {part.reduction!r}; a sum of two losses needs 'mean'")
+
+    def forward(
+        self,
+        hidden: Tensor,  # (T, D)
+        lm_head_weight: Tensor,  # (V, D)
+        target: Tensor,  # (T,)
+        *,
+        query: Tensor | None,  # (N, E)
+        keys: Tensor | None,  # (M, E)
+        positive: Tensor | None = None,  # (N,)
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        positive_ids: Tensor | None = None,
+        private_negatives: Tensor | None = None,
+        bias: Tensor | None = None,
+        ntp_count: int | Tensor | None = None,
+        nsp_count: int | Tensor | None = None,
+    ) -> CoSupervisionOutput:
+        """The loss of a micro-batch.
+
+        Args:
+            hidden, lm_head_weight, target, bias: as in `functional.linear_cross_entropy`; target[t] is the label of
+                hidden[t], already shifted.
+            query, keys, positive and the ids: as in `functional.info_nce`. Without queries (None, or N = 0) NSP is a
+                constant 0.
+            ntp_count, nsp_count: how many supervised tokens and queries the whole accumulated step holds, over all
+                micro-batches (and ranks, where gradients are summed over them). The sums of this micro-batch are
+                divided by them, so that the micro-batches' gradients add up to those of the step in one piece,
+                however unequal they are. By default the counts of this micro-batch.
+        """
+        ntp = self.ntp(hidden, lm_head_weight, target, bias=bias, count=ntp_count)
+        if query is None or len(query) == 0:
+            return CoSupervisionOutput(ntp, ntp, torch.zeros_like(ntp), None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp_weight > 0):
+            nsp, stats = self.nsp(
+                query,
+                keys,
+                positive,
+                query_ids=query_ids,
+                key_ids=key_ids,
+                positive_ids=positive_ids,
+                private_negatives=private_negatives,
+                count=nsp_count,
+                return_stats=True,
+            )
+        return CoSupervisionOutput(ntp + self.nsp_weight * nsp if self.nsp_weight else ntp, ntp, nsp, stats)
