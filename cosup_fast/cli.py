@@ -5,13 +5,13 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -48,19 +48,10 @@ def run() -> None:
     except KeyboardInterrupt as interrupt:
         err.print(f"[yellow]interrupted[/] {interrupt}", highlight=False)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as error:
-        if not _is_user_error(error):
-            raise
+    except (ValueError, OSError) as error:  # what is wrong with an argument, a file or a run; a bug keeps its trace
         err.print("[red]error:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-def _is_user_error(error: Exception) -> bool:
-    """Whether a message was written for the user: ours, or the operating system's word about a file."""
-    from cosup_fast.training.trainer import TrainingError
-
-    return isinstance(error, (ValueError, OSError, TrainingError))
 
 
 @app.command(epilog="Example: cosup-fast env")
@@ -79,9 +70,10 @@ def data_list() -> None:
     """List what can be prepared, its licence, and whether it is ready."""
     from cosup_fast.data.prepare import list_prepared
 
-    table = Table("name", "what", "licence", "size", "ready")
+    table = Table("name", "what", "licence", "download", "on disk")
     for row in list_prepared():
-        table.add_row(row.name, row.what, row.licence, row.size, "[green]yes[/]" if row.ready else "no")
+        ready = f"[green]{decimal(row.size)}[/]" if row.ready else "not prepared"
+        table.add_row(row.name, row.what, row.licence, decimal(row.download), ready)
     out.print(table)
 
 
@@ -95,13 +87,21 @@ def data_prepare(name: Annotated[str, typer.Argument(help="a name of `cosup-fast
 
 @data_app.command("check", epilog="Example: cosup-fast data check my-examples.jsonl --corpus my-passages.jsonl")
 def data_check(
-    examples: Annotated[list[str], typer.Argument(help="example sets: JSONL files or names")],
+    examples: Annotated[
+        list[str] | None, typer.Argument(help="example sets: JSONL files or names; none: check what was prepared")
+    ] = None,
     corpus: Annotated[str, typer.Option(help="the passages: a JSONL file or a name")] = "wiki-leads",
     allow_no_retrieval: Annotated[bool, typer.Option("--allow-no-retrieval")] = False,
 ) -> None:
-    """Validate passages and examples line by line."""
+    """Validate passages and examples line by line, or the prepared sets against their checksums and splits."""
+    from cosup_fast.data.prepare import check
     from cosup_fast.data.sources import load_corpus, load_examples
 
+    if not examples:
+        if problems := check():
+            raise ValueError("\n".join(problems))
+        out.print("every prepared set is as it was first made, and no tested passage is trained on")
+        return
     passages = {passage.id for passage in load_corpus(corpus)}
     out.print(f"{corpus}: {len(passages)} passages")
     for name in examples:
@@ -165,15 +165,17 @@ def index_search(
     allow_stale: Stale = False,
 ) -> None:
     """Show the passages nearest to a question."""
-    from cosup_fast.index import SequenceIndex, embed_question
+    from cosup_fast.generation import GenerationConfig, Generator
+    from cosup_fast.index import SequenceIndex
 
     model = _load_model(checkpoint, device)
     loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    scores, rows = loaded.search(embed_question(model, question)[None], k)
+    text = {passage.id: passage.text for passage in loaded.passages}
+    # The first two tokens of an answer: [NSP], whose passages are wanted, and one more that asks for them.
+    config = GenerationConfig(ret_first=True, max_retrievals=1, max_new_tokens=2, candidates=k)
     table = Table("score", "title", "text")
-    for score, row in zip(scores[0], rows[0], strict=True):
-        passage = loaded.passages[int(row)]
-        table.add_row(f"{score:.3f}", passage.title, passage.text[:160])
+    for found in Generator(model, loaded, config).generate(question).retrievals[0].candidates:
+        table.add_row(f"{found.score:.3f}", found.title, text[found.passage][:160])
     out.print(table)
 
 
@@ -186,7 +188,7 @@ def generate(
     max_retrievals: Annotated[int, typer.Option(min=0)] = 2,
     ret_first: Annotated[bool, typer.Option(help="retrieve before the first word")] = True,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    top_p: Annotated[float, typer.Option(max=1, help="above 0")] = 1.0,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
     device: Device = "auto",
@@ -210,7 +212,7 @@ def generate(
     for question in questions:
         answer = generator.generate(question)
         if as_json:
-            out.print(json.dumps(answer.to_dict()), markup=False, highlight=False, soft_wrap=True)
+            out.print(answer.model_dump_json(), markup=False, highlight=False, soft_wrap=True)
         else:
             print_answer(out, question, answer)
 
@@ -267,7 +269,7 @@ def print_answer(console: Console, question: str, answer) -> None:
     console.print("[bold]A[/] ", end="")
     console.print(answer.text.strip() or "(nothing)", markup=False, highlight=False)
     for retrieval in answer.retrievals:
-        console.print(f"  [dim]retrieved ({retrieval.score:.3f})[/] {retrieval.title}", highlight=False)
+        console.print(f"  [dim]retrieved ({retrieval.best.score:.3f})[/] {retrieval.best.title}", highlight=False)
 
 
 def _config(arguments: list[str]) -> RunConfig:

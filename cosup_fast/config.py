@@ -25,13 +25,19 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    corpus: str = Field("wiki-leads", description="the passages")
-    train: list[str] = Field(["cloze/train", "questions/train"], description="example sets that are trained on")
-    dev: list[str] = Field(["questions/dev"], description="held-out example sets, evaluated while training")
-    train_limit: int | None = Field(None, ge=1, description="use only so many training examples, drawn by the seed")
-    dev_limit: int | None = Field(200, ge=1, description="use only so many held-out examples, drawn by the seed")
-    dev_pool: int = Field(800, ge=1, description="passages searched for held-out retrieval: the gold ones and others")
-    allow_no_retrieval: bool = Field(False, description="accept training examples without any retrieval")
+    corpus: str = Field(default="wiki-leads", description="the passages")
+    train: list[str] = Field(default=["cloze/train", "questions/train"], description="example sets that are trained on")
+    dev: list[str] = Field(default=["questions/dev"], description="held-out example sets, evaluated while training")
+    train_limit: int | None = Field(
+        default=None, ge=1, description="use only so many training examples, drawn by the seed"
+    )
+    dev_limit: int | None = Field(
+        default=200, ge=1, description="use only so many held-out examples, drawn by the seed"
+    )
+    dev_pool: int = Field(
+        default=800, ge=1, description="passages searched for held-out retrieval: the gold ones and others"
+    )
+    allow_no_retrieval: bool = Field(default=False, description="accept training examples without any retrieval")
 
 
 class RunConfig(BaseModel):
@@ -39,7 +45,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    output: str = Field("runs/cosup", description="folder for checkpoints, metrics, plots and this configuration")
+    output: str = Field(
+        default="runs/cosup", description="folder for checkpoints, metrics, plots and this configuration"
+    )
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     data: DataConfig = DataConfig()

@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
+Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
+
 
 class ModelConfig(BaseModel):
     """Which two models, and how much of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    gen: str = Field("smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
-    embseq: str | None = Field(None, description="Embseq, likewise; null means the same model as gen")
-    shared: bool = Field(False, description="Embseq is Gen itself: one set of weights")
-    freeze_embseq: bool = Field(False, description="Embseq's weights stay as they are")
-    gen_layers: int | None = Field(None, ge=1, description="keep only the first layers of Gen")
-    embseq_layers: int | None = Field(None, ge=1, description="keep only the first layers of Embseq")
-    attention: Literal["auto", "packed_sdpa", "flash_attention_2"] = Field(
-        "auto", description="auto: FlashAttention where it can run, else packed_sdpa"
-    )
-    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of the weights")
+    gen: str = Field(default="smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
+    embseq: str | None = Field(default=None, description="Embseq, likewise; null means the same model as gen")
+    shared: bool = Field(default=False, description="Embseq is Gen itself: one set of weights")
+    freeze_embseq: bool = Field(default=False, description="Embseq's weights stay as they are")
+    gen_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Gen")
+    embseq_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Embseq")
+    attention: Attention = Field(default="auto", description="auto: FlashAttention where it can run, else packed_sdpa")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -74,12 +74,16 @@ class NSPConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight: float = Field(0.1, ge=0, description="lambda: loss = NTP + lambda * NSP")
-    similarity: Literal["dot", "cosine"] = Field("cosine", description="inner product, raw or of unit vectors")
-    temperature: float = Field(0.05, gt=0, description="scores are divided by it (dot / sqrt(D): the root of D)")
-    learnable_temperature: bool = Field(False, description="train the temperature, starting from the value given")
-    symmetric: bool = Field(False, description="also contrast passages against queries")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    weight: float = Field(default=0.1, ge=0, description="lambda: loss = NTP + lambda * NSP")
+    similarity: Literal["dot", "cosine"] = Field(default="cosine", description="inner product, raw or of unit vectors")
+    temperature: float = Field(
+        default=0.05, gt=0, description="scores are divided by it (dot / sqrt(D): the root of D)"
+    )
+    learnable_temperature: bool = Field(
+        default=False, description="train the temperature, starting from the value given"
+    )
+    symmetric: bool = Field(default=False, description="also contrast passages against queries")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class CoSupervisionModel(nn.Module):
@@ -92,6 +96,10 @@ class CoSupervisionModel(nn.Module):
         nsp: the loss settings.
         freeze_embseq: Embseq takes no gradient; its projection, if any, still does.
     """
+
+    gen: PreTrainedModel
+    embseq: PreTrainedModel | None
+    projection: nn.Linear | None
 
     def __init__(
         self,
@@ -153,7 +161,7 @@ class CoSupervisionModel(nn.Module):
         return cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", attention: str = "auto") -> Self:
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", attention: Attention = "auto") -> Self:
         """A checkpoint folder that `save` wrote.
 
         Raises:
@@ -180,11 +188,12 @@ class CoSupervisionModel(nn.Module):
         """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.gen.save_pretrained(folder / "gen")
-        self.template.tokenizer.save_pretrained(folder / "gen")
-        if self.embseq is not None:
-            self.embseq.save_pretrained(folder / "embseq")
-            self.template.embseq_tokenizer.save_pretrained(folder / "embseq")
+        with _quiet_transformers():
+            self.gen.save_pretrained(folder / "gen")
+            self.template.tokenizer.save_pretrained(folder / "gen")
+            if self.embseq is not None:
+                self.embseq.save_pretrained(folder / "embseq")
+                self.template.embseq_tokenizer.save_pretrained(folder / "embseq")
         save_file(self._head_state(), folder / "heads.safetensors")
         description = {
             "format_version": FORMAT_VERSION,
@@ -296,7 +305,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _run(model: PreTrainedModel, pack: Pack) -> Tensor:
+def _run(model: Any, pack: Pack) -> Tensor:
     lengths = {
         "flash_attention_2": {
             "cu_seq_lens_q": pack.cu_seqlens,
@@ -328,7 +337,7 @@ def _load(
         if getattr(stack, "layer_types", None):
             stack.layer_types = stack.layer_types[:layers]
     factory = AutoModelForCausalLM if head else AutoModel
-    with _quiet_transformers():  # it would list every weight of the layers left out, or of the head
+    with _quiet_transformers():
         model = factory.from_pretrained(
             source,
             config=config,
@@ -340,6 +349,7 @@ def _load(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
     logging = transformers.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

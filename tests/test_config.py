@@ -16,9 +16,10 @@ def test_every_field_can_be_overridden_on_the_command_line():
         value = defaults
         for key in name.split("."):
             value = value[key]
-        assert load_config(
-            None, [f"{name}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...\n').strip()}"]
+        flow = (
+            yaml.safe_dump([value], default_flow_style=True, width=10_000).strip().removeprefix("[").removesuffix("]")
         )
+        assert load_config(None, [f"{name}={flow}"]) == RunConfig(), name
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):

@@ -141,7 +141,7 @@ class HeldOutEvaluator:
                 ntp, nsp = ntp + float(out.ntp), nsp + float(out.nsp)
                 tokens, queries = tokens + int((batch.labels != IGNORE).sum()), queries + len(batch.query_rows)
             ranks = retrieval_ranks(model, self.examples, self.pool)
-        recall = [sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 20)]
+        recall = [sum(rank < k for rank in ranks) / max(1, len(ranks)) for k in (1, 5, 20)]
         return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *recall)
 
 

@@ -36,29 +36,37 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(3, ge=1, description="passes over the training set")
-    steps: int | None = Field(None, ge=1, description="stop after so many steps, whatever the epochs")
-    max_minutes: float | None = Field(None, gt=0, description="stop after so many minutes, with a checkpoint")
-    batch_size: int = Field(32, ge=1, description="examples in one forward: their passages are the negatives")
-    accumulate: int = Field(1, ge=1, description="forwards per step")
-    lr: float = Field(2e-5, gt=0)
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    epochs: int = Field(default=3, ge=1, description="passes over the training set")
+    steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")
+    max_minutes: float | None = Field(default=None, gt=0, description="stop after so many minutes, with a checkpoint")
+    batch_size: int = Field(default=32, ge=1, description="examples in one forward: their passages are the negatives")
+    accumulate: int = Field(default=1, ge=1, description="forwards per step")
+    lr: float = Field(default=2e-5, gt=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)")
-    weight_decay: float = Field(0.0, ge=0)
+    lr_decay: float = Field(
+        default=1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)"
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = Field(1.0, gt=0, description="global gradient norm over both models; null: no clipping")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights stay as is")
+    clip: float | None = Field(
+        default=1.0, gt=0, description="global gradient norm over both models; null: no clipping"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast, weights stay as is"
+    )
     activation_checkpointing: bool = False
     seed: int = 0
-    log_every: int = Field(1, ge=1, description="steps between metrics")
-    eval_every: int | None = Field(100, ge=1, description="steps between held-out evaluations; null: never")
-    checkpoint_every: int | None = Field(500, ge=1, description="steps between checkpoints; null: only at the end")
-    keep_checkpoints: int = Field(2, ge=1)
-    device: str = Field("auto", description="auto: cuda when there is one, else cpu")
+    log_every: int = Field(default=1, ge=1, description="steps between metrics")
+    eval_every: int | None = Field(default=100, ge=1, description="steps between held-out evaluations; null: never")
+    checkpoint_every: int | None = Field(
+        default=500, ge=1, description="steps between checkpoints; null: only at the end"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1)
+    device: str = Field(default="auto", description="auto: cuda when there is one, else cpu")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Training cannot go on; the message names the step, the cause and the last good checkpoint."""
 
 
@@ -211,8 +219,9 @@ class Trainer:
             with autocast(model.device, config.precision):
                 out = model(batch, ntp_count=ntp_count, nsp_count=nsp_count)
             out.loss.backward()
-            hits = (out.stats.rank == 0).sum()
-            totals += torch.stack([x.detach().float() for x in (out.loss, out.ntp, out.nsp, hits)])
+            totals[:3] += torch.stack([out.loss, out.ntp, out.nsp]).detach()
+            if out.stats is not None:
+                totals[3] += (out.stats.rank == 0).sum()
         loss, ntp, nsp, hits = totals.tolist()
         gen_norm, embseq_norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(gen_norm + embseq_norm):

@@ -1,0 +1,112 @@
+"""Which similarity, lambda and learning rate? Short runs that differ in one field each, compared on held-out questions.
+
+    python benchmarks/pilot.py --output runs/pilot            # every setting, then the table
+    python benchmarks/pilot.py --output runs/pilot --table    # the table of what is there
+
+Every setting trains for the same number of steps from the same weights, on the same batches in the same order, so a
+noisy machine changes its time and not its figures. A setting that has finished is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from cosup_fast.config import load_config
+from cosup_fast.training.run import read_metrics, run_training
+
+BASE = [
+    "model.gen_layers=6",
+    "model.embseq_layers=6",
+    "text.max_passage_tokens=64",
+    "text.long_passages=truncate",
+    "data.dev_limit=200",
+    "data.dev_pool=800",
+    "training.batch_size=32",
+    "training.warmup=0.05",
+    "training.schedule=linear",
+    "training.precision=bfloat16",
+    "training.checkpoint_every=null",
+    "training.log_every=5",
+]
+WIDTH = 576
+CENTRE = {"nsp.similarity": "cosine", "nsp.temperature": 0.05, "nsp.weight": 1.0, "training.lr": 3e-4}
+SETTINGS: dict[str, dict[str, object]] = {
+    "cosine, tau 0.05, lambda 1, lr 3e-4": {},
+    "cosine, tau 0.02": {"nsp.temperature": 0.02},
+    "cosine, tau 0.1": {"nsp.temperature": 0.1},
+    "cosine, tau learnt from 0.05": {"nsp.learnable_temperature": True},
+    "dot / sqrt(D)": {"nsp.similarity": "dot", "nsp.temperature": math.sqrt(WIDTH)},
+    "dot / D": {"nsp.similarity": "dot", "nsp.temperature": float(WIDTH)},
+    "raw dot": {"nsp.similarity": "dot", "nsp.temperature": 1.0},
+    "raw dot, lambda 0.01 (paper)": {"nsp.similarity": "dot", "nsp.temperature": 1.0, "nsp.weight": 0.01},
+    "lambda 0.01": {"nsp.weight": 0.01},
+    "lambda 0.1": {"nsp.weight": 0.1},
+    "lambda 10": {"nsp.weight": 10.0},
+    "lr 1e-4": {"training.lr": 1e-4},
+    "lr 1e-3": {"training.lr": 1e-3},
+    "seed 1": {"training.seed": 1},
+    "shared weights": {"model.shared": True, "model.embseq_layers": None},
+    "frozen Embseq": {"model.freeze_embseq": True},
+}
+
+
+def run_setting(output: Path, name: str, fields: dict[str, object], steps: int) -> None:
+    """Trains one setting unless its figures are there."""
+    folder = output / name.replace(" ", "_").replace("/", "over").replace(",", "")
+    if (folder / "done.json").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    overrides = {**CENTRE, **fields, "training.steps": steps, "training.eval_every": steps, "output": str(folder)}
+    config = load_config(None, [*BASE, *(f"{key}={json.dumps(value)}" for key, value in overrides.items())])
+    run_training(config, console=Console(stderr=True))
+    records = read_metrics(folder / "metrics.jsonl")
+    before, after = (next(r for r in order if r["kind"] == "held-out") for order in (records, records[::-1]))
+    shutil.rmtree(folder / "checkpoints")
+    warnings = folder / "warnings.log"
+    done = {
+        "name": name,
+        "before": before,
+        "after": after,
+        "warnings": warnings.read_text().splitlines() if warnings.is_file() else [],
+    }
+    temporary = folder / "done.writing"
+    temporary.write_text(json.dumps(done, indent=1) + "\n")
+    os.replace(temporary, folder / "done.json")
+
+
+def table(output: Path) -> str:
+    """What was seen, as Markdown, best R@5 first."""
+    done = [json.loads(path.read_text()) for path in output.glob("*/done.json")]
+    lines = ["| setting | steps | NTP | NSP | R@1 | R@5 | R@20 |", "|---|---|---|---|---|---|---|"]
+    if done:
+        before = done[0]["before"]
+        done.append({"name": "before training", "after": before})
+    for run in sorted(done, key=lambda run: -run["after"]["recall_at_5"]):
+        after = run["after"]
+        recalls = " | ".join(f"{after[f'recall_at_{k}']:.1%}" for k in (1, 5, 20))
+        lines.append(f"| {run['name']} | {after['step']} | {after['ntp']:.3f} | {after['nsp']:.3f} | {recalls} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the settings one after the other and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/pilot"))
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        for name, fields in SETTINGS.items():
+            run_setting(arguments.output, name, fields, arguments.steps)
+    print(table(arguments.output))
+
+
+if __name__ == "__main__":
+    main()
