@@ -68,7 +68,9 @@ class CoSupervisionBatch:
         """The batch with its tensors on `device`."""
         return CoSupervisionBatch(
             self.gen.to(device),
-            *(x.to(device, non_blocking=True) for x in (self.labels, self.query_rows, self.positive)),
+            self.labels.to(device, non_blocking=True),
+            self.query_rows.to(device, non_blocking=True),
+            self.positive.to(device, non_blocking=True),
             self.passages and self.passages.to(device),
         )
 

@@ -39,17 +39,17 @@ class TextConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str = Field(
-        "{instruction}## Input:\n\n{question}## Output:\n\n",
+        default="{instruction}## Input:\n\n{question}## Output:\n\n",
         description="prompt template with the fields {instruction} and {question}",
     )
-    passage: str = Field("{title} :: {text}", description="passage template with the fields {title} and {text}")
-    max_passage_tokens: int = Field(512, ge=1, description="longest passage, in tokens, in Gen and in Embseq")
+    passage: str = Field(default="{title} :: {text}", description="passage template with the fields {title} and {text}")
+    max_passage_tokens: int = Field(default=512, ge=1, description="longest passage, in tokens, in Gen and in Embseq")
     long_passages: Literal["error", "truncate"] = Field(
-        "error",
+        default="error",
         description="what a passage beyond max_passage_tokens does: stop with its id, or lose its tail",
     )
     label_passages: bool = Field(
-        False, description="also train NTP on the inserted passages, as the paper's published code does"
+        default=False, description="also train NTP on the inserted passages, as the paper's published code does"
     )
 
     @field_validator("prompt", "passage")
@@ -126,7 +126,7 @@ class Template:
 
     def decode(self, ids: list[int]) -> str:
         """The text of Gen's tokens, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def prompt(self, question: str, instruction: str = "") -> list[int]:
         """Gen's tokens up to where the output begins."""
@@ -219,9 +219,10 @@ def _start_of_sequence(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, which closes every output and "
             "every passage: set tokenizer.eos_token and save the tokenizer again"
         )
-    return tokenizer.eos_token_id
+    return eos
