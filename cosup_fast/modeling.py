@@ -177,6 +177,8 @@ class CoSupervisionModel(nn.Module):
         text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
         template = _make_template(text, gen, tokenizer, embseq, embseq_tokenizer)
         model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
+        if not (folder / "heads.safetensors").is_file():
+            raise ValueError(f"{folder} is incomplete: heads.safetensors is missing")
         heads = load_file(folder / "heads.safetensors")
         model.load_state_dict(heads, strict=False)
         expected = set(model._head_state())
@@ -258,7 +260,7 @@ class CoSupervisionModel(nn.Module):
         )
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def train(self, mode: bool = True) -> Self:
@@ -287,7 +289,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The `cosup.json` of a checkpoint.
 
     Raises:
-        ValueError: it is not there, is no JSON, or is of another format version.
+        ValueError: it is not there, is no JSON object, is of another format version, or is incomplete.
     """
     path = Path(folder) / "cosup.json"
     if not path.is_file():
@@ -295,13 +297,14 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} is no co-supervised checkpoint (no cosup.json): expected a folder that `cosup-fast train` wrote"
         )
     try:
-        description = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description.get("format_version")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {description.get('format_version')!r}, this release reads {FORMAT_VERSION}"
-        )
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}")
+    if missing := {"shared", "freeze_embseq", "dtype", "text", "nsp"} - set(description):
+        raise ValueError(f"{path} is incomplete, it lacks {', '.join(sorted(missing))}")
     return description
 
 
