@@ -144,7 +144,7 @@ def gpt2_folder(tmp_path_factory) -> str:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=3, n_positions=256, initializer_range=0.3,
+        vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=3, n_positions=320, initializer_range=0.3,
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)

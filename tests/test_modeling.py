@@ -1,0 +1,375 @@
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from cosup_fast.data.packing import Pack, make_batch
+from cosup_fast.data.template import DESCRIPTIONS, IGNORE
+from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
+
+
+def eager(model, ids: list[int]) -> torch.Tensor:
+    """Hidden states (T, D) of one sequence by transformers' own eager attention: no pack, no mask of ours."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        return model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+    finally:
+        model.set_attn_implementation(before)
+
+
+def sequences_of(model, passages) -> list[list[int]]:
+    return [model.template.sequence(passage) for passage in passages]
+
+
+@pytest.fixture(scope="module")
+def exact(make_model):
+    """In fp64; transformers computes norms and rotations in fp32 all the same."""
+    return make_model(dtype="float64")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def either(request, make_model, gpt2_folder):
+    return make_model(dtype="float64", embseq=gpt2_folder if request.param == "gpt2" else None)
+
+
+@torch.no_grad()
+def test_packed_hidden_states_are_those_of_each_sequence_alone(either, passages, examples, corpus):
+    pack = make_batch(examples, corpus, either.template).gen
+    for ids, hidden in zip(
+        pack.input_ids.split(pack.lengths), either.hidden_states(pack).split(pack.lengths), strict=True
+    ):
+        torch.testing.assert_close(hidden, eager(either.gen, ids.tolist()), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_embedding_is_the_hidden_state_at_the_end_token(either, passages):
+    sequences = sequences_of(either, passages)
+    embedded = either.embed(Pack.of(sequences))
+    for ids, embedding in zip(sequences, embedded, strict=True):
+        hidden = eager(either.embseq, ids)[-1]
+        expected = F.normalize(hidden if either.projection is None else either.projection(hidden), dim=-1)
+        torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float64", 1e-7)])
+@torch.no_grad()
+def test_embedding_does_not_depend_on_the_pack(make_model, gpt2_folder, passages, dtype, tolerance):
+    for embseq in (None, gpt2_folder):
+        model = make_model(dtype=dtype, embseq=embseq)
+        sequences = sequences_of(model, passages)
+        alone = torch.cat([model.embed(Pack.of([ids])) for ids in sequences])
+        assert (alone.norm(dim=1) - 1).abs().max() < 1e-6
+        for order in torch.stack([torch.randperm(len(sequences)) for _ in range(4)]).tolist():
+            packed = model.embed(Pack.of([sequences[row] for row in order]))
+            assert (packed - alone[order]).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_nothing_leaks_between_neighbours(either):
+    middle = list(range(40, 60))
+    for run in (either.hidden_states, either.embed):
+        kept = []
+        for neighbour in (70, 90):
+            out = run(Pack.of([[neighbour] * 9, middle, [neighbour] * 11]))
+            kept.append(out[9:29] if run == either.hidden_states else out[1:2])
+        assert torch.equal(*kept)
+
+
+def test_neighbours_get_no_gradient(exact):
+    pack = Pack.of([list(range(40, 50)), list(range(60, 75)), list(range(80, 85))])
+    embeddings = exact.gen.get_input_embeddings()
+    grad = torch.autograd.grad(exact.hidden_states(pack)[10:25].square().sum(), embeddings.weight)[0]
+    assert (grad[60:75].abs().sum(dim=1) > 0).all()
+    assert (grad[40:50] == 0).all()
+    assert (grad[80:85] == 0).all()
+
+
+def written_out(model, examples, corpus) -> tuple[torch.Tensor, torch.Tensor]:
+    """NTP and NSP from their definitions, one sequence at a time, with eager attention and whole logits."""
+    template, nsp = model.template, model.nsp
+    passages = list(dict.fromkeys(s.passage for e in examples for s in e.output if s.passage))
+    embseq = model.gen if model.embseq is None else model.embseq
+    keys = torch.stack([eager(embseq, template.sequence(corpus[p]))[-1] for p in passages])
+    keys = keys if model.projection is None else model.projection(keys)
+    nll, queries, positive = [], [], []
+    for example in examples:
+        sequence = template.gen_sequence(example, corpus)
+        hidden, labels = eager(model.gen, sequence.input_ids), torch.tensor(sequence.labels)
+        logits = model.gen.get_output_embeddings()(hidden)
+        nll.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[labels != IGNORE])
+        queries.append(hidden[sequence.query_rows])
+        positive += [passages.index(p) for p in sequence.query_passages]
+    queries = torch.cat(queries)
+    if nsp.similarity == "cosine":
+        queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    return torch.cat(nll).mean(), F.cross_entropy(queries @ keys.T / nsp.temperature, torch.tensor(positive))
+
+
+@pytest.mark.parametrize(("similarity", "temperature"), [("cosine", 0.05), ("dot", 6.0)])
+@pytest.mark.parametrize("kind", ["two", "shared", "projected"])
+def test_loss_and_gradients_are_those_of_the_definition(
+    make_model, gpt2_folder, examples, corpus, kind, similarity, temperature
+):
+    model = make_model(
+        dtype="float64",
+        embseq=gpt2_folder if kind == "projected" else None,
+        shared=kind == "shared",
+        nsp={"weight": 0.7, "similarity": similarity, "temperature": temperature},
+    )
+    out = model(make_batch(examples, corpus, model.template))
+    ntp, nsp = written_out(model, examples, corpus)
+    torch.testing.assert_close(out.ntp, ntp, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.nsp, nsp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.loss, ntp + 0.7 * nsp, rtol=1e-5, atol=1e-5)
+    weights = dict(model.named_parameters())
+    ours, expected = (
+        torch.autograd.grad(loss, list(weights.values()), allow_unused=True) for loss in (out.loss, ntp + 0.7 * nsp)
+    )
+    for name, a, b in zip(weights, ours, expected, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9, name
+
+
+def test_each_loss_reaches_its_models(make_model, examples, corpus):
+    model = make_model()
+    out = model(make_batch(examples, corpus, model.template))
+    names = [name for name, _ in model.named_parameters()]
+    for loss, reached in ((out.ntp, {"gen"}), (out.nsp, {"gen", "embseq"})):
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        moved = {name.split(".")[0] for name, grad in zip(names, grads) if grad is not None and grad.any()}
+        assert moved == reached
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_counts_make_parts_of_a_step_add_up(exact, examples, corpus):
+    template = exact.template
+    whole = exact(make_batch(examples, corpus, template))
+    parts = [make_batch(part, corpus, template) for part in (examples[:1], examples[1:])]
+    tokens = sum(int((part.labels != IGNORE).sum()) for part in parts)
+    ntp = sum(exact(part, ntp_count=tokens, nsp_count=6).ntp for part in parts)
+    torch.testing.assert_close(ntp, whole.ntp, rtol=1e-9, atol=0)
+
+
+def test_frozen_embseq(make_model, gpt2_folder, examples, corpus):
+    model = make_model(embseq=gpt2_folder, freeze_embseq=True)
+    model.train()
+    assert model.gen.training
+    assert not any(module.training for module in model.embseq.modules())  # its dropout is 0.1
+    out = model(make_batch(examples, corpus, model.template))
+    out.loss.backward()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.embseq.parameters())
+    assert model.projection.weight.grad.abs().max() > 0
+    assert model.gen.get_input_embeddings().weight.grad.abs().max() > 0
+    model.eval()
+    assert not model.gen.training
+
+
+def test_dropout_of_a_trained_embseq_is_on_in_training(make_model, gpt2_folder, passages):
+    model = make_model(embseq=gpt2_folder)
+    pack = Pack.of(sequences_of(model, passages))
+    model.train()
+    with torch.no_grad():
+        assert not torch.equal(model.embed(pack), model.embed(pack))
+
+
+def test_shared_weights_are_one_model(make_model, passages):
+    model = make_model(shared=True)
+    assert model.embseq is None
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"gen"}
+    pack = Pack.of(sequences_of(model, passages))
+    with torch.no_grad():
+        expected = F.normalize(model.hidden_states(pack)[pack.last_rows], dim=-1)
+        torch.testing.assert_close(model.embed(pack), expected)
+
+
+def test_projection_starts_orthogonal(make_model, gpt2_folder):
+    weight = make_model(embseq=gpt2_folder).projection.weight
+    assert weight.shape == (32, 24)
+    torch.testing.assert_close(weight.T @ weight, torch.eye(24), atol=1e-5, rtol=0)
+
+
+def test_activation_checkpointing_changes_no_gradient(make_model, examples, corpus):
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.enable_activation_checkpointing()
+            assert model.gen.is_activation_checkpointing
+            assert model.embseq.is_activation_checkpointing
+        model(make_batch(examples, corpus, model.template)).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_new_tokens_start_as_the_mean_of_their_descriptions(make_model, llama_folder):
+    model = make_model()
+    plain = AutoModelForCausalLM.from_pretrained(llama_folder)
+    tokenizer = model.template.tokenizer
+    for ours, before in (
+        (model.gen.get_input_embeddings().weight, plain.get_input_embeddings().weight),
+        (model.gen.get_output_embeddings().weight, plain.get_output_embeddings().weight),
+    ):
+        for token, text in DESCRIPTIONS.items():
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            torch.testing.assert_close(ours[tokenizer.convert_tokens_to_ids(token)], before[ids].mean(dim=0))
+        torch.testing.assert_close(ours[:300], before[:300])
+    assert len(model.gen.get_input_embeddings().weight) == 305  # the unused rows sufficed
+    assert model.gen.config.pad_token_id == model.template.pad
+
+
+def test_first_layers_only(make_model, llama_folder, passages):
+    model = make_model(gen_layers=1, embseq_layers=1)
+    assert len(model.gen.base_model.layers) == len(model.embseq.layers) == 1
+    whole = make_model()
+    whole.embseq.layers = whole.embseq.layers[:1]
+    pack = Pack.of(sequences_of(model, passages))
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(pack), whole.embed(pack))
+    with pytest.raises(ValueError, match=r"2 layers, 3 were asked for"):
+        make_model(gen_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"gen": "a", "shared": True, "embseq": "b"}, "model.embseq='b'"),
+        ({"shared": True, "embseq_layers": 1}, "embseq_layers=1"),
+        ({"shared": True, "freeze_embseq": True}, "would freeze Gen"),
+        ({"attention": "flash_attention_2", "dtype": "float64"}, "16-bit"),
+        ({"layers": 3}, "layers"),
+    ],
+)
+def test_inconsistent_settings_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**setting)
+
+
+VARIANTS = {
+    "two": {},
+    "shared": {"shared": True},
+    "frozen": {"freeze_embseq": True},
+    "learned temperature": {"nsp": {"learnable_temperature": True, "temperature": 0.5}},
+    "dot": {"nsp": {"similarity": "dot", "temperature": 8.0}},
+    "fp64": {"dtype": "float64"},
+    "bf16": {"dtype": "bfloat16"},
+    "template": {"text": {"passage": "{text} ({title})", "label_passages": True}},
+    "projected": {"projected": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_and_load(make_model, gpt2_folder, examples, corpus, tmp_path, variant):
+    settings = dict(VARIANTS[variant])
+    if settings.pop("projected", False):
+        settings["embseq"] = gpt2_folder
+    model = make_model(**settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save(tmp_path / "saved")
+    loaded = CoSupervisionModel.load(tmp_path / "saved").eval()
+    assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.nsp == model.nsp
+    assert loaded.template.config == model.template.config
+    assert loaded.freeze_embseq == model.freeze_embseq
+    batch, again = (make_batch(examples, corpus, m.template) for m in (model, loaded))
+    assert torch.equal(batch.gen.input_ids, again.gen.input_ids)
+    assert torch.equal(batch.passages.input_ids, again.passages.input_ids)
+    with torch.no_grad():
+        before, after = model(batch), loaded(again)
+        assert torch.equal(before.loss, after.loss)
+        assert torch.equal(model.embed(batch.passages), loaded.embed(again.passages))
+    loaded.save(tmp_path / "twice")
+    assert CoSupervisionModel.load(tmp_path / "twice").fingerprint() == model.fingerprint()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no cosup.json"),
+        (b"", "damaged"),
+        (b'{"format_version": 1, ', "damaged"),
+        (b"\xff\xfe{}", "damaged"),
+        (b"[]", "damaged|format_version"),
+        (b"{}", "format_version None"),
+        (b'{"format_version": 2}', "format_version 2, this release reads 1"),
+        (b'{"format_version": 1}', "damaged|incomplete"),
+    ],
+)
+def test_wrong_description_is_refused(saved, content, message):
+    path = saved / "cosup.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        CoSupervisionModel.load(saved)
+
+
+def test_heads_must_be_whole(saved, make_model, gpt2_folder, tmp_path):
+    make_model(embseq=gpt2_folder).save(tmp_path / "projected")
+    shutil.copy(tmp_path / "projected" / "heads.safetensors", saved / "heads.safetensors")
+    with pytest.raises(ValueError, match=r"projection\.weight"):
+        CoSupervisionModel.load(saved)
+    (saved / "heads.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"heads.safetensors"):
+        CoSupervisionModel.load(saved)
+
+
+@pytest.mark.parametrize("part", ["gen", "embseq"])
+def test_missing_models_are_named(saved, part):
+    shutil.rmtree(saved / part)
+    with pytest.raises(ValueError, match=part):
+        CoSupervisionModel.load(saved)
+
+
+def test_unknown_setting_in_the_description_is_refused(saved):
+    description = json.loads((saved / "cosup.json").read_text())
+    description["nsp"]["margin"] = 1
+    (saved / "cosup.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="margin"):
+        CoSupervisionModel.load(saved)
+
+
+def test_fingerprint_changes_with_any_weight(make_model, gpt2_folder):
+    model = make_model(embseq=gpt2_folder, nsp={"learnable_temperature": True})
+    seen = {model.fingerprint()}
+    assert model.fingerprint() in seen
+    tensors = model.state_dict()
+    for tensor in tensors.values():
+        last = tensor.reshape(-1)[-1:]
+        kept = last.clone()
+        last.copy_(torch.nextafter(kept, kept + 1))
+        seen.add(model.fingerprint())
+        last.copy_(kept)
+    assert len(seen) == 1 + len(tensors)
+    assert model.fingerprint() == make_model(embseq=gpt2_folder, nsp={"learnable_temperature": True}).fingerprint()
+
+
+def test_fingerprint_changes_with_template_and_similarity(make_model):
+    made = [
+        make_model(),
+        make_model(nsp={"similarity": "dot"}),
+        make_model(text={"passage": "{title}: {text}"}),
+        make_model(text={"max_passage_tokens": 100}),
+        make_model(dtype="float64"),
+        make_model(shared=True),
+    ]
+    assert len({model.fingerprint() for model in made}) == len(made)
+    # What neither a query nor an embedding depends on does not make an index stale.
+    assert make_model(nsp={"weight": 3.0}).fingerprint() == made[0].fingerprint()
+
+
+def test_wrong_nsp_settings_are_refused():
+    for setting in ({"temperature": 0}, {"weight": -1}, {"similarity": "l2"}, {"label_smoothing": 1}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            NSPConfig(**setting)

@@ -1,0 +1,83 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosup_fast.data.packing import Pack, make_batch
+from cosup_fast.data.records import Example, Segment
+from cosup_fast.data.template import IGNORE
+
+
+@given(st.lists(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=7), min_size=1, max_size=6))
+def test_pack_keeps_the_sequences(sequences):
+    pack = Pack.of(sequences)
+    starts = pack.cu_seqlens.tolist()
+    assert pack.cu_seqlens.dtype == torch.int32
+    assert pack.lengths == tuple(map(len, sequences))
+    for i, sequence in enumerate(sequences):
+        piece = slice(starts[i], starts[i + 1])
+        assert pack.input_ids[piece].tolist() == sequence
+        assert pack.position_ids[piece].tolist() == list(range(len(sequence)))
+        assert int(pack.input_ids[pack.last_rows[i]]) == sequence[-1]
+    assert starts[-1] == len(pack.input_ids) == len(pack.position_ids)
+
+
+@pytest.mark.parametrize("sequences", [[], [[]], [[1], []]])
+def test_pack_refuses_nothing(sequences):
+    with pytest.raises(ValueError, match="at least one token"):
+        Pack.of(sequences)
+
+
+def test_batch_is_its_sequences_end_to_end(model, examples, corpus):
+    batch = make_batch(examples, corpus, model.template)
+    sequences = [model.template.gen_sequence(example, corpus) for example in examples]
+    assert batch.gen.input_ids.tolist() == [token for s in sequences for token in s.input_ids]
+    assert batch.labels.tolist() == [label for s in sequences for label in s.labels]
+    assert (batch.gen.input_ids[batch.query_rows] == model.template.nsp).all()
+    assert len(batch.query_rows) == sum(len(s.query_rows) for s in sequences) == 6
+
+
+def test_labels_are_the_next_token_of_the_same_sequence(model, examples, corpus):
+    batch = make_batch(examples, corpus, model.template)
+    assert (batch.labels[batch.gen.last_rows] == IGNORE).all()
+    learned = (batch.labels != IGNORE).nonzero()[:, 0]
+    assert (batch.labels[learned] == batch.gen.input_ids[learned + 1]).all()
+
+
+def test_padding_is_nowhere(model, examples, corpus):
+    batch = make_batch(examples, corpus, model.template)
+    for ids in (batch.gen.input_ids, batch.labels, batch.passages.input_ids):
+        assert (ids != model.template.pad).all()
+
+
+def test_a_passage_asked_for_twice_is_encoded_once(model, examples, corpus):
+    batch = make_batch(examples, corpus, model.template)
+    starts = batch.passages.cu_seqlens.tolist()
+    encoded = [batch.passages.input_ids[a:b].tolist() for a, b in pairwise(starts)]
+    asked = ["paris", "paris", "seine", "rome", "go", "go"]
+    assert len(encoded) == 4
+    assert [encoded[row] for row in batch.positive.tolist()] == [model.template.sequence(corpus[p]) for p in asked]
+
+
+def test_batch_without_retrieval_has_no_passages(model, corpus):
+    batch = make_batch([Example(id="x", question="?", output=[Segment(text="a")])], corpus, model.template)
+    assert batch.passages is None
+    assert batch.query_rows.dtype == batch.positive.dtype == torch.int64
+    assert len(batch.query_rows) == len(batch.positive) == 0
+    moved = batch.to(torch.device("cpu"))
+    assert moved.passages is None
+
+
+def test_to_moves_every_tensor(model, examples, corpus):
+    moved = make_batch(examples, corpus, model.template).to(torch.device("meta"))
+    for tensor in (
+        moved.labels, moved.query_rows, moved.positive, *vars(moved.gen).values(), *vars(moved.passages).values(),
+    ):  # fmt: skip
+        assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta"
+
+
+def test_empty_batch_is_refused(model, corpus):
+    with pytest.raises(ValueError, match="at least one example"):
+        make_batch([], corpus, model.template)
