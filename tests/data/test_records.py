@@ -1,0 +1,152 @@
+"""Records: what is accepted round-trips, and everything else is one line that says where and what."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosup_fast.data.records import DataError, Example, Passage, Segment, read_examples, read_passages, write_jsonl
+
+GOOD = {"id": "a", "question": "who?", "output": [{"text": "free"}, {"text": "grounded", "passage": "p"}]}
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+nonblank = text.filter(str.strip)
+segments = st.builds(Segment, text=nonblank, passage=st.none() | nonblank)
+examples = st.builds(
+    Example,
+    id=nonblank,
+    dataset=text,
+    instruction=text,
+    question=nonblank,
+    output=st.lists(segments, max_size=3),
+    answers=st.lists(nonblank, max_size=3),
+    gold=st.lists(nonblank, max_size=3),
+)
+passages = st.builds(Passage, id=nonblank, title=text, text=nonblank, topic=text)
+
+
+@given(st.lists(examples, min_size=1, max_size=4, unique_by=lambda e: e.id))
+def test_examples_round_trip(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("records") / "x.jsonl"
+    write_jsonl(path, records)
+    assert read_examples(path, None, allow_no_retrieval=True) == records
+
+
+@given(st.lists(passages, min_size=1, max_size=4, unique_by=lambda p: p.id))
+def test_passages_round_trip(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("records") / "x.jsonl"
+    write_jsonl(path, records)
+    assert read_passages(path) == records
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+mutations = st.tuples(st.sampled_from([*Example.model_fields, "output.0", "answer"]), json_values)
+
+
+@given(st.binary(max_size=40) | mutations)
+def test_whatever_a_file_holds_the_error_names_it(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("records") / "x.jsonl"
+    if isinstance(content, tuple):
+        field, value = content
+        changed = {**GOOD, "output": [value]} if field == "output.0" else {**GOOD, field: value}
+        content = json.dumps(changed).encode()
+    path.write_bytes(content)
+    message = str(path)
+    try:
+        read_examples(path, None, allow_no_retrieval=True)
+    except DataError as error:
+        message = str(error)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+
+
+def test_gold_defaults_to_the_distinct_passages_of_the_output():
+    cited = [Segment(text="x", passage=p) for p in ("b", "a", "b")]
+    assert Example(id="a", question="q", output=[Segment(text="y"), *cited]).gold == ["b", "a"]
+    assert Example(id="a", question="q", output=cited, gold=["c"]).gold == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, "question: expected a string, found None"),
+        ({"question": " "}, "question: expected some text, found ' '"),
+        ({"id": 3}, "id: expected a string, found 3"),
+        ({"id": "\ud800"}, "id: expected Unicode text, found '.{1,2}ud800'"),
+        ({"anwsers": ["x"]}, "anwsers: expected one of id, .*, found 'anwsers', did you mean 'answers'\\?"),
+        ({"output": "x"}, "output: expected a list, found 'x'"),
+        ({"output": ["x"]}, "output.0: expected an object, found 'x'"),
+        ({"output": [{"passage": "p"}]}, "output.0.text: expected a value, found only passage"),
+        ({"output": [{"text": "x", "pasage": "p"}]}, "output.0.pasage: .*did you mean 'passage'\\?"),
+        ({"output": [{"text": "x", "passage": "q"}]}, "output.0.passage: expected the id of a passage .*, found 'q'"),
+        ({"output": [{"text": "x"}]}, "output: expected at least one segment with a passage, found none"),
+        ({"gold": ["q"]}, "gold.0: expected the id of a passage in the corpus, found 'q'"),
+        ({"answers": [""]}, "answers.0: expected some text, found ''"),
+        (
+            {"answers": ["("], "answer_type": "regex"},
+            "answers: expected a regular expression, found '\\(': missing \\)",
+        ),
+        ({"answer_type": "glob"}, "answer_type: expected 'string' or 'regex', found 'glob'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_fault_of_an_example_is_named(tmp_path, change, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "id": "b", **change}) + "\n")
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:3: {message}"):
+        read_examples(path, {"p"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", ": expected at least one passage, found an empty file"),
+        (b"{", ":1: expected one JSON object, found b'{'"),
+        (b"[" * 100_000, ":1: expected one JSON object"),
+        (b"[1]", r":1: expected one JSON object, found \[1\]"),
+        (b'{"id": "a", "title": "\xff"}', ":1: expected UTF-8, found byte 0xff"),
+        (b'{"id": "a", "title": "t"}', ":1: text: expected a value, found only id, title"),
+        (b'{"id": "a", "title": "t", "text": ""}', ":1: text: expected some text, found ''"),
+        (b'{"id": "a", "title": "t", "text": "x"}\n' * 2, ":2: id: expected a new id, found 'a' of line 1 again"),
+    ],
+    ids=["empty", "broken", "deep", "list", "not utf-8", "missing", "blank", "twice"],
+)
+def test_each_fault_of_a_file_is_named(tmp_path, content, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}{message}"):
+        read_passages(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"x\.jsonl: expected a JSONL file, found none"):
+        read_passages(tmp_path / "x.jsonl")
+
+
+def test_line_separators_inside_text_and_a_byte_order_mark_are_no_trouble(tmp_path):
+    path = tmp_path / "x.jsonl"
+    record = Passage(id="a", title="t\u2028\x85", text="x\r\ny")
+    write_jsonl(path, [record])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_passages(path) == [record]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    old = Passage(id="a", title="t", text="x")
+    write_jsonl(path, [old])
+
+    def failing():
+        yield old
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(path, failing())
+    assert read_passages(path) == [old]
+    assert list(tmp_path.iterdir()) == [path]
