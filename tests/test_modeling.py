@@ -259,16 +259,14 @@ VARIANTS = {
     "fp64": {"dtype": "float64"},
     "bf16": {"dtype": "bfloat16"},
     "template": {"text": {"passage": "{text} ({title})", "label_passages": True}},
-    "projected": {"projected": True},
+    "projected": {"embseq": "gpt2"},
+    "tied and resized": {"gen": "gpt2"},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_save_and_load(make_model, gpt2_folder, examples, corpus, tmp_path, variant):
-    settings = dict(VARIANTS[variant])
-    if settings.pop("projected", False):
-        settings["embseq"] = gpt2_folder
-    model = make_model(**settings)
+    model = make_model(**{k: gpt2_folder if v == "gpt2" else v for k, v in VARIANTS[variant].items()})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
