@@ -42,12 +42,9 @@ Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that an
 
 
 def run() -> None:
-    """Runs the command line; user errors become one line on standard error and exit status 1, Ctrl-C 130."""
+    """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt as interrupt:
-        err.print(f"[yellow]interrupted[/] {interrupt}", highlight=False)
-        sys.exit(130)
+        app()
     except (ValueError, OSError) as error:  # what is wrong with an argument, a file or a run; a bug keeps its trace
         err.print("[red]error:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -132,7 +129,12 @@ def train(
         return
     from cosup_fast.training.run import run_training
 
-    out.print(f"checkpoint: {run_training(config, resume=resume, console=err)}", soft_wrap=True)
+    try:
+        checkpoint = run_training(config, resume=resume, console=err)
+    except KeyboardInterrupt as interrupt:
+        err.print(f"[yellow]interrupted:[/] {interrupt}; continue with --resume", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    out.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 
 @index_app.command(

@@ -112,7 +112,7 @@ def _parse(value: str) -> Any:
         try:
             return float(parsed)
         except ValueError:
-            return value
+            return parsed
     return parsed
 
 

@@ -274,7 +274,9 @@ class CoSupervisionModel(nn.Module):
         """Recomputes each decoder layer's activations in the backward pass instead of keeping them."""
         for model in (self.gen, self.embseq):
             if model is not None and not (model is self.embseq and self.freeze_embseq):
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                # transformers 5.10 knows it by the older name
+                newer = getattr(model, "activation_checkpointing_enable", None)
+                (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def _head_state(self) -> dict[str, Tensor]:
         """What belongs to neither model: the loss's learnable scale and the projection."""

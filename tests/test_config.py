@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-import yaml
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, field_names, load_config
 
@@ -16,10 +17,7 @@ def test_every_field_can_be_overridden_on_the_command_line():
         value = defaults
         for key in name.split("."):
             value = value[key]
-        flow = (
-            yaml.safe_dump([value], default_flow_style=True, width=10_000).strip().removeprefix("[").removesuffix("]")
-        )
-        assert load_config(None, [f"{name}={flow}"]) == RunConfig(), name
+        assert load_config(None, [f"{name}={json.dumps(value)}"]) == RunConfig(), name
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
@@ -45,7 +43,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("training.lr=-1", "training.lr: Input should be greater than 0, found -1"),
         ("training.steps=many", "training.steps"),
         ("training.lr", "expected section.field=value"),
-        ("output.x=1", "'output.x'"),
+        ("output.x=1", "output: Input should be a valid string"),
         ("model.shared=true model.embseq=other", "model.shared=true uses Gen as Embseq"),
         ("model.shared=true model.freeze_embseq=true", "model.freeze_embseq"),
         ("text.prompt='{q}'", "text.prompt"),

@@ -9,6 +9,7 @@ output/curves.png         losses and retrieval accuracy
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -65,7 +66,7 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
     """
     console = console or Console(stderr=True)
     output = Path(config.output)
-    checkpoint = _prepare_output(config, output, resume)
+    checkpoint = _checkpoint_to_resume(config, output, resume)
     device = choose_device(config.training.device)
     corpus, examples, held_out = load_data(config)
     if checkpoint is None:
@@ -90,6 +91,7 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
+        _write_config(config, output)
         log.start(trainer.step, trainer.total_steps)
         return trainer.train()
 
@@ -170,7 +172,8 @@ class RunLog:
             self.progress.stop()
             self.file.close()
             self.tensorboard.close()
-            plot_curves(read_metrics(self.path), self.output / "curves.png")
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
+                plot_curves(read_metrics(self.path), self.output / "curves.png")
 
     def start(self, step: int, total: int) -> None:
         """Opens the files; records behind `step`, of a part that is run again, are dropped."""
@@ -260,22 +263,28 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _prepare_output(config: RunConfig, output: Path, resume: bool) -> Path | None:
-    """Makes the output folder; returns the checkpoint to continue behind, if any."""
+def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue behind, if any; refuses an output that holds another run."""
     saved = output / "config.yaml"
-    found = checkpoints(output / "checkpoints")
     if saved.is_file() and not resume:
         raise ConfigError(f"output={config.output!r} holds a run already: add --resume to continue it, or name another")
-    if saved.is_file() and found:
-        before, now = _flat(load_config(saved).model_dump()), _flat(config.model_dump())
-        changed = [name for name in now if name not in RESUMABLE and before[name] != now[name]]
-        if changed:
-            name = changed[0]
-            raise ConfigError(
-                f"--resume: {name}={now[name]!r}, but the run in {config.output!r} was started with {before[name]!r}"
-                f"{f' ({len(changed) - 1} more fields differ)' if len(changed) > 1 else ''}: give the same value, "
-                "or start a new run in another output"
-            )
+    found = checkpoints(output / "checkpoints")
+    if not saved.is_file() or not found:
+        return None
+    before, now = _flat(load_config(saved).model_dump()), _flat(config.model_dump())
+    changed = [name for name in now if name not in RESUMABLE and before[name] != now[name]]
+    if changed:
+        name = changed[0]
+        more = f" ({len(changed) - 1} more fields differ)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"--resume: {name}={now[name]!r}, but the run in {config.output!r} was started with {before[name]!r}{more}"
+            ": give the same value, or start a new run in another output"
+        )
+    return found[-1]
+
+
+def _write_config(config: RunConfig, output: Path) -> None:
+    saved = output / "config.yaml"
     try:
         output.mkdir(parents=True, exist_ok=True)
         temporary = saved.with_suffix(".writing")
@@ -283,7 +292,6 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool) -> Path | Non
         os.replace(temporary, saved)
     except OSError as error:
         raise ConfigError(f"output={config.output!r} cannot be written: {error}") from None
-    return found[-1] if found else None
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

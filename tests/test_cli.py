@@ -1,0 +1,296 @@
+"""The command line on tiny models: the whole way through, and what every mistake says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cosup_fast.cli import run
+from cosup_fast.data.records import write_jsonl
+from cosup_fast.training.checkpoint import checkpoints
+from cosup_fast.training.run import read_metrics
+
+
+@pytest.fixture
+def fields(llama_folder, data_folder, tmp_path):
+    """Overrides of a tiny run, as a dict."""
+    return {
+        "output": tmp_path / "run",
+        "model.gen": llama_folder,
+        "data.corpus": data_folder / "passages.jsonl",
+        "data.train": f"[{data_folder / 'examples.jsonl'}]",
+        "data.dev": "[]",
+        "training.batch_size": 2,
+        "training.lr": 0.01,
+        "training.steps": 4,
+        "training.epochs": 10000,
+    }
+
+
+def _arguments(fields, **changes):
+    return [f"{name}={value}" for name, value in {**fields, **changes}.items()]
+
+
+@pytest.fixture
+def cosup(monkeypatch, capsys):
+    """Runs the command in this process: (exit status, standard output, standard error on one line)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cosup-fast", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            run()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_path):
+    status, out, err = cosup("train", *_arguments(fields, **{"data.dev": fields["data.train"], "data.train": "[]"}))
+    assert status == 1
+    assert "data.train" in err  # and nothing is left behind that would stand in the way of the next run
+
+    status, out, err = cosup("train", *_arguments(fields, **{"training.steps": 60, "training.batch_size": 4}))
+    assert status == 0, err
+    folder = tmp_path / "run"
+    assert str(folder / "checkpoints" / "step-000060") in out
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 61))
+    assert records[-1]["ntp"] < records[0]["ntp"]
+    for name in ("config.yaml", "curves.png"):
+        assert (folder / name).stat().st_size > 0
+    assert list((folder / "tensorboard").glob("events.*"))
+
+    status, out, err = cosup("index", "build", folder, "--corpus", data_folder / "passages.jsonl")
+    assert (status, "11 passages" in out) == (0, True), err
+    status, out, err = cosup("index", "search", folder, "What is the capital of France?", "-k", "2")
+    assert status == 0, err
+    assert "Paris" in out
+
+    status, out, err = cosup("generate", folder, "What is the capital of France?", "--max-new-tokens", "60", "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    assert answer["retrievals"][0]["candidates"][0]["passage"] == "paris"
+    assert "Paris is the capital of France." in answer["text"]
+
+    report = tmp_path / "report"
+    examples = data_folder / "examples.jsonl"
+    status, out, err = cosup("evaluate", folder, "--examples", examples, "--output", report, "--max-new-tokens", 20)
+    assert status == 0, err
+    assert json.loads((report / "report.json").read_text())["overall"]["recall@1"]["mean"] == 1.0
+
+    other = tmp_path / "other"
+    status, out, err = cosup("train", *_arguments(fields, output=other))
+    assert status == 0, err
+    status, out, err = cosup("generate", other, "?", "--index", folder / "index")
+    assert status == 1
+    assert "was not built by this model" in err
+
+
+def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path):
+    lines = (data_folder / "examples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:2]))
+    (tmp_path / "dev.jsonl").write_text("".join(lines[2:]))
+    changes = {"data.train": f"[{tmp_path / 'train.jsonl'}]", "data.dev": f"[{tmp_path / 'dev.jsonl'}]"}
+    status, _, err = cosup("train", *_arguments(fields, **changes, **{"training.eval_every": 2}))
+    assert status == 0, err
+    held_out = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "held-out"]
+    assert [r["step"] for r in held_out] == [0, 2, 4]
+    assert all(0 <= r["recall_at_1"] <= r["recall_at_5"] <= r["recall_at_20"] <= 1 for r in held_out)
+    both = {"data.dev": fields["data.train"]}
+    status, _, err = cosup("train", *_arguments(fields, **both, output=tmp_path / "both"))
+    assert status == 1
+    assert "stands in data.train and in data.dev" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.lrr": 1}, "unknown field 'training.lrr', did you mean 'training.lr'?"),
+        ({"training.lr": "fast"}, "training.lr: Input should be a valid number"),
+        ({"model.gen": "smolm2-135m"}, "smollm2-135m"),
+        ({"model.gen_layers": 9}, "has 2 layers, 9 were asked for"),
+        ({"data.corpus": "no-such-corpus.jsonl"}, "no-such-corpus.jsonl"),
+        ({"text.max_passage_tokens": 5}, "more than text.max_passage_tokens=5: raise that limit"),
+        ({"training.device": "cuda:77"}, "training.device='cuda:77'"),
+        ({"training.device": "abacus"}, "training.device='abacus'"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_named(cosup, fields, changes, message):
+    status, out, err = cosup("train", *_arguments(fields, **changes))
+    assert status == 1
+    assert err.startswith("error:")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"output": [{"text": "no passage"}]}, "retriev"),
+        ({"output": [{"text": "x", "passage": "nowhere"}]}, "nowhere"),
+        (
+            {"output": [{"text": "x", "passage": "paris"}], "question": "long " * 600},
+            "more than the 512 positions of Gen",
+        ),
+        ({"output": [{"text": "x", "pasage": "paris"}]}, "did you mean 'passage'?"),
+    ],
+)
+def test_an_example_that_cannot_be_trained_on_is_named(cosup, fields, tmp_path, example, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"id": "bad-one", "question": "q", "answers": [], **example}) + "\n")
+    status, _, err = cosup("train", *_arguments(fields, **{"data.train": f"[{path}]"}))
+    assert status == 1
+    assert message in err
+    assert "bad-one" in err or "bad.jsonl:1" in err
+
+
+def test_an_output_that_holds_a_run_is_not_overwritten(cosup, fields):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    status, _, err = cosup("train", *_arguments(fields))
+    assert status == 1
+    assert "holds a run already: add --resume" in err
+    status, _, err = cosup("train", *_arguments(fields, **{"training.lr": 0.5}), "--resume")
+    assert status == 1
+    assert "training.lr=0.5, but the run" in err
+    status, _, err = cosup("train", *_arguments(fields, **{"training.steps": 6}), "--resume")
+    assert status == 0, err
+    assert [r["step"] for r in read_metrics(Path(fields["output"]) / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_no_checkpoint(cosup, tmp_path):
+    status, _, err = cosup("generate", tmp_path, "question")
+    assert status == 1
+    assert "neither a checkpoint nor the folder of a run" in err
+
+
+def test_help_has_examples_everywhere(cosup):
+    for command in ([], ["data"], ["index"]):
+        assert cosup(*command, "--help")[0] == 0
+    commands = [
+        "data list", "data prepare", "data check", "train", "index build", "index search", "generate", "evaluate",
+        "demo", "env",
+    ]  # fmt: skip
+    for command in commands:
+        status, out, _ = cosup(*command.split(), "--help")
+        assert status == 0
+        assert re.search(rf"Examples?: cosup-fast {command}", " ".join(out.split())), command
+
+
+def test_env_and_show(cosup, fields):
+    status, out, _ = cosup("env")
+    assert status == 0
+    assert "torch" in out
+    assert "flash-attn" in out
+    status, out, _ = cosup("train", "--show", "training.lr=0.25")
+    assert status == 0
+    assert "lr: 0.25" in out
+
+
+def _start(fields, *options, limit=None, **changes):
+    """A real process that trains."""
+
+    def set_limit():
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is then an error, as a full disk is
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "cosup_fast", "train", *_arguments(fields, **changes), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=set_limit,  # noqa: PLW1509
+        env={**os.environ, "COLUMNS": "200", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _wait_for_steps(folder, count, process):
+    path = Path(folder) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(path)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _whole(folder):
+    """Every checkpoint that is there loads."""
+    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.training.checkpoint import verify
+
+    found = checkpoints(Path(folder) / "checkpoints")
+    for path in found:
+        verify(path)
+        CoSupervisionModel.load(path)
+    return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_saves_and_says_so(fields):
+    process = _start(fields, **{"training.steps": 100000})
+    _wait_for_steps(fields["output"], 3, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    (checkpoint,) = _whole(fields["output"])
+    assert "interrupted" in err
+    assert checkpoint.name in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_killed_run_resumes_bit_for_bit(fields, tmp_path, cosup):
+    changes = {"training.steps": 40, "training.checkpoint_every": 2}
+    status, _, err = cosup("train", *_arguments(fields, **changes, output=tmp_path / "whole"))
+    assert status == 0, err
+    expected = [(r["step"], r["loss"], r["gen_grad_norm"]) for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    for steps in (5, 12):  # kills, the second one of the run that was resumed
+        process = _start(fields, "--resume", **changes)
+        _wait_for_steps(fields["output"], steps, process)
+        process.kill()
+        process.communicate()
+        _whole(fields["output"])
+    status, _, err = cosup("train", *_arguments(fields, **changes), "--resume")
+    assert status == 0, err
+    resumed = [
+        (r["step"], r["loss"], r["gen_grad_norm"]) for r in read_metrics(Path(fields["output"]) / "metrics.jsonl")
+    ]
+    assert resumed == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(fields, cosup):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    before = _whole(fields["output"])
+    process = _start(fields, "--resume", limit=20_000, **{"training.steps": 6})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "was not written" in err
+    assert "free some space" in err
+    assert _whole(fields["output"]) == before
+    assert not list((Path(fields["output"]) / "checkpoints").glob(".writing-*"))
+
+
+def test_a_corpus_of_unknown_examples_is_checked_line_by_line(cosup, data_folder, tmp_path, examples):
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, examples)
+    status, out, err = cosup("data", "check", path, "--corpus", data_folder / "passages.jsonl")
+    assert status == 0, err
+    assert "4 examples" in out
+    path.write_text(path.read_text() + "{broken\n")
+    status, _, err = cosup("data", "check", path, "--corpus", data_folder / "passages.jsonl")
+    assert status == 1
+    assert "mine.jsonl:5" in err
