@@ -17,7 +17,7 @@ def lead(title, text):
     ("title", "text", "expected"),
     [
         ("Bat", "Bats are winged mammals capable of flight.", "____ are winged mammals capable of flight."),
-        ("Alan Turing", "Alan M. Turing studied early computers and ciphers.", "____ studied early computers and ciphers."),
+        ("Alan Turing", "Alan M. Turing studied early computers, ciphers.", "____ studied early computers, ciphers."),
         ("Titan (moon)", "Titan is the largest moon of planet Saturn.", "____ is the largest moon of planet Saturn."),
         ("Steffi Graf", "Stefanie Graf, known as Steffi Graf, won many grand slam titles.", None),
         ("Theatre", "Theatre or theater is a collaborative form of performing art.", None),
