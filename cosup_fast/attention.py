@@ -66,11 +66,30 @@ def packed_sdpa(
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _packed_mask(*, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask=None, **kwargs: Any):
-    """No mask where causality alone decides; transformers' sdpa mask when a cache is being continued."""
-    if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
+def _packed_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    attention_mask=None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+):
+    """No mask for a pack nor where causality alone decides; else transformers' sdpa mask: a cache, a sliding window."""
+    # transformers forbids the skip for packs, whose sequences packed_sdpa keeps apart and inside the window.
+    in_window = not allow_is_causal_skip or local_size is None or kv_length <= local_size
+    if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length and in_window:
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
