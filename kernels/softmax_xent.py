@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from .last_hidden import accumulator, unit, unit_backward
 
 WORKSPACE_BYTES = 512 * 2**20
-"""Bytes of a chunk of scores with its temporaries, unless COSUP_FAST_WORKSPACE_BYTES in the environment says otherwise."""
+"""Bytes of a chunk of scores with its temporaries; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
 SCORES_PER_SCORE = 4
@@ -62,7 +62,7 @@ class Softmax(NamedTuple):
     count: Tensor | None = None
 
     def at(self, index: slice | Tensor) -> Softmax:
-        return Softmax(*(None if t is None else t[index] for t in self))
+        return Softmax(*(None if t is None else t[index] for t in self))  # pyright: ignore[reportArgumentType]
 
     @property
     def lse(self) -> Tensor:
@@ -321,7 +321,7 @@ class _Sums:
                 ds += (x * part).sum() / s.scale
         if dw is not None:
             if x.dtype == dw.dtype:
-                dw.addmm_(d.t(), x)
+                torch.addmm(dw, d.t(), x, out=dw)
             else:
                 dw += _product(d.t(), x)
         if dprivate is not None:
@@ -341,7 +341,7 @@ def _walk(s: Scores, ranks: bool, sums: _Sums | None = None, g: Tensor | None = 
             columns = seen if columns is None else columns.merge(seen)
         if sums is not None and g is not None:
             sums.add(chunk, block.logit_gradient(rows, columns, g[chunk], h))
-    rows = Softmax(*(None if t[0] is None else torch.cat(t) for t in zip(*parts)))
+    rows = Softmax(*(None if t[0] is None else torch.cat(t) for t in zip(*parts)))  # pyright: ignore
     return Statistics(rows, columns, *(torch.cat(t) for t in zip(*rank)))
 
 
@@ -392,11 +392,13 @@ class _Problem:
         self.units: dict[str, tuple[Tensor, Tensor]] = {}
 
         def enter(name: str, t: Tensor) -> Tensor:
+            dtype = t.dtype
             if call.normalize:
                 t, _ = self.units[name] = unit(t.to(wide))
-            t = t.to(call.product_dtype)
-            # Only CUDA multiplies half-precision operands into fp32 results.
-            return t if t.is_cuda else t.to(wide)
+            # Only CUDA multiplies half-precision operands into fp32 results; elsewhere autocast alone rounds them.
+            if t.is_cuda:
+                return t.to(call.product_dtype)
+            return t.to(wide) if dtype == call.product_dtype else t.to(call.product_dtype).to(wide)
 
         self.supervised, fields = None, dict(call.scores)
         if fields.pop("ignoring", False):
@@ -414,7 +416,7 @@ class _Problem:
     def loss(self, stats: Statistics) -> Tensor:
         s = self.scores
         loss = stats.rows.loss(s.label_smoothing, s.z_loss)
-        if stats.columns is not None:
+        if stats.columns is not None and s.target is not None:
             loss = (loss + stats.columns.at(s.target).loss(s.label_smoothing)) / 2
         return loss if self.supervised is None else loss.where(self.supervised, 0.0)
 

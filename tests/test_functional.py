@@ -1,0 +1,737 @@
+"""The stored engine against the reference in fp64, budgeted by the error that eager code makes on the same inputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosup_fast import functional, reference
+from cosup_fast.functional import gather_last_hidden, info_nce, linear_cross_entropy
+from cosup_fast.kernels import softmax_xent
+
+DOUBLE, HALF = torch.float64, torch.bfloat16
+# Eager's own error, twice, may not excuse an error above these where a problem is well conditioned.
+CEILING = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A budget that no chunk of more than three rows fits."""
+    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+    monkeypatch.setattr(softmax_xent, "MIN_ROWS", 3)
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
+    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=g, dtype=DOUBLE).to(dtype)
+
+
+def run(f: Callable, tensors: dict[str, Tensor], upstream: float | Tensor = 1.7, **options):
+    """Value and gradients of f at copies of the tensors."""
+    tensors = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    loss = f(**tensors, **options)
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+    grads = torch.autograd.grad((loss * upstream).sum(), tuple(leaves.values()))
+    assert [g.dtype for g in grads] == [t.dtype for t in leaves.values()]
+    return {"loss": loss.detach(), **dict(zip(leaves, grads))}
+
+
+def error(a: Tensor, truth: Tensor) -> float:
+    """Largest error relative to the largest entry; absolute where the truth is 0."""
+    largest = truth.abs().max().item()
+    return (a.to(DOUBLE) - truth).abs().max().item() / (largest or 1.0)
+
+
+def assert_within_budget(ours: Callable, eager: Callable, tensors: dict[str, Tensor], well=True, **options) -> None:
+    """|ours - truth| <= 2 (|eager - truth| + rounding) and below the ceiling, all relative to the largest entry.
+
+    Rounding is that of the result and a few of the fp32 arithmetic that any route to it takes.
+    """
+    dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    exact = {name: t.to(DOUBLE) if t.is_floating_point() else t for name, t in tensors.items()}
+    truth = run(eager, exact, **options)
+    a, b = run(ours, tensors, **options), run(eager, tensors, **options)
+    for name in truth:
+        rounding = torch.finfo(a[name].dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps
+        allowed = 2 * (error(b[name], truth[name]) + rounding)
+        if well:
+            allowed = min(allowed, CEILING[dtype])
+        assert error(a[name], truth[name]) <= allowed, f"{name}: eager {error(b[name], truth[name])}"
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-11) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+SHAPES = [(1, 1, 1), (1, 7, 5), (7, 7, 33), (123, 257, 64), (257, 257, 7)]
+IDS = torch.tensor([3, 1, 4, 1, 5, -1, 2, 6, 5, 3, 5])
+
+
+def problem(n: int, m: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
+    return {"query": rand(n, d, dtype=dtype) * scale, "keys": rand(m, d, seed=1, dtype=dtype) * scale}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize": True, "scale": 20.0, "symmetric": True},
+        {"label_smoothing": 0.1, "reduction": "sum"},
+        {"symmetric": True, "reduction": "none", "scale": 0.4},
+    ],
+    ids=["plain", "cosine, symmetric", "smoothing, sum", "symmetric, none"],
+)
+def test_info_nce_error(options, shape, dtype, small_chunks):
+    n, m, d = shape
+    tensors = problem(n, m, d, dtype, d**-0.25)
+    upstream = {"upstream": torch.linspace(0.5, 2, n)} if options.get("reduction") == "none" else {}
+    # Where p is near 1 the loss is a small difference of scores, and bf16 scores cannot be well conditioned.
+    assert_within_budget(info_nce, reference.info_nce, tensors, well=min(shape) > 1, **options, **upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 2.0, "z_loss": 1e-2}, {"label_smoothing": 0.1, "reduction": "none"}],
+    ids=["plain", "softcap, z-loss", "smoothing, none"],
+)
+def test_linear_cross_entropy_error(options, shape, dtype, small_chunks):
+    t, v, d = shape
+    target = torch.randint(v, (t,), generator=torch.Generator().manual_seed(t))
+    target[1::3] = -100
+    tensors = {
+        "hidden": rand(t, d, dtype=dtype) * d**-0.25,
+        "weight": rand(v, d, seed=1, dtype=dtype) * d**-0.25,
+        "bias": rand(v, dtype=dtype),
+        "target": target,
+    }
+    assert_within_budget(linear_cross_entropy, reference.linear_cross_entropy, tensors, well=min(shape) > 1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("case", ["raw dots near 1800", "p = 0.999", "near-uniform", "scale 0.01"])
+def test_extreme_logits(case, dtype, small_chunks):
+    n, m, d = 33, 129, 64
+    q, k = rand(n, d), rand(m, d, seed=1)
+    scale = 1.0
+    if case == "raw dots near 1800":
+        common = rand(1, d, seed=2)
+        common *= math.sqrt(1800) / common.norm()
+        q, k = common + 0.3 * q, common + 0.3 * k
+    elif case == "p = 0.999":
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        k[:n] = q
+        scale = 11.5
+    elif case == "near-uniform":
+        q, k = 1e-3 * q, 1e-3 * k
+    else:
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        scale = 100.0
+    tensors = {"query": q.to(dtype), "keys": k.to(dtype)}
+    loss, stats = info_nce(**tensors, scale=scale, return_stats=True, reduction="none")
+    p = (-loss).exp()
+    if case == "raw dots near 1800":
+        assert 1700 < stats.lse.median() < 2100
+    elif case == "p = 0.999":
+        assert 0.99 < p.median() < 0.9999
+    elif case == "near-uniform":
+        assert (p * m - 1).abs().max() < 1e-2
+    assert_within_budget(info_nce, reference.info_nce, tensors, well=case == "near-uniform", scale=scale)
+    assert_within_budget(info_nce, reference.info_nce, tensors, well=False, scale=scale, symmetric=True)
+
+
+def test_large_raw_scores_in_bf16_are_exact():
+    """Eager bf16 scores near 1,800 come in steps of 8; the engine's products have fp32 results."""
+    common = rand(1, 64, seed=2)
+    common *= math.sqrt(1800) / common.norm()
+    tensors = {"query": (common + 0.3 * rand(33, 64)).to(HALF), "keys": (common + 0.3 * rand(99, 64, seed=1)).to(HALF)}
+    truth = run(reference.info_nce, {name: t.to(DOUBLE) for name, t in tensors.items()})
+    ours, eager = run(info_nce, tensors), run(reference.info_nce, tensors)
+    assert error(ours["query"], truth["query"]) < 2**-7 < 0.1 < error(eager["query"], truth["query"])
+
+
+class Draw:
+    """A random problem: sizes, options and tensors."""
+
+    def __init__(self, draw, sizes):
+        self.n, self.d = draw(sizes), draw(sizes)
+        self.m = self.n + draw(st.integers(0, 9))
+        seed = draw(st.integers(0, 2**16))
+        g = torch.Generator().manual_seed(seed)
+        n, m, d = self.n, self.m, self.d
+        self.tensors = {
+            "query": torch.randn(n, d, generator=g, dtype=DOUBLE),
+            "keys": torch.randn(m, d, generator=g, dtype=DOUBLE),
+        }
+        options = {
+            # In one dimension unit vectors tie, and a rank among ties is a matter of rounding.
+            "normalize": draw(st.booleans()) and d > 1,
+            "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+            "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
+            "duplicates": draw(st.sampled_from(["mask", "positive", "keep"])),
+        }
+        positive = torch.randint(m, (n,), generator=g) if draw(st.booleans()) else None
+        if draw(st.booleans()):
+            self.tensors["scale"] = torch.rand((), generator=g, dtype=DOUBLE) + 0.2
+        if draw(st.booleans()):
+            self.tensors["private_negatives"] = torch.randn(n, draw(st.integers(0, 3)), d, generator=g, dtype=DOUBLE)
+        if draw(st.booleans()):
+            key_ids = torch.randint(-1, max(2, m // 2), (m,), generator=g)
+            if draw(st.booleans()):
+                p = draw(st.integers(1, 3))
+                ids = torch.randint(-1, max(2, m // 2), (n, p), generator=g)
+                key_ids[-1] = 0
+                ids[:, 0] = 0
+                options["positive_ids"] = ids
+                if draw(st.booleans()):
+                    positive = torch.randint(m, (n,), generator=g)
+            if positive is None and "positive_ids" not in options:
+                positive = torch.arange(n)
+            if positive is not None:
+                key_ids[positive] = key_ids[positive].clamp(min=0)
+            if draw(st.booleans()):
+                options["query_ids"] = torch.randint(0, max(2, m // 2), (n,), generator=g)
+            options["key_ids"] = key_ids
+        options["positive"] = positive
+        options["symmetric"] = draw(st.booleans()) and (positive is not None or "positive_ids" not in options)
+        self.options = options
+        self.upstream = torch.rand(n, generator=g, dtype=DOUBLE) if options["reduction"] == "none" else -2.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_info_nce_equals_reference_for_any_options(data):
+    p = Draw(data.draw, st.sampled_from([1, 2, 3, 7, 8, 31]))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+            patch.setattr(softmax_xent, "MIN_ROWS", data.draw(st.integers(1, 4)))
+        ours = run(info_nce, p.tensors, p.upstream, **p.options)
+    assert_same(ours, run(reference.info_nce, p.tensors, p.upstream, **p.options), 1e-9)
+    _, a = info_nce(**p.tensors, **p.options, return_stats=True)
+    _, b = reference.info_nce(**p.tensors, **p.options, return_stats=True)
+    assert_same(a._asdict(), b._asdict(), 1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_linear_cross_entropy_equals_reference_for_any_options(data):
+    sizes = st.sampled_from([1, 2, 3, 7, 8, 31])
+    t, v, d = data.draw(sizes), data.draw(sizes), data.draw(sizes)
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    tensors = {
+        "hidden": torch.randn(t, d, generator=g, dtype=DOUBLE),
+        "weight": torch.randn(v, d, generator=g, dtype=DOUBLE),
+    }
+    if data.draw(st.booleans()):
+        tensors["bias"] = torch.randn(v, generator=g, dtype=DOUBLE)
+    if data.draw(st.booleans()):
+        tensors["scale"] = torch.rand((), generator=g, dtype=DOUBLE) + 0.2
+    ignore_index = data.draw(st.sampled_from([-100, -1, 0, 10**6]))
+    target = torch.randint(v, (t,), generator=g)
+    target[torch.rand(t, generator=g) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = ignore_index
+    options = {
+        "target": target,
+        "ignore_index": ignore_index,
+        "softcap": data.draw(st.sampled_from([None, 0.7])),
+        "z_loss": data.draw(st.sampled_from([0.0, 0.3])),
+        "label_smoothing": data.draw(st.sampled_from([0.0, 0.2])),
+        "reduction": data.draw(st.sampled_from(["none", "mean", "sum"])),
+    }
+    upstream = torch.rand(t, generator=g, dtype=DOUBLE) if options["reduction"] == "none" else 3.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+        patch.setattr(softmax_xent, "MIN_ROWS", data.draw(st.integers(1, 9)))
+        if data.draw(st.booleans(), label="rows cannot be gathered"):
+            patch.setattr(functional, "_readable", lambda t: False)
+        ours = run(linear_cross_entropy, tensors, upstream, **options)
+        _, a = linear_cross_entropy(**tensors, **options, return_stats=True)
+    assert_same(ours, run(reference.linear_cross_entropy, tensors, upstream, **options), 1e-9)
+    _, b = reference.linear_cross_entropy(**tensors, **options, return_stats=True)
+    assert_same(a._asdict(), b._asdict(), 1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_info_nce_gradcheck(symmetric, reduction, small_chunks):
+    inputs = (rand(5, 3), rand(8, 3), torch.tensor(1.3, dtype=DOUBLE), rand(5, 2, 3))
+    ids = torch.tensor([1, 2, 1, 3, 4, -1, 2, 9])
+
+    def f(query, keys, scale, private_negatives):
+        options = {"private_negatives": private_negatives, "key_ids": ids, "duplicates": "positive", "normalize": True}
+        return info_nce(
+            query, keys, scale=scale, symmetric=symmetric, label_smoothing=0.1, reduction=reduction, **options
+        )
+
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_linear_cross_entropy_gradcheck(reduction, small_chunks):
+    inputs = (rand(5, 3), rand(6, 3), rand(6), torch.tensor(0.7, dtype=DOUBLE))
+    target = torch.tensor([0, 5, -100, 2, 2])
+
+    def f(hidden, weight, bias, scale):
+        options = {"softcap": 1.1, "z_loss": 0.2, "label_smoothing": 0.1, "reduction": reduction}
+        return linear_cross_entropy(hidden, weight, target, bias=bias, scale=scale, **options)
+
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("options", [{}, {"linear_bias": True}], ids=["no bias", "bias"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_linear_cross_entropy_equals_torch(reduction, options):
+    tensors = {"hidden": rand(123, 33), "weight": rand(257, 33), **({"bias": rand(257)} if options else {})}
+    target = torch.arange(123) * 2
+    target[::4] = -100
+
+    def theirs(hidden, weight, bias=None):
+        if hasattr(F, "linear_cross_entropy"):
+            return F.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction)
+        return F.cross_entropy(F.linear(hidden, weight, bias), target, reduction=reduction)
+
+    upstream = torch.linspace(1, 2, 123, dtype=DOUBLE) if reduction == "none" else 2.0
+    ours = run(linear_cross_entropy, tensors, upstream, target=target, reduction=reduction)
+    assert_same(ours, run(theirs, tensors, upstream))
+
+
+def products(f: Callable, tensors: dict[str, Tensor], unit: int, backward: bool = True, **options) -> float:
+    """FLOP of forward and backward, in units of one score product."""
+    with FlopCounterMode(display=False) as counter:
+        loss = f(**tensors, **options)
+        if backward:
+            loss.sum().backward()
+    return counter.get_total_flops() / unit
+
+
+def test_matrix_products(small_chunks, monkeypatch):
+    n, m, d = 24, 40, 8
+    unit = 2 * n * m * d
+    q, k = rand(n, d).requires_grad_(), rand(m, d).requires_grad_()
+    assert products(info_nce, {"query": q, "keys": k}, unit) == 3
+    assert products(info_nce, {"query": q, "keys": k}, unit, return_stats=False, reduction="sum") == 3
+    assert products(info_nce, {"query": q, "keys": k}, unit, reduction="none") == 4
+    assert products(info_nce, {"query": q, "keys": k.detach()}, unit) == 2
+    assert products(info_nce, {"query": q.detach(), "keys": k}, unit) == 2
+    assert products(info_nce, {"query": q.detach(), "keys": k.detach()}, unit, backward=False) == 1
+    with torch.no_grad():
+        assert products(info_nce, {"query": q, "keys": k}, unit, backward=False) == 1
+    assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 4
+    monkeypatch.delenv("COSUP_FAST_WORKSPACE_BYTES")
+    assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 3
+    target = torch.full((n,), -100)
+    target[::4] = 7
+    tensors = {"hidden": q, "weight": k, "target": target}
+    assert products(linear_cross_entropy, tensors, unit) == 3 / 4
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns, in entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.entries = max(self.entries, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"reduction": "none"}], ids=str)
+def test_scores_are_never_materialised(options, monkeypatch):
+    n, m, d = 300, 500, 4
+    budget = 64 * m * softmax_xent.SCORES_PER_SCORE * 4
+    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", str(budget))
+    q, k = rand(n, d, dtype=torch.float32).requires_grad_(), rand(m, d, dtype=torch.float32).requires_grad_()
+    with Largest() as seen:
+        info_nce(q, k, **options).sum().backward()
+    assert seen.entries <= 64 * m < n * m
+
+
+@pytest.mark.parametrize("value", ["", "0", "-5", "1e9", "much"])
+def test_workspace_budget_is_validated(value, monkeypatch):
+    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", value)
+    with pytest.raises(ValueError, match=f"COSUP_FAST_WORKSPACE_BYTES is '{value}'"):
+        info_nce(rand(2, 2), rand(2, 2))
+
+
+def test_chunks_and_runs_agree_bit_for_bit(monkeypatch):
+    q, k = rand(40, 8, dtype=torch.float32), rand(60, 8, dtype=torch.float32)
+    positive = torch.arange(40) // 3
+    one = run(info_nce, {"query": q, "keys": k}, positive=positive, symmetric=True)
+    two = run(info_nce, {"query": q, "keys": k}, positive=positive, symmetric=True)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_inputs(frozen, reduction):
+    tensors = {"query": rand(5, 3), "keys": rand(8, 3), "private_negatives": rand(5, 2, 3), "scale": rand().exp()}
+    whole = run(info_nce, tensors, reduction=reduction)
+    for t, freeze in zip(tensors.values(), frozen):
+        t.requires_grad_(not freeze)
+    loss = info_nce(**tensors, reduction=reduction)
+    assert loss.requires_grad == (not all(frozen))
+    if loss.requires_grad:
+        (loss * 1.7).sum().backward()
+    for (name, t), freeze in zip(tensors.items(), frozen):
+        if freeze:
+            assert t.grad is None
+        else:
+            torch.testing.assert_close(t.grad, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_views_and_expanded_inputs():
+    wide, tall = rand(9, 14), rand(7, 22)
+    views = {"query": wide[:, ::2], "keys": tall.t()[:11]}
+    copies = {name: t.contiguous() for name, t in views.items()}
+
+    def gradient(tensors):
+        tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        return torch.autograd.grad(info_nce(**tensors, symmetric=True), tuple(tensors.values()))
+
+    for a, b in zip(gradient(views), gradient(copies)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    row = rand(1, 7).requires_grad_()
+    keys = rand(5, 7)
+    (dq,) = torch.autograd.grad(info_nce(row.expand(4, 7), keys), row)
+    (expected,) = torch.autograd.grad(reference.info_nce(row.expand(4, 7).contiguous(), keys), row)
+    torch.testing.assert_close(dq, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retained_graph_gives_the_same_gradient_twice(reduction):
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
+    loss = info_nce(q, k, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (q, k), torch.tensor(3.0, dtype=DOUBLE), retain_graph=True)
+    second = torch.autograd.grad(loss, (q, k))
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=0)
+
+
+def test_inputs_changed_before_backward_are_noticed():
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
+    loss = info_nce(q, k, reduction="none").sum()
+    with torch.no_grad():
+        k += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inputs_are_left_alone():
+    q, k, p = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_(), rand(5, 2, 3).requires_grad_()
+    before = [t.detach().clone() for t in (q, k, p)]
+    info_nce(q, k, private_negatives=p, symmetric=True, scale=2.0).backward()
+    assert all(torch.equal(a, b) for a, b in zip((q, k, p), before))
+
+
+def test_fp16_keeps_gradients_that_its_loss_scale_will_lift():
+    n, d = 256, 16
+    tensors = {"query": 0.02 * rand(n, d), "keys": 0.02 * rand(4 * n, d)}
+    tensors = {name: t.to(torch.float16) for name, t in tensors.items()}
+    exact = run(reference.info_nce, {name: t.to(DOUBLE) for name, t in tensors.items()}, 2.0**16)
+    ours = run(info_nce, tensors, 2.0**16)
+    assert error(ours["keys"], exact["keys"]) < 2**-9
+    assert error(ours["query"], exact["query"]) < 2**-9
+
+
+@pytest.mark.parametrize("kind", ["info_nce", "linear_cross_entropy"])
+def test_autocast_rounds_operands_like_matmul_and_nothing_else(kind):
+    x, w = rand(33, 16, dtype=torch.float32), rand(65, 16, dtype=torch.float32)
+    if kind == "info_nce":
+        names, ours, eager, options = ("query", "keys"), info_nce, reference.info_nce, {"scale": 0.5}
+    else:
+        names, ours, eager = ("hidden", "weight"), linear_cross_entropy, reference.linear_cross_entropy
+        options = {"target": torch.arange(33), "scale": 0.5}
+    with torch.autocast("cpu", dtype=HALF):
+        a = run(ours, dict(zip(names, (x, w))), **options)
+        # A bf16 hidden state against an fp32 weight, as a model under autocast meets its head.
+        mixed = run(ours, dict(zip(names, (x.to(HALF), w))), **options)
+    rounded = {name: t.to(HALF).to(DOUBLE) for name, t in zip(names, (x, w))}
+    truth = run(eager, rounded, **options)
+    assert a["loss"].dtype == torch.float32
+    for name, value in truth.items():
+        assert error(a[name], value) < 2**-18, name
+        assert error(mixed[name], value) < 2**-7, name
+    with torch.autocast("cpu", dtype=HALF):
+        wide = run(ours, {name: t.to(DOUBLE) for name, t in zip(names, (x, w))}, **options)
+    exact = run(eager, {name: t.to(DOUBLE) for name, t in zip(names, (x, w))}, **options)
+    assert_same(wide, exact)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_grad(context):
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3)
+    expected = info_nce(q, k)
+    with context():
+        loss = info_nce(q, k)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "stored"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 5], ids=["no rows", "all ignored"])
+def test_nothing_to_predict_costs_nothing(rows, reduction, impl):
+    hidden, weight, bias = (t.requires_grad_() for t in (rand(rows, 3), rand(7, 3), rand(7)))
+    target = torch.full((rows,), -100)
+    options = {"bias": bias, "reduction": reduction, "impl": impl, "label_smoothing": 0.1, "z_loss": 0.1}
+    loss, stats = linear_cross_entropy(hidden, weight, target, return_stats=True, **options)
+    torch.testing.assert_close(loss, torch.zeros((rows,) if reduction == "none" else (), dtype=DOUBLE))
+    assert [s.tolist() for s in stats] == [[0] * rows, [0] * rows, [-1] * rows, [-1] * rows]
+    for g in torch.autograd.grad(loss.sum(), (hidden, weight, bias)):
+        assert (g == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "stored"])
+@pytest.mark.parametrize("keys", [0, 4])
+def test_no_queries(keys, impl):
+    q, k = rand(0, 3).requires_grad_(), rand(keys, 3).requires_grad_()
+    for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
+        loss, stats = info_nce(q, k, reduction=reduction, impl=impl, return_stats=True)
+        torch.testing.assert_close(loss, torch.zeros(shape, dtype=DOUBLE))
+        assert all(len(s) == 0 for s in stats)
+        assert (torch.autograd.grad(loss.sum(), k)[0] == 0).all()
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, target = rand(6, 3), rand(5, 3), torch.tensor([1, 99, 2, 99, 0, 4])
+    clean = run(linear_cross_entropy, {"hidden": hidden[[0, 2, 4, 5]], "weight": weight}, target=target[[0, 2, 4, 5]])
+    hidden[[1, 3]] = torch.tensor([[math.nan], [math.inf]], dtype=DOUBLE)
+    dirty = run(linear_cross_entropy, {"hidden": hidden, "weight": weight}, target=target, ignore_index=99)
+    torch.testing.assert_close(dirty["loss"], clean["loss"])
+    torch.testing.assert_close(dirty["weight"], clean["weight"])
+    torch.testing.assert_close(dirty["hidden"][[0, 2, 4, 5]], clean["hidden"])
+    assert (dirty["hidden"][[1, 3]] == 0).all()
+
+
+def test_not_a_number_is_never_hidden():
+    q, k = rand(4, 3), rand(5, 3)
+    q[2, 0] = math.nan
+    out = run(info_nce, {"query": q, "keys": k})
+    assert all(t.isnan().any() for t in out.values())
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+    q, k = rand(3, 4, dtype=torch.float32), rand(5, 4, dtype=torch.float32)
+    q[1], k[4] = 0, 0
+    out = run(info_nce, {"query": q, "keys": k}, normalize=True, scale=20.0)
+    exact = run(reference.info_nce, {"query": q.to(DOUBLE), "keys": k.to(DOUBLE)}, normalize=True, scale=20.0)
+    for name, value in exact.items():
+        assert error(out[name], value) < 2**-18, name
+    assert (out["query"][1] == 0).all()
+    assert (out["keys"][4] == 0).all()
+
+
+def test_two_phases_apart_equal_one_call():
+    """Candidates split over two holders, each with its own keys, merged statistics and a column share."""
+    q, k = rand(6, 4), rand(10, 4)
+    positive = torch.tensor([0, 3, 4, 1, 2, 0])
+    whole = run(info_nce, {"query": q, "keys": k}, 1.0, positive=positive, symmetric=True, reduction="sum")
+    parts = [softmax_xent.Scores(q[i : i + 3], k, target=positive[i : i + 3], symmetric=True) for i in (0, 3)]
+    stats = [softmax_xent.statistics(s) for s in parts]
+    columns = stats[0].columns.merge(stats[1].columns)
+    half = torch.full((3,), 0.5, dtype=DOUBLE)
+    h = sum(softmax_xent.column_gradient(s, half) for s in parts)
+    needs = softmax_xent.Needs(True, True, False, False, False)
+    grads = [
+        softmax_xent.gradient(s, softmax_xent.Statistics(one.rows, columns), half, needs, h=h)
+        for s, one in zip(parts, stats)
+    ]
+    torch.testing.assert_close(torch.cat([g.x for g in grads]), whole["query"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[0].w + grads[1].w, whole["keys"], rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_of_split_candidates_merge():
+    q, k = 30 * rand(6, 4), 30 * rand(10, 4)
+    ids, mine = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, -1, 2]), torch.arange(6)
+    options = {"query_ids": mine, "duplicates_are_positive": True, "label_smoothing": 0.1}
+
+    def rows(part):
+        scores = softmax_xent.Scores(q, k[part], key_ids=ids[part], positive_ids=mine[:, None], **options)
+        return softmax_xent.statistics(scores).rows
+
+    merged, whole = rows(slice(0, 4)).merge(rows(slice(4, 10))), rows(slice(0, 10))
+    torch.testing.assert_close(merged.loss(0.1), whole.loss(0.1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["stored", "auto"])
+def test_named_implementation_is_the_one_that_runs(impl, monkeypatch):
+    monkeypatch.setattr(reference, "info_nce", lambda *a, **k: pytest.fail("fell back to the reference"))
+    info_nce(rand(3, 2), rand(3, 2), impl=impl)
+    monkeypatch.setattr(softmax_xent, "softmax_xent", lambda *a, **k: (torch.tensor(42.0),))
+    assert info_nce(rand(3, 2), rand(3, 2), impl=impl) == 42
+    monkeypatch.undo()
+    monkeypatch.setattr(softmax_xent, "softmax_xent", lambda *a, **k: pytest.fail("fell back to the engine"))
+    info_nce(rand(3, 2), rand(3, 2), impl="reference")
+
+
+def both_losses(x: Tensor, w: Tensor, target: Tensor, key_ids: Tensor) -> Tensor:
+    return linear_cross_entropy(x, w, target) + info_nce(x, w, key_ids=key_ids, symmetric=True)
+
+
+def test_compiles_without_a_graph_break():
+    x, w, key_ids = rand(16, 8).requires_grad_(), rand(32, 8).requires_grad_(), torch.arange(32) % 20
+    target = torch.arange(16)
+    target[::5] = -100
+    expected = torch.autograd.grad(both_losses(x, w, target, key_ids), (x, w))
+    compiled = torch.compile(both_losses, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x, w, target, key_ids), (x, w)), expected):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_fake_tensors_need_no_values():
+    """Nor are values checked: the entries that fail on real CPU tensors pass."""
+    with FakeTensorMode():
+        x, w = torch.empty(16, 8, dtype=HALF, requires_grad=True), torch.empty(32, 8, dtype=HALF, requires_grad=True)
+        both_losses(x, w, torch.full((16,), 99), torch.full((32,), -1)).backward()
+        info_nce(x, w, torch.full((16,), 99), scale=torch.tensor(-1.0))
+    assert (w.grad.shape, w.grad.dtype) == (w.shape, HALF)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "reduction": "none"}], ids=str)
+def test_cuda_error(options, shape, dtype, small_chunks):
+    n, m, d = shape
+    tensors = {name: t.cuda() for name, t in problem(n, m, d, dtype, d**-0.25).items()}
+    assert_within_budget(info_nce, reference.info_nce, tensors, **options)
+    target = torch.arange(n, device="cuda") % m
+    target[::3] = -100
+    tensors = {"hidden": tensors["query"], "weight": tensors["keys"]}
+    options = {"reduction": options.get("reduction", "mean"), "target": target}
+    assert_within_budget(linear_cross_entropy, reference.linear_cross_entropy, tensors, **options)
+
+
+ROWS = torch.tensor([9, 0, 3, 9, 7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["", "rms"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "l2"])
+def test_gather_last_hidden_error(normalize, norm, dtype):
+    tensors = {"hidden": rand(2, 5, 33, dtype=dtype)} | ({"norm_weight": rand(33, dtype=dtype)} if norm else {})
+    assert_within_budget(
+        gather_last_hidden, reference.gather_last_hidden, tensors, upstream=rand(5, 33), rows=ROWS, normalize=normalize
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}], ids=["", "l2"])
+def test_gather_last_hidden_gradcheck(options):
+    inputs = (rand(2, 5, 4).requires_grad_(), rand(4).requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: gather_last_hidden(h, ROWS, norm_weight=w, **options), inputs)
+    assert torch.autograd.gradcheck(lambda h: gather_last_hidden(h, ROWS, **options), inputs[:1])
+
+
+def test_gather_last_hidden_of_nothing_and_of_zeros():
+    hidden = torch.zeros(4, 3, requires_grad=True)
+    out = gather_last_hidden(hidden, torch.tensor([1, 2]), normalize=True)
+    assert (out == 0).all()
+    assert (torch.autograd.grad(out.sum(), hidden)[0] == 0).all()
+    nothing = gather_last_hidden(hidden, torch.empty(0, dtype=torch.int64))
+    assert (torch.autograd.grad(nothing.sum(), hidden)[0] == 0).all()
+
+
+Q, K, H, W, T = rand(4, 3), rand(6, 3), rand(4, 3), rand(6, 3), torch.tensor([0, 5, -100, 2])
+INDEX = torch.arange(4)
+ERRORS = [
+    (info_nce, {"query": [1.0]}, TypeError, "query is a list"),
+    (info_nce, {"query": Q.long()}, TypeError, "query has dtype torch.int64"),
+    (info_nce, {"query": Q[0]}, ValueError, r"query has shape \(3,\)"),
+    (info_nce, {"keys": rand(6, 5)}, ValueError, "keys has width 5, query has 3"),
+    (info_nce, {"keys": K.float()}, TypeError, "keys has dtype torch.float32, query has torch.float64"),
+    (info_nce, {"keys": K.to("meta")}, ValueError, "keys is on meta"),
+    (info_nce, {"keys": K[:3]}, ValueError, "keys has 3 rows for 4 queries; pass positive"),
+    (info_nce, {"keys": K[:0]}, ValueError, "keys has 0 rows for 4 queries"),
+    (info_nce, {"keys": K[:0], "positive": INDEX}, ValueError, "positive holds 0"),
+    (info_nce, {"positive": INDEX[:3]}, ValueError, r"positive has shape \(3,\)"),
+    (info_nce, {"positive": INDEX.int()}, TypeError, "positive has dtype torch.int32; convert it to torch.int64"),
+    (info_nce, {"positive": INDEX + 3}, ValueError, r"positive holds 6; every entry must be in 0\.\.5"),
+    (info_nce, {"positive": INDEX - 1}, ValueError, "positive holds -1"),
+    (info_nce, {"query_ids": INDEX}, ValueError, "query_ids is given but key_ids is None"),
+    (info_nce, {"positive_ids": INDEX[:, None]}, ValueError, "positive_ids is given but key_ids is None"),
+    (info_nce, {"key_ids": INDEX}, ValueError, r"key_ids has shape \(4,\)"),
+    (
+        info_nce,
+        {"key_ids": IDS[:6], "positive": INDEX + 2},
+        ValueError,
+        r"positive\[3\] is 5, a key that key_ids marks",
+    ),
+    (info_nce, {"key_ids": IDS[:6] - 3, "positive": INDEX * 0 + 1}, ValueError, r"positive\[0\] is 1"),
+    (
+        info_nce,
+        {"key_ids": IDS[:6], "positive_ids": torch.tensor([[3], [4], [1], [-1]])},
+        ValueError,
+        r"positive_ids\[3\] is \[-1\], none of which is in key_ids",
+    ),
+    (
+        info_nce,
+        {"key_ids": IDS[:6], "positive_ids": INDEX[:, None] * 0 + 1, "symmetric": True},
+        ValueError,
+        "symmetric=True with positive_ids",
+    ),
+    (info_nce, {"duplicates": "drop"}, ValueError, "duplicates is 'drop'; pass one of 'mask', 'positive', 'keep'"),
+    (info_nce, {"private_negatives": rand(3, 2, 3)}, ValueError, r"private_negatives has shape \(3, 2, 3\)"),
+    (info_nce, {"private_negatives": rand(4, 2, 3).float()}, TypeError, "private_negatives has dtype torch.float32"),
+    (info_nce, {"scale": 0.0}, ValueError, "scale is 0.0; pass a positive"),
+    (info_nce, {"scale": -1}, ValueError, "scale is -1"),
+    (info_nce, {"scale": math.inf}, ValueError, "scale is inf"),
+    (info_nce, {"scale": torch.tensor(math.nan)}, ValueError, "scale is nan"),
+    (info_nce, {"scale": torch.ones(1)}, ValueError, r"scale has shape \(1,\)"),
+    (info_nce, {"scale": "20"}, TypeError, "scale is a str"),
+    (info_nce, {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
+    (info_nce, {"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+    (info_nce, {"impl": "triton"}, ValueError, "impl is 'triton'"),
+    (linear_cross_entropy, {"weight": rand(6, 5)}, ValueError, "weight has width 5, hidden has 3"),
+    (linear_cross_entropy, {"weight": W.float()}, TypeError, "weight has dtype torch.float32"),
+    (linear_cross_entropy, {"weight": W[:0]}, ValueError, r"weight has shape \(0, 3\)"),
+    (linear_cross_entropy, {"target": T[:3]}, ValueError, r"target has shape \(3,\)"),
+    (linear_cross_entropy, {"target": T.float()}, TypeError, "target has dtype torch.float32"),
+    (linear_cross_entropy, {"target": T + 1}, ValueError, r"target holds 6; every entry must be in 0\.\.5 or ignore"),
+    (linear_cross_entropy, {"target": T, "ignore_index": -1}, ValueError, r"target holds -100.*\(-1\)"),
+    (linear_cross_entropy, {"bias": rand(5)}, ValueError, r"bias has shape \(5,\)"),
+    (linear_cross_entropy, {"softcap": 0.0}, ValueError, "softcap is 0.0"),
+    (linear_cross_entropy, {"z_loss": -0.1}, ValueError, "z_loss is -0.1"),
+    (linear_cross_entropy, {"hidden": rand(2, 2, 3)}, ValueError, r"hidden has shape \(2, 2, 3\)"),
+    (gather_last_hidden, {"hidden": rand(3)}, ValueError, r"hidden has shape \(3,\)"),
+    (gather_last_hidden, {"rows": torch.tensor([12])}, ValueError, r"rows holds 12; every entry must be in 0\.\.3"),
+    (gather_last_hidden, {"norm_weight": rand(4)}, ValueError, r"norm_weight has shape \(4,\)"),
+    (gather_last_hidden, {"eps": -1.0}, ValueError, "eps is -1.0"),
+]
+
+
+@pytest.mark.parametrize(("f", "wrong", "kind", "message"), ERRORS, ids=[f"{e[0].__name__}: {e[3]}" for e in ERRORS])
+def test_errors_name_the_argument_its_value_and_the_remedy(f, wrong, kind, message):
+    right = {
+        info_nce: {"query": Q, "keys": K},
+        linear_cross_entropy: {"hidden": H, "weight": W, "target": T},
+        gather_last_hidden: {"hidden": H, "rows": INDEX},
+    }[f]
+    f(**right)
+    with pytest.raises(kind, match=message):
+        f(**{**right, **wrong})

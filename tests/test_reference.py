@@ -1,0 +1,243 @@
+"""The oracles against what they claim to be: plain loops over the equations, and other libraries."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from info_nce import InfoNCE
+from torch import Tensor, nn
+
+from cosup_fast import reference
+
+DOUBLE = torch.float64
+
+
+def rand(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
+    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(*shape, generator=g, dtype=DOUBLE).requires_grad_(grad)
+
+
+def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, retain_graph=True)
+
+
+def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float = 1e-12) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def log_sum_exp(values: list[float]) -> float:
+    top = max(values)
+    return top + math.log(math.fsum(math.exp(v - top) for v in values))
+
+
+def loops(
+    query, keys, positive, *, scale=1.0, normalize=False, symmetric=False, query_ids=None, key_ids=None,
+    positive_ids=None, duplicates="mask", private_negatives=None, label_smoothing=0.0,
+) -> list[float]:  # fmt: skip
+    """The definition of InfoNCE by row, one score at a time and without tensors."""
+
+    def unit(v):
+        length = math.sqrt(math.fsum(a * a for a in v))
+        return [a / length for a in v] if normalize else v
+
+    query, keys = [unit(v) for v in query.tolist()], [unit(v) for v in keys.tolist()]
+    n, m = len(query), len(keys)
+    private = (
+        [[unit(v) for v in of] for of in private_negatives.tolist()] if private_negatives is not None else [[]] * n
+    )
+    answers = list(range(n)) if positive is None and positive_ids is None else positive
+    answers = answers.tolist() if isinstance(answers, Tensor) else answers
+
+    def score(a, b):
+        return scale * math.fsum(p * q for p, q in zip(a, b))
+
+    def role(i, j):
+        if key_ids is not None and key_ids[j] < 0:
+            return "none"
+        if answers is not None and answers[i] == j:
+            return "positive"
+        if positive_ids is not None and key_ids[j] in positive_ids[i].tolist():
+            return "positive"
+        answer = None
+        if query_ids is not None:
+            answer = query_ids[i]
+        elif key_ids is not None and answers is not None:
+            answer = key_ids[answers[i]]
+        if answer is not None and key_ids[j] == answer:
+            return {"mask": "none", "positive": "positive", "keep": "negative"}[duplicates]
+        return "negative"
+
+    def loss(scores, roles):
+        candidates = [z for z, r in zip(scores, roles) if r != "none"]
+        lse = log_sum_exp(candidates)
+        likely = lse - log_sum_exp([z for z, r in zip(scores, roles) if r == "positive"])
+        uniform = lse - math.fsum(candidates) / len(candidates)
+        return (1 - label_smoothing) * likely + label_smoothing * uniform
+
+    losses = []
+    for i in range(n):
+        row = [score(query[i], k) for k in keys] + [score(query[i], k) for k in private[i]]
+        value = loss(row, [role(i, j) for j in range(m)] + ["negative"] * len(private[i]))
+        if symmetric:
+            j = answers[i]
+            column = [score(q, keys[j]) for q in query]
+            value = (value + loss(column, [role(k, j) for k in range(n)])) / 2
+        losses.append(value)
+    return losses
+
+
+IDS = torch.tensor([4, 9, 4, 7, -1, 9, 5])
+SHARED = torch.tensor([1, 5, 0, 1])
+OPTIONS = {
+    "plain": {},
+    "positive": {"positive": SHARED},
+    "scale": {"scale": 3.5},
+    "normalize": {"normalize": True, "scale": 20.0},
+    "smoothing": {"label_smoothing": 0.2},
+    "mask": {"key_ids": IDS},
+    "keep": {"key_ids": IDS, "duplicates": "keep"},
+    "several": {"key_ids": IDS, "duplicates": "positive"},
+    "query ids": {"key_ids": IDS, "query_ids": torch.tensor([4, 9, 4, 5])},
+    "positive ids": {"key_ids": IDS, "positive_ids": torch.tensor([[4, -1], [7, 9], [5, 5], [-1, 7]])},
+    "positive and ids": {"key_ids": IDS, "positive": SHARED, "positive_ids": torch.tensor([[4], [-1], [5], [7]])},
+    "private": {"private_negatives": rand(4, 2, 3, grad=False)},
+    "symmetric": {"symmetric": True},
+    "symmetric, shared keys": {"symmetric": True, "positive": SHARED},
+    "symmetric, mask": {"symmetric": True, "positive": SHARED, "key_ids": IDS, "label_smoothing": 0.1},
+    "symmetric, several": {"symmetric": True, "key_ids": IDS, "duplicates": "positive", "scale": 0.3},
+    "symmetric, private": {"symmetric": True, "private_negatives": rand(4, 2, 3, grad=False), "normalize": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_info_nce_is_its_definition(options):
+    query, keys = rand(4, 3), rand(7, 3)
+    options = dict(options)
+    positive = options.pop("positive", None)
+    expected = torch.tensor(loops(query, keys, positive, **options), dtype=DOUBLE)
+    for reduction, value in (("none", expected), ("sum", expected.sum()), ("mean", expected.mean())):
+        ours = reference.info_nce(query, keys, positive, reduction=reduction, **options)
+        torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda q, k: reference.info_nce(q, k, positive, **options), (query, keys))
+
+
+def test_info_nce_statistics():
+    query, keys = rand(4, 3), rand(7, 3)
+    loss, stats = reference.info_nce(
+        query, keys, key_ids=IDS, duplicates="positive", reduction="none", return_stats=True
+    )
+    z = (query @ keys.T).tolist()
+    for i in range(4):
+        candidates = {j: z[i][j] for j in range(7) if IDS[j] >= 0}
+        positives = [z[i][j] for j in candidates if IDS[j] == IDS[i]]
+        assert stats.lse[i].item() == pytest.approx(log_sum_exp(list(candidates.values())), abs=1e-12)
+        assert stats.positive_logit[i].item() == pytest.approx(log_sum_exp(positives), abs=1e-12)
+        assert stats.rank[i].item() == sum(value > max(positives) for value in candidates.values())
+        assert stats.top1[i].item() == max(candidates, key=lambda j: candidates[j])
+    torch.testing.assert_close(stats.lse - stats.positive_logit, loss.detach(), rtol=0, atol=1e-12)
+    assert not any(s.requires_grad for s in stats)
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+    query, keys = rand(3, 4), rand(3, 4)
+    with torch.no_grad():
+        query[1] = 0
+    dq, dk = grads(reference.info_nce(query, keys, normalize=True, scale=20.0), query, keys)
+    assert (dq[1] == 0).all()
+    assert dq.isfinite().all()
+    assert dk.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("mode", ["in-batch", "unpaired", "paired"])
+def test_info_nce_equals_info_nce_pytorch(mode, reduction):
+    n, d = 7, 5
+    query, positive = rand(n, d), rand(n, d, seed=1)
+    weight = torch.arange(1.0, n + 1, dtype=DOUBLE) if reduction == "none" else torch.tensor(3.0, dtype=DOUBLE)
+    theirs = InfoNCE(temperature=0.07, reduction=reduction, negative_mode="paired" if mode == "paired" else "unpaired")
+    negatives = {"in-batch": None, "unpaired": rand(11, d), "paired": rand(n, 3, d)}[mode]
+    inputs = (query, positive) if negatives is None else (query, positive, negatives)
+    options = {"scale": 1 / 0.07, "normalize": True, "reduction": reduction}
+    keys = positive
+    # There the positives of the others are no negatives once negatives are given: here they share a query's id.
+    if negatives is not None:
+        shared = torch.zeros(n, dtype=torch.int64)
+        options |= {"query_ids": shared, "key_ids": shared}
+    if mode == "unpaired":
+        keys = torch.cat([positive, negatives])
+        options["key_ids"] = torch.cat([shared, torch.arange(1, 12)])
+    elif mode == "paired":
+        options["private_negatives"] = negatives
+    a, b = reference.info_nce(query, keys, **options), theirs(*inputs)
+    assert_same((a, *grads((a * weight).sum(), *inputs)), (b, *grads((b * weight).sum(), *inputs)))
+
+
+class Lookup(nn.Module):
+    """A sentence encoder whose sentences are embeddings already."""
+
+    def forward(self, features):
+        return {"sentence_embedding": features["x"]}
+
+
+@pytest.mark.parametrize("hard", [0, 2], ids=lambda n: f"{n} hard negatives")
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_info_nce_equals_multiple_negatives_ranking_loss(hard, symmetric):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    directions = ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",)
+    theirs = losses.MultipleNegativesRankingLoss(
+        Lookup(), scale=20.0, directions=directions, partition_mode="per_direction"
+    )
+    columns = [rand(9, 6, seed=i) for i in range(2 + hard)]
+    b = theirs.compute_loss_from_embeddings(columns, torch.empty(0))
+    a = reference.info_nce(columns[0], torch.cat(columns[1:]), scale=20.0, normalize=True, symmetric=symmetric)
+    assert_same((a, *grads(a, *columns)), (b, *grads(b, *columns)), 1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}], ids=["plain", "smoothing"])
+def test_linear_cross_entropy_equals_torch(options, reduction):
+    hidden, weight, bias = rand(9, 5), rand(13, 5), rand(13)
+    target = torch.tensor([0, 12, -100, 3, -100, 3, 3, 7, 1])
+    g = torch.linspace(1, 2, 9, dtype=DOUBLE) if reduction == "none" else torch.tensor(2.5, dtype=DOUBLE)
+    ours = reference.linear_cross_entropy(hidden, weight, target, bias=bias, reduction=reduction, **options)
+    peers = [F.cross_entropy(F.linear(hidden, weight, bias), target, reduction=reduction, **options)]
+    if hasattr(F, "linear_cross_entropy"):
+        peers.append(F.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction, **options))
+    inputs = (hidden, weight, bias)
+    for theirs in peers:
+        assert_same((ours, *grads((ours * g).sum(), *inputs)), (theirs, *grads((theirs * g).sum(), *inputs)))
+
+
+def test_linear_cross_entropy_softcap_z_loss_and_scale():
+    hidden, weight, bias = rand(3, 4), rand(5, 4), rand(5)
+    target, scale = torch.tensor([2, -100, 0]), torch.tensor(0.7, dtype=DOUBLE, requires_grad=True)
+    options = {"softcap": 1.5, "z_loss": 0.1, "bias": bias, "scale": scale, "reduction": "none"}
+    expected = []
+    for t, y in enumerate(target.tolist()):
+        z = [1.5 * math.tanh(a / 1.5) for a in (0.7 * hidden[t] @ weight.T + bias).tolist()]
+        expected.append(0.0 if y == -100 else log_sum_exp(z) - z[y] + 0.1 * log_sum_exp(z) ** 2)
+    ours = reference.linear_cross_entropy(hidden, weight, target, **options)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=DOUBLE), rtol=1e-12, atol=1e-12)
+    _, stats = reference.linear_cross_entropy(hidden, weight, target, return_stats=True, **options)
+    assert (stats.lse[1], stats.positive_logit[1], stats.rank[1], stats.top1[1]) == (0, 0, -1, -1)
+    assert stats.lse[0].item() == pytest.approx(
+        log_sum_exp([1.5 * math.tanh(a / 1.5) for a in (0.7 * hidden[0] @ weight.T + bias).tolist()]), abs=1e-12
+    )
+
+
+def test_gather_last_hidden_is_rms_norm_and_normalize():
+    hidden, weight = rand(2, 5, 8), rand(8)
+    rows = torch.tensor([9, 0, 3, 9])
+    norm = nn.RMSNorm(8, eps=1e-5, dtype=DOUBLE)
+    norm.weight = nn.Parameter(weight.detach().clone())
+    theirs = F.normalize(norm(hidden)[[1, 0, 0, 1], [4, 0, 3, 4]], dim=-1)
+    ours = reference.gather_last_hidden(hidden, rows, norm_weight=weight, eps=1e-5, normalize=True)
+    g = rand(4, 8, grad=False)
+    assert_same(
+        (ours, *grads((ours * g).sum(), hidden, weight)), (theirs, *grads((theirs * g).sum(), hidden, norm.weight))
+    )
