@@ -152,6 +152,23 @@ def gpt2_folder(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def mistral_folder(tmp_path_factory) -> str:
+    """A random Mistral of 2 layers and width 32 whose attention sees 12 tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = str(tmp_path_factory.mktemp("mistral"))
+    tokenizer = make_tokenizer(300, start=False)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(2)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=12, initializer_range=0.3, max_position_embeddings=512,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_model(llama_folder):
     """A function that makes a model in evaluation mode: Llama with Llama unless `embseq` or `shared` say otherwise."""
     from cosup_fast.data.template import TextConfig
