@@ -35,8 +35,6 @@ WORKSPACE_BYTES = 512 * 2**20
 """Bytes of a chunk of scores with its temporaries; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
-SCORES_PER_SCORE = 4
-"""What a score occupies at the peak, in scores: itself, its exponential, a temporary, and masks."""
 
 
 def workspace_bytes() -> int:
@@ -148,9 +146,11 @@ class Scores:
         return replace(self, **{k: v[chunk] for k in names if (v := getattr(self, k)) is not None})
 
     def chunks(self) -> list[slice]:
-        n, wide = len(self.x), accumulator(self.x.dtype)
-        columns = len(self.w) + (0 if self.private is None else self.private.shape[1])
-        rows = max(MIN_ROWS, workspace_bytes() // max(1, SCORES_PER_SCORE * wide.itemsize * columns))
+        """Runs of rows whose scores, exponentials, masks and temporaries fit the workspace."""
+        n, candidates = len(self.x), len(self.w) + (0 if self.private is None else self.private.shape[1])
+        extra = self.softcap is not None or self.label_smoothing > 0
+        copies = 3 + 2 * extra + 2 * self.several_positives + self.symmetric
+        rows = max(MIN_ROWS, workspace_bytes() // (copies * accumulator(self.x.dtype).itemsize * candidates))
         count = -(-n // rows)
         return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
 
@@ -202,7 +202,6 @@ class _Block:
                     positives |= key_ids == ids[:, None]
             if s.target is not None:
                 positives.scatter_(1, s.target[:, None], True)
-            positives &= ~drop
         if duplicate is not None and not s.duplicates_are_positive:
             if positives is not None:
                 duplicate &= ~positives
