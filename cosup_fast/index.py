@@ -161,6 +161,7 @@ class SequenceIndex:
             raise ValueError("an index needs at least one passage, got an empty corpus")
         if embeddings.ndim != 2:
             raise ValueError(f"embeddings must be (passages, width), got shape {tuple(embeddings.shape)}")
+        _check_ids(passages)
         self.origin = origin
         self.passages: list[Passage] = []
         self._vectors = _faiss().IndexFlatIP(embeddings.shape[1])
@@ -296,10 +297,8 @@ class SequenceIndex:
                 f"the embedding of passage {passages[row].id!r} is not finite: the weights are damaged, or training "
                 "diverged"
             )
-        combined = [*self.passages, *passages]
-        _check_ids(combined)
         self._vectors.add(embeddings.detach().float().cpu().contiguous().numpy())
-        self.passages = combined
+        self.passages.extend(passages)
 
 
 @contextmanager

@@ -177,9 +177,9 @@ def test_score_of_a_grounded_answer(examples, corpus):
 
 
 def test_score_of_ranks(examples, corpus):
-    scores = score(examples[1], answer_of(("", None)), [4, 19], corpus)
-    assert (scores["recall@1"], scores["recall@5"], scores["recall@20"]) == (0, 0.5, 1)
-    assert scores["mrr"] == pytest.approx((1 / 5 + 1 / 20) / 2)
+    scores = score(examples[1], answer_of(("", None)), [1, 4, 5, 20], corpus)
+    assert (scores["recall@1"], scores["recall@5"], scores["recall@20"]) == (0, 0.5, 0.75)
+    assert scores["mrr"] == pytest.approx((1 / 2 + 1 / 5 + 1 / 6 + 1 / 21) / 4)
     assert "mrr" not in score(examples[1], answer_of(("", None)), [], corpus)
 
 

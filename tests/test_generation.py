@@ -414,6 +414,12 @@ def test_sampled_frequencies(temperature, top_p, expected):
         assert stats.chisquare(observed, share / share.sum() * sum(observed)).pvalue > 0.001
 
 
+def test_top_p_stops_as_soon_as_it_is_reached():
+    random = torch.Generator().manual_seed(0)
+    config = GenerationConfig(temperature=1.0, top_p=0.5)
+    assert {choose(torch.zeros(4), config, random) for _ in range(100)} == {0, 1}
+
+
 def test_settings(model):
     with pytest.raises(ValueError, match="ret_first=true forces a retrieval and max_retrievals=0 forbids it"):
         GenerationConfig(ret_first=True, max_retrievals=0)

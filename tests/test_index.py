@@ -133,6 +133,8 @@ def test_wrong_corpora_are_refused(model, passages, index):
         SequenceIndex.build(model, [Passage(id="p", title="", text="word " * 400)], progress=False)
     with pytest.raises(ValueError, match=r"\(2, 32\), got shape \(3, 32\)"):
         SequenceIndex(MORE, torch.zeros(3, 32), index.origin)
+    with pytest.raises(ValueError, match="'x' stands more than once"):
+        SequenceIndex([MORE[1], MORE[1]], torch.zeros(2, 32), index.origin)
     with pytest.raises(ValueError, match="'x' is not finite"):
         SequenceIndex(MORE, torch.tensor([[0.0], [torch.inf]]), index.origin)
 
