@@ -32,7 +32,7 @@ class DataConfig(BaseModel):
         default=None, ge=1, description="use only so many training examples, drawn by the seed"
     )
     dev_limit: int | None = Field(
-        default=200, ge=1, description="use only so many held-out examples, drawn by the seed"
+        default=200, ge=1, description="use only so many held-out examples, the same for every seed"
     )
     dev_pool: int = Field(
         default=800, ge=1, description="passages searched for held-out retrieval: the gold ones and others"

@@ -105,13 +105,15 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     data = config.data
     corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
 
-    def load(names: list[str], limit: int | None) -> list[Example]:
+    def load(names: list[str], limit: int | None, seed: int) -> list[Example]:
         loaded = [e for name in names for e in load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)]
         if limit is not None and limit < len(loaded):
-            loaded = random.Random(config.training.seed).sample(loaded, limit)
+            loaded = random.Random(seed).sample(loaded, limit)
         return loaded
 
-    examples, held_out = load(data.train, data.train_limit), load(data.dev, data.dev_limit)
+    # What is held out is the same for every seed of the training, so that runs compare.
+    examples = load(data.train, data.train_limit, config.training.seed)
+    held_out = load(data.dev, data.dev_limit, seed=0)
     if both := {e.id for e in examples} & {e.id for e in held_out}:
         raise DataError(f"example {min(both)!r} stands in data.train and in data.dev ({len(both)} such ids)")
     return corpus, examples, held_out
@@ -127,7 +129,7 @@ class HeldOutEvaluator:
         gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
         others = sorted(corpus.keys() - set(gold))
         extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
-        chosen = gold + random.Random(config.training.seed).sample(others, extra)
+        chosen = gold + random.Random(0).sample(others, extra)
         self.pool = [corpus[passage] for passage in chosen]
 
     @torch.no_grad()
