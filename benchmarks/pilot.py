@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
 from rich.console import Console
 
 from cosup_fast.config import load_config
+from cosup_fast.files import replace_file
 from cosup_fast.training.run import read_metrics, run_training
 
 # Gen is whole, because lambda and the learning rate are about what happens to a pretrained LM; Embseq is cut to its
@@ -75,9 +75,8 @@ def run_setting(output: Path, name: str, fields: dict[str, object], steps: int) 
         "after": after,
         "warnings": warnings.read_text().splitlines() if warnings.is_file() else [],
     }
-    temporary = folder / "done.writing"
-    temporary.write_text(json.dumps(done, indent=1) + "\n")
-    os.replace(temporary, folder / "done.json")
+    with replace_file(folder / "done.json") as file:
+        file.write(json.dumps(done, indent=1) + "\n")
 
 
 def table(output: Path) -> str:

@@ -30,8 +30,9 @@ from rich.table import Table
 from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage, write_jsonl
+from cosup_fast.files import replace_folder
 from cosup_fast.generation import Answer, GenerationConfig, Generator
-from cosup_fast.index import SequenceIndex, embed_passages, embed_queries, replace_folder
+from cosup_fast.index import SequenceIndex, embed_passages, embed_queries
 from cosup_fast.modeling import CoSupervisionModel
 
 METRICS = {

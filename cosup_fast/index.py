@@ -13,10 +13,7 @@ Shapes: N queries, M passages, D Gen's width.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +28,7 @@ from torch import Tensor
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage, read_passages, write_jsonl
 from cosup_fast.data.template import TextConfig
+from cosup_fast.files import replace_folder, sha256
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
@@ -241,7 +239,7 @@ class SequenceIndex:
                 count=len(self),
                 dim=self._vectors.d,
                 origin=self.origin,
-                sha256={name: _sha256(temporary / name) for name in (VECTORS, PASSAGES)},
+                sha256={name: sha256(temporary / name) for name in (VECTORS, PASSAGES)},
             )
             (temporary / STAMP).write_text(stamp.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -263,7 +261,7 @@ class SequenceIndex:
         for name in (VECTORS, PASSAGES):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is incomplete, {name} is missing: build the index again")
-            if _sha256(folder / name) != stamp.sha256.get(name):
+            if sha256(folder / name) != stamp.sha256.get(name):
                 raise ValueError(
                     f"{folder / name} is damaged or was changed, its checksum is not the one in {STAMP}: "
                     "build the index again"
@@ -314,44 +312,6 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` once all of it is on disk.
-
-    Args:
-        folder: where the result should stand; an earlier result there is replaced.
-        marker: the file by which an earlier result is known.
-
-    Raises:
-        ValueError: `folder` is a file, or holds files but no `marker`.
-    """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / marker).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something else, it has no {marker}: give a new or an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # process ids come round again
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        # A folder with files cannot be renamed over: the earlier one steps aside, and back if the rename fails.
-        if folder.exists():
-            shutil.rmtree(earlier, ignore_errors=True)
-            folder.rename(earlier)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(folder)
-            raise
-        _sync(folder.parent)
-        shutil.rmtree(earlier, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _faiss() -> Any:
     try:
         import faiss
@@ -397,16 +357,3 @@ def _read_stamp(folder: Path) -> _Stamp:
         return _Stamp.model_validate(data)
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, build the index again: {error}") from None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -220,7 +220,7 @@ class CoSupervisionModel(nn.Module):
         hidden = self.hidden_states(batch.gen)
         return self.criterion(
             hidden,
-            self.gen.get_output_embeddings().weight,
+            _head(self.gen),
             batch.labels,
             query=self.queries(hidden, batch.query_rows),
             keys=hidden[:0] if batch.passages is None else self.embed(batch.passages),
@@ -325,6 +325,14 @@ def _run(model: Any, pack: Pack) -> Tensor:
     ).last_hidden_state[0]
 
 
+def _head(gen: PreTrainedModel) -> nn.Parameter:
+    """The weight of the LM head, (V, D)."""
+    head = gen.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{gen.name_or_path} ({type(gen).__name__}) has no LM head, so it cannot be Gen")
+    return head.weight
+
+
 def _load(
     name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
 ) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -390,9 +398,9 @@ def _add_special_tokens(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         token: tokenizer(text, add_special_tokens=False)["input_ids"] for token, text in DESCRIPTIONS.items()
     }
     if add_special_tokens(tokenizer):
-        gen.resize_token_embeddings(max(len(tokenizer), gen.get_input_embeddings().num_embeddings), mean_resizing=False)
+        gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen))), mean_resizing=False)
         vocabulary = tokenizer.get_vocab()
-        for weight in {gen.get_input_embeddings().weight, gen.get_output_embeddings().weight}:
+        for weight in {gen.get_input_embeddings().weight, _head(gen)}:
             for token, description in descriptions.items():
                 weight[vocabulary[token]] = weight[description].mean(dim=0)
     gen.config.pad_token_id = tokenizer.pad_token_id

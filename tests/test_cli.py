@@ -281,7 +281,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(fields, cosup):
     assert "was not written" in err
     assert "free some space" in err
     assert _whole(fields["output"]) == before
-    assert not list((Path(fields["output"]) / "checkpoints").glob(".writing-*"))
+    assert not list((Path(fields["output"]) / "checkpoints").glob(".*"))
 
 
 def test_a_corpus_of_unknown_examples_is_checked_line_by_line(cosup, data_folder, tmp_path, examples):

@@ -10,7 +10,6 @@ after the last stage that ended. One run at a time works in a home folder; a sec
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from cosup_fast.data import sources
 from cosup_fast.data.catalog import CATALOG, INFO, PASSAGES, Prepared, Wheel
 from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
 from cosup_fast.data.splits import check_splits
+from cosup_fast.files import sha256, sync
 
 
 class PreparedRow(NamedTuple):
@@ -106,12 +106,6 @@ def check(home: Path | None = None) -> list[str]:
     return problems
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _with_prerequisites(names: list[str] | dict[str, Prepared]) -> list[str]:
     ordered: dict[str, None] = {}
     for name in names:
@@ -162,7 +156,8 @@ def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
         "recipe": entry.recipe,
     }
     (out / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-    _sync(out)
+    for path in out.rglob("*"):
+        sync(path)
     target = home / entry.name
     if target.exists():
         os.replace(target, staging / "replaced")
@@ -237,13 +232,6 @@ def _size(folder: Path) -> int:
         except FileNotFoundError:  # pip moved it meanwhile
             continue
     return total
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from cosup_fast.files import replace_file
 
 
 class DataError(ValueError):
@@ -153,17 +154,9 @@ def check_example(where: str, example: Example, passages: Collection[str] | None
 
 def write_jsonl(path: str | Path, records: Iterable[BaseModel]) -> None:
     """Writes one record a line, defaults left out; the file appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(path) as file:
+        for record in records:
+            file.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
 
 
 def validate(where: str, kind: type[R], data: Any) -> R:

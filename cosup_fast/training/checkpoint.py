@@ -11,9 +11,7 @@ Nothing here is a pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from cosup_fast.files import remove_unfinished, replace_folder, sha256
 from cosup_fast.modeling import CoSupervisionModel
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
-_UNFINISHED = ".writing-"
 
 
 class CheckpointError(ValueError):
@@ -49,19 +47,13 @@ def save_checkpoint(
     final = root / f"{_PREFIX}{step:06d}"
     if final.exists():
         return final
-    unfinished = root / f"{_UNFINISHED}{final.name}"
+    remove_unfinished(root, f"{_PREFIX}*")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(leftover)
-        model.save(unfinished)
-        _save_trainer_state(unfinished, step, model, optimizer)
-        _write_manifest(unfinished)
-        os.replace(unfinished, final)
-        _flush(root)
-    except Exception as error:
-        # safetensors reports a full disk as an error of its own, not as an OSError.
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with replace_folder(final, MANIFEST) as folder:
+            model.save(folder)
+            _save_trainer_state(folder, step, model, optimizer)
+            _write_manifest(folder)
+    except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
         raise CheckpointError(
             f"checkpoint {final} was not written ({error}): free some space, or choose another output; "
             "earlier checkpoints are whole"
@@ -109,7 +101,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} has {size} bytes, its manifest says {expected['bytes']}: use an earlier checkpoint"
             )
-        if (found := _sha256(path)) != expected["sha256"]:
+        if (found := sha256(path)) != expected["sha256"]:
             raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): use an earlier checkpoint")
 
 
@@ -118,10 +110,11 @@ def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch
     description = json.loads((folder / "trainer.json").read_text())
     tensors = load_file(folder / "trainer.safetensors")
     random = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}
+    state: dict[str, Any] = {**description["optimizer"], **tensors}
     set_optimizer_state_dict(
         model,
         optimizer,
-        {**description["optimizer"], **tensors},
+        state,
         options=StateDictOptions(flatten_optimizer_state_dict=True),
     )
     torch.set_rng_state(random["rng.cpu"])
@@ -142,25 +135,9 @@ def _save_trainer_state(folder: Path, step: int, model: CoSupervisionModel, opti
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _flush(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-    _flush(folder / MANIFEST)
-    _flush(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder to flush it
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import IGNORE
 from cosup_fast.evaluation import retrieval_ranks
+from cosup_fast.files import replace_file
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints, verify
 from cosup_fast.training.trainer import (
@@ -180,9 +180,8 @@ class RunLog:
     def start(self, step: int, total: int) -> None:
         """Opens the files; records behind `step`, of a part that is run again, are dropped."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
-        temporary = self.path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self.path)
+        with replace_file(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
         self.file: TextIO = self.path.open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
         self.task = self.progress.add_task("training", total=total, completed=step, status="")
@@ -259,10 +258,8 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (losses, retrieval):
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_name(path.stem + ".writing.png")
-    figure.savefig(temporary, dpi=120)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path | None:
@@ -286,12 +283,10 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
 
 
 def _write_config(config: RunConfig, output: Path) -> None:
-    saved = output / "config.yaml"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        temporary = saved.with_suffix(".writing")
-        temporary.write_text(dump_config(config))
-        os.replace(temporary, saved)
+        with replace_file(output / "config.yaml") as file:
+            file.write(dump_config(config))
     except OSError as error:
         raise ConfigError(f"output={config.output!r} cannot be written: {error}") from None
 
@@ -310,5 +305,5 @@ def _check_lengths(
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         for example in progress.track(examples, description="checking lengths"):
             model.template.gen_sequence(example, corpus)
-        for passage in {segment.passage for example in examples for segment in example.output} - {None}:
+        for passage in {s.passage for example in examples for s in example.output if s.passage is not None}:
             model.template.sequence(corpus[passage])
