@@ -28,15 +28,15 @@ from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import newest
 from cosup_fast.training.run import run_training
 
-QUESTIONS, POOL = 120, 800
+QUESTIONS, POOL = 64, 800
 SHOWN = {"recall@1": "R@1", "recall@5": "R@5", "answer": "answer in the output", "grounded": "grounded"}
 
 
-def run_demo(output: Path, console: Console) -> None:
+def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> None:
     """Runs the demo into `output` and prints before, after, the paired gains and three answers."""
     started = time.monotonic()
     with resources.as_file(resources.files("cosup_fast") / "demo.yaml") as path:
-        config = load_config(path, [f"output={json.dumps(str(output / 'run'))}"])
+        config = load_config(path, [*overrides, f"output={json.dumps(str(output / 'run'))}"])
 
     console.rule("1/4  real weights, real text")
     for name in ("smollm2-135m", "wiki-leads", "questions"):
