@@ -1,0 +1,12 @@
+"""What the losses cost, beside other libraries on the same inputs. Run from a clone: python -m benchmarks --help.
+
+cases.py      the losses, shapes, dtypes and inputs
+providers/    one adapter a file: ours and the peers
+check.py      is it the same function? against fp64, before any timing
+timing.py     how fast? interleaved rounds beside bare matrix products and a memory copy
+counting.py   what does it cost exactly? products, FLOPs, bytes, workspace; Triton kernels in the interpreter
+peak.py       how much memory? resident set in a subprocess, or the allocator of a GPU
+gate.py       have the exact figures changed? against exact.json
+report.py     tables and plots, in a folder that is there whole or not at all
+speed.py      the same as pytest-benchmark entry points
+"""

@@ -1,0 +1,127 @@
+"""What does it cost exactly? Products, FLOPs, bytes and workspace of what torch runs; the same on every machine.
+
+    products  FLOPs of matrix products / 2NMD, by the precision of their operands; formulas of torch.utils.flop_counter
+    traffic   bytes that operations read and write, each operand once an operation: no cache, no fusion
+    workspace most bytes alive at once in what operations returned, beside the gradients; the insides of an operation,
+              such as a library's packed copies, are not seen
+
+Operators that are written in Python (torch.library) are counted by what they run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.cases import Case, Inputs
+from benchmarks.check import Loss, free, step
+
+PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Operations that touch only as much of their large operand as their small ones say.
+PICKS = ("gather", "index_select", "index", "nll_loss_forward", "embedding")
+PLACES = ("scatter_", "index_put_", "_index_put_impl_", "index_copy_")
+SHAPES_ONLY = ("nll_loss_backward", "new_", "zeros_like", "ones_like", "full_like", "empty_like")
+
+
+class Counts(NamedTuple):
+    """Of one forward and backward."""
+
+    products: dict[str, float]  # by precision, in G
+    traffic: int | None = None  # bytes; None where compiled code hides them
+    workspace: int | None = None  # bytes
+
+    @property
+    def total(self) -> float:
+        return sum(self.products.values())
+
+    def flops(self, case: Case) -> int:
+        return round(self.total * case.product)
+
+
+def _bytes(t: Tensor) -> int:
+    return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
+
+
+def _traffic(name: str, args: list[Tensor], results: list[Tensor], place: list[Tensor]) -> int:
+    """Bytes of one operation; `place` are outputs that the caller passed and the operation overwrites."""
+    if name.startswith(("empty", "new_empty", "detach", "alias", "_local_scalar", "sym_")):
+        return 0
+    written = sum(_bytes(t) for t in results)
+    if name.startswith(SHAPES_ONLY):
+        return written
+    if name in PICKS:
+        small = sum(_bytes(t) for t in args[1:])
+        return 2 * written + small if name != "nll_loss_forward" else 2 * small + written
+    if name in PLACES:
+        # The values read, and as many read and written where they go.
+        return 2 * sum(_bytes(t) for t in args[1:])
+    return written + sum(_bytes(t) for t in args if not any(t is other for other in place))
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.traffic = self.peak = 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}  # what was there before counts as 0 bytes
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code stays compiled; the products it hands to a library are seen."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prims", "prim"):
+            device = next(t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            key = torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._follow(given, new=False)
+        out = func(*args, **kwargs)
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        packet = func._overloadpacket
+        # flop_registry knows addmm and not addmm_.
+        product = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), None)
+        if product in flop_registry:
+            operand = next(t for t in given if t.is_floating_point())
+            flops = flop_registry[product](*args, **kwargs, out_val=out)
+            self.flops[PRECISION.get(operand.dtype, str(operand.dtype))] += flops
+        if not func.is_view:
+            place = [t for t in tree_leaves([kwargs.get(a.name) for a in func._schema.arguments if a.is_out])
+                     if isinstance(t, Tensor)]  # fmt: skip
+            self.traffic += _traffic(packet.__name__, given, results, place)
+        self._follow(results, new=True)
+        return out
+
+    def _follow(self, tensors: list[Tensor], new: bool) -> None:
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        for t in tensors:
+            storage = t.untyped_storage()
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes() if new else 0
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+
+
+def count(case: Case, loss: Loss, inputs: Inputs, compiled: bool = False) -> Counts:
+    """The costs of one forward and backward."""
+    if compiled:
+        step(loss, inputs)  # so that tracing is not counted
+    free(inputs)
+    with OperationCounter() as seen:
+        step(loss, inputs)
+    products = {name: flops / case.product for name, flops in sorted(seen.flops.items())}
+    free(inputs)
+    if compiled:
+        return Counts(products)
+    return Counts(products, seen.traffic, max(seen.peak - case.gradient_bytes, 0))
