@@ -81,5 +81,5 @@ def refusal(case: Case, found: Errors, eager: Errors) -> str | None:
 def free(inputs: Inputs) -> None:
     """Drops the gradients of an earlier step."""
     inputs.x.grad = inputs.w.grad = None
-    if inputs.x.is_cuda:
+    if inputs.x.device.type == "cuda":
         torch.cuda.empty_cache()

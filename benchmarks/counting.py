@@ -1,11 +1,13 @@
 """What does it cost exactly? Products, FLOPs, bytes and workspace of what torch runs; the same on every machine.
 
     products  FLOPs of matrix products / 2NMD, by the precision of their operands; formulas of torch.utils.flop_counter
-    traffic   bytes that operations read and write, each operand once an operation: no cache, no fusion
+    traffic   bytes that operations read and write, each operand once an operation (no cache, no fusion), and that
+              Triton kernels load and store
     workspace most bytes alive at once in what operations returned, beside the gradients; the insides of an operation,
               such as a library's packed copies, are not seen
 
-Operators that are written in Python (torch.library) are counted by what they run.
+Operators that are written in Python (torch.library) are counted by what they run. Triton kernels run in the interpreter
+of `cosup_fast.testing`, on CPU tensors that claim to be on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, Inputs
-from benchmarks.check import Loss, free, step
+from benchmarks.check import Result, free, step
+from benchmarks.pretend import gpu
+from benchmarks.providers import Provider
 
 PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Operations that touch only as much of their large operand as their small ones say.
@@ -35,7 +39,10 @@ class Counts(NamedTuple):
 
     products: dict[str, float]  # by precision, in G
     traffic: int | None = None  # bytes; None where compiled code hides them
-    workspace: int | None = None  # bytes
+    workspace: int | None = None  # bytes; likewise
+    launches: int = 0  # of Triton kernels
+    atomics: int = 0  # elements updated atomically
+    locks: int = 0  # atomic operations on locks
 
     @property
     def total(self) -> float:
@@ -113,15 +120,38 @@ class OperationCounter(TorchDispatchMode):
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
 
 
-def count(case: Case, loss: Loss, inputs: Inputs, compiled: bool = False) -> Counts:
-    """The costs of one forward and backward."""
-    if compiled:
+def count(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result]:
+    """The costs of one forward and backward, and what it returned."""
+    free(inputs)
+    if provider.triton:
+        return _count_kernels(case, provider, inputs)
+    loss = provider.make(case)
+    if provider.compiled:
         step(loss, inputs)  # so that tracing is not counted
-    free(inputs)
+        free(inputs)
     with OperationCounter() as seen:
-        step(loss, inputs)
+        result = step(loss, inputs)
     products = {name: flops / case.product for name, flops in sorted(seen.flops.items())}
-    free(inputs)
-    if compiled:
-        return Counts(products)
-    return Counts(products, seen.traffic, max(seen.peak - case.gradient_bytes, 0))
+    if provider.compiled:
+        return Counts(products), result
+    return Counts(products, seen.traffic, max(seen.peak - case.gradient_bytes, 0)), result
+
+
+def _count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result]:
+    from cosup_fast import testing
+
+    with gpu():
+        loss = provider.make(case)
+        with testing.count() as kernels, OperationCounter() as seen:
+            result = step(loss, inputs)
+    flops = sorted((seen.flops + kernels.dots).items())
+    locks = sum(number for (_, argument), number in kernels.atomics.items() if "lock" in argument.lower())
+    counts = Counts(
+        {name: number / case.product for name, number in flops},
+        seen.traffic + kernels.loaded.total() + kernels.stored.total(),
+        max(seen.peak - case.gradient_bytes, 0),
+        kernels.launches.total(),
+        kernels.atomics.total() - locks,
+        locks,
+    )
+    return counts, result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,8 +32,8 @@ class Provider:
     compiled: bool = False  # by Inductor, whose kernels hide their bytes and buffers from the counters
     unfit: Callable[[Case], str | None] = lambda case: None
 
-    def reason(self, case: Case) -> str | None:
-        """Why it cannot run this case here, or None."""
+    def reason(self, case: Case, counting: bool = False) -> str | None:
+        """Why it cannot run this case here, or only be counted, or None."""
         if case.loss not in self.losses:
             return f"has no {case.loss}"
         if self.package is not None:
@@ -41,8 +41,10 @@ class Provider:
                 importlib.metadata.version(self.package)
             except importlib.metadata.PackageNotFoundError:
                 return f"{self.package} is not installed: {PEERS}"
-        if self.triton and case.device != "cuda" and not interpreted():
+        if self.triton and case.device != "cuda" and not counting:
             return "Triton kernels on no GPU: they are counted, not timed (python -m benchmarks count)"
+        if self.triton and counting and importlib.util.find_spec("triton") is None:
+            return "triton is not installed (its wheels are for Linux)"
         return self.unfit(case)
 
     @property
@@ -53,11 +55,6 @@ class Provider:
             return f"{self.package} {importlib.metadata.version(self.package)}"
         except importlib.metadata.PackageNotFoundError:
             return self.package
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 ADAPTERS = (

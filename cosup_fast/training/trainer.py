@@ -257,7 +257,7 @@ class Trainer:
         for p in self.model.parameters():
             if p.grad is not None:
                 (gen if id(p) in of_gen else embseq).append(p)
-        norms = [nn.utils.get_total_norm([p.grad for p in group]) for group in (gen, embseq)]
+        norms = [nn.utils.get_total_norm([p.grad for p in group]).to(self.model.device) for group in (gen, embseq)]
         if self.config.clip is not None:
             total = torch.linalg.vector_norm(torch.stack(norms))
             nn.utils.clip_grads_with_norm_([*gen, *embseq], self.config.clip, total)
