@@ -40,19 +40,17 @@ WIDTH = 576
 CENTRE = {"nsp.similarity": "cosine", "nsp.temperature": 0.05, "nsp.weight": 1.0, "training.lr": 3e-4}
 SETTINGS: dict[str, dict[str, object]] = {
     "centre: cosine, tau 0.05, lambda 1, lr 3e-4": {},
+    "lr 1e-3": {"training.lr": 1e-3},
     "raw dot, lambda 0.01 (paper)": {"nsp.similarity": "dot", "nsp.temperature": 1.0, "nsp.weight": 0.01},
     "dot / sqrt(D)": {"nsp.similarity": "dot", "nsp.temperature": math.sqrt(WIDTH)},
-    "lambda 0.1": {"nsp.weight": 0.1},
-    "lr 1e-4": {"training.lr": 1e-4},
-    "lr 1e-3": {"training.lr": 1e-3},
-    "lambda 0.01": {"nsp.weight": 0.01},
-    "cosine, tau 0.02": {"nsp.temperature": 0.02},
-    "raw dot": {"nsp.similarity": "dot", "nsp.temperature": 1.0},
-    "seed 1": {"training.seed": 1},
-    "cosine, tau 0.1": {"nsp.temperature": 0.1},
     "lambda 10": {"nsp.weight": 10.0},
-    "dot / D": {"nsp.similarity": "dot", "nsp.temperature": float(WIDTH)},
-    "frozen Embseq": {"model.freeze_embseq": True},
+    "lambda 0.1": {"nsp.weight": 0.1},
+    "cosine, tau 0.02": {"nsp.temperature": 0.02},
+    "lr 1e-4": {"training.lr": 1e-4},
+    "seed 1": {"training.seed": 1},
+    "raw dot": {"nsp.similarity": "dot", "nsp.temperature": 1.0},
+    "cosine, tau 0.1": {"nsp.temperature": 0.1},
+    "lambda 0.01": {"nsp.weight": 0.01},
 }
 
 

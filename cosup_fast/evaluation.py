@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 import regex
+import torch
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.progress import track
@@ -373,7 +374,8 @@ def _ranks(
     ranks: list[list[int]] = [[] for _ in examples]
     chunk = max(1, (1 << 26) // max(1, len(passages)))  # a quarter of a GB of scores
     for start in range(0, len(asked), chunk):
-        scores = queries[start : start + chunk] @ embeddings.T
+        with torch.autocast(embeddings.device.type, enabled=False):  # scores rounded to bf16 tie by the dozen
+            scores = queries[start : start + chunk] @ embeddings.T
         for row, (number, passage) in zip(scores, asked[start : start + chunk], strict=True):
             gold = {passage, *examples[number].gold} - (asked_by[number] - {passage})
             rows = [row_of[name] for name in gold if name in row_of]
