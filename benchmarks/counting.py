@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import Case, Inputs
-from benchmarks.check import Result, free, step
+from benchmarks.check import Loss, Result, free, step
 from benchmarks.pretend import gpu
 from benchmarks.providers import Provider
 
@@ -120,26 +120,24 @@ class OperationCounter(TorchDispatchMode):
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
 
 
-def count(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result]:
+def count(case: Case, loss: Loss, inputs: Inputs, *, compiled: bool = False) -> tuple[Counts, Result]:
     """The costs of one forward and backward, and what it returned."""
-    free(inputs)
-    if provider.triton:
-        return _count_kernels(case, provider, inputs)
-    loss = provider.make(case)
-    if provider.compiled:
+    if compiled:
         step(loss, inputs)  # so that tracing is not counted
-        free(inputs)
+    free(inputs)
     with OperationCounter() as seen:
         result = step(loss, inputs)
     products = {name: flops / case.product for name, flops in sorted(seen.flops.items())}
-    if provider.compiled:
+    if compiled:
         return Counts(products), result
     return Counts(products, seen.traffic, max(seen.peak - case.gradient_bytes, 0)), result
 
 
-def _count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result]:
+def count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result]:
+    """The same of a provider with Triton kernels, on a CPU."""
     from cosup_fast import testing
 
+    free(inputs)
     with gpu():
         loss = provider.make(case)
         with testing.count() as kernels, OperationCounter() as seen:

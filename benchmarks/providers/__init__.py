@@ -42,7 +42,7 @@ class Provider:
             except importlib.metadata.PackageNotFoundError:
                 return f"{self.package} is not installed: {PEERS}"
         if self.triton and case.device != "cuda" and not counting:
-            return "Triton kernels on no GPU: they are counted, not timed (python -m benchmarks count)"
+            return "Triton kernels and no GPU: only counted"
         if self.triton and counting and importlib.util.find_spec("triton") is None:
             return "triton is not installed (its wheels are for Linux)"
         return self.unfit(case)
@@ -78,9 +78,14 @@ def every() -> list[Provider]:
 
 
 def chosen(names: list[str] | None) -> list[Provider]:
-    """The named providers in the order of the list; a name may be the beginning of several."""
+    """The named providers in the order of the list; what is no whole name may be the beginning of several."""
     known = every()
+    whole = {provider.name for provider in known}
     for name in names or []:
         if not any(provider.name.startswith(name) for provider in known):
             raise ValueError(f"provider is {name!r}; choose from {', '.join(repr(p.name) for p in known)}")
-    return [p for p in known if not names or any(p.name.startswith(name) for name in names)]
+
+    def wanted(provider: Provider, name: str) -> bool:
+        return provider.name == name if name in whole else provider.name.startswith(name)
+
+    return [p for p in known if not names or any(wanted(p, name) for name in names)]

@@ -8,7 +8,7 @@ from benchmarks.providers import Provider
 
 
 def make(case: Case) -> Loss:
-    from inf_cl import cal_flash_loss  # pyright: ignore[reportMissingImports]
+    from inf_cl import cal_flash_loss  # pyright: ignore
 
     return lambda x, w, target: cal_flash_loss(x, w, scale=case.scale).mean()
 

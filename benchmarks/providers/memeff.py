@@ -12,7 +12,7 @@ from benchmarks.providers import Provider
 
 
 def make(flash: bool, case: Case) -> Loss:
-    from memeff import MemoryEfficientCLIPLoss, clip_loss  # pyright: ignore[reportMissingImports]
+    from memeff import MemoryEfficientCLIPLoss, clip_loss  # pyright: ignore
 
     module = MemoryEfficientCLIPLoss(temperature=1 / case.scale, normalized_inputs=True, stable=False)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from cosup_fast.functional import Impl, info_nce, linear_cross_entropy
-
 from benchmarks.cases import LOSSES, Case
 from benchmarks.check import Loss
 from benchmarks.providers import Provider
+from cosup_fast.functional import Impl, info_nce, linear_cross_entropy
 
 
 def make(impl: Impl, case: Case) -> Loss:
@@ -24,6 +23,6 @@ def make(impl: Impl, case: Case) -> Loss:
 
 
 PROVIDERS = [
-    Provider("ours stored", "cosup-fast, rows in chunks", tuple(LOSSES), partial(make, "stored")),
-    Provider("ours reference", "cosup-fast's definition, every score", tuple(LOSSES), partial(make, "reference")),
+    Provider("ours stored", "rows in chunks", tuple(LOSSES), partial(make, "stored"), "cosup-fast"),
+    Provider("ours reference", "the definition, every score", tuple(LOSSES), partial(make, "reference"), "cosup-fast"),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from benchmarks.providers import Provider
 
 
 def make(whole: bool, case: Case) -> Loss:
-    options: Any = torch.nn.LinearCrossEntropyOptions(**({"batch_chunk_size": case.n} if whole else {}))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=case.n if whole else None)
 
     def loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
         if case.loss == "info-nce-cosine":

@@ -1,0 +1,234 @@
+"""The command line: python -m benchmarks, or cosup-fast bench."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import gate as gates
+from benchmarks import machine, report, run
+from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
+from benchmarks.providers import chosen
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Time, count and weigh the losses beside other libraries.",
+    epilog="Start with [bold]list[/], then [bold]time --shape 512x512x256[/].",
+)
+out, err = Console(), Console(stderr=True)
+
+Loss = Annotated[list[str] | None, typer.Option(help=f"{', '.join(LOSSES)}; repeat for several; default: all")]
+Names = Annotated[
+    list[str] | None, typer.Option("--provider", help="a name of `list`, or how several begin; repeat for several")
+]
+Shape = Annotated[
+    list[str] | None, typer.Option(help="NxMxD; repeat for several; default: the shapes of the committed table")
+]
+Dtype = Annotated[list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; repeat for several")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Output = Annotated[
+    Path | None, typer.Option(help="folder to write; default: benchmarks/results/<hardware>-<date>/<command>")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="of torch; default: as torch chooses")]
+
+
+def main(arguments: list[str] | None = None, name: str = "python -m benchmarks") -> None:
+    """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
+    try:
+        app(arguments, prog_name=name)
+    except (ValueError, OSError) as error:
+        err.print("[red]error:[/] ", end="")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def cases(losses: list[str] | None, shapes: list[str] | None, dtypes: list[str], device: str) -> list[Case]:
+    """Of the suite, or of every chosen loss at the shapes given, where that loss has such a shape."""
+    if losses and (unknown := [loss for loss in losses if loss not in LOSSES]):
+        raise ValueError(f"loss is {unknown[0]!r}; choose from {', '.join(LOSSES)}")
+    if shapes:
+        sizes = [parse_shape(shape) for shape in shapes]
+        pairs = [(loss, size) for loss in losses or LOSSES for size in sizes]
+    else:
+        pairs = [(loss, parse_shape(shape)) for loss, shape in run.SUITE if not losses or loss in losses]
+    found, wrong = [], []
+    for loss, size in pairs:
+        for dtype in dtypes:
+            try:
+                found.append(Case(loss, *size, dtype, device))
+            except ValueError as error:
+                wrong.append(error)
+    if wrong and (losses or not found):
+        raise wrong[0]
+    return found
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', and no CUDA device is visible; pass --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _session(
+    question: str,
+    what: list[Case],
+    output: Path | None,
+    overwrite: bool,
+    measure: Callable[[Case, run.Say], list[run.Row]],
+    describe: Callable[[list[run.Row], str], str],
+    draw: Callable[[list[run.Row]], dict[str, bytes]] = lambda rows: {},
+) -> None:
+    """Measures every case, prints its table, and writes the folder at the end."""
+    folder = output or report.ROOT / machine.folder(what[0].device) / question
+    report.writable(folder, overwrite)
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
+    if sys.argv[1:2] == ["bench"]:
+        command = f"cosup-fast {shlex.join(sys.argv[1:])}"
+    rows: list[run.Row] = []
+    with err.status("starting") as status:
+        for i, case in enumerate(what):
+
+            def say(text: str, i: int = i) -> None:
+                text = f"[{i + 1}/{len(what)}] {text}"
+                status.update(text.replace("[", r"\["))
+                if not err.is_terminal:
+                    print(text, file=sys.stderr, flush=True)
+
+            new = measure(case, say)
+            rows += new
+            out.print(describe(new, command).split("## ", 1)[1], markup=False, highlight=False, soft_wrap=True)
+    files: dict[str, str | bytes] = {"README.md": describe(rows, command) + "\n"}
+    files[f"{question}.csv"] = report.csv_text([row.record() for row in rows])
+    report.write(folder, files | draw(rows), overwrite)
+    err.print(f"written: {folder}", soft_wrap=True)
+    if not any(row.status == "ok" for row in rows):
+        raise ValueError("no provider could run; the reasons are in the table")
+
+
+@app.command(
+    "time",
+    epilog="Examples: python -m benchmarks time --shape 512x512x256 --rounds 5 | python -m benchmarks time "
+    "--loss info-nce --shape 8192x8192x1024 --dtype bf16 --provider ours --provider dense --seconds 60",
+)
+def time_command(
+    loss: Loss = None,
+    provider: Names = None,
+    shape: Shape = None,
+    dtype: Dtype = None,
+    rounds: Annotated[int, typer.Option(min=1, help="at most so many")] = 7,
+    seconds: Annotated[float, typer.Option(min=0, help="for the rounds of a case; at least 3 rounds are run")] = 120,
+    device: Device = "auto",
+    threads: Threads = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """How fast? Forward and backward in interleaved rounds, beside bare matrix products and a memory copy."""
+    if threads:
+        torch.set_num_threads(threads)
+    providers = chosen(provider)
+    _session(
+        "time",
+        cases(loss, shape, dtype or ["fp32", "bf16"], _device(device)),
+        output,
+        overwrite,
+        lambda case, say: run.time_case(case, providers, rounds=rounds, seconds=seconds, say=say),
+        run.timing_report,
+        lambda rows: run.plots(rows, "time"),
+    )
+
+
+@app.command(
+    "count",
+    epilog="Example: python -m benchmarks count --shape 512x512x512 --dtype bf16 --provider inf_cl --provider ours",
+)
+def count_command(
+    loss: Loss = None,
+    provider: Names = None,
+    shape: Shape = None,
+    dtype: Dtype = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """What does it cost exactly? Products by precision, bytes, atomics, locks; Triton kernels in the interpreter."""
+    providers = chosen(provider)
+    _session(
+        "count",
+        cases(loss, shape or ["512x512x512"], dtype or ["bf16"], "cpu"),
+        output,
+        overwrite,
+        lambda case, say: run.count_case(case, providers, say),
+        run.count_report,
+    )
+
+
+@app.command("memory", epilog="Example: python -m benchmarks memory --loss info-nce --shape 8192x8192x1024")
+def memory_command(
+    loss: Loss = None,
+    provider: Names = None,
+    shape: Shape = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """How much memory? The peak beside inputs and gradients, each provider in a process of its own."""
+    if threads:
+        torch.set_num_threads(threads)
+    providers = chosen(provider)
+    _session(
+        "memory",
+        cases(loss, shape, dtype or ["fp32", "bf16"], _device(device)),
+        output,
+        overwrite,
+        lambda case, say: run.memory_case(case, providers, say),
+        run.memory_report,
+        lambda rows: run.plots(rows, "memory"),
+    )
+
+
+@app.command("gate", epilog="Example: python -m benchmarks gate --update")
+def gate_command(update: Annotated[bool, typer.Option("--update", help="Write down what is found.")] = False) -> None:
+    """Have our exact figures changed? Compares them with benchmarks/exact.json."""
+    found = gates.measure()
+    with_torch, wanted = gates.load() if gates.PATH.exists() else ("", {})
+    changes = gates.differences(found, wanted)
+    for change in changes:
+        out.print(change, markup=False, highlight=False, soft_wrap=True)
+    if update:
+        gates.update(found)
+        out.print(f"{gates.PATH.name}: {len(found)} entries, {len(changes)} changes")
+    elif changes:
+        raise ValueError(
+            f"{len(changes)} figures differ from {gates.PATH.name} (torch {with_torch}); "
+            "if that is meant: python -m benchmarks gate --update"
+        )
+    else:
+        out.print(f"{len(found)} entries, none changed")
+
+
+@app.command("list", epilog="Example: python -m benchmarks list --shape 512x512x256 --dtype bf16")
+def list_command(provider: Names = None, shape: Shape = None, dtype: Dtype = None, device: Device = "auto") -> None:
+    """Who computes what, and who cannot run here and why."""
+    out.print(machine.line(_device(device)), highlight=False, soft_wrap=True)
+    what = cases(None, shape or ["512x512x512"], dtype or ["fp32"], _device(device))
+    table = Table("provider", "what", "version", "losses", "state")
+    for one in chosen(provider):
+        reasons = {one.reason(case) for case in what if case.loss in one.losses}
+        state = "[green]runs[/]" if None in reasons else "[yellow]" + "; ".join(sorted(filter(None, reasons))) + "[/]"
+        table.add_row(one.name, one.what, one.version, ", ".join(one.losses), state)
+    out.print(table)

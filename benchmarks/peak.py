@@ -1,0 +1,70 @@
+"""How much memory? The most a forward and backward holds beside its inputs and gradients.
+
+On a CPU: resident set of a process of its own, its high-water mark reset after a first call and a return of freed
+memory to the system. That includes what libraries allocate inside an operation. On a GPU: torch's allocator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.check import free, step
+from benchmarks.providers import every
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def measure(case: Case, provider: str, timeout: float = 900) -> int:
+    """Bytes, from a process of its own.
+
+    Raises:
+        RuntimeError: the process failed; its last words.
+    """
+    arguments = json.dumps([case.loss, case.n, case.m, case.d, case.dtype, case.device, provider])
+    # OMP_WAIT_POLICY and the like come from the caller, and so does the number of threads.
+    command = [sys.executable, "-m", "benchmarks.peak", str(torch.get_num_threads()), arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took longer than {timeout:.0f} s") from None
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return int(done.stdout.split()[-1])
+
+
+def here(case: Case, provider: str) -> int:
+    """Bytes, in this process, which should do nothing else."""
+    (chosen,) = (p for p in every() if p.name == provider)
+    inputs, loss = case.inputs(), chosen.make(case)
+    step(loss, inputs)
+    free(inputs)
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(loss, inputs)
+        return max(torch.cuda.max_memory_allocated() - before - case.gradient_bytes, 0)
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    step(loss, inputs)
+    return max(_status("VmHWM") - before - case.gradient_bytes, 0)
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[1]))
+    *_case, _provider = json.loads(sys.argv[2])
+    print(here(Case(*_case), _provider))
