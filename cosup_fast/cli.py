@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
+    from cosup_fast.generation import GenerationConfig
     from cosup_fast.modeling import CoSupervisionModel
 
 app = typer.Typer(
@@ -31,8 +33,9 @@ index_app = typer.Typer(no_args_is_help=True, help="Build and search the nonpara
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
-out = Console()
-err = Console(stderr=True)
+# What is printed is mostly other people's text: it is never read as markup or emoji codes.
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="A checkpoint, or a run's folder for its newest one.", show_default=False)
@@ -45,7 +48,7 @@ def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
     try:
         app()
-    except (ValueError, OSError) as error:  # what is wrong with an argument, a file or a run; a bug keeps its trace
+    except (ValueError, OSError, ImportError) as error:  # an argument, a file, a missing package; a bug keeps its trace
         err.print("[red]error:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -79,7 +82,7 @@ def data_prepare(name: Annotated[str, typer.Argument(help="a name of `cosup-fast
     """Fetch, verify and convert a model or a data set; takes up where it stopped."""
     from cosup_fast.data.prepare import prepare
 
-    out.print(f"ready: {prepare(name)}", soft_wrap=True)
+    _say(f"ready: {prepare(name)}")
 
 
 @data_app.command("check", epilog="Example: cosup-fast data check my-examples.jsonl --corpus my-passages.jsonl")
@@ -91,19 +94,22 @@ def data_check(
     allow_no_retrieval: Annotated[bool, typer.Option("--allow-no-retrieval")] = False,
 ) -> None:
     """Validate passages and examples line by line, or the prepared sets against their checksums and splits."""
-    from cosup_fast.data.prepare import check
+    from cosup_fast.data.prepare import check, list_prepared
     from cosup_fast.data.sources import load_corpus, load_examples
 
     if not examples:
+        ready = [row.name for row in list_prepared() if row.ready]
+        if not ready:
+            raise ValueError("nothing is prepared yet: cosup-fast data prepare all")
         if problems := check():
             raise ValueError("\n".join(problems))
-        out.print("every prepared set is as it was first made, and no tested passage is trained on")
+        _say(f"{', '.join(ready)}: as first made, and no tested passage is trained on")
         return
     passages = {passage.id for passage in load_corpus(corpus)}
-    out.print(f"{corpus}: {len(passages)} passages")
+    _say(f"{corpus}: {len(passages)} passages")
     for name in examples:
         count = len(load_examples(name, passages, allow_no_retrieval=allow_no_retrieval))
-        out.print(f"{name}: {count} examples")
+        _say(f"{name}: {count} examples")
 
 
 @app.command(
@@ -125,16 +131,18 @@ def train(
 
     config = _config(arguments or [])
     if show:
-        out.print(dump_config(config), end="", markup=False, highlight=False, soft_wrap=True)
+        print(dump_config(config), end="")
         return
     from cosup_fast.training.run import run_training
 
     try:
         checkpoint = run_training(config, resume=resume, console=err)
     except KeyboardInterrupt as interrupt:
-        err.print(f"[yellow]interrupted:[/] {interrupt}; continue with --resume", highlight=False, soft_wrap=True)
+        err.print(
+            f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(130) from None
-    out.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+    _say(f"checkpoint: {checkpoint}")
 
 
 @index_app.command(
@@ -148,13 +156,14 @@ def index_build(
 ) -> None:
     """Embed every passage with Embseq and write the index."""
     from cosup_fast.data.sources import load_corpus
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.files import check_replaceable
+    from cosup_fast.index import STAMP, SequenceIndex
 
+    output = check_replaceable(output or checkpoint / "index", STAMP)
     passages = load_corpus(corpus)
-    output = output or checkpoint / "index"
     index = SequenceIndex.build(_load_model(checkpoint, device), passages, progress=True)
     index.save(output)
-    out.print(f"index: {output} ({len(index.passages)} passages)", soft_wrap=True)
+    _say(f"index: {output} ({len(index.passages)} passages)")
 
 
 @index_app.command("search", epilog="Example: cosup-fast index search runs/cosup 'Who wrote Hamlet?' -k 3")
@@ -177,7 +186,7 @@ def index_search(
     config = GenerationConfig(ret_first=True, max_retrievals=1, max_new_tokens=2, candidates=k)
     table = Table("score", "title", "text")
     for found in Generator(model, loaded, config).generate(question).retrievals[0].candidates:
-        table.add_row(f"{found.score:.3f}", found.title, text[found.passage][:160])
+        table.add_row(f"{found.score:.3f}", escape(found.title), escape(text[found.passage][:160]))
     out.print(table)
 
 
@@ -186,23 +195,27 @@ def generate(
     checkpoint: Checkpoint,
     questions: Annotated[list[str], typer.Argument(help="one or more questions", show_default=False)],
     index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    max_retrievals: Annotated[int, typer.Option(min=0)] = 2,
-    ret_first: Annotated[bool, typer.Option(help="retrieve before the first word")] = True,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
-    top_p: Annotated[float, typer.Option(max=1, help="above 0")] = 1.0,
-    seed: int = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
+    max_retrievals: Annotated[int | None, typer.Option(help="0 answers without passages")] = None,
+    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
+    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
-    """Generate answers that retrieve passages where the model asks for them."""
-    from cosup_fast.generation import GenerationConfig, Generator
+    """Generate answers that retrieve passages where the model asks for them.
+
+    What is not given here is as in the `generation` section of the run's configuration.
+    """
+    from cosup_fast.generation import Generator
     from cosup_fast.index import SequenceIndex
 
     model = _load_model(checkpoint, device)
     loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    config = GenerationConfig(
+    config = _generation_config(
+        checkpoint,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,
@@ -214,7 +227,7 @@ def generate(
     for question in questions:
         answer = generator.generate(question)
         if as_json:
-            out.print(answer.model_dump_json(), markup=False, highlight=False, soft_wrap=True)
+            print(answer.model_dump_json())
         else:
             print_answer(out, question, answer)
 
@@ -226,8 +239,8 @@ def evaluate(
     index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for report.json and predictions.jsonl")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    seed: int = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
+    seed: Annotated[int, typer.Option(help="of --limit")] = 0,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
@@ -236,21 +249,24 @@ def evaluate(
 
     from cosup_fast import evaluation
     from cosup_fast.data.sources import load_examples
-    from cosup_fast.generation import GenerationConfig
+    from cosup_fast.files import check_replaceable
     from cosup_fast.index import SequenceIndex
 
+    if output is not None:
+        check_replaceable(output, "report.json")
+    names = examples or ["questions/test-in", "questions/test-out"]
     model = _load_model(checkpoint, device)
     loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
     known = {passage.id for passage in loaded.passages}
-    chosen = [e for name in examples or ["questions/test-in", "questions/test-out"] for e in load_examples(name, known)]
+    chosen = [e for name in names for e in load_examples(name, known, allow_no_retrieval=True)]
     if limit is not None and limit < len(chosen):
         chosen = random.Random(seed).sample(chosen, limit)
-    config = GenerationConfig(ret_first=True, max_new_tokens=max_new_tokens, seed=seed)
+    config = _generation_config(checkpoint, max_new_tokens=max_new_tokens)
     report = evaluation.evaluate(model, loaded, chosen, config, progress=True)
     out.print(report.table())
     if output is not None:
         report.save(output)
-        out.print(f"report: {output}", soft_wrap=True)
+        _say(f"report: {output}")
 
 
 @app.command(epilog="Example: cosup-fast demo --output runs/demo")
@@ -265,13 +281,19 @@ def demo(
     run_demo(output, out)
 
 
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_answer(console: Console, question: str, answer) -> None:
     """Shows an answer with what was retrieved for it."""
-    console.print(f"[bold]Q[/] {question}", highlight=False)
+    console.print(f"[bold]Q[/] {escape(question)}", highlight=False)
     console.print("[bold]A[/] ", end="")
     console.print(answer.text.strip() or "(nothing)", markup=False, highlight=False)
     for retrieval in answer.retrievals:
-        console.print(f"  [dim]retrieved ({retrieval.best.score:.3f})[/] {retrieval.best.title}", highlight=False)
+        console.print(
+            f"  [dim]retrieved ({retrieval.best.score:.3f})[/] {escape(retrieval.best.title)}", highlight=False
+        )
 
 
 def _config(arguments: list[str]) -> RunConfig:
@@ -283,9 +305,22 @@ def _config(arguments: list[str]) -> RunConfig:
     return load_config(files[0] if files else None, [a for a in arguments if "=" in a])
 
 
+def _generation_config(checkpoint: Path, **options: object) -> GenerationConfig:
+    """The `generation` section of the run that a checkpoint is of, with the options that were given."""
+    from cosup_fast.config import load_config
+    from cosup_fast.generation import GenerationConfig
+
+    runs = [folder for folder in (checkpoint, checkpoint.parent.parent) if (folder / "config.yaml").is_file()]
+    base = load_config(runs[0] / "config.yaml").generation if runs else GenerationConfig()
+    return base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
+
+
 def _load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     from cosup_fast.modeling import CoSupervisionModel
-    from cosup_fast.training.checkpoint import newest
+    from cosup_fast.training.checkpoint import MANIFEST, newest, verify
     from cosup_fast.training.trainer import choose_device
 
-    return CoSupervisionModel.load(newest(checkpoint), device=choose_device(device))
+    folder = newest(checkpoint)
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    return CoSupervisionModel.load(folder, device=choose_device(device))

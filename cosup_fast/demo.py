@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cosup_fast.cli import print_answer
@@ -40,7 +41,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
 
     console.rule("1/4  real weights, real text")
     for name in ("smollm2-135m", "wiki-leads", "questions"):
-        console.print(f"{name}: {prepare(name)}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {prepare(name)}", soft_wrap=True, highlight=False, markup=False)
     questions, pool = held_out_questions(config)
     console.print(
         f"{len(questions)} held-out questions; {len(pool)} passages to search, the gold ones never trained on"
@@ -60,8 +61,10 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     console.print(comparison(before, after))
     for record in _telling(after):
         print_answer(console, record.question, record.answer)
-        console.print(f"  [dim]expected[/] {' / '.join(record.answers[:3])}", highlight=False)
-    console.print(f"curves: {config.output}/curves.png   everything: {output}", soft_wrap=True, highlight=False)
+        console.print(f"  [dim]expected[/] {escape(' / '.join(record.answers[:3]))}", highlight=False)
+    console.print(
+        f"curves: {config.output}/curves.png   everything: {output}", soft_wrap=True, highlight=False, markup=False
+    )
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 

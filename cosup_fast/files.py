@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
@@ -43,9 +48,24 @@ def replace_file(path: str | Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(folder: str | Path, marker: str) -> Path:
+    """The absolute path of a folder that `replace_folder` may write; long work asks this before it begins.
+
+    Raises:
+        ValueError: `folder` is a file, or holds files but no `marker`.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / marker).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something else, it has no {marker}: give a new or an empty folder")
+    return folder
+
+
 @contextmanager
 def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` once all of it is on disk.
+
+    One writer at a time in the folder above; another one waits. What a killed writer left is removed, or put back if it
+    was the only copy.
 
     Args:
         folder: where the result should stand; an earlier result there is replaced.
@@ -54,35 +74,52 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     Raises:
         ValueError: `folder` is a file, or holds files but no `marker`.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / marker).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something else, it has no {marker}: give a new or an empty folder")
+    folder = check_replaceable(folder, marker)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder.parent, folder.name)
-    temporary, earlier = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            sync(path)
-        sync(temporary)
-        # A folder with files cannot be renamed over: the earlier one steps aside, and back if the rename fails.
-        if folder.exists():
-            shutil.rmtree(earlier, ignore_errors=True)
-            folder.rename(earlier)
+    new, earlier = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    with _locked(folder.parent):
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        for leftover in (new, earlier):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
         try:
-            temporary.rename(folder)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(folder)
-            raise
-        sync(folder.parent)
+            yield new
+            for path in sorted(new.rglob("*"), reverse=True):
+                sync(path)
+            sync(new)
+            # A folder with files cannot be renamed over: the earlier one steps aside, and back if that is all there is.
+            try:
+                if folder.exists():
+                    folder.rename(earlier)
+                new.rename(folder)
+            except BaseException:
+                if earlier.exists() and not folder.exists():
+                    earlier.rename(folder)
+                raise
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(earlier, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unfinished(parent: Path, name: str) -> None:
     """Removes what killed writers of `parent / name` (a pattern) left behind."""
-    for leftover in parent.glob(f".{name}.*.new"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if leftovers := list(parent.glob(f".{name}.new")):
+        with _locked(parent):
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock is on the folder itself, so that no lock file stays behind (not on Windows)."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -294,3 +294,90 @@ def test_a_corpus_of_unknown_examples_is_checked_line_by_line(cosup, data_folder
     status, _, err = cosup("data", "check", path, "--corpus", data_folder / "passages.jsonl")
     assert status == 1
     assert "mine.jsonl:5" in err
+
+
+def test_other_peoples_text_is_printed_as_it_is(cosup, fields, data_folder, tmp_path):
+    output = [{"text": "x", "passage": "paris"}]
+    lines = [json.dumps({"id": f"e{i}", "question": "q", "output": output}) for i in range(99)]
+    (tmp_path / "many.jsonl").write_text("\n".join([*lines, "{"]) + "\n")
+    status, _, err = cosup("data", "check", tmp_path / "many.jsonl", "--corpus", data_folder / "passages.jsonl")
+    assert status == 1
+    assert "many.jsonl:100:" in err
+    assert cosup("train", *_arguments(fields))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    question = "what does [/INST] mean at :100: [bold]?"
+    status, out, err = cosup("generate", fields["output"], question, "--max-new-tokens", "4")
+    assert status == 0, err
+    assert question in out
+
+
+def test_damaged_weights_are_refused_before_they_answer(cosup, fields):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    (checkpoint,) = checkpoints(Path(fields["output"]) / "checkpoints")
+    weights = checkpoint / "embseq" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    status, _, err = cosup("index", "build", fields["output"], "--corpus", fields["data.corpus"])
+    assert status == 1
+    assert "was altered" in err
+    weights.write_bytes(content[:1000])
+    (checkpoint / "manifest.json").unlink()  # as a folder that was copied without it
+    status, _, err = cosup("index", "build", checkpoint, "--corpus", fields["data.corpus"])
+    assert status == 1
+    assert err.startswith("error:")
+
+
+def test_output_folders_are_checked_before_the_work(cosup, fields, tmp_path, monkeypatch):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("notes")
+    monkeypatch.setattr("cosup_fast.index.SequenceIndex.build", None)  # the work
+    status, _, err = cosup("index", "build", fields["output"], "--output", tmp_path / "mine")
+    assert (status, "holds something else" in err) == (1, True)
+    status, _, err = cosup("evaluate", fields["output"], "--output", tmp_path / "mine")
+    assert (status, "holds something else" in err) == (1, True)
+
+
+def test_plain_questions_can_be_evaluated(cosup, fields, data_folder, tmp_path):
+    assert cosup("train", *_arguments(fields, **{"training.steps": 1}))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    record = {
+        "id": "q",
+        "question": "Which capital lies on the Seine?",
+        "output": [],
+        "answers": ["Paris"],
+        "gold": ["paris"],
+    }
+    (tmp_path / "plain.jsonl").write_text(json.dumps(record) + "\n")
+    report = tmp_path / "report"
+    command = ["evaluate", fields["output"], "--examples", tmp_path / "plain.jsonl", "--max-new-tokens", 3]
+    status, _, err = cosup(*command, "--output", report)
+    assert status == 0, err
+    assert json.loads((report / "report.json").read_text())["overall"]["mrr"]["count"] == 1
+
+
+def test_generation_follows_the_runs_configuration_and_options_override_it(cosup, fields, data_folder):
+    settings = {"generation.ret_first": "true", "generation.max_new_tokens": 3, "generation.max_retrievals": 1}
+    assert cosup("train", *_arguments(fields, **settings))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    _, out, _ = cosup("generate", fields["output"], "q", "--json")
+    answer = json.loads(out)
+    assert (answer["generated_tokens"], len(answer["retrievals"])) == (3, 1)
+    _, out, _ = cosup("generate", fields["output"], "q", "--json", "--max-retrievals", "0", "--no-ret-first")
+    assert json.loads(out)["retrievals"] == []
+    status, _, err = cosup("generate", fields["output"], "q", "--top-p", "0")
+    assert (status, "top_p" in err) == (1, True)
+
+
+def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
+    monkeypatch.setenv("COSUP_FAST_HOME", str(tmp_path))
+    status, _, err = cosup("data", "check")
+    assert (status, "nothing is prepared yet" in err) == (1, True)
+
+
+def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    status, _, err = cosup("index", "build", fields["output"], "--corpus", fields["data.corpus"])
+    assert (status, "pip install 'cosup-fast[index]'" in err) == (1, True)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,11 +226,10 @@ def _fetch(wheel: Wheel, home: Path, staging: Path, bars: Progress) -> Path:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it meanwhile
-            continue
+    for root, _, names in os.walk(folder):  # which passes over what pip removes meanwhile
+        for name in names:
+            with suppress(OSError):
+                total += os.path.getsize(os.path.join(root, name))
     return total
 
 

@@ -29,6 +29,7 @@ from cosup_fast.files import remove_unfinished, replace_folder, sha256
 from cosup_fast.modeling import CoSupervisionModel
 
 MANIFEST = "manifest.json"
+REMEDY = "remove this checkpoint, then --resume continues behind the one before"
 _PREFIX = "step-"
 
 
@@ -42,14 +43,15 @@ def save_checkpoint(
     """Writes `root/step-NNNNNN` and removes all but the `keep` newest.
 
     Raises:
-        CheckpointError: the disk is full or not writable. The checkpoints already there are untouched.
+        CheckpointError: the disk is full or not writable, or there is a whole checkpoint of that step already. The
+            checkpoints already there are untouched.
     """
     final = root / f"{_PREFIX}{step:06d}"
-    if final.exists():
-        return final
+    if (final / MANIFEST).is_file():
+        raise CheckpointError(f"{final} is there already, from another run: choose another output, or remove it")
     remove_unfinished(root, f"{_PREFIX}*")
     try:
-        with replace_folder(final, MANIFEST) as folder:
+        with replace_folder(final, "cosup.json") as folder:
             model.save(folder)
             _save_trainer_state(folder, step, model, optimizer)
             _write_manifest(folder)
@@ -59,13 +61,15 @@ def save_checkpoint(
             "earlier checkpoints are whole"
         ) from error
     for old in checkpoints(root)[:-keep]:
+        (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
         shutil.rmtree(old)
     return final
 
 
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in root.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file())
+    found = [path for path in root.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def newest(folder: Path) -> Path:
@@ -95,14 +99,12 @@ def verify(folder: Path) -> None:
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: use an earlier checkpoint")
+            raise CheckpointError(f"{path} is missing: {REMEDY}")
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path} has {size} bytes, its manifest says {expected['bytes']}: use an earlier checkpoint"
-            )
+            raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: {REMEDY}")
         if (found := sha256(path)) != expected["sha256"]:
-            raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): use an earlier checkpoint")
+            raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): {REMEDY}")
 
 
 def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch.optim.Optimizer) -> int:
@@ -111,6 +113,11 @@ def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch
     tensors = load_file(folder / "trainer.safetensors")
     random = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}
     state: dict[str, Any] = {**description["optimizer"], **tensors}
+    for name, p in model.named_parameters():
+        if p.requires_grad and f"state.{name}.step" not in state:  # no gradient so far: the state AdamW starts from
+            state[f"state.{name}.step"] = torch.zeros(())
+            state[f"state.{name}.exp_avg"] = torch.zeros_like(p)
+            state[f"state.{name}.exp_avg_sq"] = torch.zeros_like(p)
     set_optimizer_state_dict(
         model,
         optimizer,

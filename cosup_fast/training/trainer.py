@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Example, Passage
@@ -36,7 +36,7 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(default=3, ge=1, description="passes over the training set")
+    epochs: int = Field(default=3, ge=1, description="passes over the training set, unless steps is given")
     steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")
     max_minutes: float | None = Field(default=None, gt=0, description="stop after so many minutes, with a checkpoint")
     batch_size: int = Field(default=32, ge=1, description="examples in one forward: their passages are the negatives")
@@ -47,7 +47,7 @@ class TrainingConfig(BaseModel):
     lr_decay: float = Field(
         default=1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)"
     )
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices; norms, biases and scales have none")
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = Field(
         default=1.0, gt=0, description="global gradient norm over both models; null: no clipping"
@@ -81,8 +81,8 @@ class StepMetrics:
     nsp: float
     in_batch_accuracy: float  # share of the queries whose own passage scores highest
     candidates: int
-    gen_grad_norm: float
-    embseq_grad_norm: float
+    gen_grad_norm: float  # before clipping, as the next one
+    embseq_grad_norm: float  # of Embseq with its projection; 0 where Embseq is Gen itself
     lr: float
     tokens_per_second: float
 
@@ -112,6 +112,7 @@ class Trainer:
             step; returns a `HeldOut`.
         on_metrics: called with every `StepMetrics` and `HeldOut`.
         on_warning: called with every message of the failure monitor.
+        on_interrupt: called with what the first Ctrl-C does, when it is pressed.
 
     Raises:
         ValueError: no examples, or an example that does not fit the models (see `Template.gen_sequence`).
@@ -128,6 +129,7 @@ class Trainer:
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
         on_metrics: Callable[[StepMetrics | HeldOut], None] = lambda metrics: None,
         on_warning: Callable[[str], None] = lambda message: None,
+        on_interrupt: Callable[[str], None] = lambda message: None,
     ):
         if not examples:
             raise ValueError("there is no training example: data.train names an empty set")
@@ -139,25 +141,41 @@ class Trainer:
         self.evaluate = evaluate
         self.on_metrics = on_metrics
         self.on_warning = on_warning
+        self.on_interrupt = on_interrupt
         self.monitor = FailureMonitor()
         self.step = 0
         self.last_checkpoint: Path | None = None
-        self.steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.accumulate))
-        self.total_steps = min(config.steps or 1 << 62, config.epochs * self.steps_per_epoch)
+        self._saved_step = self._evaluated_step = -1
+        self.steps_per_epoch, self.total_steps = count_steps(config, len(examples))
         if config.activation_checkpointing:
             model.enable_activation_checkpointing()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [  # decay would pull norms and the learnt scale towards 0, not towards a simpler model
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
+            [group for group in groups if group["params"]],
             lr=config.lr,
             betas=config.betas,
-            weight_decay=config.weight_decay,
             fused=model.device.type in ("cpu", "cuda"),
         )
 
     def resume(self, checkpoint: Path) -> None:
         """Continues behind a checkpoint whose model is loaded already."""
-        self.step = load_trainer_state(checkpoint, self.model, self.optimizer)
+        self.step = self._saved_step = load_trainer_state(checkpoint, self.model, self.optimizer)
         self.last_checkpoint = checkpoint
+
+    def replay(self, records: Iterable[dict[str, Any]]) -> None:
+        """Shows the failure monitor the records (see `as_record`) of the part before; it has warned of them then."""
+        for record in records:
+            if record["kind"] == "step":
+                messages = self.monitor.step(record["nsp"], record["candidates"])
+            else:
+                messages = self.monitor.evaluation(record["ntp"], record["recall_at_5"])
+                self._evaluated_step = record["step"]
+            for _ in messages:
+                pass
 
     def train(self) -> Path:
         """Runs to the end and returns the last checkpoint.
@@ -171,8 +189,9 @@ class Trainer:
         self.model.train()
         if self.step == 0:
             torch.manual_seed(config.seed)
+            self._warn(_lost_in_rounding(self.model, config.lr))
             self._evaluate()
-        with _interruptible() as interrupted:
+        with _interruptible(self.on_interrupt) as interrupted:
             while self.step < self.total_steps and time.monotonic() < deadline and not interrupted.is_set():
                 metrics = self._step()
                 if self.step % config.log_every == 0:
@@ -190,10 +209,12 @@ class Trainer:
         return self.last_checkpoint
 
     def save(self) -> Path:
-        """Writes a checkpoint of the current step."""
-        self.last_checkpoint = save_checkpoint(
-            self.checkpoints, self.step, self.model, self.optimizer, keep=self.config.keep_checkpoints
-        )
+        """Writes a checkpoint of the current step, unless this trainer wrote it or came from it."""
+        if self.last_checkpoint is None or self._saved_step != self.step:
+            self.last_checkpoint = save_checkpoint(
+                self.checkpoints, self.step, self.model, self.optimizer, keep=self.config.keep_checkpoints
+            )
+            self._saved_step = self.step
         return self.last_checkpoint
 
     def batch_examples(self, step: int) -> list[Example]:
@@ -223,8 +244,8 @@ class Trainer:
             if out.stats is not None:
                 totals[3] += (out.stats.rank == 0).sum()
         loss, ntp, nsp, hits = totals.tolist()
-        gen_norm, embseq_norm = self._clip()
-        if not math.isfinite(loss) or not math.isfinite(gen_norm + embseq_norm):
+        gen_norm, embseq_norm, total_norm = self._clip()
+        if not math.isfinite(loss) or not math.isfinite(total_norm):
             raise TrainingError(
                 f"step {self.step + 1}: loss {loss}, gradient norms {gen_norm} (Gen) and {embseq_norm} (Embseq); "
                 f"its examples: {', '.join(e.id for e in chosen[:8])}{', …' if len(chosen) > 8 else ''}. The weights "
@@ -250,18 +271,18 @@ class Trainer:
             tokens_per_second=sum(sum(pack.lengths) for pack in packs) / (time.perf_counter() - start),
         )
 
-    def _clip(self) -> tuple[float, float]:
-        """Clips the global norm over both models; returns each one's norm before clipping."""
-        of_gen = {id(p) for p in self.model.gen.parameters()}
-        gen, embseq = [], []
-        for p in self.model.parameters():
+    def _clip(self) -> tuple[float, float, float]:
+        """Clips the global norm; returns what it was of Gen, of Embseq with its projection, and of everything."""
+        gradients: dict[str, list[Tensor]] = {"gen": [], "embseq": [], "criterion": []}
+        for name, p in self.model.named_parameters():
             if p.grad is not None:
-                (gen if id(p) in of_gen else embseq).append(p)
-        norms = [nn.utils.get_total_norm([p.grad for p in group]).to(self.model.device) for group in (gen, embseq)]
+                part = name.partition(".")[0]
+                gradients["embseq" if part == "projection" else part].append(p.grad)
+        norms = [nn.utils.get_total_norm(group).to(self.model.device) for group in gradients.values()]
+        total = torch.linalg.vector_norm(torch.stack(norms))
         if self.config.clip is not None:
-            total = torch.linalg.vector_norm(torch.stack(norms))
-            nn.utils.clip_grads_with_norm_([*gen, *embseq], self.config.clip, total)
-        return float(norms[0]), float(norms[1])
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, total)
+        return float(norms[0]), float(norms[1]), float(total)
 
     def _schedule(self) -> float:
         lr = self.config.lr * learning_rate_factor(self.config, self.step, self.total_steps, self.steps_per_epoch)
@@ -270,8 +291,9 @@ class Trainer:
         return lr
 
     def _evaluate(self) -> None:
-        if self.evaluate is None or self.config.eval_every is None:
+        if self.evaluate is None or self.config.eval_every is None or self._evaluated_step == self.step:
             return
+        self._evaluated_step = self.step
         with _rng_untouched():
             held_out = self.evaluate(self.model, self.step)
         self.model.train()
@@ -281,6 +303,12 @@ class Trainer:
     def _warn(self, messages: Iterator[str]) -> None:
         for message in messages:
             self.on_warning(message)
+
+
+def count_steps(config: TrainingConfig, examples: int) -> tuple[int, int]:
+    """The steps of an epoch over so many examples, and those of the run."""
+    per_epoch = math.ceil(examples / (config.batch_size * config.accumulate))
+    return per_epoch, config.steps or config.epochs * per_epoch
 
 
 def learning_rate_factor(config: TrainingConfig, step: int, total: int, steps_per_epoch: int) -> float:
@@ -319,6 +347,18 @@ def as_record(metrics: StepMetrics | HeldOut) -> dict[str, Any]:
     return {"kind": "step" if isinstance(metrics, StepMetrics) else "held-out", **asdict(metrics)}
 
 
+@torch.no_grad()
+def _lost_in_rounding(model: CoSupervisionModel, lr: float) -> Iterator[str]:
+    """A warning when many bfloat16 weights are further apart than a step of AdamW, about `lr`, can bridge."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    stuck = sum(float((p + lr == p).sum()) for p in trained) / max(1, sum(p.numel() for p in trained))
+    if stuck > 0.1:
+        yield (
+            f"model.dtype=bfloat16: a step of training.lr={lr:g} is rounded away on {stuck:.0%} of the weights, which "
+            "then barely move: use model.dtype=float32 with training.precision=bfloat16"
+        )
+
+
 @contextlib.contextmanager
 def _rng_untouched() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -326,7 +366,7 @@ def _rng_untouched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def _interruptible(on_interrupt: Callable[[str], None]) -> Iterator[threading.Event]:
     """Turns the first Ctrl-C into an event that the loop reads between steps; the second one interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -337,6 +377,8 @@ def _interruptible() -> Iterator[threading.Event]:
     def stop(signum: int, frame: FrameType | None) -> None:
         event.set()
         signal.signal(signal.SIGINT, previous)
+        with contextlib.suppress(RuntimeError):  # Python refuses to print in the middle of another print
+            on_interrupt("finishing this step, then saving; press Ctrl-C again to stop at once")
 
     signal.signal(signal.SIGINT, stop)
     try:
