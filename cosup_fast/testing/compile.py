@@ -37,7 +37,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -159,7 +158,7 @@ def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str)
         raise RuntimeError(
             f"{case.name} was imported for the interpreter; unset TRITON_INTERPRET and leave interpret() to compile"
         )
-    goal = TARGETS[target]
+    goal, source = TARGETS[target], case.source(dtype)
     made = Compiled(case.name, dtype, target, goal.gate, shared_limit=goal.shared)
     log, start = io.StringIO(), time.perf_counter()
     with (
@@ -174,7 +173,7 @@ def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str)
         knobs.cache.dir = cache
         try:
             binary = triton.compile(
-                case.source(dtype),
+                source,
                 target=GPUTarget(goal.backend, goal.arch, 64 if goal.backend == "hip" else 32),
                 options=dict(case.options),
             )
@@ -311,7 +310,6 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(NEEDS_TRITON, file=sys.stderr)
         return 2
-    sys.path.insert(0, str(Path.cwd()))
     cases = [case for case in collect(options.module) if options.kernel in case.name]
     if not cases:
         print(f"no COMPILE_CASES in {', '.join(options.module)}", file=sys.stderr)

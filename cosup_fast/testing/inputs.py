@@ -45,7 +45,8 @@ def operands(
     """x (n, d) and w (m, d) whose dot products are of the kind asked for.
 
     normal: standard deviation 1. extreme: up to 1,800 in absolute value. near-uniform: all about 50, for a common mean,
-    and 0.01 apart (more in bf16, whose rounding is coarser). tiny: about 1e-3. confident: row i is 40 above the others at candidate i (mod m).
+    and 0.01 apart (more in bf16, whose steps are wider). tiny: about 1e-3. confident: row i is 40 above the others at
+    candidate i (mod m).
     """
     g = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(rows, d, generator=g, dtype=torch.float64) for rows in (n, m))

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ class Observer:
         """A tile's product."""
 
     def finish(self, launch: Launch, again: Callable[[int], None]) -> None:
-        """After the last program. `again(seed)` runs all programs once more, shuffled and unobserved."""
+        """After the last program. `again(seed)` runs all once more, unobserved: backwards for 0, else shuffled."""
 
 
 class _Session:
@@ -230,7 +231,10 @@ class _Session:
             def run(seed: int | None = None) -> None:
                 self.silent = seed is not None
                 try:
-                    with np.errstate(all="ignore"):
+                    with np.errstate(all="ignore"), warnings.catch_warnings():
+                        warnings.simplefilter(
+                            "ignore", RuntimeWarning
+                        )  # numpy's, on NaN that a GPU passes on in silence
                         for program in self._order(shape, seed):
                             launch.program = program
                             interpreter.interpreter_builder.set_grid_idx(*program)
@@ -258,8 +262,9 @@ class _Session:
         if callable(self.programs):
             order = filter(self.programs, order)
         if seed is not None:
-            order = list(order)
-            random.Random(seed).shuffle(order)
+            order = list(order)[::-1]
+            if seed:
+                random.Random(seed).shuffle(order)
         return order
 
     def _convert(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -385,7 +390,7 @@ def _first_config(run: Callable) -> Callable:
 def _poison(dtype: np.dtype) -> Any:
     if dtype.kind == "f":
         return np.nan
-    return dtype.kind == "b" or (0x7FC0 if dtype == np.uint16 else np.iinfo(dtype).max)
+    return dtype.kind == "b" or (0x7FC0 if dtype == np.uint16 else np.iinfo(dtype).max // 2)
 
 
 def _mend_memory(patches: Patches) -> None:

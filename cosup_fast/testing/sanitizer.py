@@ -107,7 +107,7 @@ class Sanitizer(Observer):
             if tensor.is_floating_point() or tensor.is_complex():
                 tensor.detach().fill_(math.nan)
             else:
-                tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+                tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 2)
         return tensor
 
     def written(self, tensor: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class Sanitizer(Observer):
                         index = region.index(int(different[0]) - region.start)
                         message = "other bits when the programs run in another order"
                         self._add(
-                            Finding("order", launch.kernel, None, region.argument, index, message, f"seed {seed}"), 1
+                            Finding("order", launch.kernel, None, region.argument, index, message, f"order {seed}"), 1
                         )
             self._restore(after)
 
@@ -248,7 +248,8 @@ class Sanitizer(Observer):
         self._add(finding, len(offsets))
 
     def _add(self, finding: Finding, lanes: int) -> None:
-        place = (finding.kind, finding.kernel, finding.argument, finding.where)
+        where = "" if finding.kind == "order" else finding.where
+        place = (finding.kind, finding.kernel, finding.argument, where)
         if place in self._places:
             self._places[place].count += lanes
         else:
@@ -329,7 +330,7 @@ def sanitize(
 
     Args:
         allow: kinds of findings that are listed but no error, such as "atomic".
-        shuffles: how often a launch is run again with its programs shuffled, to compare bits.
+        shuffles: how often a launch is run again to compare bits: first backwards, then in random orders.
         programs: which programs run; see `interpret`.
         check: False only collects.
     """
