@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,10 @@ def test_files_that_are_no_configuration(tmp_path):
         ConfigError, match=r"typo.yaml: unknown field 'training.batchsize', did you mean 'training.batch_size'"
     ):
         load_config(tmp_path / "typo.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent).glob("examples/*.yaml")), ids=lambda path: path.name
+)
+def test_the_examples_are_valid_configurations(path):
+    assert load_config(path).model.gen
