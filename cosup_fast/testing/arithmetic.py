@@ -117,14 +117,18 @@ def mend(replace: Replace) -> None:
         return wide if target == tl.float32 else cast_impl(self, wide, dst_type)
 
     def fp_to_fp_right(self, src, dst_type, rounding_mode):
-        source, target = src.dtype.scalar, dst_type.scalar
-        if source == target or tl.bfloat16 not in (source, target):
-            return fp_to_fp(self, src, dst_type, rounding_mode)
+        source, target, wide = src.dtype.scalar, dst_type.scalar, src
+        if is_bf16(src):
+            wide = TensorHandle(_wide(src), tl.float32)
+        elif source.is_fp8() and target == tl.bfloat16:
+            wide = fp_to_fp(self, src, tl.float32, rounding_mode)
+        truncate = rounding_mode == ir.ROUNDING_MODE.RTZ
         if target == tl.bfloat16:
-            wide = src if source == tl.float32 else fp_to_fp(self, src, tl.float32, rounding_mode)
-            data = wide.data.view(np.float32)
-            return TensorHandle(float_to_bf16(data, rounding_mode == ir.ROUNDING_MODE.RTZ), tl.bfloat16)
-        return fp_to_fp(self, TensorHandle(_wide(src), tl.float32), dst_type, rounding_mode)
+            return TensorHandle(float_to_bf16(wide.data.astype(np.float32), truncate), tl.bfloat16)
+        if truncate or source.is_fp8() or target.is_fp8():
+            return fp_to_fp(self, wide, dst_type, rounding_mode)
+        # Triton's own rounding to nearest loses the carry into the exponent; numpy's does not.
+        return cast_impl(self, wide, dst_type)
 
     def fma_right(self, x, y, z):
         return _narrow(_wide(x) * _wide(y) + _wide(z)) if is_bf16(z) else fma(self, x, y, z)

@@ -104,6 +104,25 @@ def test_casts_round_to_nearest_even(source, target):
     torch.testing.assert_close(out, x.to(target), rtol=0, atol=0)
 
 
+@triton.jit
+def downcast_kernel(x, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(out + o, tl.load(x + o).to(out.dtype.element_ty, fp_downcast_rounding="rtne"))
+    tl.store(out + N + o, tl.load(x + o).to(out.dtype.element_ty, fp_downcast_rounding="rtz"))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_the_rounding_a_kernel_asks_for(dtype):
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(1020), torch.tensor([1.9999, -1.9999, 1 + 2**-8, 1 + 2**-11])])
+    out = torch.empty(2048, dtype=dtype)
+    with interpret():
+        downcast_kernel[(1,)](x, out, N=1024)
+    assert out[:1024].equal(x.to(dtype))
+    cut = (x.view(torch.int32) & (~0xFFFF if dtype == BF16 else ~0x1FFF)).view(torch.float32)
+    assert out[1024:].equal(cut.to(dtype))
+
+
 def test_nan_stays_nan():
     x, out = torch.full((4,), torch.nan), torch.empty(4, dtype=BF16)
     with interpret():

@@ -1,0 +1,48 @@
+"""The kit's own tests on every Triton that a supported torch pins.
+
+Each version is installed alone into a folder that PYTHONPATH puts before the environment's own Triton. Set
+COSUP_FAST_TRITONS to a folder to keep them for the next run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def tritons(tmp_path_factory) -> Path:
+    kept = os.environ.get("COSUP_FAST_TRITONS")
+    return Path(kept) if kept else tmp_path_factory.mktemp("tritons")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_kit_on_triton(version, tritons):
+    folder = tritons / version
+    if not folder.exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        done = subprocess.run([*install, f"triton=={version}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"triton {version} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    found = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__version__)"],
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == version
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(TESTS), "-q", "-p", "no:cacheprovider"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-10000:]
