@@ -16,26 +16,31 @@ class FailureMonitor:
     """Fed with every step and every held-out evaluation; yields a warning once per signature.
 
     Args:
-        window: steps over which NSP is averaged.
+        window: steps over which NSP is averaged; a fault of single batches must hold for most of them.
         patience: evaluations without progress before held-out figures count as a failure.
     """
 
     def __init__(self, window: int = 50, patience: int = 3):
         self.window = window
         self.patience = patience
+        self._single: deque[bool] = deque(maxlen=window)
         self._nsp: deque[tuple[float, float]] = deque(maxlen=window)
         self._ntp: list[float] = []
         self._recall: list[float] = []
         self._warned: set[str] = set()
 
     def step(self, nsp: float, candidates: int) -> Iterator[str]:
-        """Warnings after a step with mean NSP loss `nsp` (nats) over `candidates` sequences."""
-        if candidates < 2:
+        """Warnings after a step with mean NSP loss `nsp` (nats) over `candidates` sequences; 0: nothing retrieved."""
+        if candidates == 0:
+            return
+        self._single.append(candidates == 1)
+        if sum(self._single) > self.window / 2:
             yield from self._once(
                 "single",
-                "a batch holds a single sequence, so next sequence prediction has nothing to contrast: "
+                "most batches hold a single sequence, so next sequence prediction has nothing to contrast: "
                 "raise training.batch_size",
             )
+        if candidates == 1:
             return
         self._nsp.append((nsp, math.log(candidates)))
         if len(self._nsp) < self.window:
@@ -60,14 +65,14 @@ class FailureMonitor:
         self._ntp.append(ntp)
         self._recall.append(recall)
         recent = self.patience
-        best = min(self._ntp)
+        best, best_recall = min(self._ntp), max(self._recall[-recent:])
         if len(self._ntp) > recent and all(x > 1.02 * best for x in self._ntp[-recent:]):
             yield from self._once(
                 "ntp",
                 f"held-out NTP loss has risen from {best:.3f} to {ntp:.3f}: nsp.weight or training.lr may be too high, "
                 "or the training set is being memorised",
             )
-        if len(self._recall) > recent and max(self._recall[-recent:]) <= self._recall[0]:
+        if len(self._recall) > recent and best_recall <= self._recall[0] and best_recall < 1:
             yield from self._once(
                 "recall",
                 f"held-out R@5 is flat at {recall:.1%} after {len(self._recall)} evaluations: Embseq may be frozen or "
