@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class DataConfig(BaseModel):
         default=800, ge=1, description="passages searched for held-out retrieval: the gold ones and others"
     )
     allow_no_retrieval: bool = Field(default=False, description="accept training examples without any retrieval")
+    allow_leaks: bool = Field(
+        default=False, description="accept held-out examples whose id, question or gold passage is trained on"
+    )
 
 
 class RunConfig(BaseModel):
@@ -57,7 +60,9 @@ class RunConfig(BaseModel):
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and applies `section.field=value` overrides, whose values are YAML too.
+    """Reads a YAML file and applies `section.field=value` overrides.
+
+    An override's value is YAML too, but that of a text field is taken as it stands unless it is quoted, or null.
 
     Raises:
         ConfigError: the file is missing or no YAML mapping, a key is unknown (the nearest one is suggested), or a
@@ -69,7 +74,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r}: expected section.field=value, as in training.lr=1e-4")
-        _set(raw, key.split("."), _parse(value), override)
+        _set(raw, key.split("."), _parse(value, is_text=_fields().get(key) in (str, str | None)), override)
     _reject_unknown(raw, RunConfig, source)
     try:
         return RunConfig.model_validate(raw)
@@ -82,13 +87,20 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterable[str]:
+def field_names() -> list[str]:
     """Every dotted field name, sections opened."""
+    return list(_fields())
+
+
+def _fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every field by its dotted name."""
+    found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from field_names(field.annotation, f"{prefix}{name}.")
+            found |= _fields(field.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            found[prefix + name] = field.annotation
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -103,12 +115,14 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _parse(value: str) -> Any:
+def _parse(value: str, *, is_text: bool) -> Any:
+    if is_text and value not in ("", "null") and value[0] not in "'\"":  # {text} would be a mapping, 2024 a number
+        return value
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         return value
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
+    if isinstance(parsed, str) and not is_text:  # YAML 1.1 reads 1e-4 as text
         try:
             return float(parsed)
         except ValueError:
@@ -127,7 +141,7 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> Non
 def _reject_unknown(raw: dict[str, Any], model: type[BaseModel], source: str, prefix: str = "") -> None:
     for key, value in raw.items():
         if key not in model.model_fields:
-            names = list(field_names())
+            names = field_names()
             same_leaf = next((name for name in names if name.split(".")[-1] == key), None)
             hint = f", did you mean '{same_leaf}'?" if same_leaf else nearest(prefix + str(key), names)
             raise ConfigError(f"{source}: unknown field {prefix + str(key)!r}{hint}")

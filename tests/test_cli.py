@@ -32,7 +32,6 @@ def fields(llama_folder, data_folder, tmp_path):
         "training.batch_size": 2,
         "training.lr": 0.01,
         "training.steps": 4,
-        "training.epochs": 10000,
     }
 
 
@@ -247,6 +246,7 @@ def test_ctrl_c_saves_and_says_so(fields):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     (checkpoint,) = _whole(fields["output"])
+    assert "finishing this step, then saving; press Ctrl-C again to stop at once" in err
     assert "interrupted" in err
     assert checkpoint.name in err
 

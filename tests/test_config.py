@@ -36,6 +36,28 @@ def test_overrides_win_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("text.passage={text}", "{text}"),
+        ("text.passage=# {title}: {text}", "# {title}: {text}"),
+        ("text.passage='{text} '", "{text} "),
+        ("output=2024", "2024"),
+        ('output="2024"', "2024"),
+        ("output=1e-4", "1e-4"),
+        ("output=off", "off"),
+        ("model.embseq=135", "135"),
+        ("model.embseq=null", None),
+        ("data.train=[]", []),
+        ("training.lr=1e-4", 1e-4),
+    ],
+)
+def test_an_override_of_a_text_field_is_taken_as_it_stands(override, value):
+    section, _, name = override.partition("=")[0].rpartition(".")
+    config = load_config(None, [override])
+    assert getattr(getattr(config, section) if section else config, name) == value
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("training.lrr=1", "unknown field 'training.lrr', did you mean 'training.lr'"),
@@ -45,6 +67,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("training.steps=many", "training.steps"),
         ("training.lr", "expected section.field=value"),
         ("output.x=1", "output: Input should be a valid string"),
+        ("output=", "output: Input should be a valid string"),
         ("model.shared=true model.embseq=other", "model.shared=true uses Gen as Embseq"),
         ("model.shared=true model.freeze_embseq=true", "model.freeze_embseq"),
         ("text.prompt='{q}'", "text.prompt"),

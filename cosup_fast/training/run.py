@@ -1,6 +1,7 @@
 """One training run from a configuration: data and models in, a folder of checkpoints, metrics and plots out.
 
 output/config.yaml        what was run
+output/data.json          SHA-256 of the examples and passages that it reads
 output/checkpoints/       see `checkpoint.py`
 output/metrics.jsonl      one record a step or held-out evaluation
 output/tensorboard/       the same for TensorBoard
@@ -10,10 +11,11 @@ output/curves.png         losses and retrieval accuracy
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,6 +28,7 @@ from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import IGNORE
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.files import replace_file
@@ -39,6 +42,7 @@ from cosup_fast.training.trainer import (
     as_record,
     autocast,
     choose_device,
+    count_steps,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 RESUMABLE = {
     "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.device", "output",
+    "data.allow_leaks",
 }  # fmt: skip
 
 
@@ -56,51 +61,64 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
 
     Args:
         config: the run.
-        resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none.
+        resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none. A run
+            that has ended is left as it is.
         console: where progress goes; standard error by default.
 
     Raises:
         ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
-        DataError, CheckpointError, TrainingError: see there.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+        DataError: see `load_data`; or the data differ from those of the run being resumed.
+        CheckpointError, TrainingError: see there.
+        KeyboardInterrupt: Ctrl-C; it says what was saved.
     """
     console = console or Console(stderr=True)
     output = Path(config.output)
-    checkpoint = _checkpoint_to_resume(config, output, resume)
-    device = choose_device(config.training.device)
-    corpus, examples, held_out = load_data(config)
-    if checkpoint is None:
-        torch.manual_seed(config.training.seed)
-        model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
-    else:
-        verify(checkpoint)
-        model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention)
-        console.print(f"continuing behind {checkpoint}")
-    _check_lengths(model, examples, corpus, console)
-    evaluator = HeldOutEvaluator(held_out, corpus, config) if held_out else None
-    with RunLog(output, console) as log:
-        trainer = Trainer(
-            model,
-            config.training,
-            examples,
-            corpus,
-            output,
-            evaluate=evaluator,
-            on_metrics=log.metrics,
-            on_warning=log.warning,
-        )
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        _write_config(config, output)
-        log.start(trainer.step, trainer.total_steps)
-        return trainer.train()
+    with _interruption_explained(output):
+        checkpoint = _checkpoint_to_resume(config, output, resume)
+        device = choose_device(config.training.device)
+        corpus, examples, held_out = load_data(config)
+        evaluator = HeldOutEvaluator(held_out, corpus, config) if held_out else None
+        digests = {
+            "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
+            "held-out": _digest(held_out, evaluator.pool if evaluator else []),
+        }
+        if checkpoint is None:
+            torch.manual_seed(config.training.seed)
+            model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
+        else:
+            _check_same_data(output, digests)
+            if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
+                console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
+                return checkpoint
+            verify(checkpoint)
+            model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention)
+            console.print(f"continuing behind {checkpoint}", markup=False)
+        _check_lengths(model, examples, corpus, console)
+        with RunLog(output, console) as log:
+            trainer = Trainer(
+                model,
+                config.training,
+                examples,
+                corpus,
+                output,
+                evaluate=evaluator,
+                on_metrics=log.metrics,
+                on_warning=log.warning,
+                on_interrupt=console.print,
+            )
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+            _write_description(output, config, digests)
+            trainer.replay(log.start(trainer.step, trainer.total_steps))
+            return trainer.train()
 
 
 def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], list[Example]]:
     """The corpus by id, the training examples and the held-out examples.
 
     Raises:
-        DataError: what the files hold is not valid, or an example is both trained on and held out.
+        DataError: what the files hold is not valid, or, without `data.allow_leaks`, what is held out is trained on:
+            the same example, the same question, or the same gold passage.
     """
     data = config.data
     corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
@@ -114,8 +132,15 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     # What is held out is the same for every seed of the training, so that runs compare.
     examples = load(data.train, data.train_limit, config.training.seed)
     held_out = load(data.dev, data.dev_limit, seed=0)
-    if both := {e.id for e in examples} & {e.id for e in held_out}:
-        raise DataError(f"example {min(both)!r} stands in data.train and in data.dev ({len(both)} such ids)")
+    if not data.allow_leaks:
+        try:
+            if both := {e.id for e in examples} & {e.id for e in held_out}:
+                raise DataError(f"example {min(both)!r} stands in data.train and in data.dev ({len(both)} such ids)")
+            check_splits({"train": examples, "dev": held_out}, corpus)
+        except DataError as error:
+            raise DataError(
+                f"{error}. Held-out figures would flatter: remove it from one, or set data.allow_leaks=true"
+            ) from None
     return corpus, examples, held_out
 
 
@@ -177,8 +202,8 @@ class RunLog:
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
                 plot_curves(read_metrics(self.path), self.output / "curves.png")
 
-    def start(self, step: int, total: int) -> None:
-        """Opens the files; records behind `step`, of a part that is run again, are dropped."""
+    def start(self, step: int, total: int) -> list[dict[str, Any]]:
+        """Opens the files and returns the records so far; those behind `step`, of a part run again, are dropped."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
         with replace_file(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -186,6 +211,7 @@ class RunLog:
         self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
         self.task = self.progress.add_task("training", total=total, completed=step, status="")
         self.progress.start()
+        return kept
 
     def metrics(self, metrics: StepMetrics | HeldOut) -> None:
         """Records a step or an evaluation."""
@@ -282,9 +308,58 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
     return found[-1]
 
 
-def _write_config(config: RunConfig, output: Path) -> None:
+def _passages(examples: Iterable[Example]) -> list[str]:
+    """The ids of the passages that the outputs name, each once."""
+    return list(dict.fromkeys(s.passage for example in examples for s in example.output if s.passage is not None))
+
+
+def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
+    digest = hashlib.sha256()
+    for record in (*examples, *passages):
+        digest.update(record.model_dump_json(exclude_defaults=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _check_same_data(output: Path, digests: dict[str, str]) -> None:
+    path = output / "data.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    for name, digest in digests.items():
+        if (then := before.get(name, digest)) != digest:
+            raise DataError(
+                f"--resume: the {name} examples or their passages are not those that the run in {str(output)!r} was "
+                f"started with (sha256 {then[:12]}… then, {digest[:12]}… now): restore the files, or start a new run "
+                "in another output"
+            )
+
+
+def _has_ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool) -> bool:
+    """Whether a checkpoint is the last step, and was evaluated where the run evaluates."""
+    step = int(checkpoint.name.rpartition("-")[2])
+    if step < count_steps(config.training, examples)[1]:
+        return False
+    records = read_metrics(Path(config.output) / "metrics.jsonl")
+    shown = any(r["kind"] == "held-out" and r["step"] == step for r in records)
+    return shown or not evaluated or config.training.eval_every is None
+
+
+@contextlib.contextmanager
+def _interruption_explained(output: Path) -> Iterator[None]:
+    """Gives a `KeyboardInterrupt` that says nothing a text: what there is to continue behind."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        found = checkpoints(output / "checkpoints")
+        left = f"last checkpoint: {found[-1]}" if found else "nothing was saved so far"
+        raise KeyboardInterrupt(f"stopped at once; {left}") from None
+
+
+def _write_description(output: Path, config: RunConfig, digests: dict[str, str]) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with replace_file(output / "data.json") as file:
+            file.write(json.dumps(digests, indent=1) + "\n")
         with replace_file(output / "config.yaml") as file:
             file.write(dump_config(config))
     except OSError as error:
@@ -305,5 +380,5 @@ def _check_lengths(
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
         for example in progress.track(examples, description="checking lengths"):
             model.template.gen_sequence(example, corpus)
-        for passage in {s.passage for example in examples for s in example.output if s.passage is not None}:
+        for passage in _passages(examples):
             model.template.sequence(corpus[passage])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.template import IGNORE
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
-from cosup_fast.training.trainer import HeldOut, StepMetrics, Trainer, TrainingConfig, TrainingError
+from cosup_fast.training.trainer import HeldOut, StepMetrics, Trainer, TrainingConfig, TrainingError, as_record
 
 VARIANTS = {
     "pair": {},
@@ -22,10 +23,12 @@ VARIANTS = {
 
 @pytest.fixture
 def make_trainer(make_model, examples, corpus, tmp_path):
-    def make(model=None, output=tmp_path, seen=None, chosen=examples, **fields):
-        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "epochs": 100, "eval_every": None, **fields})
+    def make(model=None, output=tmp_path, seen=None, chosen=examples, callbacks=None, **fields):
+        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "eval_every": None, **fields})
         record = (lambda metrics: None) if seen is None else seen.append
-        return Trainer(model or make_model(), config, chosen, corpus, output, on_metrics=record)
+        return Trainer(
+            model or make_model(), config, chosen, corpus, output, **{"on_metrics": record, **(callbacks or {})}
+        )
 
     return make
 
@@ -42,6 +45,31 @@ def test_every_epoch_is_a_permutation_and_they_differ(make_trainer, examples):
         assert sorted(order) == sorted(e.id for e in list(examples) * 5)
     assert epochs[0] != epochs[1] != epochs[2]
     assert [e.id for e in trainer.batch_examples(9)] == [e.id for e in trainer.batch_examples(9)]
+
+
+def test_each_seed_has_its_order(make_trainer, examples):
+    trainers = [make_trainer(chosen=list(examples) * 5, batch_size=20, seed=seed) for seed in (0, 1)]
+    first, second = ([e.id for e in trainer.batch_examples(0)] for trainer in trainers)
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+@pytest.mark.parametrize(("steps", "total"), [(1000, 1000), (4, 4), (None, 6)])
+def test_steps_win_over_epochs(make_trainer, steps, total):
+    assert make_trainer(steps=steps, epochs=3).total_steps == total
+
+
+def test_the_time_limit_stops_with_a_checkpoint(make_trainer, tmp_path):
+    evaluated = []
+
+    def evaluate(model, step):
+        evaluated.append(step)
+        return HeldOut(step, 1.0, 1.0, 0.0, 0.0, 0.0)
+
+    trainer = make_trainer(callbacks={"evaluate": evaluate}, steps=5, max_minutes=1e-9, eval_every=1)
+    assert trainer.train() == tmp_path / "checkpoints" / "step-000000"
+    assert evaluated == [0]
+    assert make_trainer(output=tmp_path / "b", steps=2, max_minutes=10).train().name == "step-000002"
 
 
 def test_training_lowers_both_losses_and_learns_to_retrieve_in_the_batch(make_trainer):
@@ -82,30 +110,86 @@ def test_the_gradient_of_a_step_is_that_of_its_mean_losses(make_model, make_trai
             torch.testing.assert_close(gradients[name], p.grad, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_clipping_covers_both_models(make_trainer):
-    trainer = make_trainer(lr=1e-9)
-    for p in trainer.model.parameters():
+@pytest.mark.parametrize("kind", ["projection", "shared"])
+def test_clipping_covers_everything_and_norms_are_told_apart(kind, make_model, make_trainer, gpt2_folder):
+    parts = {"embseq": gpt2_folder} if kind == "projection" else {"shared": True}
+    trainer = make_trainer(make_model(nsp={"learnable_temperature": True}, **parts), lr=1e-9)
+    model = trainer.model
+    for p in model.parameters():
         p.grad = torch.ones_like(p)
-    gen, embseq = trainer._clip()
-    gradients = [p.grad for p in trainer.model.parameters()]
-    assert gen > 1
-    assert embseq > 1
+
+    def size(*modules):
+        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+    norms = trainer._clip()
+    assert norms == pytest.approx(
+        [math.sqrt(size(model.gen)), math.sqrt(size(model.embseq, model.projection)), math.sqrt(size(model))]
+    )
+    gradients = [p.grad for p in model.parameters()]
     assert math.sqrt(sum(float(g.pow(2).sum()) for g in gradients)) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_step_is_that_of_torchs_adamw_and_only_matrices_decay(make_model, make_trainer):
+    """Two steps: the first one of Adam does not depend on beta."""
+    model = make_model(dtype="float64", nsp={"learnable_temperature": True})
+    fields = {"lr": 1e-2, "betas": (0.7, 0.8), "weight_decay": 0.5}
+    trainer = make_trainer(model, clip=None, warmup=0.0, **fields)
+    expected = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    assert {p.ndim for p in expected.values()} == {0, 1, 2}
+    matrices, rest = ([p for p in expected.values() if (p.ndim == 2) == wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": rest, "weight_decay": 0.0}], **fields, fused=False, foreach=False
+    )
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: setattr(expected[name], "grad", p.grad.clone()))
+    for _ in range(2):
+        assert trainer._step().lr == fields["lr"]
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_is_that_of_both_models_products(precision, make_trainer):
+    trainer = make_trainer(precision=precision)
+    seen = set()
+    for model in (trainer.model.gen, trainer.model.embseq):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+                module.register_forward_hook(lambda module, inputs, y: seen.add((y.dtype, module.weight.dtype)))
+    trainer._step()
+    assert seen == {(getattr(torch, precision), torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr", "warned"), [("bfloat16", 2e-5, True), ("bfloat16", 0.5, False), ("float32", 2e-5, False)]
+)
+def test_bfloat16_weights_that_barely_move_are_reported_once(dtype, lr, warned, make_model, make_trainer):
+    warnings = []
+    trainer = make_trainer(make_model(dtype=dtype), callbacks={"on_warning": warnings.append}, lr=lr, steps=3)
+    weights = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    stuck = float((weights + lr == weights).double().mean())
+    trainer.train()
+    assert len(warnings) == warned
+    for message in warnings:
+        assert f"training.lr=2e-05 is rounded away on {stuck:.0%} of the weights" in message
+        assert "use model.dtype=float32 with training.precision=bfloat16" in message
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_gives_the_same_bits(variant, make_model, make_trainer, tmp_path):
     from cosup_fast.modeling import CoSupervisionModel
 
+    fields = {"steps": 6, "schedule": "cosine", "weight_decay": 0.1}
     whole: list[StepMetrics] = []
-    make_trainer(make_model(**VARIANTS[variant]), tmp_path / "whole", whole, steps=6, schedule="cosine").train()
-    trainer = make_trainer(make_model(**VARIANTS[variant]), tmp_path / "parts", steps=6, schedule="cosine")
+    make_trainer(make_model(**VARIANTS[variant]), tmp_path / "whole", whole, **fields).train()
+    trainer = make_trainer(make_model(**VARIANTS[variant]), tmp_path / "parts", **fields)
     for _ in range(3):
         trainer._step()
     saved = trainer.save()
     torch.manual_seed(1234)  # the generator's state comes from the checkpoint
     rest: list[StepMetrics] = []
-    resumed = make_trainer(CoSupervisionModel.load(saved), tmp_path / "parts", rest, steps=6, schedule="cosine")
+    resumed = make_trainer(CoSupervisionModel.load(saved), tmp_path / "parts", rest, **fields)
     resumed.resume(saved)
     resumed.train()
     assert _losses(rest) == _losses(whole)[3:]
@@ -139,22 +223,57 @@ def test_a_loss_that_is_no_number_stops_with_names_and_leaves_the_weights(make_t
         assert torch.equal(p, q) or q.isnan().any()
 
 
-def test_evaluations_come_first_last_and_between_and_warnings_arrive(make_model, examples, corpus, tmp_path):
+def test_evaluations_come_first_last_and_between_and_warnings_arrive(make_trainer, examples):
     steps, seen, warnings = [], [], []
 
     def evaluate(model, step):
-        torch.rand(3)  # must not disturb the run's random numbers
+        model.eval()
         steps.append(step)
         return HeldOut(step, 1.0 + step, 1.0, 0.0, 0.0, 0.0)
 
-    config = TrainingConfig(batch_size=2, steps=5, eval_every=2, lr=1e-3)
-    Trainer(
-        make_model(), config, examples * 3, corpus, tmp_path,
-        evaluate=evaluate, on_metrics=seen.append, on_warning=warnings.append,
-    ).train()  # fmt: skip
+    def on_metrics(metrics):
+        assert trainer.model.training
+        seen.append(metrics)
+
+    callbacks = {"evaluate": evaluate, "on_metrics": on_metrics, "on_warning": warnings.append}
+    trainer = make_trainer(chosen=examples * 3, callbacks=callbacks, steps=5, eval_every=2)
+    trainer.train()
     assert steps == [0, 2, 4, 5]
     assert [m.step for m in seen if isinstance(m, HeldOut)] == steps
     assert any("held-out NTP loss has risen" in w for w in warnings)
+
+
+def test_evaluations_leave_the_random_numbers_of_dropout_alone(make_model, make_trainer, gpt2_folder, tmp_path):
+    def evaluate(model, step):
+        return HeldOut(step, float(torch.rand(())), 1.0, 0.0, 0.0, 0.0)
+
+    runs = []
+    for eval_every in (None, 1):
+        seen = []
+        callbacks = {"evaluate": evaluate, "on_metrics": seen.append}
+        output = tmp_path / str(eval_every)
+        make_trainer(make_model(embseq=gpt2_folder), output, None, steps=3, eval_every=eval_every,
+                     callbacks=callbacks).train()  # fmt: skip
+        runs.append(_losses(m for m in seen if isinstance(m, StepMetrics)))
+    assert runs[0] == runs[1]
+
+
+def test_a_replayed_history_warns_of_nothing_again_and_counts(make_trainer):
+    warnings = []
+    trainer = make_trainer(callbacks={"on_warning": warnings.append})
+    held_out = [HeldOut(step, 1.0, 1.0, 0.1, 0.1, 0.1) for step in range(4)]
+    trainer.replay(as_record(h) for h in held_out)  # flat R@5 was reported then
+    trainer._warn(trainer.monitor.evaluation(1.0, 0.1))
+    assert warnings == []
+    trainer = make_trainer(callbacks={"on_warning": warnings.append})
+    trainer.replay(as_record(h) for h in held_out[:3])
+    trainer._warn(trainer.monitor.evaluation(1.0, 0.1))
+    assert len(warnings) == 1
+    step = dict.fromkeys((f.name for f in dataclasses.fields(StepMetrics)), 0.0) | {"candidates": 4, "nsp": 300.0}
+    trainer = make_trainer(callbacks={"on_warning": warnings.append})
+    trainer.replay(as_record(StepMetrics(**step)) for _ in range(49))
+    trainer._warn(trainer.monitor.step(300.0, 4))
+    assert "saturated" in warnings[-1]
 
 
 def test_only_the_newest_checkpoints_are_kept(make_trainer, tmp_path):

@@ -1,0 +1,185 @@
+"""A run and its folder: continuation as one run, data that must not change or leak, and what Ctrl-C says."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+
+import pytest
+from rich.console import Console
+
+from cosup_fast.config import load_config
+from cosup_fast.data.records import DataError, write_jsonl
+from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.training import run
+from cosup_fast.training.checkpoint import checkpoints
+from cosup_fast.training.run import load_data, read_metrics, run_training
+from cosup_fast.training.trainer import Trainer
+
+
+@pytest.fixture
+def write(tmp_path, passages, examples):
+    """A function that writes the data of the run: two examples train, two are held out, no passage is in both."""
+
+    def write(passages=passages, train=examples[:2], dev=examples[2:]):
+        for name, records in (("passages", passages), ("train", train), ("dev", dev)):
+            write_jsonl(tmp_path / f"{name}.jsonl", records)
+
+    write()
+    return write
+
+
+@pytest.fixture
+def configure(write, llama_folder, tmp_path):
+    """A function that makes the configuration of a tiny run."""
+
+    def configure(**changes):
+        fields = {
+            "output": str(tmp_path / "run"),
+            "model.gen": llama_folder,
+            "data.corpus": str(tmp_path / "passages.jsonl"),
+            "data.train": [str(tmp_path / "train.jsonl")],
+            "data.dev": [str(tmp_path / "dev.jsonl")],
+            "training.batch_size": 2,
+            "training.steps": 4,
+            "training.eval_every": 2,
+            "training.lr": 1e-2,
+        }
+        changes = {name.replace("__", "."): value for name, value in changes.items()}
+        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
+
+    return configure
+
+
+def _train(config, resume=False):
+    """The checkpoint, and what was printed on one line."""
+    console = Console(file=io.StringIO(), width=200)
+    try:
+        checkpoint = run_training(config, resume=resume, console=console)
+    finally:
+        printed = " ".join(console.file.getvalue().split())
+        print(printed)
+    return checkpoint, printed
+
+
+def _steps(config, kind):
+    return [r["step"] for r in read_metrics(run.Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
+
+
+def _changed(records, place, **fields):
+    return [r.model_copy(update=fields) if i == place else r for i, r in enumerate(records)]
+
+
+@pytest.mark.parametrize("what", ["question", "order", "passage", "held out", "pool"])
+def test_changed_data_end_a_resume(what, configure, write, passages, examples):
+    _train(configure())
+    write()
+    _train(configure(training__steps=5), resume=True)
+    write(
+        **{
+            "question": {"train": _changed(examples[:2], 0, question="What is the capital of Gaul?")},
+            "order": {"train": examples[1::-1]},
+            "passage": {"passages": _changed(passages, 0, text="Paris is on the Seine.")},
+            "held out": {"dev": _changed(examples[2:], 0, question="When was Rome built?")},
+            "pool": {"passages": _changed(passages, 9, text="The Nile is long.")},
+        }[what]
+    )
+    which = "held-out" if what in ("held out", "pool") else "training"
+    with pytest.raises(DataError, match=rf"--resume: the {which} examples or their passages are not those"):
+        _train(configure(training__steps=6), resume=True)
+    assert _steps(configure(), "step") == [1, 2, 3, 4, 5]
+    _train(configure(output=configure().output + "-new"), resume=True)
+
+
+def test_a_run_that_has_ended_is_left_as_it_is(configure, monkeypatch):
+    config = configure()
+    ended, _ = _train(config)
+    before = read_metrics(run.Path(config.output) / "metrics.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(CoSupervisionModel, "load", None)  # the work
+        again, printed = _train(config, resume=True)
+        assert again == ended
+        assert "is the end of this run" in printed
+        assert _train(configure(training__eval_every=None), resume=True)[0] == ended
+        assert _train(configure(training__steps=3), resume=True)[0] == ended
+    assert read_metrics(run.Path(config.output) / "metrics.jsonl") == before
+    assert _steps(config, "held-out") == [0, 2, 4]
+
+
+def test_a_run_killed_before_its_last_evaluation_makes_it_up(configure):
+    config = configure()
+    ended, _ = _train(config)
+    path = run.Path(config.output) / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert _train(config, resume=True)[0] == ended
+    assert path.read_text() == whole
+
+
+def test_the_failure_monitor_sees_the_run_as_one(configure):
+    """R@5 is flat over four evaluations, two of them before the interruption."""
+    fields = {"training__lr": 1e-9, "training__eval_every": 1}
+    for steps, warnings in ((1, 0), (3, 1), (5, 1)):
+        config = configure(training__steps=steps, **fields)
+        _train(config, resume=True)
+        path = run.Path(config.output) / "warnings.log"
+        found = path.read_text().splitlines() if path.is_file() else []
+        assert len([line for line in found if "R@5 is flat" in line]) == warnings
+    assert _steps(config, "held-out") == [0, 1, 2, 3, 4, 5]
+    assert 0 < read_metrics(path.with_name("metrics.jsonl"))[0]["recall_at_5"] < 1
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch):
+    step = Trainer._step
+
+    def pressed(self):
+        if self.step == 2:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", pressed)
+    console = Console(file=io.StringIO(), width=200)
+    config = configure(training__checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        run_training(config, console=console)
+    folder = run.Path(config.output) / "checkpoints"
+    assert (
+        str(interrupt.value)
+        == {
+            1: f"stopped after step 3; saved {folder / 'step-000003'}",
+            2: f"stopped at once; last checkpoint: {folder / 'step-000002'}",
+        }[presses]
+    )
+    assert checkpoints(folder)[-1] == folder / f"step-00000{4 - presses}"
+    message = "finishing this step, then saving; press Ctrl-C again to stop at once"
+    assert console.file.getvalue().count(message) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_loading_says_that_nothing_was_saved(configure, monkeypatch):
+    def pressed(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(CoSupervisionModel, "from_pretrained", pressed)
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped at once; nothing was saved so far$"):
+        _train(configure())
+
+
+def test_what_is_held_out_must_not_be_trained_on(configure, write, passages, examples):
+    load_data(configure())
+    first, other = examples[0], examples[2]
+    leaks = {
+        r"example 'e1' stands in data\.train and in data\.dev": first,
+        "expected gold passages of no other split, found 'paris'": other.model_copy(update={"gold": ["paris"]}),
+        "expected a question of no other split": other.model_copy(update={"question": "what is the capital of FRANCE"}),
+    }
+    for message, leak in leaks.items():
+        write(dev=[examples[3], leak])
+        with pytest.raises(DataError, match=message) as error:
+            load_data(configure())
+        assert "data.allow_leaks=true" in str(error.value)
+        _, _, held_out = load_data(configure(data__allow_leaks=True))
+        assert held_out == [examples[3], leak]
