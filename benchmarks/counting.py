@@ -31,6 +31,7 @@ PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16
 # Operations that touch only as much of their large operand as their small ones say.
 PICKS = ("gather", "index_select", "index", "nll_loss_forward", "embedding")
 PLACES = ("scatter_", "index_put_", "_index_put_impl_", "index_copy_")
+OVERWRITES = ("copy_", "fill_", "zero_")
 SHAPES_ONLY = ("nll_loss_backward", "new_", "zeros_like", "ones_like", "full_like", "empty_like")
 
 
@@ -69,7 +70,9 @@ def _traffic(name: str, args: list[Tensor], results: list[Tensor], place: list[T
     if name in PLACES:
         # The values read, and as many read and written where they go.
         return 2 * sum(_bytes(t) for t in args[1:])
-    return written + sum(_bytes(t) for t in args if not any(t is other for other in place))
+    if name in OVERWRITES:
+        place = args[:1]
+    return written + sum(_bytes(t) for t in args) - sum(_bytes(t) for t in place)
 
 
 class OperationCounter(TorchDispatchMode):
@@ -93,6 +96,10 @@ class OperationCounter(TorchDispatchMode):
             key = torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+        # Inside such an operator composite operations arrive whole.
+        if func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._follow(given, new=False)
         out = func(*args, **kwargs)

@@ -83,7 +83,6 @@ def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
 
 def seconds_of(step: Step, calls: int, device: str) -> float:
     """Seconds a call takes, the mean over `calls` in a row."""
-    gc.collect()
     gc.disable()
     try:
         if device == "cuda":
@@ -113,22 +112,32 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
-    """Seconds by round of each step. After MIN_ROUNDS no round begins that would end later than `seconds` from now, and
-    those that are SLOW take no part."""
+    """Seconds by round of each step.
+
+    After MIN_ROUNDS those that are SLOW take no part, and no round begins that would end later than `seconds` from now.
+    """
     begin = clock()
-    # The first call warms up and says how often to repeat.
-    calls = {name: max(1, math.ceil(SHORTEST / max(measure(step, 1, device), 1e-7))) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for done, order in enumerate(orders(list(steps), rounds)):
-        if done >= MIN_ROUNDS:
-            typical = {name: median(values) for name, values in times.items()}
-            slow = SLOW * min((t for name, t in typical.items() if name.startswith(PRODUCTS)), default=math.inf)
-            order = [name for name in order if typical[name] <= slow or name == COPY]
-            if clock() - begin + sum(calls[name] * typical[name] for name in order) > seconds:
-                break
-        for name in order:
-            times[name].append(measure(steps[name], calls[name], device))
-        progress(done + 1)
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through between rounds
+    try:
+        # The first call warms up and says how often to repeat.
+        calls = {
+            name: max(1, math.ceil(SHORTEST / max(measure(step, 1, device), 1e-7))) for name, step in steps.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for done, order in enumerate(orders(list(steps), rounds)):
+            if done >= MIN_ROUNDS:
+                typical = {name: median(values) for name, values in times.items()}
+                slow = SLOW * min((t for name, t in typical.items() if name.startswith(PRODUCTS)), default=math.inf)
+                order = [name for name in order if typical[name] <= slow or name == COPY]
+                if clock() - begin + sum(calls[name] * typical[name] for name in order) > seconds:
+                    break
+            gc.collect()
+            for name in order:
+                times[name].append(measure(steps[name], calls[name], device))
+            progress(done + 1)
+    finally:
+        gc.unfreeze()
     return times
 
 

@@ -23,14 +23,14 @@ def options(case: Case) -> dict:
 
 
 def ranking(case: Case) -> Loss:
-    from sentence_transformers.losses import MultipleNegativesRankingLoss  # pyright: ignore
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # pyright: ignore
 
     module = MultipleNegativesRankingLoss(torch.nn.Identity(), **options(case))  # pyright: ignore
     return lambda x, w, target: module.compute_loss_from_embeddings([x, *w.split(case.n)], target)
 
 
 def cached(case: Case) -> Loss:
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss  # pyright: ignore
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss  # pyright: ignore
 
     module = CachedMultipleNegativesRankingLoss(torch.nn.Sequential(torch.nn.Identity()), **options(case))  # pyright: ignore
 
