@@ -3,8 +3,8 @@
     python benchmarks/pilot.py --output runs/pilot            # every setting, then the table
     python benchmarks/pilot.py --output runs/pilot --table    # the table of what is there
 
-Every setting trains for the same number of steps from the same weights, on the same batches in the same order, so a
-noisy machine changes its time and not its figures. A setting that has finished is not run again.
+Unless its name says otherwise, a setting trains for the same number of steps from the same weights, on the same batches
+in the same order, so a noisy machine changes its time and not its figures. A setting that has finished is not run again.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ SETTINGS: dict[str, dict[str, object]] = {
     "lr 1e-3": {"training.lr": 1e-3},
     "raw dot, lambda 0.01 (paper)": {"nsp.similarity": "dot", "nsp.temperature": 1.0, "nsp.weight": 0.01},
     "dot / sqrt(D)": {"nsp.similarity": "dot", "nsp.temperature": math.sqrt(WIDTH)},
+    "batch 16, 48 steps, constant lr": {
+        "training.batch_size": 16,
+        "training.steps": 48,
+        "training.schedule": "constant",
+    },
     "lambda 10": {"nsp.weight": 10.0},
     "lambda 0.1": {"nsp.weight": 0.1},
     "cosine, tau 0.02": {"nsp.temperature": 0.02},
@@ -60,7 +65,8 @@ def run_setting(output: Path, name: str, fields: dict[str, object], steps: int) 
     if (folder / "done.json").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = {**CENTRE, **fields, "training.steps": steps, "training.eval_every": steps, "output": str(folder)}
+    overrides = {**CENTRE, "training.steps": steps, **fields, "output": str(folder)}
+    overrides["training.eval_every"] = overrides["training.steps"]
     config = load_config(None, [*BASE, *(f"{key}={json.dumps(value)}" for key, value in overrides.items())])
     run_training(config, console=Console(stderr=True))
     records = read_metrics(folder / "metrics.jsonl")
@@ -96,10 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/pilot"))
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--only", help="run the settings whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     arguments = parser.parse_args()
     if not arguments.table:
         for name, fields in SETTINGS.items():
+            if arguments.only and arguments.only not in name:
+                continue
             run_setting(arguments.output, name, fields, arguments.steps)
     print(table(arguments.output))
 
