@@ -3,8 +3,9 @@
     python benchmarks/pilot.py --output runs/pilot            # every setting, then the table
     python benchmarks/pilot.py --output runs/pilot --table    # the table of what is there
 
-Unless its name says otherwise, a setting trains for the same number of steps from the same weights, on the same batches
-in the same order, so a noisy machine changes its time and not its figures. A setting that has finished is not run again.
+Unless its name says otherwise, a setting trains for the same number of steps from the same weights, on the same
+batches in the same order, so a noisy machine changes its time and not its figures. A setting that has finished is not
+run again.
 """
 
 from __future__ import annotations
