@@ -7,12 +7,17 @@ multiply in fp32 and lose the 13 low bits of tf32 operands: Triton emits no conv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
@@ -36,6 +41,30 @@ def float_to_bf16(x: np.ndarray, truncate: bool = False) -> np.ndarray:
 def to_tf32(x: np.ndarray) -> np.ndarray:
     """fp32 values without the 13 bits that a tf32 operand lacks."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """fp32 values rounded to tf32, ties away from zero: cvt.rna.tf32.f32."""
+    bits = x.view(np.uint32)
+    return np.where(np.isfinite(x), to_tf32((bits + np.uint32(0x1000)).view(np.float32)), x)
+
+
+INLINE_ASSEMBLY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "cvt.rna.tf32.f32 $0, $1;": round_to_tf32,
+    "tanh.approx.f32 $0, $1;": np.tanh,
+}
+"""Inline PTX that runs in the interpreter, by its text; add what your kernels use."""
+
+
+LIBDEVICE: dict[str, Callable[..., np.ndarray]] = {
+    **{name: getattr(np, name) for name in ("ceil", "cos", "exp", "exp2", "expm1", "fabs", "floor", "fmod", "hypot")},
+    **{name: getattr(np, name) for name in ("log", "log10", "log1p", "log2", "rint", "sin", "sqrt", "tan", "tanh")},
+    "atan2": np.arctan2,
+    "erf": np.vectorize(math.erf, otypes=[np.float64]),
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+}
+"""What of libdevice runs in the interpreter, by the name without __nv_ and the f of fp32."""
 
 
 def is_bf16(handle: TensorHandle) -> bool:
@@ -86,7 +115,7 @@ def dot(a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any)
 
 
 def mend(replace: Replace) -> None:
-    """Replaces the methods of Triton's interpreter that are wrong for bf16, and two that are wrong for NaN."""
+    """Replaces what is wrong for bf16 or for NaN in Triton's interpreter, and adds what is missing."""
     builder = InterpreterBuilder
     binary_op, unary_op, ternary_op = builder.binary_op, builder.unary_op, builder.ternary_op
     cast_impl, fp_to_fp, fma = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma
@@ -133,6 +162,22 @@ def mend(replace: Replace) -> None:
     def fma_right(self, x, y, z):
         return _narrow(_wide(x) * _wide(y) + _wide(z)) if is_bf16(z) else fma(self, x, y, z)
 
+    def inline_assembly(self, text, constraints, values, types, is_pure, pack):
+        function = INLINE_ASSEMBLY.get(" ".join(text.split()))
+        if function is None:
+            raise NotImplementedError(f"inline assembly {text!r}; add it to cosup_fast.testing.arithmetic")
+        (value,) = values
+        result = TensorHandle(function(value.data), value.dtype.scalar)
+        return SimpleNamespace(get_result=lambda _: result)
+
+    def extern_elementwise(self, library, path, symbol, values, dtype, is_pure):
+        name = symbol.removeprefix("__nv_")
+        function = LIBDEVICE.get(name) or LIBDEVICE.get(name.removesuffix("f"))
+        if function is None:
+            raise NotImplementedError(f"libdevice's {symbol}; add it to cosup_fast.testing.arithmetic")
+        result = function(*(value.data for value in values))
+        return TensorHandle(result.astype(values[0].data.dtype), values[0].dtype.scalar)
+
     def through_fp32(function):
         def right(self, arg):
             if not is_bf16(arg):
@@ -150,6 +195,11 @@ def mend(replace: Replace) -> None:
     replace(builder, "create_rsqrt", through_fp32(rsqrt))
     replace(builder, "create_erf", through_fp32(erf))
     replace(builder, "create_dot", lambda self, a, b, d, input_precision, _: dot(a, b, d, input_precision))
+    replace(builder, "create_inline_asm", inline_assembly)
+    replace(builder, "create_extern_elementwise", extern_elementwise)
+    for name, function in vars(cuda_libdevice).items():
+        if callable(function) and name in vars(libdevice):  # there they are empty, for the compiler to fill in
+            replace(libdevice, name, partial(function, _semantic=interpreter.interpreter_semantic))
     replace(
         builder, "get_bf16", lambda self, value: TensorHandle(float_to_bf16(np.array([value], np.float32)), tl.bfloat16)
     )

@@ -15,6 +15,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 tl = pytest.importorskip("triton.language")
 
+from triton.language.extra import libdevice  # noqa: E402
+
 from cosup_fast.testing import examples, interpret  # noqa: E402
 from cosup_fast.testing.interpreter import OutOfBoundsError  # noqa: E402
 
@@ -188,6 +190,49 @@ def test_tf32_drops_thirteen_bits_of_the_operands():
     assert errors[0] > 1e-4
     assert errors[1] < 2e-6
     assert errors[2] < 2e-6
+
+
+@triton.jit
+def assembly_kernel(x, out, ASM: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_x = tl.load(x + o)
+    tl.store(out + o, tl.inline_asm_elementwise(ASM, "=r, r", [b_x], dtype=tl.float32, is_pure=True, pack=1))
+
+
+def test_known_inline_assembly():
+    x, out = torch.tensor([1.0, 1 + 2**-11, -1 - 2**-11, 1 + 2**-12, torch.inf, -3.0, 0.0, 1e30]), torch.empty(8)
+    with interpret():
+        assembly_kernel[(1,)](x, out, ASM="cvt.rna.tf32.f32 $0, $1;", N=8)
+        assert out[:7].tolist() == [1, 1 + 2**-10, -1 - 2**-10, 1, torch.inf, -3, 0]
+        with pytest.raises(NotImplementedError, match=r"inline assembly 'ex2\.approx\.f32"):
+            assembly_kernel[(1,)](x, out, ASM="ex2.approx.f32 $0, $1;", N=8)
+
+
+@triton.jit
+def libdevice_kernel(x, out, NAME: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_x = tl.load(x + o)
+    if NAME == "tanh":
+        b_y = libdevice.tanh(b_x)
+    elif NAME == "erf":
+        b_y = libdevice.erf(b_x)
+    elif NAME == "pow":
+        b_y = libdevice.pow(tl.abs(b_x), b_x)
+    else:
+        b_y = libdevice.acosh(b_x)
+    tl.store(out + o, b_y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_libdevice(dtype):
+    torch.manual_seed(0)
+    x, out = torch.randn(64, dtype=dtype), torch.empty(64, dtype=dtype)
+    with interpret():
+        for name, expected in (("tanh", x.tanh()), ("erf", x.erf()), ("pow", x.abs() ** x)):
+            libdevice_kernel[(1,)](x, out, NAME=name, N=64)
+            torch.testing.assert_close(out, expected)
+        with pytest.raises(NotImplementedError, match="libdevice's __nv_acosh"):
+            libdevice_kernel[(1,)](x, out, NAME="acosh", N=64)
 
 
 @triton.jit
