@@ -119,7 +119,7 @@ def mend(replace: Replace) -> None:
     builder = InterpreterBuilder
     binary_op, unary_op, ternary_op = builder.binary_op, builder.unary_op, builder.ternary_op
     cast_impl, fp_to_fp, fma = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma
-    rsqrt, erf = builder.create_rsqrt, builder.create_erf
+    rsqrt, erf, load_by_descriptor = builder.create_rsqrt, builder.create_erf, builder.create_descriptor_load
 
     def binary(self, lhs, rhs, op):
         if is_bf16(lhs):
@@ -178,6 +178,13 @@ def mend(replace: Replace) -> None:
         result = function(*(value.data for value in values))
         return TensorHandle(result.astype(values[0].data.dtype), values[0].dtype.scalar)
 
+    def descriptor_load(self, desc, indices, *args, **kwargs):
+        out = load_by_descriptor(self, desc, indices, *args, **kwargs)
+        if is_bf16(out) and desc.padding == ir.PADDING_OPTION.PAD_NAN:
+            _, mask = desc.materialize_pointers(indices)
+            out.data[~np.asarray(mask.data)] = 0x7FC0
+        return out
+
     def through_fp32(function):
         def right(self, arg):
             if not is_bf16(arg):
@@ -195,6 +202,7 @@ def mend(replace: Replace) -> None:
     replace(builder, "create_rsqrt", through_fp32(rsqrt))
     replace(builder, "create_erf", through_fp32(erf))
     replace(builder, "create_dot", lambda self, a, b, d, input_precision, _: dot(a, b, d, input_precision))
+    replace(builder, "create_descriptor_load", descriptor_load)
     replace(builder, "create_inline_asm", inline_assembly)
     replace(builder, "create_extern_elementwise", extern_elementwise)
     for name, function in vars(cuda_libdevice).items():

@@ -15,7 +15,9 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 tl = pytest.importorskip("triton.language")
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from cosup_fast.testing import examples, interpret  # noqa: E402
 from cosup_fast.testing.interpreter import OutOfBoundsError  # noqa: E402
@@ -190,6 +192,40 @@ def test_tf32_drops_thirteen_bits_of_the_operands():
     assert errors[0] > 1e-4
     assert errors[1] < 2e-6
     assert errors[2] < 2e-6
+
+
+@triton.jit
+def padding_kernel(d, out, B: tl.constexpr):
+    o = tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :]
+    tl.store(out + o, d.load([B // 2, 0]))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_descriptor_pads_with_nan_where_asked(dtype):
+    d, out = TensorDescriptor(torch.ones(8, 8, dtype=dtype), [8, 8], [8, 1], [8, 8], "nan"), torch.empty(8, 8)
+    with interpret():
+        padding_kernel[(1,)](d, out, B=8)
+    assert out[:4].equal(torch.ones(4, 8))
+    assert out[4:].isnan().all()
+
+
+@triton.jit
+def scaled_kernel(x, scale, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(out + o, (tl.load(x + o) * scale).to(tl.float32))
+
+
+def test_a_float_argument_is_an_fp32_scalar_that_widens_bf16():
+    x, out = torch.randn(8).to(BF16), torch.empty(8)
+    with interpret():
+        scaled_kernel[(1,)](x, 0.3, out, N=8)
+    assert out.equal(x.float() * torch.tensor(0.3))
+    # So does the compiler.
+    signature = {"x": "*bf16", "scale": "fp32", "out": "*fp32", "N": "constexpr"}
+    source = triton.compiler.ASTSource(scaled_kernel, signature, {"N": 8})
+    ttir = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    assert "arith.extf" in ttir
+    assert "arith.truncf" not in ttir
 
 
 @triton.jit

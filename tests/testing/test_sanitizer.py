@@ -283,6 +283,26 @@ def test_descriptors(dtype, device):
     assert (race.argument, race.index, race.program) == ("y", (2, 0), (1, 0, 0))
 
 
+@triton.jit
+def block_pointer_kernel(x, y, R, B: tl.constexpr, CHECK: tl.constexpr):
+    i = tl.program_id(0) * B
+    p_x = tl.make_block_ptr(x, shape=(R, 8), strides=(8, 1), offsets=(0, 0), block_shape=(B, 8), order=(1, 0))
+    p_y = tl.make_block_ptr(y, shape=(R, 8), strides=(8, 1), offsets=(i, 0), block_shape=(B, 8), order=(1, 0))
+    if CHECK:
+        tl.store(p_y, tl.load(tl.advance(p_x, (i, 0)), boundary_check=(0, 1)), boundary_check=(0, 1))
+    else:
+        tl.store(p_y, tl.load(tl.advance(p_x, (i, 0)), boundary_check=(0, 1)))
+
+
+def test_block_pointers():
+    x, y = torch.randn(6, 8), torch.empty(6, 8)
+    with sanitize():
+        block_pointer_kernel[(2,)](x, y, 6, B=4, CHECK=True)
+    assert y.equal(x)
+    finding = only(found(lambda: block_pointer_kernel[(2,)](x, y, 6, B=4, CHECK=False)), "bounds")
+    assert (finding.argument, finding.index, finding.program) == ("y", (6, 0), (1, 0, 0))
+
+
 def test_descriptors_see_unwritten_memory():
     def run():
         descriptor_kernel[(2,)](
