@@ -5,6 +5,7 @@ providers/    one adapter a file: ours and the peers
 check.py      is it the same function? against fp64, before any timing
 timing.py     how fast? interleaved rounds beside bare matrix products and a memory copy
 counting.py   what does it cost exactly? products, FLOPs, bytes, workspace; Triton kernels in the interpreter
+binaries.py   what are the kernels made of? peers' kernels compiled for a GPU that is not there
 peak.py       how much memory? resident set in a subprocess, or the allocator of a GPU
 gate.py       have the exact figures changed? against exact.json
 report.py     tables and plots, in a folder that is there whole or not at all

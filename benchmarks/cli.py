@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks import gate as gates
 from benchmarks import machine, report, run
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
-from benchmarks.providers import chosen
+from benchmarks.providers import Provider, chosen
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,6 +86,7 @@ def _device(name: str) -> str:
 def _session(
     question: str,
     what: list[Case],
+    providers: list[Provider],
     output: Path | None,
     overwrite: bool,
     measure: Callable[[Case, run.Say], list[run.Row]],
@@ -93,6 +94,9 @@ def _session(
     draw: Callable[[list[run.Row]], dict[str, bytes]] = lambda rows: {},
 ) -> None:
     """Measures every case, prints its table, and writes the folder at the end."""
+    what = [case for case in what if any(case.loss in one.losses for one in providers)]
+    if not what:
+        raise ValueError(f"none of {', '.join(one.name for one in providers)} has such a loss; see `list`")
     folder = output or report.ROOT / machine.folder(what[0].device) / question
     report.writable(folder, overwrite)
     command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
@@ -113,6 +117,8 @@ def _session(
             out.print(describe(new, command).split("## ", 1)[1], markup=False, highlight=False, soft_wrap=True)
     files: dict[str, str | bytes] = {"README.md": describe(rows, command) + "\n"}
     files[f"{question}.csv"] = report.csv_text([row.record() for row in rows])
+    if binaries := run.binary_records(rows):
+        files["binaries.csv"] = report.csv_text(binaries)
     report.write(folder, files | draw(rows), overwrite)
     err.print(f"written: {folder}", soft_wrap=True)
     if not any(row.status == "ok" for row in rows):
@@ -143,6 +149,7 @@ def time_command(
     _session(
         "time",
         cases(loss, shape, dtype or ["fp32", "bf16"], _device(device)),
+        providers,
         output,
         overwrite,
         lambda case, say: run.time_case(case, providers, rounds=rounds, seconds=seconds, say=say),
@@ -168,6 +175,7 @@ def count_command(
     _session(
         "count",
         cases(loss, shape or ["512x512x512"], dtype or ["bf16"], "cpu"),
+        providers,
         output,
         overwrite,
         lambda case, say: run.count_case(case, providers, say),
@@ -193,6 +201,7 @@ def memory_command(
     _session(
         "memory",
         cases(loss, shape, dtype or ["fp32", "bf16"], _device(device)),
+        providers,
         output,
         overwrite,
         lambda case, say: run.memory_case(case, providers, say),

@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.binaries import Binary, compiled, recorded
 from benchmarks.cases import Case, Inputs
 from benchmarks.check import Loss, Result, free, step
-from benchmarks.pretend import gpu
+from benchmarks.pretend import emulation, gpu
 from benchmarks.providers import Provider
 
 PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -140,14 +141,14 @@ def count(case: Case, loss: Loss, inputs: Inputs, *, compiled: bool = False) -> 
     return Counts(products, seen.traffic, max(seen.peak - case.gradient_bytes, 0)), result
 
 
-def count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result]:
-    """The same of a provider with Triton kernels, on a CPU."""
+def count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Counts, Result, list[Binary]]:
+    """The same of a provider with Triton kernels, on a CPU, and what its kernels compile to."""
     from cosup_fast import testing
 
     free(inputs)
     with gpu():
         loss = provider.make(case)
-        with testing.count() as kernels, OperationCounter() as seen:
+        with emulation(), testing.count() as kernels, recorded() as launched, OperationCounter() as seen:
             result = step(loss, inputs)
     flops = sorted((seen.flops + kernels.dots).items())
     locks = sum(number for (_, argument), number in kernels.atomics.items() if "lock" in argument.lower())
@@ -159,4 +160,4 @@ def count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Count
         kernels.atomics.total() - locks,
         locks,
     )
-    return counts, result
+    return counts, result, compiled(launched)

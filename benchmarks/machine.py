@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ("kernels", "cosup_fast/functional.py", "cosup_fast/reference.py", "benchmarks")
+MEASURED = (
+    "kernels",
+    "cosup_fast/functional.py",
+    "cosup_fast/reference.py",
+    "benchmarks/*.py",
+    ":!benchmarks/pilot.py",
+)
 
 
 def processor() -> str:
@@ -41,7 +47,7 @@ def commit() -> str:
         return "unknown"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -57,7 +63,7 @@ def line(device: str = "cpu") -> str:
     cores = os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
     gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "numpy"))
     return (
         f"{processor()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB; {gpu}; "
         f"Python {platform.python_version()}, {versions}; {platform.system()}; commit {commit()}; {today()}"

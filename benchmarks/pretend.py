@@ -41,22 +41,38 @@ def _elementwise(function: Any) -> Any:
 
 
 @contextmanager
+def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    with ExitStack() as patches:
+        for target, name, value in replacements:
+            patches.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+@contextmanager
 def gpu() -> Iterator[None]:
     """Within, every tensor says that it is on a GPU of CAPABILITY."""
+    answers = _replaced(
+        (torch.Tensor, "is_cuda", property(lambda self: True)),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+    )
+    # What a peer compiles around its kernels runs eagerly: a counter cannot look into compiled code.
+    with answers, torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def emulation() -> Iterator[None]:
+    """Within, the interpreter has what it lacks. Import peers before: what they bind by name must stay compilable."""
+    # Imported within the interpreter, the compiler would keep the interpreter's min and max.
+    import triton.compiler.code_generator  # noqa: F401
     from triton.language.extra import libdevice
     from triton.runtime.interpreter import InterpreterBuilder
 
-    with ExitStack() as patches:
-        for target, name, value in (
-            (torch.Tensor, "is_cuda", property(lambda self: True)),
-            (torch.cuda, "is_available", lambda: True),
-            (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-            (libdevice, "log1p", _elementwise(np.log1p)),
-            (libdevice, "tanh", _elementwise(np.tanh)),
-            (InterpreterBuilder, "create_inline_asm", _inline_asm),
-        ):
-            patches.enter_context(mock.patch.object(target, name, value))
-        # What a peer compiles around its kernels runs eagerly: a counter cannot look into compiled code.
-        patches.enter_context(torch.compiler.set_stance("force_eager"))
+    with _replaced(
+        (libdevice, "log1p", _elementwise(np.log1p)),
+        (libdevice, "tanh", _elementwise(np.tanh)),
+        (InterpreterBuilder, "create_inline_asm", _inline_asm),
+    ):
         yield

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, peak, report
+from benchmarks.binaries import TARGET, Binary
 from benchmarks.cases import Case
 from benchmarks.check import Errors, Loss, Truth, errors, free, refusal, step, truth
 from benchmarks.counting import Counts, count, count_kernels
@@ -43,6 +44,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     memory: int | None = None
+    binaries: list[Binary] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """One line of a CSV."""
@@ -98,7 +100,7 @@ def examine(
         say(f"{case}: checking {provider.name}")
         try:
             if provider.triton and counting:
-                row.counts, result = count_kernels(case, provider, inputs)
+                row.counts, result, row.binaries = count_kernels(case, provider, inputs)
             else:
                 loss = provider.make(case)
                 if provider.triton:  # on a GPU, where its kernels are out of the counters' sight
@@ -238,7 +240,7 @@ def count_report(rows: list[Row], command: str) -> str:
         "Exact figures, the same on every machine; Triton kernels run in the interpreter, on one thread, so a lock is "
         "never waited for and its count is the least possible. Products in units of one N x M x D product, tiles' "
         "padding included. Atomics are elements updated atomically, locks the atomic operations on them. *Error* is "
-        "the largest relative error of loss, dx and dw against fp64.",
+        "the largest relative error of loss, dx and dw against fp64. Spilled bytes are stored plus loaded, a thread.",
     )
     for case, group in by_case(rows).items():
         body = [
@@ -261,7 +263,34 @@ def count_report(rows: list[Row], command: str) -> str:
             "provider | version | products | by precision | launches | atomics | locks | traffic | workspace | error"
         )
         lines += [f"## {case}", "", report.table(header, body), *_absent(group), ""]
+        binaries = [
+            [row.provider, b.kernel, b.configuration, f"{b.registers}", f"{b.spills}", report.size(b.shared), cores(b)]
+            for row in group
+            for b in row.binaries
+        ]
+        if binaries:
+            header = "provider | kernel | as launched | registers | spilled bytes | shared | tensor-core instructions"
+            lines += [
+                f"Compiled for {TARGET} by Triton {machine.version('triton')}:",
+                "",
+                report.table(header, binaries),
+                "",
+            ]
     return "\n".join(lines)
+
+
+def cores(binary: Binary) -> str:
+    return binary.problem or binary.tensor_cores
+
+
+def binary_records(rows: list[Row]) -> list[dict[str, Any]]:
+    """Lines of a CSV."""
+    return [
+        {"loss": row.case.loss, "shape": row.case.shape, "dtype": row.case.dtype, "provider": row.provider,
+         "target": TARGET, **binary._asdict()}
+        for row in rows
+        for binary in row.binaries
+    ]  # fmt: skip
 
 
 def memory_report(rows: list[Row], command: str) -> str:

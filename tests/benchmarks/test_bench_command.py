@@ -126,7 +126,8 @@ def test_a_folder_is_whole_or_absent(tmp_path):
         (("count", "--dtype", "int8"), "choose from fp32"),
         (("memory", "--device", "tpu"), "choose auto, cpu or cuda"),
         *([] if torch.cuda.is_available() else [(("time", "--device", "cuda"), "no CUDA device is visible")]),
-        (("time", "--shape", "8x8x8", "--provider", "info-nce-pytorch", "--loss", "info-nce"), "no provider could run"),
+        (("time", "--shape", "8x8x8", "--provider", "info-nce-pytorch", "--loss", "info-nce"), "has such a loss"),
+        (("time", "--shape", "8x12x8", "--provider", "info-nce-pytorch"), "no provider could run"),
     ],
     ids=lambda value: " ".join(value[1:3]) if isinstance(value, tuple) else "",
 )

@@ -170,6 +170,12 @@ def product(a, b):
     assert counts is not None
     assert counts.products == {"bf16": 3.0}, "one by the kernel, two by torch"
     assert (counts.launches, counts.atomics, counts.locks) == (1, (N // 32) * (M // 32), 0)
+    (binary,) = rows[0].binaries
+    assert (binary.kernel, binary.problem, binary.spills) == ("product_kernel", "", 0)
+    assert binary.registers > 0
+    assert "HGMMA" in binary.tensor_cores or "HMMA" in binary.tensor_cores
+    report = run.count_report(rows, "command").replace("D 32, B 32", "B 32, D 32")
+    assert f"| planted | product_kernel | B 32, D 32 | {binary.registers} | 0 |" in report
     assert not fit, "counted and not to be timed"
     assert not torch.randn(1).is_cuda, "nothing is left pretending"
 
