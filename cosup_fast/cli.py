@@ -176,17 +176,14 @@ def index_search(
     allow_stale: Stale = False,
 ) -> None:
     """Show the passages nearest to a question."""
-    from cosup_fast.generation import GenerationConfig, Generator
+    from cosup_fast.generation import Generator
     from cosup_fast.index import SequenceIndex
 
     model = _load_model(checkpoint, device)
     loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    text = {passage.id: passage.text for passage in loaded.passages}
-    # The first two tokens of an answer: [NSP], whose passages are wanted, and one more that asks for them.
-    config = GenerationConfig(ret_first=True, max_retrievals=1, max_new_tokens=2, candidates=k)
     table = Table("score", "title", "text")
-    for found in Generator(model, loaded, config).generate(question).retrievals[0].candidates:
-        table.add_row(f"{found.score:.3f}", escape(found.title), escape(text[found.passage][:160]))
+    for passage, score in loaded.retrieve(Generator(model, loaded).query(question), k):
+        table.add_row(f"{score:.3f}", escape(passage.title), escape(passage.text[:160]))
     out.print(table)
 
 

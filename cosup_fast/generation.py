@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -187,8 +187,7 @@ class Generator:
         self.model = model
         self.config = config or GenerationConfig()
         self._retrieve: Retrieve = index.retrieve if isinstance(index, SequenceIndex) else index
-        self._head: Any = model.gen.get_output_embeddings()
-        self._grammar = Grammar(model.template, self._head.weight.shape[0], model.device)
+        self._grammar = Grammar(model.template, model.vocabulary, model.device)
 
     def generate(self, question: str, instruction: str = "", on_text: Callable[[str], None] | None = None) -> Answer:
         """Writes one answer.
@@ -202,14 +201,33 @@ class Generator:
             ValueError: the prompt is longer than Gen's positions, a passage found is too long for the template,
                 nothing was found, or Gen's logits are not numbers.
         """
-        prompt = self.model.template.prompt(question, instruction)
-        if len(prompt) > self.model.template.max_length:
-            raise ValueError(
-                f"the prompt of the question {question[:60]!r} has {len(prompt)} tokens, more than the "
-                f"{self.model.template.max_length} positions of Gen: shorten the question or the instruction"
-            )
+        prompt = self._prompt(question, instruction)
         with evaluation_mode(self.model):
             return self._decode(prompt, on_text or (lambda piece: None))
+
+    def query(self, question: str, instruction: str = "") -> Tensor:
+        """The query (D,) of an output that begins with [NSP], from one forward: to search an index and write nothing.
+
+        Args:
+            question: fills the template's {question}.
+            instruction: fills the template's {instruction}.
+
+        Raises:
+            ValueError: the prompt and [NSP] are longer than Gen's positions.
+        """
+        tokens = self._prompt(question, instruction, self.model.template.nsp)
+        with evaluation_mode(self.model):
+            return self._query(self._forward(tokens, None))
+
+    def _prompt(self, question: str, instruction: str, *more: int) -> list[int]:
+        template = self.model.template
+        tokens = [*template.prompt(question, instruction), *more]
+        if len(tokens) > template.max_length:
+            raise ValueError(
+                f"the prompt of the question {question[:60]!r} has {len(tokens)} tokens, more than the "
+                f"{template.max_length} positions of Gen: shorten the question or the instruction"
+            )
+        return tokens
 
     def _decode(self, prompt: list[int], on_text: Callable[[str], None]) -> Answer:
         template, config, grammar = self.model.template, self.config, self._grammar
@@ -246,8 +264,7 @@ class Generator:
                 break
             hidden = self._forward([token], cache)
             if state is State.PASSAGE:
-                row = torch.zeros(1, dtype=torch.long, device=hidden.device)
-                found = self._retrieve(self.model.queries(hidden[None], row)[0], config.candidates)
+                found = self._retrieve(self._query(hidden), config.candidates)
                 if not found:
                     raise ValueError("the index gave no passage for a query: it needs at least one")
                 retrievals.append(
@@ -274,13 +291,18 @@ class Generator:
             inserted_tokens=inserted,
         )
 
-    def _forward(self, tokens: list[int], cache: DynamicCache) -> Tensor:
-        """Gen's hidden state (D,) after the last of the tokens, which go on from the cache."""
+    def _forward(self, tokens: list[int], cache: DynamicCache | None) -> Tensor:
+        """Gen's hidden state (D,) after the last of the tokens, which go on from the cache, if there is one."""
         ids = torch.tensor([tokens], device=self.model.device)
-        return self.model.gen.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0, -1]
+        out = self.model.gen.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return out.last_hidden_state[0, -1]
+
+    def _query(self, hidden: Tensor) -> Tensor:
+        row = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        return self.model.queries(hidden[None], row)[0]
 
     def _choose(self, hidden: Tensor, allowed: Tensor, random: torch.Generator) -> int:
-        logits = self._head(hidden)
+        logits = self.model.logits(hidden)
         if logits.isnan().any():
             raise ValueError("Gen's logits are not numbers: the weights are damaged, or training diverged")
         return choose(logits.masked_fill(~allowed, -torch.inf), self.config, random)

@@ -1,8 +1,8 @@
 """Gen and Embseq: two `transformers` causal LMs, one that writes and one that turns a passage into a vector.
 
-Both run on packs and give hidden states, never logits. A query is Gen's last hidden state at [NSP]; a sequence
-embedding is Embseq's last hidden state at the end-of-sequence token that closes the passage, both after the final
-norm. With `similarity="cosine"` both leave here L2-normalised, so that losses and indexes only ever see inner
+Both run on packs and give hidden states; training never forms logits. A query is Gen's last hidden state at [NSP]; a
+sequence embedding is Embseq's last hidden state at the end-of-sequence token that closes the passage, both after the
+final norm. With `similarity="cosine"` both leave here L2-normalised, so that losses and indexes only ever see inner
 products. Source: Lee et al. 2024, arXiv 2403.09024, section 3.
 
 Shapes: T tokens of a pack, S sequences in it, N queries, M passages, D Gen's width, D_e Embseq's width, V vocabulary.
@@ -15,11 +15,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -29,12 +30,15 @@ from cosup_fast.data.packing import CoSupervisionBatch, Pack
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
 from cosup_fast.functional import gather_last_hidden
-from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss
+from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
+
+# Two sequences of a few tokens that every vocabulary has, the second to be compared alone and behind the first.
+_BEFORE, _PROBE = [40, 41, 42, 43, 44], [30, 31, 32, 33]
 
 Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
 
@@ -74,7 +78,7 @@ class NSPConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight: float = Field(default=0.1, ge=0, description="lambda: loss = NTP + lambda * NSP")
+    weight: float = Field(default=1.0, ge=0, description="lambda: loss = NTP + lambda * NSP")
     similarity: Literal["dot", "cosine"] = Field(default="cosine", description="inner product, raw or of unit vectors")
     temperature: float = Field(
         default=0.05, gt=0, description="scores are divided by it (dot / sqrt(D): the root of D)"
@@ -126,6 +130,7 @@ class CoSupervisionModel(nn.Module):
             self.projection.weight.data.copy_(weight)
         self.criterion = CoSupervisionLoss(
             nsp_weight=nsp.weight,
+            ntp=LinearCrossEntropyLoss(**_logit_options(gen)),
             nsp=InfoNCELoss(
                 temperature=nsp.temperature,
                 learnable_scale=nsp.learnable_temperature,
@@ -148,7 +153,9 @@ class CoSupervisionModel(nn.Module):
         """Two pretrained causal LMs, with special tokens added to Gen.
 
         Raises:
-            ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are.
+            ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
+                weights that are no safetensors; a model that cannot run on packs, or whose logits are more than
+                `logits` knows.
         """
         device = torch.device(device)
         gen, tokenizer = _load(model.gen, model, device, layers=model.gen_layers)
@@ -158,16 +165,26 @@ class CoSupervisionModel(nn.Module):
             embseq_name = model.embseq or model.gen
             embseq, embseq_tokenizer = _load(embseq_name, model, device, layers=model.embseq_layers, head=False)
         template = _make_template(text or TextConfig(), gen, tokenizer, embseq, embseq_tokenizer)
-        return cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
+        made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
+        made._check_models(model.gen, model.embseq or model.gen)
+        return made
 
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", attention: Attention = "auto") -> Self:
         """A checkpoint folder that `save` wrote.
 
         Raises:
-            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete.
+            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; or what
+                `from_pretrained` refuses of its models.
         """
-        folder, device = Path(folder), torch.device(device)
+        folder = Path(folder)
+        try:
+            return cls._load_folder(folder, torch.device(device), attention)
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
+
+    @classmethod
+    def _load_folder(cls, folder: Path, device: torch.device, attention: Attention) -> Self:
         description = read_description(folder)
         settings = ModelConfig(attention=attention, dtype=description["dtype"])
         gen, tokenizer = _load(str(folder / "gen"), settings, device)
@@ -184,7 +201,9 @@ class CoSupervisionModel(nn.Module):
         expected = set(model._head_state())
         if expected != set(heads):
             raise ValueError(f"{folder / 'heads.safetensors'} holds {sorted(heads)}, expected {sorted(expected)}")
-        return model.to(device)
+        model.to(device)
+        model._check_models(str(folder / "gen"), str(folder / "embseq"))
+        return model
 
     def save(self, folder: str | Path) -> None:
         """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder."""
@@ -210,21 +229,27 @@ class CoSupervisionModel(nn.Module):
     def forward(
         self, batch: CoSupervisionBatch, *, ntp_count: int | None = None, nsp_count: int | None = None
     ) -> CoSupervisionOutput:
-        """The loss of a batch: NTP + lambda * NSP.
+        """The loss of a batch: NTP + lambda * NSP. With lambda = 0, NSP is reported and reaches no parameter.
 
         Args:
             batch: packs and targets.
             ntp_count: supervised tokens of the whole step, when this batch is a part of it.
             nsp_count: queries of the whole step, likewise.
         """
-        hidden = self.hidden_states(batch.gen)
+        hidden, head = self.hidden_states(batch.gen), _head(self.gen)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp.weight > 0):
+            query = self.queries(hidden, batch.query_rows)
+            keys = hidden[:0] if batch.passages is None else self.embed(batch.passages)
         return self.criterion(
             hidden,
-            _head(self.gen),
+            head.weight,
             batch.labels,
-            query=self.queries(hidden, batch.query_rows),
-            keys=hidden[:0] if batch.passages is None else self.embed(batch.passages),
+            bias=head.bias,
+            query=query,
+            keys=keys,
             positive=batch.positive,
+            key_ids=batch.key_ids,
+            positive_ids=batch.positive_ids,
             ntp_count=ntp_count,
             nsp_count=nsp_count,
         )
@@ -232,6 +257,17 @@ class CoSupervisionModel(nn.Module):
     def hidden_states(self, pack: Pack) -> Tensor:
         """Gen's hidden states after the final norm, (T, D)."""
         return _run(self.gen.base_model, pack)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Gen's logits (..., V) of hidden states (..., D), those that NTP is the cross-entropy of.
+
+        z = softcap tanh(a / softcap)    a = scale W h + b    with the scale and softcap that Gen's configuration names.
+        """
+        head, ntp = _head(self.gen), self.criterion.ntp
+        logits = nn.functional.linear(hidden, head.weight) * ntp.scale
+        if head.bias is not None:
+            logits = logits + head.bias
+        return logits if ntp.softcap is None else ntp.softcap * torch.tanh(logits / ntp.softcap)
 
     def queries(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Query embeddings (N, D) from Gen's hidden states (T, D) at the rows of [NSP] (N,)."""
@@ -252,6 +288,11 @@ class CoSupervisionModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.gen.device
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the rows of Gen's head."""
+        return len(_head(self.gen).weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
@@ -277,6 +318,27 @@ class CoSupervisionModel(nn.Module):
                 # transformers 5.10 knows it by the older name
                 newer = getattr(model, "activation_checkpointing_enable", None)
                 (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    @torch.no_grad()
+    def _check_models(self, gen: str, embseq: str) -> None:
+        """Compares a few tokens in a pack with what transformers makes of them alone; the models are as loaded.
+
+        Raises:
+            ValueError: a model mixes the sequences of a pack or cannot run on one, or `logits` is not all of its head.
+        """
+        tokens = torch.tensor([_PROBE], device=self.device)
+        hidden = _check_packs(self.gen.base_model, f"Gen {gen!r}", tokens)
+        ours, expected = self.logits(hidden), self.gen(input_ids=tokens, use_cache=False).logits[0]
+        ours, expected = (x - x.mean(dim=-1, keepdim=True) for x in (ours, expected))  # a shift changes no loss
+        if not _agree(ours, expected, self.gen.dtype):
+            name = next(name for name, module in self.gen.named_modules() if module is _head(self.gen))
+            raise ValueError(
+                f"Gen {gen!r} ({type(self.gen).__name__}): its logits are not those of its head {name!r} with a bias, "
+                "logit_scale, logits_scaling or final_logit_softcapping, the only ones that NTP knows: choose another "
+                "model.gen"
+            )
+        if self.embseq is not None:
+            _check_packs(self.embseq, f"Embseq {embseq!r}", tokens)
 
     def _head_state(self) -> dict[str, Tensor]:
         """What belongs to neither model: the loss's learnable scale and the projection."""
@@ -325,12 +387,60 @@ def _run(model: Any, pack: Pack) -> Tensor:
     ).last_hidden_state[0]
 
 
-def _head(gen: PreTrainedModel) -> nn.Parameter:
-    """The weight of the LM head, (V, D)."""
+def _check_packs(backbone: Any, name: str, tokens: Tensor) -> Tensor:
+    """The hidden states (T, D) of a sequence (1, T) alone, after a comparison with those in a pack."""
+
+    def packed(*sequences: list[int]) -> Tensor:
+        return _run(backbone, Pack.of(sequences).to(tokens.device))[-len(_PROBE) :]
+
+    alone = backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    try:
+        behind = packed(_BEFORE, _PROBE)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _unpackable(name, backbone.config._attn_implementation, error) from error
+    if not _agree(behind, alone, backbone.dtype):
+        raise ValueError(
+            f"{name} ({type(backbone).__name__}) mixes the sequences of a pack, through recurrent or convolutional "
+            "layers or an attention of its own that takes no packs: choose another model"
+            if _agree(packed(_PROBE), alone, backbone.dtype)
+            else f"{name} ({type(backbone).__name__}) reads a sequence of a pack otherwise than alone: its attention "
+            "is bidirectional, or its positions do not count from 0; choose a causal language model"
+        )
+    return alone
+
+
+def _agree(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results differ by no more than the rounding of a deep model; NaN is no difference."""
+    # 30 layers in bf16 are 2 eps away from fp32; products of fp32 may be rounded to TF32, 11 bits.
+    tolerance = 10 * max(torch.finfo(dtype).eps, 2**-11)
+    return not (ours.float() - expected.float()).norm() > tolerance * expected.float().norm()
+
+
+def _unpackable(name: str, attention: str, error: Exception) -> ValueError:
+    """What a model that cannot run on packs is refused with."""
+    reason = str(error).split(". ")[0].rstrip(".")
+    other = PACKED_SDPA if attention == "flash_attention_2" else "flash_attention_2 where flash-attn runs"
+    return ValueError(
+        f"{name} has no attention that packs can use: {reason} ({type(error).__name__} with {attention}); choose "
+        f"another model, or model.attention={other}"
+    )
+
+
+def _head(gen: PreTrainedModel) -> nn.Linear:
+    """The LM head: weight (V, D), and a bias (V,) or None."""
     head = gen.get_output_embeddings()
     if head is None:
         raise ValueError(f"{gen.name_or_path} ({type(gen).__name__}) has no LM head, so it cannot be Gen")
-    return head.weight
+    return cast(nn.Linear, head)
+
+
+def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:
+    """What a configuration says of the logits: logit_scale (Cohere), logits_scaling (Granite), a soft cap (Gemma)."""
+    config = gen.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 def _load(
@@ -349,14 +459,22 @@ def _load(
         stack.num_hidden_layers = layers
         if getattr(stack, "layer_types", None):
             stack.layer_types = stack.layer_types[:layers]
-    factory = AutoModelForCausalLM if head else AutoModel
-    with _quiet_transformers():
-        model = factory.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            attn_implementation=choose_attention(settings.attention, device, dtype),
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise ValueError(
+            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
+            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
+    factory = AutoModelForCausalLM if head else AutoModel
+    attention = choose_attention(settings.attention, device, dtype)
+    try:
+        with _quiet_transformers():
+            model = factory.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            )
+    except (KeyError, ImportError, ValueError) as error:
+        if attention not in str(error) and "attention" not in str(error).lower():
+            raise
+        raise _unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
     return model, AutoTokenizer.from_pretrained(source)
 
 
@@ -393,14 +511,15 @@ def _make_template(
 
 @torch.no_grad()
 def _add_special_tokens(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds the special tokens to Gen, each embedded as the mean of its description's tokens."""
+    """Adds the special tokens to Gen; their rows are the means of their descriptions' rows."""
     descriptions = {
         token: tokenizer(text, add_special_tokens=False)["input_ids"] for token, text in DESCRIPTIONS.items()
     }
     if add_special_tokens(tokenizer):
-        gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen))), mean_resizing=False)
+        gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen).weight)), mean_resizing=False)
         vocabulary = tokenizer.get_vocab()
-        for weight in {gen.get_input_embeddings().weight, _head(gen)}:
+        head = _head(gen)
+        for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
             for token, description in descriptions.items():
-                weight[vocabulary[token]] = weight[description].mean(dim=0)
+                rows[vocabulary[token]] = rows[description].mean(dim=0)
     gen.config.pad_token_id = tokenizer.pad_token_id

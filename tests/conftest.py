@@ -109,63 +109,54 @@ def make_tokenizer(vocabulary: int, start: bool):
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory) -> str:
-    """A Hugging Face folder with a random Llama of 2 layers, width 32, grouped queries and untied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_folder(tmp_path_factory):
+    """A function that makes a Hugging Face folder with a random model: 2 layers and width 32 unless told otherwise."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = str(tmp_path_factory.mktemp("llama"))
-    tokenizer = make_tokenizer(300, start=False)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 5,  # rows that no token uses, as published models have them
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
+    def make(kind: str, *, vocabulary: int = 300, start: bool = False, spare: int = 0, seed: int = 0, **options) -> str:
+        folder = str(tmp_path_factory.mktemp(kind))
+        tokenizer = make_tokenizer(vocabulary, start)
+        tokenizer.save_pretrained(folder)
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+        }
+        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer) + spare, **{**sizes, **ids, **options})
+        model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        if head.bias is not None:
+            torch.nn.init.normal_(head.bias)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_folder(make_folder) -> str:
+    """A Llama with grouped queries, untied embeddings and rows that no token uses, as published models have them."""
+    return make_folder("llama", spare=5, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(make_folder) -> str:
+    """Another architecture, width, dropout and tokenizer."""
+    return make_folder(
+        "gpt2", vocabulary=280, start=True, seed=1, hidden_size=24, num_attention_heads=3, max_position_embeddings=320
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def gpt2_folder(tmp_path_factory) -> str:
-    """Another architecture, width, dropout and tokenizer: a random GPT-2 of 2 layers and width 24."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = str(tmp_path_factory.mktemp("gpt2"))
-    tokenizer = make_tokenizer(280, start=True)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=3, n_positions=320, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def mistral_folder(tmp_path_factory) -> str:
-    """A random Mistral of 2 layers and width 32 whose attention sees 12 tokens."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    folder = str(tmp_path_factory.mktemp("mistral"))
-    tokenizer = make_tokenizer(300, start=False)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(2)
-    config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=12, initializer_range=0.3, max_position_embeddings=512,
-    )  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(folder)
-    return folder
+def mistral_folder(make_folder) -> str:
+    """A Mistral whose attention sees 12 tokens."""
+    return make_folder("mistral", seed=2, sliding_window=12)
 
 
 @pytest.fixture(scope="session")

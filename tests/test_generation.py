@@ -375,6 +375,60 @@ def test_a_prompt_beyond_the_sliding_window(make_model, mistral_folder, gpt2_fol
         assert fed == ids
 
 
+HEADS = [("phi", {}), ("granite", {"logits_scaling": 8.0}), ("gemma3_text", {"final_logit_softcapping": 3.0})]
+
+
+@pytest.mark.parametrize(("kind", "options"), HEADS, ids=[kind for kind, _ in HEADS])
+@torch.no_grad()
+def test_tokens_are_chosen_from_the_logits_of_the_model(make_model, make_folder, corpus, monkeypatch, kind, options):
+    model = make_model(gen=make_folder(kind, head_dim=8, **options), shared=True)
+    steps: list[torch.Tensor] = []
+
+    def record(logits, config, random):
+        steps.append(logits)
+        return choose(logits, config, random)
+
+    monkeypatch.setattr("cosup_fast.generation.choose", record)
+    config = GenerationConfig(ret_first=True, max_new_tokens=8, max_retrievals=1)
+    generator = Generator(model, lambda query, k: [(corpus["go"], 0.0)], config)
+    _, fed = fed_tokens(model, lambda: generator.generate("?"))
+    expected = model.gen(torch.tensor([fed])).logits[0][-len(steps) :]
+    assert len(steps) > 2
+    for ours, theirs in zip(steps, expected, strict=True):
+        allowed = ours > -torch.inf
+        torch.testing.assert_close(ours[allowed], theirs[allowed], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("instruction", ["", "Answer in full. "])
+def test_query_is_that_of_an_output_that_begins_with_a_retrieval(model, passages, instruction):
+    seen: list[torch.Tensor] = []
+
+    def retrieve(query, k):
+        seen.append(query)
+        return [(passages[0], 0.0)]
+
+    generator = Generator(model, retrieve, GenerationConfig(ret_first=True, max_new_tokens=2))
+    query, fed = fed_tokens(model, lambda: generator.query("Who?", instruction))
+    assert fed == [*model.template.prompt("Who?", instruction), model.template.nsp]
+    assert seen == []
+    generator.generate("Who?", instruction)
+    torch.testing.assert_close(query, seen[0], atol=2e-6, rtol=0)
+    asked = Example(id="q", question="Who?", instruction=instruction, output=[], gold=["paris"])
+    torch.testing.assert_close(query, embed_queries(model, [asked], {})[0][0], atol=2e-6, rtol=0)
+    index = SequenceIndex.build(model, passages, progress=False)
+    assert len(index.retrieve(query, 3)) == 3
+
+
+def test_query_must_fit(model, monkeypatch):
+    generator = Generator(model, lambda query, k: [])
+    prompt = len(model.template.prompt("Who?"))
+    monkeypatch.setattr(model.template, "max_length", prompt + 1)
+    assert generator.query("Who?").norm() == pytest.approx(1)
+    monkeypatch.setattr(model.template, "max_length", prompt)
+    with pytest.raises(ValueError, match=rf"'Who\?' has {prompt + 1} tokens, more than the {prompt} positions of Gen"):
+        generator.query("Who?")
+
+
 def sampled(model, corpus, **config) -> Answer:
     config = GenerationConfig(ret_first=True, max_new_tokens=20, **config)
     return Generator(model, lambda query, k: [(corpus["go"], 0.0)], config).generate("?")

@@ -4,9 +4,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cosup_fast.data.packing import Pack, make_batch
+from cosup_fast.data.records import Example, Segment
 from cosup_fast.data.template import DESCRIPTIONS, IGNORE
 from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
 
@@ -145,6 +147,80 @@ def test_loss_and_gradients_are_those_of_the_definition(
             assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9, name
 
 
+HEADS = {
+    "phi": {},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 8.0},
+    "gemma3_text": {"final_logit_softcapping": 3.0, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_ntp_is_the_cross_entropy_of_the_logits_of_the_model(make_model, make_folder, examples, corpus, kind):
+    model = make_model(gen=make_folder(kind, **HEADS[kind]), shared=True, dtype="float64", nsp={"weight": 0.0})
+    batch = make_batch(examples, corpus, model.template)
+    nll = []
+    for ids, labels in zip(batch.gen.input_ids.split(batch.gen.lengths), batch.labels.split(batch.gen.lengths)):
+        logits = model.gen(ids[None], use_cache=False).logits[0]
+        torch.testing.assert_close(model.logits(eager(model.gen, ids.tolist())), logits, atol=1e-5, rtol=1e-5)
+        nll.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[labels != IGNORE])
+    expected, ours = torch.cat(nll).mean(), model(batch).ntp
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+    head = model.gen.get_output_embeddings()
+    assert (head.bias is not None) == (kind == "phi")
+    for parameter in filter(lambda p: p is not None, (head.weight, head.bias)):
+        a, b = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (ours, expected))
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_new_tokens_take_the_mean_of_the_bias_of_the_head(make_model, make_folder):
+    model = make_model(gen=make_folder("phi"), shared=True)
+    bias, tokenizer = model.gen.get_output_embeddings().bias, model.template.tokenizer
+    for token, text in DESCRIPTIONS.items():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        torch.testing.assert_close(bias[tokenizer.convert_tokens_to_ids(token)], bias[ids].mean())
+
+
+def test_known_positives_are_no_negatives(make_model, gpt2_folder, corpus):
+    known = {**corpus, "twin": corpus["seine"].model_copy(update={"id": "twin"})}
+    asked = {"paris": ["paris", "seine", "nile"], "seine": ["seine"], "twin": ["twin", "rome"], "rome": ["rome"]}
+    examples = [
+        Example(id=name, question=f"{name}?", output=[Segment(text="So.", passage=name)], gold=gold)
+        for name, gold in asked.items()
+    ]
+    model = make_model(dtype="float64", embseq=gpt2_folder)
+    batch = make_batch(examples, known, model.template)
+    out = model(batch)
+    queries = model.queries(model.hidden_states(batch.gen), batch.query_rows)
+    keys = torch.cat([model.embed(Pack.of([model.template.sequence(corpus[p])])) for p in ("paris", "seine", "rome")])
+    scores = queries @ keys.T / model.nsp.temperature
+    positives = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]).bool()
+    expected = (scores.logsumexp(1) - scores.masked_fill(~positives, -torch.inf).logsumexp(1)).mean()
+    torch.testing.assert_close(out.nsp, expected, atol=1e-5, rtol=1e-5)
+    assert out.stats.rank.tolist() == [
+        int((row > row[p].max()).sum()) for row, p in zip(scores, positives, strict=True)
+    ]
+    twins = model(make_batch(examples[1:3], known, model.template))
+    assert twins.nsp == 0  # one text, so nothing to tell apart
+
+
+@pytest.mark.parametrize("kind", ["two", "shared", "projected"])
+def test_without_weight_nsp_costs_no_graph(make_model, gpt2_folder, examples, corpus, kind):
+    made = {"embseq": gpt2_folder if kind == "projected" else None, "shared": kind == "shared"}
+    model = make_model(nsp={"weight": 0.0}, **made)
+    batch = make_batch(examples, corpus, model.template)
+    graphs = []
+    backbone = model.gen.base_model if kind == "shared" else model.embseq
+    backbone.register_forward_hook(lambda module, args, out: graphs.append(out.last_hidden_state.requires_grad))
+    out = model(batch)
+    out.loss.backward()
+    assert graphs == ([True, False] if kind == "shared" else [False])
+    torch.testing.assert_close(out.nsp, make_model(**made)(batch).nsp)
+    assert torch.equal(out.loss, out.ntp)
+    moved = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {"gen"}
+
+
 def test_each_loss_reaches_its_models(make_model, examples, corpus):
     model = make_model()
     out = model(make_batch(examples, corpus, model.template))
@@ -258,6 +334,78 @@ def test_first_layers_only(make_model, llama_folder, passages):
 def test_inconsistent_settings_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**setting)
+
+
+HYBRID = {"layer_types": ["conv", "full_attention"]}
+NO_ATTENTION = "has no attention that packs can use: .*choose another model, or model.attention=flash_attention_2"
+
+
+@pytest.mark.parametrize("role", ["Gen", "Embseq"])
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("lfm2", HYBRID, r"\(Lfm2Model\) mixes the sequences of a pack"),
+        ("stablelm", {}, r"\(StableLmModel\) mixes the sequences of a pack"),
+        ("roberta", {"is_decoder": True}, r"\(RobertaModel\) reads a sequence of a pack otherwise than alone"),
+        ("falcon", {}, NO_ATTENTION),
+        ("bloom", {}, NO_ATTENTION),
+        ("gemma2", {"head_dim": 8}, NO_ATTENTION),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isalnum() else "",
+)
+def test_models_that_packs_do_not_suit_are_refused(make_model, make_folder, role, kind, options, message):
+    folder = make_folder(kind, **options)
+    with pytest.raises(ValueError, match=f"{role} '{folder}' {message}"):
+        make_model(gen=folder, shared=True) if role == "Gen" else make_model(embseq=folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mixed_sequences_stand_out_from_rounding(make_model, make_folder, gpt2_folder, dtype):
+    make_model(gen=make_folder("llama", num_hidden_layers=24), embseq=gpt2_folder, dtype=dtype)
+    with pytest.raises(ValueError, match="mixes"):
+        make_model(gen=make_folder("lfm2", **HYBRID), shared=True, dtype=dtype)
+
+
+def test_a_bidirectional_embseq_is_refused(make_model, make_folder):
+    with pytest.raises(ValueError, match=r"Embseq .*\(BertModel\) reads a sequence of a pack otherwise than alone"):
+        make_model(embseq=make_folder("bert"))
+
+
+def test_a_head_with_layers_of_its_own_is_refused(make_model, make_folder):
+    folder = make_folder("bert", is_decoder=True)
+    with pytest.raises(
+        ValueError, match=r"BertLMHeadModel.*logits are not those of its head 'cls.predictions.decoder'"
+    ):
+        make_model(gen=folder, shared=True)
+
+
+def test_a_checkpoint_is_checked_like_a_model(saved, make_folder):
+    shutil.rmtree(saved / "embseq")
+    shutil.copytree(make_folder("bert"), saved / "embseq")
+    with pytest.raises(ValueError, match=r"Embseq '.*embseq' \(BertModel\) reads"):
+        CoSupervisionModel.load(saved)
+
+
+def test_the_check_leaves_no_trace(make_model, gpt2_folder, monkeypatch):
+    def made() -> tuple:
+        model = make_model(gen=gpt2_folder, embseq=gpt2_folder)
+        return torch.get_rng_state(), model.fingerprint(), [module.training for module in model.modules()]
+
+    checked = made()
+    monkeypatch.setattr(CoSupervisionModel, "_check_models", lambda *args: None)
+    for a, b in zip(checked, made(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_pickle_is_never_loaded(llama_folder, tmp_path, make_model):
+    folder = tmp_path / "pickled"
+    shutil.copytree(llama_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{folder} holds no \*\.safetensors.* is a pickle.*convert it"):
+        make_model(gen=str(folder))
+    with pytest.raises(ValueError, match="is a pickle"):
+        make_model(embseq=str(folder))
 
 
 VARIANTS = {

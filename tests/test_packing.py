@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosup_fast.data.packing import Pack, make_batch
-from cosup_fast.data.records import Example, Segment
+from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.template import IGNORE
 
 
@@ -61,6 +61,42 @@ def test_a_passage_asked_for_twice_is_encoded_once(model, examples, corpus):
     assert [encoded[row] for row in batch.positive.tolist()] == [model.template.sequence(corpus[p]) for p in asked]
 
 
+def ask(name: str, *passages: str, gold: list[str] | None = None) -> Example:
+    output = [Segment(text="It is so.", passage=passage) for passage in passages]
+    return Example(id=name, question=f"{name}?", output=output, gold=gold or [])
+
+
+def test_the_same_text_under_another_id_is_encoded_once(make_model, corpus):
+    model = make_model(text={"max_passage_tokens": 12, "long_passages": "truncate"})
+    twin = corpus["paris"].model_copy(update={"id": "twin"})
+    longer = Passage(id="longer", title="Long", text=corpus["long"].text + "eleven")  # cut to the same tokens
+    known = {**corpus, "twin": twin, "longer": longer}
+    batch = make_batch([ask("a", "paris", "rome"), ask("b", "twin", "long", "longer")], known, model.template)
+    encoded = [ids.tolist() for ids in batch.passages.input_ids.split(batch.passages.lengths)]
+    assert encoded == [model.template.sequence(corpus[name]) for name in ("paris", "rome", "long")]
+    assert batch.positive.tolist() == [0, 1, 0, 2, 2]
+    assert batch.key_ids is batch.positive_ids is None
+
+
+def test_golds_that_another_example_asks_for_are_positives(model, corpus):
+    twin = corpus["seine"].model_copy(update={"id": "twin"})
+    examples = [
+        ask("both asked", "paris", "rome", gold=["paris", "rome"]),
+        ask("one asked", "rome", gold=["seine", "rome", "nowhere", "nile"]),
+        ask("by its text", "go", "rome", gold=["twin", "paris"]),
+        ask("other", "seine"),
+        ask("asked by its text", "seine", "go", gold=["twin", "go"]),
+    ]
+    batch = make_batch(examples, {**corpus, "twin": twin}, model.template)
+    paris, rome, go, seine = range(4)
+    assert batch.positive.tolist() == [paris, rome, rome, go, rome, seine, seine, go]
+    assert batch.key_ids.tolist() == [0, 1, 2, 3]
+    assert batch.positive_ids.tolist() == [
+        [-1, -1], [-1, -1], [seine, -1], [paris, seine], [paris, seine], [-1, -1], [-1, -1], [-1, -1],
+    ]  # fmt: skip
+    assert make_batch(examples[:1], corpus, model.template).positive_ids is None
+
+
 def test_batch_without_retrieval_has_no_passages(model, corpus):
     batch = make_batch([Example(id="x", question="?", output=[Segment(text="a")])], corpus, model.template)
     assert batch.passages is None
@@ -71,10 +107,10 @@ def test_batch_without_retrieval_has_no_passages(model, corpus):
 
 
 def test_to_moves_every_tensor(model, examples, corpus):
-    moved = make_batch(examples, corpus, model.template).to(torch.device("meta"))
-    for tensor in (
-        moved.labels, moved.query_rows, moved.positive, *vars(moved.gen).values(), *vars(moved.passages).values(),
-    ):  # fmt: skip
+    further = [ask("x", "paris", gold=["seine"])]
+    moved = make_batch([*examples, *further], corpus, model.template).to(torch.device("meta"))
+    assert moved.positive_ids is not None
+    for tensor in (*vars(moved).values(), *vars(moved.gen).values(), *vars(moved.passages).values()):
         assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta"
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.template import Template
+
+R = TypeVar("R", "Pack", "CoSupervisionBatch")
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,34 @@ class Pack:
 
     def to(self, device: torch.device) -> Self:
         """The pack with its tensors on `device`."""
-        moved = {
-            f.name: x.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(x := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
 class CoSupervisionBatch:
-    """What one training step reads. A passage that several queries ask for is encoded once."""
+    """What one training step reads. Passages with the same tokens are one passage, encoded once.
+
+    The ids are there only where some query has positives besides `positive`: see `make_batch`.
+    """
 
     gen: Pack
     labels: Tensor  # (T,) int64, already shifted, -100 where nothing is learnt
     query_rows: Tensor  # (N,) int64, rows of the pack that hold [NSP]
     positive: Tensor  # (N,) int64, the row among the passages that answers each query
     passages: Pack | None  # M sequences for Embseq; None when no example has a retrieval
+    key_ids: Tensor | None = None  # (M,) int64, an id for each passage
+    positive_ids: Tensor | None = None  # (N, P) int64, ids of the further positives of each query, then -1
 
-    def to(self, device: torch.device) -> CoSupervisionBatch:
+    def to(self, device: torch.device) -> Self:
         """The batch with its tensors on `device`."""
-        return CoSupervisionBatch(
-            self.gen.to(device),
-            self.labels.to(device, non_blocking=True),
-            self.query_rows.to(device, non_blocking=True),
-            self.positive.to(device, non_blocking=True),
-            self.passages and self.passages.to(device),
-        )
+        return _moved(self, device)
 
 
 def make_batch(examples: Sequence[Example], corpus: dict[str, Passage], template: Template) -> CoSupervisionBatch:
     """Tokenizes and packs examples with the passages they ask for.
+
+    A passage that is known to answer a query is no negative of it: the positives of a query are the passage that its
+    [NSP] asks for and those of `Example.gold` in the batch that no other [NSP] of the example asks for.
 
     Raises:
         ValueError: no example, or what `Template.gen_sequence` and `Template.sequence` refuse.
@@ -85,14 +84,41 @@ def make_batch(examples: Sequence[Example], corpus: dict[str, Passage], template
         raise ValueError("a batch needs at least one example")
     sequences = [template.gen_sequence(example, corpus) for example in examples]
     starts = accumulate((len(s.input_ids) for s in sequences[:-1]), initial=0)
-    wanted = [passage for s in sequences for passage in s.query_passages]
-    row_of = {passage: row for row, passage in enumerate(dict.fromkeys(wanted))}
+    wanted = [corpus[name] for s in sequences for name in s.query_passages]
+    row_of_tokens: dict[tuple[int, ...], int] = {}
+    row_of: dict[tuple[str, str], int] = {}  # by content: two ids may stand for the same text
+    for passage in wanted:
+        if _content(passage) not in row_of:
+            tokens = tuple(template.sequence(passage))
+            row_of[_content(passage)] = row_of_tokens.setdefault(tokens, len(row_of_tokens))
+    further: list[list[int]] = []
+    for example, s in zip(examples, sequences, strict=True):
+        gold = {row_of.get(_content(corpus[name])) for name in example.gold if name in corpus}
+        asked = {row_of[_content(corpus[name])] for name in s.query_passages}
+        further += [sorted(row for row in gold - asked if row is not None)] * len(s.query_passages)
+    most = max(map(len, further), default=0)
     return CoSupervisionBatch(
         gen=Pack.of([s.input_ids for s in sequences]),
         labels=torch.tensor([label for s in sequences for label in s.labels]),
         query_rows=torch.tensor(
             [start + row for start, s in zip(starts, sequences) for row in s.query_rows], dtype=torch.int64
         ),
-        positive=torch.tensor([row_of[passage] for passage in wanted], dtype=torch.int64),
-        passages=Pack.of([template.sequence(corpus[passage]) for passage in row_of]) if row_of else None,
+        positive=torch.tensor([row_of[_content(passage)] for passage in wanted], dtype=torch.int64),
+        passages=Pack.of(list(row_of_tokens)) if row_of_tokens else None,
+        key_ids=torch.arange(len(row_of_tokens)) if most else None,
+        positive_ids=torch.tensor([rows + [-1] * (most - len(rows)) for rows in further]) if most else None,
     )
+
+
+def _content(passage: Passage) -> tuple[str, str]:
+    return passage.title, passage.text
+
+
+def _moved(record: R, device: torch.device) -> R:
+    """A dataclass of tensors, with every tensor on `device`."""
+    moved = {
+        f.name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device)
+        for f in fields(record)
+        if isinstance(x := getattr(record, f.name), Tensor | Pack)
+    }
+    return replace(record, **moved)
