@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from cosup_fast.testing.interpreter import Access, Launch, Observer, Programs, Region, here, observe
-from cosup_fast.testing.torch_ops import TorchOps
+from cosup_fast.testing.torch_ops import TorchOps, is_plain
 
 KINDS = ("bounds", "overflow", "race", "unwritten", "order", "atomic")
 MANY, ATOMIC = -1, -2
@@ -262,7 +262,7 @@ class Sanitizer(Observer):
     def _see(self, op: OpOverload, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:
         if op.overloadpacket in _FACTORIES:
             out = run()
-            if out.device.type == "cpu" and out.layout == torch.strided and out.numel() and not out.is_quantized:
+            if is_plain(out) and out.layout == torch.strided and out.numel() and not out.is_quantized:
                 self.poison(out)
             return out
         if not self._unwritten:
@@ -272,7 +272,7 @@ class Sanitizer(Observer):
         stored = []
         for i, argument in enumerate(op._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.device.type == "cpu"]
+            tensors = [t for t in tree_leaves(value) if is_plain(t)]
             if argument.alias_info is not None:
                 stored += tensors if argument.alias_info.is_write else []
             elif not fresh:

@@ -41,6 +41,11 @@ class TorchOps(TorchDispatchMode):
         return self.see(func, args, kwargs, lambda: func(*args, **kwargs))
 
 
+def is_plain(tensor: object) -> bool:
+    """A tensor with CPU memory of its own: neither fake nor any other subclass."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"  # pyright: ignore
+
+
 def _on_cpu(args: tuple, kwargs: dict) -> bool:
-    devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-    return devices == {"cpu"}
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    return bool(tensors) and all(map(is_plain, tensors))

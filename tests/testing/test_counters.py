@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
@@ -110,6 +111,13 @@ def test_products_inside_custom_operators_are_seen():
     assert counts.torch_products == {"bf16": 3 * 2 * 32**3}
     assert counts.dots == {"bf16": 2 * 32**3}
     assert counts.flops == 4 * 2 * 32**3
+
+
+def test_fake_tensors_stay_fake():
+    with sanitize(), count() as counts, FakeTensorMode():
+        x = torch.empty(32, 32)
+        assert isinstance(product(x, x) + x @ x, FakeTensor)
+    assert not counts.launches
 
 
 def test_counts_repeat_and_do_not_depend_on_a_sanitizer_or_what_ran_before():

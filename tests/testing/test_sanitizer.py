@@ -294,6 +294,8 @@ def block_pointer_kernel(x, y, R, B: tl.constexpr, CHECK: tl.constexpr):
         tl.store(p_y, tl.load(tl.advance(p_x, (i, 0)), boundary_check=(0, 1)))
 
 
+@pytest.mark.skipif(triton.__version__ >= "3.9", reason="Triton 3.9 removed block pointers")
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
 def test_block_pointers():
     x, y = torch.randn(6, 8), torch.empty(6, 8)
     with sanitize():
@@ -343,7 +345,7 @@ def test_an_error_inside_is_not_hidden_by_findings():
 def test_clean_kernels_pass(shape, dtype):
     torch.manual_seed(0)
     n, m, d = shape
-    with sanitize(shuffles=2):
+    with sanitize():
         a, b = with_gaps(torch.randn(n, d).to(dtype)), with_gaps(torch.randn(d, m).to(dtype))
         c = examples.matmul(a, b, blocks=(64, 64, 32))
         lse = examples.logsumexp(with_gaps(c))

@@ -51,7 +51,7 @@ def test_the_plugin_in_a_project(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "cosup_fast.testing.plugin", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "--strict-markers", "--rootdir", str(tmp_path), "-rA", "test_project.py"],
-        cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False,
+        cwd=tmp_path, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "6 passed, 1 error" in done.stdout, done.stdout + done.stderr
     assert "ERROR test_project.py::test_a_finding_fails" in done.stdout
