@@ -28,7 +28,7 @@ def test_a_learning_run_is_silent():
 
 
 def test_batches_of_one_sequence_have_nothing_to_contrast():
-    (message,) = _run([0.0] * 20, candidates=1)
+    (message,) = _run([0.5] * 20, candidates=1)  # a symmetric NSP is not 0 there
     assert "training.batch_size" in message
     assert _run([0.0] * 5, candidates=1) == []
 
@@ -67,3 +67,9 @@ def test_one_bad_evaluation_is_no_failure():
     monitor = FailureMonitor(patience=3)
     messages = [m for ntp, recall in [(1, 0.5), (2, 0.4), (2, 0.4), (1, 0.6)] for m in monitor.evaluation(ntp, recall)]
     assert messages == []
+
+
+def test_held_out_ntp_within_two_percent_of_its_best_has_not_risen():
+    monitor = FailureMonitor(patience=2)
+    held_out = [(2.0, 0.1), (2.03, 0.2), (2.03, 0.3), (2.03, 0.4)]
+    assert [m for ntp, recall in held_out for m in monitor.evaluation(ntp, recall)] == []

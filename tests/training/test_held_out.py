@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from cosup_fast.config import load_config
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Passage, write_jsonl
+from cosup_fast.training import run
 from cosup_fast.training.run import HeldOutEvaluator, load_data
 
 FILLERS = [Passage(id=f"filler{i}", title=f"{i}", text=f"Page {i * i} of {i}.") for i in range(60)]
@@ -84,6 +85,13 @@ def test_figures_are_those_computed_by_hand(precision, error, make_model, gpt2_f
         assert precision == "bfloat16" or low == high
         recalls.append(recall)
     assert 0 < recalls[0] < recalls[1] < recalls[2] < 1  # each one tells something
+
+
+def test_recall_counts_ranks_from_zero(make_model, examples, corpus, monkeypatch):
+    evaluator = HeldOutEvaluator(examples, corpus, _config())
+    monkeypatch.setattr(run, "retrieval_ranks", lambda model, examples, pool: [0, 1, 4, 5, 19, 20])
+    found = evaluator(make_model(), 0)
+    assert (found.recall_at_1, found.recall_at_5, found.recall_at_20) == (1 / 6, 3 / 6, 5 / 6)
 
 
 def test_the_pool_is_the_gold_passages_and_others_the_same_for_every_seed(examples, corpus):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from cosup_fast.config import load_config
 from cosup_fast.data.records import DataError, write_jsonl
 from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.training import run
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.run import load_data, read_metrics, run_training
 from cosup_fast.training.trainer import Trainer
@@ -64,7 +65,7 @@ def _train(config, resume=False):
 
 
 def _steps(config, kind):
-    return [r["step"] for r in read_metrics(run.Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
+    return [r["step"] for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
 
 
 def _changed(records, place, **fields):
@@ -95,7 +96,7 @@ def test_changed_data_end_a_resume(what, configure, write, passages, examples):
 def test_a_run_that_has_ended_is_left_as_it_is(configure, monkeypatch):
     config = configure()
     ended, _ = _train(config)
-    before = read_metrics(run.Path(config.output) / "metrics.jsonl")
+    before = read_metrics(Path(config.output) / "metrics.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(CoSupervisionModel, "load", None)  # the work
         again, printed = _train(config, resume=True)
@@ -103,14 +104,17 @@ def test_a_run_that_has_ended_is_left_as_it_is(configure, monkeypatch):
         assert "is the end of this run" in printed
         assert _train(configure(training__eval_every=None), resume=True)[0] == ended
         assert _train(configure(training__steps=3), resume=True)[0] == ended
-    assert read_metrics(run.Path(config.output) / "metrics.jsonl") == before
+        assert _train(configure(data__allow_leaks=True), resume=True)[0] == ended
+    assert read_metrics(Path(config.output) / "metrics.jsonl") == before
+    assert _steps(config, "held-out") == [0, 2, 4]
+    _train(configure(training__steps=6, training__max_minutes=1e-9), resume=True)  # no step, so nothing new to evaluate
     assert _steps(config, "held-out") == [0, 2, 4]
 
 
 def test_a_run_killed_before_its_last_evaluation_makes_it_up(configure):
     config = configure()
     ended, _ = _train(config)
-    path = run.Path(config.output) / "metrics.jsonl"
+    path = Path(config.output) / "metrics.jsonl"
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     assert _train(config, resume=True)[0] == ended
@@ -123,11 +127,21 @@ def test_the_failure_monitor_sees_the_run_as_one(configure):
     for steps, warnings in ((1, 0), (3, 1), (5, 1)):
         config = configure(training__steps=steps, **fields)
         _train(config, resume=True)
-        path = run.Path(config.output) / "warnings.log"
+        path = Path(config.output) / "warnings.log"
         found = path.read_text().splitlines() if path.is_file() else []
         assert len([line for line in found if "R@5 is flat" in line]) == warnings
     assert _steps(config, "held-out") == [0, 1, 2, 3, 4, 5]
     assert 0 < read_metrics(path.with_name("metrics.jsonl"))[0]["recall_at_5"] < 1
+
+
+def test_the_seed_decides_the_projection(configure, gpt2_folder):
+    losses = []
+    for state, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(state)
+        config = configure(output=f"{configure().output}{state}{seed}", model__embseq=gpt2_folder, training__seed=seed)
+        _train(config)
+        losses.append(read_metrics(Path(config.output) / "metrics.jsonl")[0]["nsp"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -145,7 +159,7 @@ def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeyp
     config = configure(training__checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         run_training(config, console=console)
-    folder = run.Path(config.output) / "checkpoints"
+    folder = Path(config.output) / "checkpoints"
     assert (
         str(interrupt.value)
         == {
