@@ -17,7 +17,8 @@ help:
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python >= 3.11 is needed, this is {v[0]}.{v[1]}; name another one: make PYTHON=python3.12")'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(if $(filter dev,$*),all$(comma)dev,all)]'
+	@echo "installing the pinned versions into $(VENV), about a minute on a fast line"
+	@$(PY) -m pip install -q --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(if $(filter dev,$*),all$(comma)dev,all)]'
 	@touch $@
 
 demo: $(VENV)/.installed-all

@@ -278,6 +278,17 @@ def demo(
     run_demo(output, out)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    epilog="Example: cosup-fast bench time --shape 512x512x256",
+)
+def bench(context: typer.Context) -> None:
+    """Time, count and weigh the losses beside other libraries (from a clone; `cosup-fast bench --help` tells more)."""
+    from cosup_fast.bench import run_benchmarks
+
+    run_benchmarks(context.args)
+
+
 def _say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
