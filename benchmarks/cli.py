@@ -102,6 +102,7 @@ def _session(
     command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
     if sys.argv[1:2] == ["bench"]:
         command = f"cosup-fast {shlex.join(sys.argv[1:])}"
+    command += f"\n\nLoad of the machine before (1 minute): {machine.load()}"
     rows: list[run.Row] = []
     with err.status("starting") as status:
         for i, case in enumerate(what):

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.binaries import Binary, compiled, recorded
 from benchmarks.cases import Case, Inputs
 from benchmarks.check import Loss, Result, free, step
-from benchmarks.pretend import emulation, gpu
+from benchmarks.pretend import gpu
 from benchmarks.providers import Provider
 
 PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -148,7 +148,7 @@ def count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Count
     free(inputs)
     with gpu():
         loss = provider.make(case)
-        with emulation(), testing.count() as kernels, recorded() as launched, OperationCounter() as seen:
+        with testing.count() as kernels, recorded() as launched, OperationCounter() as seen:
             result = step(loss, inputs)
     flops = sorted((seen.flops + kernels.dots).items())
     locks = sum(number for (_, argument), number in kernels.atomics.items() if "lock" in argument.lower())

@@ -70,6 +70,11 @@ def line(device: str = "cpu") -> str:
     )
 
 
+def load() -> str:
+    """How busy the machine is with whatever else runs on it."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
 def folder(device: str = "cpu") -> str:
     """<hardware>-<date>."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{processor().split(' (')[0]} {os.cpu_count()} cores"

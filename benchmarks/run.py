@@ -135,6 +135,7 @@ def time_case(case: Case, providers: list[Provider], *, rounds: int, seconds: fl
     steps: dict[str, Step] = {name: partial(step, loss, inputs) for name, loss in fit.items()}
     bare = limits(case, inputs)
     gc.collect()
+    say(f"{case}: warming up")
     times = interleave(
         steps | bare,
         rounds=rounds,
