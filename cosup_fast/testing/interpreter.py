@@ -61,7 +61,7 @@ class Region:
         self.virtual = self.tensor.device.type == "meta"
         self.empty = self.tensor.numel() == 0
         self.span = 0 if self.empty else 1 + sum((n - 1) * s for s, n, _ in self.strides)
-        self.dense = self.span == prod(n for _, n, _ in self.strides)
+        self.dense = self.span <= prod(n for _, n, _ in self.strides)  # overlapping views have no gaps either
 
     @property
     def storage(self) -> int:

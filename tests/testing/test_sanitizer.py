@@ -55,6 +55,15 @@ def test_stores_past_the_end_are_dropped():
     assert whole.tolist() == [1] * 30 + [0] * 34
 
 
+def test_views_that_overlap_or_repeat_have_no_gaps():
+    windows = torch.arange(16.0).unfold(0, 4, 1)  # 13 windows of 4, strides (1, 1)
+    repeated = torch.arange(16.0).expand(3, 16)
+    for x in (windows, repeated):
+        assert found(lambda x=x: copy_kernel[(1,)](x, torch.empty(16), 16, SHIFT=0, MASK=True, B=16)) == []
+        finding = only(found(lambda x=x: copy_kernel[(1,)](x, torch.empty(16), 16, SHIFT=1, MASK=True, B=16)), "bounds")
+        assert (finding.argument, finding.count) == ("x", 1)
+
+
 def test_negative_offsets():
     finding = only(
         found(lambda: copy_kernel[(1,)](torch.ones(16), torch.empty(16), 16, SHIFT=-1, MASK=True, B=16)), "bounds"
