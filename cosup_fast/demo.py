@@ -23,13 +23,15 @@ from cosup_fast.config import RunConfig, load_config
 from cosup_fast.data.prepare import prepare
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
-from cosup_fast.evaluation import QuestionRecord, Report, evaluate, paired_gain
+from cosup_fast.evaluation import QuestionRecord, Report, evaluate, paired_gain, retrieval_ranks
+from cosup_fast.files import replace_file
 from cosup_fast.index import SequenceIndex
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import newest
 from cosup_fast.training.run import run_training
 
-QUESTIONS, POOL = 64, 800
+QUESTIONS, ANSWERED, POOL = 400, 64, 800
+Ranks = dict[str, int]  # by question id, passages ahead of the gold one
 SHOWN = {"recall@1": "R@1", "recall@5": "R@5", "answer": "answer in the output", "grounded": "grounded"}
 
 
@@ -48,7 +50,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     )
 
     console.rule("2/4  before training")
-    before = _scored(output / "before", lambda: _untrained(config), questions, pool, config, console)
+    before, ranks_before = _scored(output / "before", lambda: _untrained(config), questions, pool, config, console)
 
     console.rule("3/4  co-supervised training")
     if not (output / "after" / "report.json").is_file():
@@ -56,9 +58,11 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     trained = newest(Path(config.output))
 
     console.rule("4/4  after training")
-    after = _scored(output / "after", lambda: CoSupervisionModel.load(trained), questions, pool, config, console)
+    after, ranks_after = _scored(
+        output / "after", lambda: CoSupervisionModel.load(trained), questions, pool, config, console
+    )
 
-    console.print(comparison(before, after))
+    console.print(comparison(before, after, ranks_before, ranks_after))
     for record in _telling(after):
         print_answer(console, record.question, record.answer)
         console.print(f"  [dim]expected[/] {escape(' / '.join(record.answers[:3]))}", highlight=False)
@@ -80,15 +84,25 @@ def held_out_questions(config: RunConfig) -> tuple[list[Example], list[Passage]]
     return examples, [passage for passage in corpus if passage.id in gold] + others
 
 
-def comparison(before: Report, after: Report) -> Table:
-    """Each metric before and after, in percent, with the paired 95% interval of its gain."""
-    table = Table("", "before", "after", "gain, paired 95% interval", title="on held-out questions, percent")
+def comparison(before: Report, after: Report, ranks_before: Ranks, ranks_after: Ranks) -> Table:
+    """Each metric before and after, in percent, with the paired 95% interval of its gain.
+
+    Retrieval is measured on all questions, what Gen writes on those it answered.
+    """
+    columns = ("", "questions", "before", "after", "gain, paired 95% interval")
+    table = Table(*columns, title="on held-out questions, percent")
     for metric, title in SHOWN.items():
-        gain = paired_gain(before.values(metric), after.values(metric))
+        if metric.startswith("recall@"):
+            k = int(metric.removeprefix("recall@"))
+            pair = [{name: float(rank < k) for name, rank in ranks.items()} for ranks in (ranks_before, ranks_after)]
+        else:
+            pair = [before.values(metric), after.values(metric)]
+        means = [sum(values.values()) / len(values) for values in pair]
+        gain = paired_gain(*pair)
         table.add_row(
             title,
-            f"{100 * before.overall[metric].mean:.1f}",
-            f"{100 * after.overall[metric].mean:.1f}",
+            str(gain.count),
+            *(f"{100 * mean:.1f}" for mean in means),
             f"{100 * gain.mean:+.1f}  [{100 * (gain.low or 0):+.1f}, {100 * (gain.high or 0):+.1f}]",
         )
     return table
@@ -106,17 +120,22 @@ def _scored(
     pool: Sequence[Passage],
     config: RunConfig,
     console: Console,
-) -> Report:
-    """The report in `folder`, made now unless it is there."""
-    if (folder / "report.json").is_file():
-        report = Report.load(folder)
+) -> tuple[Report, Ranks]:
+    """The report in `folder` and the rank of each question's passage, made now unless they are there."""
+    ranked = folder.with_suffix(".ranks.json")
+    if (folder / "report.json").is_file() and ranked.is_file():
+        report, ranks = Report.load(folder), json.loads(ranked.read_text())
     else:
         model = make_model()
-        report = evaluate(model, SequenceIndex.build(model, pool), questions, config.generation)
+        index = SequenceIndex.build(model, pool)
+        ranks = {e.id: r for e, r in zip(questions, retrieval_ranks(model, questions, index), strict=True)}
+        report = evaluate(model, index, questions[:ANSWERED], config.generation)
         report.save(folder)
-    recall = ", ".join(f"{SHOWN[m]} {report.overall[m].mean:.1%}" for m in SHOWN)
-    console.print(recall, highlight=False)
-    return report
+        with replace_file(ranked) as file:
+            json.dump(ranks, file)
+    recall = sum(rank == 0 for rank in ranks.values()) / len(ranks)
+    console.print(f"R@1 {recall:.1%}, answer in the output {report.overall['answer'].mean:.1%}", highlight=False)
+    return report, ranks
 
 
 def _telling(report: Report) -> list[QuestionRecord]:

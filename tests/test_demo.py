@@ -13,7 +13,8 @@ from cosup_fast import demo
 
 @pytest.mark.slow
 def test_the_demo_runs_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "QUESTIONS", 4)
+    monkeypatch.setattr(demo, "QUESTIONS", 6)
+    monkeypatch.setattr(demo, "ANSWERED", 4)
     monkeypatch.setattr(demo, "POOL", 20)
     short = ["training.steps=2", "training.batch_size=4", "data.dev_limit=4", "data.dev_pool=10"]
     short += ["model.gen_layers=2", "model.embseq_layers=1", "generation.max_new_tokens=3"]
@@ -26,6 +27,7 @@ def test_the_demo_runs_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
         assert name in printed[0]
     after = json.loads((tmp_path / "demo" / "after" / "report.json").read_text())
     assert after["overall"]["recall@1"]["count"] == 4
+    assert len(json.loads((tmp_path / "demo" / "after.ranks.json").read_text())) == 6
     assert "held out after" in printed[0]
     assert "held out after" not in printed[1]  # nothing was trained again
 
