@@ -221,6 +221,16 @@ def test_without_weight_nsp_costs_no_graph(make_model, gpt2_folder, examples, co
     assert moved == {"gen"}
 
 
+def test_the_end_token_learns_where_a_model_pads_with_it(make_model, llama_folder, examples, corpus, tmp_path):
+    assert AutoModelForCausalLM.from_pretrained(llama_folder).get_input_embeddings().padding_idx == 1
+    model = make_model()
+    model.save(tmp_path / "saved")
+    for one in (model, make_model(shared=True), CoSupervisionModel.load(tmp_path / "saved")):
+        one(make_batch(examples, corpus, one.template)).nsp.backward()
+        assert one.template.eos == 1
+        assert (one.embseq or one.gen).get_input_embeddings().weight.grad[1].abs().max() > 0
+
+
 def test_each_loss_reaches_its_models(make_model, examples, corpus):
     model = make_model()
     out = model(make_batch(examples, corpus, model.template))
