@@ -140,7 +140,8 @@ class CoSupervisionModel(nn.Module):
         )
         for part in filter(None, (gen, embseq)):
             # Packs hold no padding, and a model that pads with its end-of-sequence token would never learn that one.
-            part.get_input_embeddings().padding_idx = None
+            embeddings: Any = part.get_input_embeddings()
+            embeddings.padding_idx = None
         if freeze_embseq and embseq is not None:
             embseq.requires_grad_(False)
 
