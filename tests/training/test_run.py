@@ -144,8 +144,16 @@ def test_the_seed_decides_the_projection(configure, gpt2_folder):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as in a terminal, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch):
+def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch, keyboard):
     step = Trainer._step
 
     def pressed(self):
@@ -173,7 +181,7 @@ def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeyp
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_while_loading_says_that_nothing_was_saved(configure, monkeypatch):
+def test_ctrl_c_while_loading_says_that_nothing_was_saved(configure, monkeypatch, keyboard):
     def pressed(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
