@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from cosup_fast import reference
-from cosup_fast.kernels import last_hidden, softmax_xent
+from cosup_fast.kernels import dispatch, last_hidden
+from cosup_fast.kernels.softmax_xent_op import softmax_xent
 from cosup_fast.reference import Stats
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
-Impl = Literal["auto", "reference", "stored"]
+Impl = Literal["auto", "reference", "stored", "fused", "recomputed"]
 
 
 def info_nce(
@@ -138,7 +139,7 @@ def info_nce(
     else:
         if query_ids is None and key_ids is not None and positive is not None:
             query_ids = key_ids[positive]
-        loss, *stats = softmax_xent.softmax_xent(
+        loss, *stats = softmax_xent(
             query,
             keys,
             scale=scale,
@@ -152,6 +153,7 @@ def info_nce(
             positive_ids=positive_ids,
             duplicates_are_positive=duplicates == "positive",
             symmetric=symmetric,
+            impl=impl,
             **options,
         )
     return (loss, Stats(*stats)) if return_stats else loss
@@ -243,8 +245,15 @@ def linear_cross_entropy(
     if len(hidden) == 0:
         loss, stats = _nothing((hidden, weight, scale, bias), reduction)
     else:
-        loss, *stats = softmax_xent.softmax_xent(
-            hidden, weight, product_dtype=dtype, ranks=return_stats, target=target, ignoring=not gather, **options
+        loss, *stats = softmax_xent(
+            hidden,
+            weight,
+            product_dtype=dtype,
+            ranks=return_stats,
+            target=target,
+            ignoring=not gather,
+            impl=impl,
+            **options,
         )
     if rows is not None and reduction == "none":
         loss = _scatter(loss, rows, t, 0)

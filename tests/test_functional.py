@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from cosup_fast import functional, reference
 from cosup_fast.functional import gather_last_hidden, info_nce, linear_cross_entropy
-from cosup_fast.kernels import softmax_xent
+from cosup_fast.kernels import softmax_xent, softmax_xent_torch
+from cosup_fast.kernels.scores import Needs, Scores, Statistics
+from cosup_fast.testing import count
+from cosup_fast.testing.torch_ops import TorchOps
 
 DOUBLE, HALF = torch.float64, torch.bfloat16
 # Eager's own error, twice, may not excuse an error above these where a problem is well conditioned.
@@ -316,11 +317,11 @@ def test_linear_cross_entropy_equals_torch(reduction, options):
 
 def products(f: Callable, tensors: dict[str, Tensor], unit: int, backward: bool = True, **options) -> float:
     """FLOP of forward and backward, in units of one score product."""
-    with FlopCounterMode(display=False) as counter:
+    with count() as counts:
         loss = f(**tensors, **options)
         if backward:
             loss.sum().backward()
-    return counter.get_total_flops() / unit
+    return counts.flops / unit
 
 
 def test_matrix_products(small_chunks, monkeypatch):
@@ -344,11 +345,10 @@ def test_matrix_products(small_chunks, monkeypatch):
     assert products(linear_cross_entropy, tensors, unit) == 3 / 4
 
 
-class Peak(TorchDispatchMode):
+class Peak:
     """The most bytes alive at once in what operations returned."""
 
     def __init__(self):
-        super().__init__()
         self.holders: dict[int, int] = {}
         self.alive = self.peak = 0
 
@@ -358,8 +358,8 @@ class Peak(TorchDispatchMode):
             del self.holders[storage]
             self.alive -= size
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def see(self, op, args, kwargs, run):
+        out = run()
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor):
                 storage, size = t.untyped_storage()._cdata, t.untyped_storage().nbytes()
@@ -393,16 +393,18 @@ KEY_IDS = torch.arange(2048) % 1000
 def test_memory_stays_within_the_workspace(options, whole, monkeypatch):
     n, m, d = 512, 2048, 4
     x, w = rand(n, d, dtype=torch.float32).requires_grad_(), rand(m, d, dtype=torch.float32).requires_grad_()
-    budget = 2**25 if whole else 2**21
+    budget = 2**22 if whole else 2**20
     monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", str(budget))
-    with Peak() as memory:
+    monkeypatch.setattr(softmax_xent_torch, "BLOCK_BYTES", block := 2**16)
+    memory = Peak()
+    with TorchOps(memory.see):
         if "softcap" in options:
             loss = linear_cross_entropy(x, w, torch.arange(n), **options)
         else:
             loss = info_nce(x, w, **options)
         (loss[0] if options.get("return_stats") else loss).sum().backward()
     gradients_and_statistics = 4 * (n + m) * (4 * d + 16)
-    assert memory.peak <= budget + gradients_and_statistics
+    assert memory.peak <= budget + 8 * block + gradients_and_statistics
     assert whole or memory.peak < n * m * 4
 
 
@@ -587,14 +589,14 @@ def test_two_phases_apart_equal_one_call():
     q, k = rand(6, 4), rand(10, 4)
     positive = torch.tensor([0, 3, 4, 1, 2, 0])
     whole = run(info_nce, {"query": q, "keys": k}, 1.0, positive=positive, symmetric=True, reduction="sum")
-    parts = [softmax_xent.Scores(q[i : i + 3], k, target=positive[i : i + 3], symmetric=True) for i in (0, 3)]
+    parts = [Scores(q[i : i + 3], k, target=positive[i : i + 3], symmetric=True) for i in (0, 3)]
     stats = [softmax_xent.statistics(s) for s in parts]
     columns = stats[0].columns.merge(stats[1].columns)
     half = torch.full((3,), 0.5, dtype=DOUBLE)
     h = sum(softmax_xent.column_gradient(s, half) for s in parts)
-    needs = softmax_xent.Needs(True, True, False, False, False)
+    needs = Needs(True, True, False, False, False)
     grads = [
-        softmax_xent.gradient(s, softmax_xent.Statistics(one.rows, columns), half, needs, h=h)
+        softmax_xent.gradient(s, Statistics(one.rows, columns), half, needs, h=h)
         for s, one in zip(parts, stats)
     ]
     torch.testing.assert_close(torch.cat([g.x for g in grads]), whole["query"], rtol=1e-12, atol=1e-12)
@@ -607,7 +609,7 @@ def test_statistics_of_split_candidates_merge():
     options = {"query_ids": mine, "duplicates_are_positive": True, "label_smoothing": 0.1}
 
     def rows(part):
-        scores = softmax_xent.Scores(q, k[part], key_ids=ids[part], positive_ids=mine[:, None], **options)
+        scores = Scores(q, k[part], key_ids=ids[part], positive_ids=mine[:, None], **options)
         return softmax_xent.statistics(scores).rows
 
     merged, whole = rows(slice(0, 4)).merge(rows(slice(4, 10))), rows(slice(0, 10))
@@ -619,10 +621,10 @@ def test_statistics_of_split_candidates_merge():
 def test_named_implementation_is_the_one_that_runs(impl, monkeypatch):
     monkeypatch.setattr(reference, "info_nce", lambda *a, **k: pytest.fail("fell back to the reference"))
     info_nce(rand(3, 2), rand(3, 2), impl=impl)
-    monkeypatch.setattr(softmax_xent, "softmax_xent", lambda *a, **k: (torch.tensor(42.0),))
+    monkeypatch.setattr(functional, "softmax_xent", lambda *a, **k: (torch.tensor(42.0),))
     assert info_nce(rand(3, 2), rand(3, 2), impl=impl) == 42
     monkeypatch.undo()
-    monkeypatch.setattr(softmax_xent, "softmax_xent", lambda *a, **k: pytest.fail("fell back to the engine"))
+    monkeypatch.setattr(functional, "softmax_xent", lambda *a, **k: pytest.fail("fell back to the engine"))
     info_nce(rand(3, 2), rand(3, 2), impl="reference")
 
 
