@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import Case, Inputs
+from cosup_fast.kernels.softmax_xent_torch import operand_dtype
 
 Step = Callable[[], object]
 
@@ -44,8 +45,12 @@ class Spread(NamedTuple):
 
 
 def bare_products(case: Case, inputs: Inputs, chunks: int) -> Step:
-    """z = x w', dx = z w, dw = z' x with nothing in between; dw adds up over chunks of rows."""
-    x, w = inputs.x.detach(), inputs.w.detach()
+    """z = x w', dx = z w, dw = z' x with nothing in between; dw adds up over chunks of rows.
+
+    Half-precision operands of a CPU that has no instructions for them are fp32 copies made beforehand.
+    """
+    dtype = operand_dtype(inputs.x.dtype, inputs.x.device)
+    x, w = inputs.x.detach().to(dtype), inputs.w.detach().to(dtype)
     rows = -(-case.n // chunks)
     z, dx, dw = x.new_empty(rows, case.m), torch.empty_like(x), torch.empty_like(w)
 

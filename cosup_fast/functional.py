@@ -1,9 +1,10 @@
 """The operators: check the arguments, choose an implementation.
 
-`impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never
-materialised, loss and gradients formed together in the forward pass. `impl="reference"` is
+`impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never materialised,
+loss and gradients formed together in the forward pass. `impl="reference"` is
 `cosup_fast.reference`, which materialises every score and can be differentiated twice or in forward mode.
-`impl="auto"` is `stored`. An implementation that is asked for by name is the one that runs.
+`impl="auto"` is `stored`. An implementation that is asked for by name is the one that runs. `explain` says which it is
+and what it costs.
 
 Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
 operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
@@ -18,15 +19,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import reference
 from cosup_fast.kernels import dispatch, last_hidden
+from cosup_fast.kernels.dispatch import Plan
+from cosup_fast.kernels.scores import Scores
 from cosup_fast.kernels.softmax_xent_op import softmax_xent
+from cosup_fast.kernels.softmax_xent_torch import operand_dtype
 from cosup_fast.reference import Stats
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
-Impl = Literal["auto", "reference", "stored", "fused", "recomputed"]
+Impl = Literal["auto", "reference", "stored"]
 
 
 def info_nce(
@@ -263,6 +268,54 @@ def linear_cross_entropy(
     if rows is not None:
         return loss, Stats(*(_scatter(s, rows, t, blank) for s, blank in zip(stats, blanks)))
     return loss, Stats(*(s.where(supervised, blank) for s, blank in zip(stats, blanks)))
+
+
+def explain(
+    n: int,
+    m: int,
+    d: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    symmetric: bool = False,
+    reduction: Reduction = "mean",
+    gradients: int = 2,
+    impl: Impl = "auto",
+) -> Plan:
+    """What `info_nce` of N queries and M keys, or `linear_cross_entropy` of N supervised rows and M tokens, will run.
+
+        G = 2 N M D FLOP
+
+    Args:
+        n, m, d: rows, candidates and width, >= 1. Nothing of these sizes is allocated.
+        dtype: of the operands. A CPU without bf16 instructions multiplies them in fp32.
+        device: where they are; it need not exist.
+        symmetric: as of `info_nce`.
+        reduction: "none" multiplies the scores again in backward.
+        gradients: how many of the two operands need a gradient, 0 to 2.
+        impl: "auto" or an implementation that forms chunks of scores; the reference has no plan.
+
+    Returns:
+        A `Plan`: impl, products (of G), flops, bytes moved, workspace (bytes beside operands and gradients), chunks and
+        the rows of one. bf16 scores too large to be trusted take one more product on a CPU; that depends on values.
+
+    Raises:
+        ValueError: a size, `gradients` or option out of its range.
+    """
+    for name, size in (("n", n), ("m", m), ("d", d)):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; pass a size of at least 1")
+    if gradients not in (0, 1, 2):
+        raise ValueError(f"gradients is {gradients}; pass how many of the two operands need one: 0, 1 or 2")
+    _choice("reduction", reduction, Reduction)
+    _choice("impl", impl, Impl)
+    if impl == "reference":
+        raise ValueError("impl is 'reference', which materialises every score; pass 'auto' or 'stored' for a plan")
+    device = torch.device(device)
+    with FakeTensorMode():
+        x, w = (torch.empty(size, d, dtype=operand_dtype(dtype, device), device=device) for size in (n, m))
+        scores = Scores(x, w, symmetric=symmetric)
+        return dispatch.plan(impl, scores, at_once=reduction != "none", gradients=gradients)
 
 
 def gather_last_hidden(

@@ -2,8 +2,8 @@
 
     a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
 
-`Scores` says which logits there are, `Softmax` holds a softmax as maximum and sum of exponentials, and a `Chunk` is what
-an implementation supplies: the statistics of some rows of logits, and the gradient of the loss in them.
+`Scores` says which logits there are, `Softmax` holds a softmax as maximum and sum of exponentials, a `Chunk` is what an
+implementation supplies: the statistics of some rows of logits, and the gradient of the loss in them.
 
 Legend: N rows, M candidates, D width, K private candidates of a row, P positive ids of a row, n rows of a chunk.
 """
@@ -154,7 +154,8 @@ class Chunk(ABC):
         """s dL/da (n, M) in the operands' dtype, given the statistics and what each row (and column) weighs.
 
             dz = g_i ((1 + 2 q lse_i) p_ij - (1 - e) t_ij - e / C_i) + h_j (pcol_ij - (1 - e) tcol_ij - e / Ccol_j)
-            da = dz (1 - (z / c)^2)      p = exp(z - max) / sum      t = exp(z - pos_max) / pos_sum over positives, else 0
+            da = dz (1 - (z / c)^2)
+            p = exp(z - max) / sum      t = exp(z - pos_max) / pos_sum over positives, else 0
 
         `rows` and `columns` may be of more candidates and more rows than this chunk's. Callable once.
         """

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import dispatch
 from .last_hidden import accumulator, unit, unit_backward
-from .scores import Gradients, Needs, Scores, Softmax, Statistics
+from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics
 from .softmax_xent import column_gradient, gradient, statistics, statistics_and_gradient
-from .softmax_xent_torch import multiplies_bf16
+from .softmax_xent_torch import operand_dtype
 
 OPERANDS = "Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor? private"
 OPTIONS = """Tensor? target, Tensor? query_ids, Tensor? key_ids, Tensor? positive_ids, float fixed_scale,
@@ -34,7 +34,8 @@ class _Problem:
             target, query_ids, key_ids, positive_ids, fixed_scale, self.normalize, self.product_dtype, self.reduction,
             self.ranks, duplicates_are_positive, symmetric, softcap, label_smoothing, z_loss, self.ignoring, impl,
         ) = options  # fmt: skip
-        assert x is not None and w is not None
+        assert x is not None
+        assert w is not None
         self.inputs, self.impl = operands, impl
         self.units: dict[str, tuple[Tensor, Tensor]] = {}
         self.supervised = None
@@ -67,15 +68,12 @@ class _Problem:
         wide = accumulator(product_dtype)
         if self.normalize:
             t, _ = self.units[name] = unit(t.to(wide))
-        native = t.device.type != "cpu" or product_dtype not in (torch.bfloat16, torch.float16)
-        if native or self.impl in ("fused", "recomputed") or (product_dtype == torch.bfloat16 and multiplies_bf16()):
+        if operand_dtype(product_dtype, t.device) == product_dtype:
             return t.to(product_dtype)
         return t.to(wide) if dtype == product_dtype else t.to(product_dtype).to(wide)
 
-    def plan(self, gradients: bool) -> dispatch.Plan:
-        return dispatch.plan(
-            self.impl, self.scores, ranks=self.ranks, at_once=self.reduction != "none", gradients=gradients
-        )
+    def kind(self) -> type[Chunk]:
+        return dispatch.plan(self.impl, self.scores).kind
 
     def loss(self, stats: Statistics) -> Tensor:
         s = self.scores
@@ -126,13 +124,13 @@ def _forward(*args: Any) -> list[Tensor]:
         problem = _Problem(operands, tuple(rest[5:]))
         s, none, saved = problem.scores, x.new_empty(0), []
         grads: list[Tensor | None] = [None] * 5
-        plan = problem.plan(any(needs))
+        kind = problem.kind()
         if problem.reduction != "none" and any(needs):
             g, h = problem.upstream(problem.weights())
-            stats, found = statistics_and_gradient(s, g, needs, h=h, ranks=problem.ranks, kind=plan.kind)
+            stats, found = statistics_and_gradient(s, g, needs, h=h, ranks=problem.ranks, kind=kind)
             grads = problem.leave(found)
         else:
-            stats = statistics(s, ranks=problem.ranks, kind=plan.kind)
+            stats = statistics(s, ranks=problem.ranks, kind=kind)
             if any(needs):
                 saved = [*stats.rows, *(stats.columns or [None] * 6)]
         by_row = (stats.rows.lse, stats.rows.positive_logit, stats.rank, stats.top1) if problem.ranks else [None] * 4
@@ -183,16 +181,18 @@ def _backward(g: Tensor, stats: list[Tensor], *args: Any) -> list[Tensor]:
         found = [t if t.numel() else None for t in stats]
         rows, columns = Softmax(*found[:6]), None if found[6] is None else Softmax(*found[6:])  # pyright: ignore
         weights, h = problem.upstream(g)
-        grads = gradient(problem.scores, Statistics(rows, columns), weights, Needs(*wanted), h=h, kind=problem.plan(True).kind)
+        grads = gradient(problem.scores, Statistics(rows, columns), weights, Needs(*wanted), h=h, kind=problem.kind())
         return [
-            x.new_empty(0) if d is None or t is None else d.to(t.dtype)
-            for d, t in zip(problem.leave(grads), operands)
+            x.new_empty(0) if d is None or t is None else d.to(t.dtype) for d, t in zip(problem.leave(grads), operands)
         ]
 
 
 @_backward.register_fake
 def _(g: Tensor, stats: list[Tensor], *args: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape if need else (0,)) if t is not None else g.new_empty(0) for t, need in zip(args[:5], args[-1])]
+    return [
+        t.new_empty(t.shape if need else (0,)) if t is not None else g.new_empty(0)
+        for t, need in zip(args[:5], args[-1])
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -217,8 +217,6 @@ def _differentiate(ctx: Any, upstream: list[Tensor]) -> tuple:
             grads = _backward(g, list(saved[:12]), *operands, *saved[17:21], *ctx.options, ctx.needs)
         grads = [t.to(dtype) if need else None for t, dtype, need in zip(grads, ctx.dtypes, ctx.needs)]
     return *grads, *([None] * (len(ctx.options) + 5))
-
-
 
 
 def _is_one(g: Tensor) -> bool:
@@ -261,7 +259,7 @@ def softmax_xent(
     operands = x, w, scale if learnt else None, bias, private
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]
     loss, *by_row = _forward(
-        *operands, target, query_ids, key_ids, positive_ids, 1.0 if learnt else float(scale), normalize,
+        *operands, target, query_ids, key_ids, positive_ids, 1.0 if isinstance(scale, Tensor) else float(scale), normalize,
         x.dtype if product_dtype is None else product_dtype, reduction, ranks, duplicates_are_positive, symmetric,
         softcap, float(label_smoothing), float(z_loss), ignoring, impl, needs,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Logits, statistics and logit gradients in plain torch: whole library products, elementwise work a cache-full at a time.
+"""Logits, statistics and logit gradients in plain torch: library products, elementwise work a cache-full at a time.
 
-The chunk holds raw products <x_i, w_j> in the operands' dtype and turns them into the gradient in place, a block of rows
-at a time. What is done to a block is done in fp32 and rounded once. Never materialised: a wide copy of the chunk.
+The chunk holds raw products <x_i, w_j> in the dtype of the operands and turns them into the gradient in place,
+some rows at a time. What is done to such a block is done in fp32 and rounded once. Never materialised: a wide copy of the chunk.
 
 bf16 products of a CPU come rounded to bf16, z~ = z (1 + 2^-9). That is trusted while the best wrong candidate of every
 row is below TRUSTED; the positive's logit is a row dot in fp32. From the first row where it is not, the products of the
@@ -13,6 +13,7 @@ Legend: n rows of a chunk, r rows of a block, M candidates.
 
 from __future__ import annotations
 
+import mmap
 from functools import cache
 
 import torch
@@ -34,6 +35,12 @@ def multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What operands of this dtype are multiplied in: their own, or fp32 on a CPU without instructions for it."""
+    native = device.type != "cpu" or (dtype == torch.bfloat16 and multiplies_bf16())
+    return dtype if native else accumulator(dtype)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, 2-D or batched; of half-precision operands the result is fp32 where the device can, else theirs."""
     wide = accumulator(a.dtype)
@@ -42,6 +49,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == wide or not a.is_cuda:
         return a @ b
     return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=wide)
+
+
+HUGE_PAGES = 32 * 2**20
+"""Bytes from which a CPU matrix lies in huge pages: touching 256 MiB for the first time costs 65,536 small faults."""
+
+
+def empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised matrix, on Linux in huge pages where the kernel gives them to who asks."""
+    size = rows * columns * dtype.itemsize
+    if like.device.type != "cpu" or size < HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(rows, columns, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+
+def product_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """`product` of matrices into memory of `empty`."""
+    if a.device.type != "cpu" or a.dtype == torch.float16:
+        return product(a, b)
+    return torch.mm(a, b, out=empty(len(a), b.shape[1], a, a.dtype))
 
 
 class TorchChunk(Chunk):
@@ -58,7 +86,7 @@ class TorchChunk(Chunk):
         self.s = s = scores
         self.n, self.m = len(s.x), len(s.w)
         self.wide = accumulator(s.x.dtype)
-        self.z = product(s.x, s.w.t())
+        self.z = product_of_rows(s.x, s.w.t())
         self.rounded = self.z.dtype != self.wide
         self.second: tuple[int, Tensor] | None = None  # from this row on, what the product's rounding left out
         self.final = False  # self.z holds logits rather than products

@@ -595,10 +595,7 @@ def test_two_phases_apart_equal_one_call():
     half = torch.full((3,), 0.5, dtype=DOUBLE)
     h = sum(softmax_xent.column_gradient(s, half) for s in parts)
     needs = Needs(True, True, False, False, False)
-    grads = [
-        softmax_xent.gradient(s, Statistics(one.rows, columns), half, needs, h=h)
-        for s, one in zip(parts, stats)
-    ]
+    grads = [softmax_xent.gradient(s, Statistics(one.rows, columns), half, needs, h=h) for s, one in zip(parts, stats)]
     torch.testing.assert_close(torch.cat([g.x for g in grads]), whole["query"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grads[0].w + grads[1].w, whole["keys"], rtol=1e-12, atol=1e-12)
 
