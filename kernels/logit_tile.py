@@ -3,8 +3,8 @@
     a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
 
 Kernels that multiply and kernels that read products share them, so that all agree on what a score is. An option is on
-if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` is a float
-or a pointer to one.
+if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` a float or
+a pointer to one.
 
 Partials: the softmaxes of a tile lie in a tensor (T, F, size), T tiles along the axis that is summed, with the fields
 max, sum, with several positives pos_max, pos_sum, with label smoothing total, count.
@@ -17,9 +17,15 @@ Legend: N rows, M candidates, D width, P positive ids of a row; a tile is (BM, B
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+
+from .tuning import Configuration
 
 
 @triton.jit
@@ -54,6 +60,18 @@ def product_tile(
             p_x += BK
             p_w += BK
     return b_a
+
+
+@triton.jit
+def part_of(b, i_p: tl.constexpr, PARTS: tl.constexpr):
+    """Columns i_p BN / PARTS and on of a tile, for 1, 2 or 4 parts: registers are renamed, not moved."""
+    if PARTS > 1:
+        b_low, b_high = tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+        b = b_low if 2 * i_p < PARTS else b_high
+    if PARTS > 2:
+        b_low, b_high = tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+        b = b_low if i_p % 2 == 0 else b_high
+    return b
 
 
 @triton.jit
@@ -95,7 +113,7 @@ def positives(
 ):  # fmt: skip
     """Which of a tile's candidates are positives of its rows."""
     if target is not None:
-        b_target = tl.load(target + o_m, mask=o_m < N, other=-1)
+        b_target = tl.load(target + o_m, mask=o_m < N, other=-1).to(tl.int32)
         m_pos = b_target[:, None] == o_n[None, :]
     else:
         m_pos = (o_m < 0)[:, None] & (o_n < 0)[None, :]
@@ -172,7 +190,7 @@ def store_softmax(
 def store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN: tl.constexpr):
     """Stores the logit of a row's one positive from the tile that holds it."""
     b_target = tl.load(target + o_m, mask=o_m < N, other=-1)
-    first = tl.cast(i_n, tl.int64) * BN
+    first = i_n * BN
     m = (o_m < N) & (b_target >= first) & (b_target < first + BN)
     tl.store(positive + o_m, tl.sum(tl.where(m_pos, b_z, 0.0), 1), mask=m)
 
@@ -222,3 +240,42 @@ def logit_gradient(
         b_u = finite(b_z) / softcap
         b_d *= 1 - b_u * b_u
     return b_d
+
+
+LOSSES: dict[str, set[str]] = {
+    "in-batch negatives": {"target", "key_ids", "query_ids"},
+    "vocabulary": {"target", "bias", "softcap", "SMOOTHING", "z_loss", "smoothing", "count"},
+    "several positives": {"target", "key_ids", "query_ids", "positive_ids", "SEVERAL"},
+    "symmetric": {"target", "key_ids", "query_ids", "columns"},
+}
+LOSSES["everything"] = set().union(*LOSSES.values())
+"""What losses are made of, for `compile_cases`: arguments that are not None, and flags."""
+
+_TYPES = {"scale": "fp32", "softcap": "fp32", "smoothing": "fp32", "z_loss": "fp32", "ranks": "*i32"}
+_TYPES |= dict.fromkeys(("target", "key_ids", "query_ids", "positive_ids"), "*i64")
+_TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stride_e", "D"), "i32:16")
+_TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")
+_TYPES |= dict.fromkeys(("x", "w", "e", "out"), "*{dtype}")
+_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive"}
+
+
+def compile_case(
+    kernel: Any, name: str, options: set[str], configuration: Configuration, targets: Sequence[str],
+    types: Mapping[str, str] | None = None, constexprs: Mapping[str, Any] | None = None, **fields: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A kernel with these options on, as COMPILE_CASES declare it; whatever is not named elsewhere is an fp32 pointer."""
+    values: dict[str, Any] = {**configuration.constexprs, **(constexprs or {})}
+    signature = {}
+    for parameter in inspect.signature(kernel.fn).parameters.values():
+        if parameter.name in values:
+            continue
+        if "constexpr" in str(parameter.annotation):
+            values[parameter.name] = parameter.name in options
+        elif parameter.name in _OPTIONAL and parameter.name not in options:
+            values[parameter.name] = None
+        else:
+            signature[parameter.name] = {**_TYPES, **(types or {})}.get(parameter.name, "*fp32")
+    return {
+        "kernel": kernel, "name": name, "signature": signature, "constexprs": values,
+        "options": configuration.options, "targets": targets, **fields,
+    }  # fmt: skip

@@ -11,13 +11,19 @@ Legend: N rows, M candidates, D width; tiles of (BM, BN) scores, T columns of ti
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .logit_tile import (
+    LOSSES,
+    compile_case,
     logit_gradient,
     logits,
+    part_of,
     positives,
     product_tile,
     scored,
@@ -37,29 +43,37 @@ def scores_fwd_kernel(
     scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program owns, of each of its tiles, the exponentials `out`, the partials of rows and columns, and the ranks.
 
     The logit of a row's one positive belongs to the tile that holds it.
     """
+    BC: tl.constexpr = BN // PARTS
     tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(M, BN)
     for i_t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_at(i_t, tiles_m, tiles_n, GROUP)
         b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
         o_m = tl.cast(i_m, tl.int64) * BM + tl.arange(0, BM)
-        o_n = tl.cast(i_n, tl.int64) * BN + tl.arange(0, BN)
-        m_pos = positives(o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE)
-        b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
-        if positive is not None:
-            store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN)
-        if ranks is not None:
-            store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN)
-        if columns is not None:
-            store_softmax(b_z, m_pos, columns, i_m, o_n, M, 0, SEVERAL, SMOOTHING)
-        b_e = store_softmax(b_z, m_pos, rows, i_n, o_m, N, 1, SEVERAL, SMOOTHING)
-        if out is not None:
-            store_tile(out, stride_out, b_e, i_m, i_n, o_m, o_n, N, M, BM, BN, TMA)
+        for i_p in tl.static_range(PARTS):
+            i_c = i_n * PARTS + i_p
+            o_n = i_c * BC + tl.arange(0, BC)
+            m_pos = positives(
+                o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+            )
+            b_z = logits(
+                part_of(b_a, i_p, PARTS), o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids,
+                DUPLICATES_ARE_POSITIVE,
+            )  # fmt: skip
+            if positive is not None:
+                store_positive(b_z, m_pos, positive, target, o_m, i_c, N, BC)
+            if ranks is not None:
+                store_ranks(b_z, m_pos, ranks, reference, i_c, o_m, N, BC)
+            if columns is not None:
+                store_softmax(b_z, m_pos, columns, i_m, o_n, M, 0, SEVERAL, SMOOTHING)
+            b_e = store_softmax(b_z, m_pos, rows, i_c, o_m, N, 1, SEVERAL, SMOOTHING)
+            if out is not None:
+                store_tile(out, stride_out, b_e, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
 
 @triton.jit
@@ -69,19 +83,27 @@ def scores_bwd_logits_kernel(
     scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program owns the gradient `out` of each of its tiles, formed from the weights of its rows and columns."""
+    BC: tl.constexpr = BN // PARTS
     tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(M, BN)
     for i_t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_at(i_t, tiles_m, tiles_n, GROUP)
         b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
         o_m = tl.cast(i_m, tl.int64) * BM + tl.arange(0, BM)
-        o_n = tl.cast(i_n, tl.int64) * BN + tl.arange(0, BN)
-        m_pos = positives(o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE)
-        b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
-        b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
-        store_tile(out, stride_out, b_d, i_m, i_n, o_m, o_n, N, M, BM, BN, TMA)
+        for i_p in tl.static_range(PARTS):
+            i_c = i_n * PARTS + i_p
+            o_n = i_c * BC + tl.arange(0, BC)
+            m_pos = positives(
+                o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+            )
+            b_z = logits(
+                part_of(b_a, i_p, PARTS), o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids,
+                DUPLICATES_ARE_POSITIVE,
+            )  # fmt: skip
+            b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
+            store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
 
 @triton.jit
@@ -106,13 +128,11 @@ def positives_fwd_kernel(
     tl.store(out + o_r, b_z, mask=m_r)
 
 
-def _tiles(*sizes: int) -> Configuration:
-    """BM, BN, BK, warps, stages."""
-    m, n, k, warps, stages = sizes
-    return Configuration({"BM": m, "BN": n, "BK": k, "GROUP": 8}, warps, stages)
+def _tiles(m: int, n: int, k: int, warps: int, stages: int, parts: int = 1) -> Configuration:
+    return Configuration({"BM": m, "BN": n, "BK": k, "PARTS": parts, "GROUP": 8}, warps, stages)
 
 
-_INTERPRETER = Configuration({"BM": 32, "BN": 32, "BK": 32, "GROUP": 2})
+_INTERPRETER = Configuration({"BM": 32, "BN": 32, "BK": 32, "PARTS": 2, "GROUP": 2})
 _HALF = {
     "sm_80": _tiles(128, 128, 64, 8, 3),
     "sm_90": _tiles(128, 128, 64, 8, 4),
@@ -130,9 +150,56 @@ _HALF_CANDIDATES = [
 ]
 _SINGLE_CANDIDATES = [_tiles(64, 128, 32, 8, 3), _tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3)]
 
+def part_width(configuration: Configuration) -> int:
+    """Columns that the epilogue takes at a time, and so the width of a partial."""
+    return configuration.constexprs["BN"] // configuration.constexprs["PARTS"]
+
+
 POSITIVES = Configuration({"BR": 16, "BK": 128})
 
 
 def configurations(kernel: str, dtype: torch.dtype) -> tuple[dict[str, Configuration], list[Configuration]]:
     """Of a product kernel: those shipped, by target, and what a search tries beside them."""
     return (_HALF, _HALF_CANDIDATES) if dtype.itemsize == 2 else (_SINGLE, _SINGLE_CANDIDATES)
+
+
+DESCRIPTORS = ("sm_90", "sm_100")
+"""GPUs whose products load and store through tensor descriptors, where addresses allow it."""
+
+
+def _cases(kernel: Any, name: str, options: set[str], target: str, dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def case(dtypes: Sequence[str], configuration: Configuration, tensor_cores: bool) -> dict[str, Any]:
+        tma, stored = target in DESCRIPTORS, "out" in options
+        types = {"x": "tensordesc<{dtype}[BM, BK]>", "w": "tensordesc<{dtype}[BN, BK]>"} if tma else {}
+        if tma and stored:
+            types["out"] = f"tensordesc<{{dtype}}[BM, {part_width(configuration)}]>"
+        constexprs = {"TMA": tma, "PRECISION": "ieee"} | ({} if stored else {"out": None})
+        return compile_case(
+            kernel, name, options, configuration, [target], types, constexprs,
+            dtypes=dtypes, tensor_cores=tensor_cores,
+        )  # fmt: skip
+
+    if half := [dtype for dtype in dtypes if dtype != "fp32"]:
+        yield case(half, _HALF[target], True)
+    if "fp32" in dtypes:
+        yield case(["fp32"], _SINGLE[target], False)
+
+
+def _compile_cases() -> Iterator[dict[str, Any]]:
+    for target in (target for target in _HALF if target != "interpreter"):
+        for loss, options in LOSSES.items():
+            dtypes = ["bf16", "fp16", "fp32"] if loss in ("vocabulary", "everything") else ["bf16"]
+            single = set() if "SEVERAL" in options else {"positive"}
+            ranked = {"ranks", "reference"} if loss == "in-batch negatives" else set()
+            if "columns" not in options:
+                yield from _cases(
+                    scores_fwd_kernel, f"{loss}, stored", (options - {"softcap"}) | single | ranked | {"out"}, target, dtypes
+                )
+            yield from _cases(scores_fwd_kernel, loss, options | single | ranked, target, dtypes)
+            yield from _cases(scores_bwd_logits_kernel, loss, options | {"out"}, target, dtypes)
+
+
+COMPILE_CASES = [
+    *_compile_cases(),
+    compile_case(positives_fwd_kernel, "", {"target", "bias", "softcap"}, POSITIVES, list(_HALF)[:-1], {"out": "*fp32"}, dtypes=["bf16", "fp32"]),
+]

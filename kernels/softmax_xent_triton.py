@@ -93,14 +93,15 @@ class _TritonChunk(Chunk):
     def _partials(self, configuration: Configuration, *, ranks: bool = False, store: bool = False) -> _Partials:
         """Room for those of tiles of this size."""
         tile, fields = configuration.constexprs, 2 + 2 * self.several + 2 * self.smooth
-        tiles_m, tiles_n = triton.cdiv(self.n, tile["BM"]), triton.cdiv(self.m, tile["BN"])
+        parts = tile.get("PARTS", 1)
+        tiles_m, tiles_n = triton.cdiv(self.n, tile["BM"]), triton.cdiv(self.m, tile["BN"]) * parts
         return _Partials(
             self._empty(tiles_n, fields, self.n),
             self._empty(tiles_m, fields, self.m) if self.s.symmetric else None,
             self._empty(self.n) if self.single else None,
             self._empty(tiles_n, 2, self.n, dtype=torch.int32) if ranks else None,
             self._matrix(self.x.dtype) if store else None,
-            tile["BN"],
+            tile["BN"] // parts,
         )
 
     def _launch(self, kernel: Any, grid: int, configuration: Configuration, **arguments: Any) -> None:
@@ -175,7 +176,7 @@ class _ProductChunk(_TritonChunk):
         tma = self.target in DESCRIPTORS and all(_describable(t) for t in (x, w, out) if t is not None)
         if tma:
             x, w = _descriptor(x, tile["BM"], tile["BK"]), _descriptor(w, tile["BN"], tile["BK"])
-            out = None if out is None else _descriptor(out, tile["BM"], tile["BN"])
+            out = None if out is None else _descriptor(out, tile["BM"], tile["BN"] // tile["PARTS"])
         tiles = triton.cdiv(self.n, tile["BM"]) * triton.cdiv(self.m, tile["BN"])
         self._launch(
             kernel, min(tiles, _programs(self.x.device)), configuration,
