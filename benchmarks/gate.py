@@ -18,7 +18,7 @@ from benchmarks.providers import ours
 from cosup_fast.kernels import softmax_xent_torch
 
 PATH = Path(__file__).with_name("exact.json")
-SMALL_WORKSPACE = 2**20
+SMALL_WORKSPACE = 2**18
 Figures = dict[str, dict[str, float | int | None]]
 
 
@@ -35,8 +35,8 @@ def measure() -> Figures:
                     if workspace and provider.name == "ours reference":
                         continue
                     environment = {"COSUP_FAST_WORKSPACE_BYTES": str(workspace or 2**29)}
-                    # Everywhere as on a CPU without bf16 instructions, so that the figures do not depend on the machine.
-                    bf16 = mock.patch.object(softmax_xent_torch, "multiplies_bf16", lambda: False)
+                    # As on a CPU without bf16 instructions, so that figures do not depend on the machine.
+                    bf16 = mock.patch.object(softmax_xent_torch, "multiplies_bf16", return_value=False)
                     with mock.patch.dict(os.environ, environment), bf16:
                         counts, _ = count(case, provider.make(case), inputs)
                     name = f"{case}, {provider.name}" + (f", workspace {workspace}" if workspace else "")

@@ -1,10 +1,10 @@
 """The operators: check the arguments, choose an implementation.
 
 `impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never materialised,
-loss and gradients formed together in the forward pass. `impl="reference"` is
-`cosup_fast.reference`, which materialises every score and can be differentiated twice or in forward mode.
-`impl="auto"` is `stored`. An implementation that is asked for by name is the one that runs. `explain` says which it is
-and what it costs.
+loss and gradients formed together in the forward pass. `impl="fused"` and `impl="recomputed"` are its Triton kernels
+for a GPU, see `kernels/dispatch.py`. `impl="reference"` is `cosup_fast.reference`, which materialises every score and
+can be differentiated twice or in forward mode. `impl="auto"` is `stored`. An implementation that is asked for by name
+is the one that runs. `explain` says what a loss costs.
 
 Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
 operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
@@ -31,7 +31,7 @@ from cosup_fast.reference import Stats
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
-Impl = Literal["auto", "reference", "stored"]
+Impl = Literal["auto", "reference", "stored", "fused", "recomputed"]
 
 
 def info_nce(

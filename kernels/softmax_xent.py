@@ -100,12 +100,12 @@ class _Sums:
         self.s, self.needs, self.wide, self.several = s, needs, accumulator(s.x.dtype), several
         rounded = s.x.device.type == "cpu" and s.x.dtype == torch.bfloat16
         self.dtype = s.x.dtype if rounded else self.wide  # what products of the operands come in
-        self.dx = empty(*s.x.shape, s.x, self.dtype) if needs.x else None
-        self.dw = empty(*s.w.shape, s.w, self.wide).zero_() if needs.w and several else None
+        self.dx = empty(len(s.x), s.x.shape[1], s.x, self.dtype) if needs.x else None
+        self.dw = empty(len(s.w), s.w.shape[1], s.w, self.wide).zero_() if needs.w and several else None
         self.ds = s.x.new_zeros((), dtype=self.wide) if needs.scale else None
         self.db = s.x.new_zeros(len(s.w), dtype=self.wide) if needs.bias else None
-        private = s.private is not None and needs.private
-        self.dprivate = torch.empty_like(s.private, dtype=self.wide) if private else None
+        private = s.private if needs.private else None
+        self.dprivate = None if private is None else torch.empty_like(private, dtype=self.wide)
 
     def add(self, chunk: slice, d: Tensor, d_private: Tensor | None) -> None:
         """Adds the part of rows `chunk`, given s dL/da of the shared (n, M) and of the private candidates (n, K)."""

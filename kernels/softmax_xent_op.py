@@ -68,12 +68,12 @@ class _Problem:
         wide = accumulator(product_dtype)
         if self.normalize:
             t, _ = self.units[name] = unit(t.to(wide))
-        if operand_dtype(product_dtype, t.device) == product_dtype:
+        if self.impl in dispatch.KERNELS or operand_dtype(product_dtype, t.device) == product_dtype:
             return t.to(product_dtype)
         return t.to(wide) if dtype == product_dtype else t.to(product_dtype).to(wide)
 
     def kind(self) -> type[Chunk]:
-        return dispatch.plan(self.impl, self.scores).kind
+        return dispatch.plan(self.impl, self.scores, ranks=self.ranks).kind
 
     def loss(self, stats: Statistics) -> Tensor:
         s = self.scores
@@ -132,7 +132,8 @@ def _forward(*args: Any) -> list[Tensor]:
         else:
             stats = statistics(s, ranks=problem.ranks, kind=kind)
             if any(needs):
-                saved = [*stats.rows, *(stats.columns or [None] * 6)]
+                # Clones: an operator's results may not share memory.
+                saved = [t if t is None else t.clone() for t in (*stats.rows, *(stats.columns or [None] * 6))]
         by_row = (stats.rows.lse, stats.rows.positive_logit, stats.rank, stats.top1) if problem.ranks else [None] * 4
         dtypes = [None if t is None else _kept(t.dtype) for t in operands]
         grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes)]
@@ -259,8 +260,8 @@ def softmax_xent(
     operands = x, w, scale if learnt else None, bias, private
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]
     loss, *by_row = _forward(
-        *operands, target, query_ids, key_ids, positive_ids, 1.0 if isinstance(scale, Tensor) else float(scale), normalize,
-        x.dtype if product_dtype is None else product_dtype, reduction, ranks, duplicates_are_positive, symmetric,
-        softcap, float(label_smoothing), float(z_loss), ignoring, impl, needs,
+        *operands, target, query_ids, key_ids, positive_ids, 1.0 if isinstance(scale, Tensor) else float(scale),
+        normalize, x.dtype if product_dtype is None else product_dtype, reduction, ranks, duplicates_are_positive,
+        symmetric, softcap, float(label_smoothing), float(z_loss), ignoring, impl, needs,
     )  # fmt: skip
     return (loss, *(t.detach() for t in by_row[:4])) if ranks else (loss,)

@@ -1,7 +1,8 @@
 """Logits, statistics and logit gradients in plain torch: library products, elementwise work a cache-full at a time.
 
 The chunk holds raw products <x_i, w_j> in the dtype of the operands and turns them into the gradient in place,
-some rows at a time. What is done to such a block is done in fp32 and rounded once. Never materialised: a wide copy of the chunk.
+some rows at a time. What is done to such a block is done in fp32 and rounded once. A wide copy of the
+chunk is never materialised.
 
 bf16 products of a CPU come rounded to bf16, z~ = z (1 + 2^-9). That is trusted while the best wrong candidate of every
 row is below TRUSTED; the positive's logit is a row dot in fp32. From the first row where it is not, the products of the

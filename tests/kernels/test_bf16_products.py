@@ -53,7 +53,7 @@ def test_gradients_are_those_of_exact_scores(kind, block, monkeypatch):
         {"key_ids": torch.arange(72) % 30, "duplicates": "positive"},
         {"key_ids": torch.arange(72) % 30, "symmetric": True},
     ],
-    ids=lambda o: ", ".join(o),
+    ids=", ".join,
 )
 @pytest.mark.parametrize("size", [1.0, 20.0], ids=["trusted", "compensated"])
 def test_options(options, size, monkeypatch):
