@@ -3,8 +3,8 @@
     a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
 
 Kernels that multiply and kernels that read products share them, so that all agree on what a score is. An option is on
-if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` a float or
-a pointer to one.
+if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` a float
+or a pointer to one.
 
 Partials: the softmaxes of a tile lie in a tensor (T, F, size), T tiles along the axis that is summed, with the fields
 max, sum, with several positives pos_max, pos_sum, with label smoothing total, count.
@@ -263,7 +263,7 @@ def compile_case(
     kernel: Any, name: str, options: set[str], configuration: Configuration, targets: Sequence[str],
     types: Mapping[str, str] | None = None, constexprs: Mapping[str, Any] | None = None, **fields: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A kernel with these options on, as COMPILE_CASES declare it; whatever is not named elsewhere is an fp32 pointer."""
+    """A kernel with these options on, as COMPILE_CASES declare it; what is not named elsewhere is an fp32 pointer."""
     values: dict[str, Any] = {**configuration.constexprs, **(constexprs or {})}
     signature = {}
     for parameter in inspect.signature(kernel.fn).parameters.values():

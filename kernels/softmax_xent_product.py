@@ -150,6 +150,7 @@ _HALF_CANDIDATES = [
 ]
 _SINGLE_CANDIDATES = [_tiles(64, 128, 32, 8, 3), _tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3)]
 
+
 def part_width(configuration: Configuration) -> int:
     """Columns that the epilogue takes at a time, and so the width of a partial."""
     return configuration.constexprs["BN"] // configuration.constexprs["PARTS"]
@@ -193,7 +194,11 @@ def _compile_cases() -> Iterator[dict[str, Any]]:
             ranked = {"ranks", "reference"} if loss == "in-batch negatives" else set()
             if "columns" not in options:
                 yield from _cases(
-                    scores_fwd_kernel, f"{loss}, stored", (options - {"softcap"}) | single | ranked | {"out"}, target, dtypes
+                    scores_fwd_kernel,
+                    f"{loss}, stored",
+                    (options - {"softcap"}) | single | ranked | {"out"},
+                    target,
+                    dtypes,
                 )
             yield from _cases(scores_fwd_kernel, loss, options | single | ranked, target, dtypes)
             yield from _cases(scores_bwd_logits_kernel, loss, options | {"out"}, target, dtypes)
@@ -201,5 +206,13 @@ def _compile_cases() -> Iterator[dict[str, Any]]:
 
 COMPILE_CASES = [
     *_compile_cases(),
-    compile_case(positives_fwd_kernel, "", {"target", "bias", "softcap"}, POSITIVES, list(_HALF)[:-1], {"out": "*fp32"}, dtypes=["bf16", "fp32"]),
+    compile_case(
+        positives_fwd_kernel,
+        "",
+        {"target", "bias", "softcap"},
+        POSITIVES,
+        list(_HALF)[:-1],
+        {"out": "*fp32"},
+        dtypes=["bf16", "fp32"],
+    ),
 ]

@@ -7,7 +7,7 @@ Legend: N rows, M candidates; tiles of (BM, BN) scores, T columns of tiles; F fi
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportIndexIssue=false, reportOptionalOperand=false
+# pyright: reportIndexIssue=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -12,6 +12,9 @@ torch.backends.cuda.matmul.fp32_precision, allows TF32.
 Legend: n rows of a chunk, M candidates, D width; T tiles along an axis, F fields of a partial, see `logit_tile`.
 """
 
+# triton.cdiv is typed as if it returned a constexpr.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
