@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .last_hidden import accumulator
 from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics, finite, ratio, sum_by
-from .softmax_xent_torch import TorchChunk, empty, product, product_of_rows
+from .softmax_xent_torch import TorchChunk, product
 
 WORKSPACE_BYTES = 512 * 2**20
 """Bytes of a chunk of scores; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
@@ -100,8 +100,8 @@ class _Sums:
         self.s, self.needs, self.wide, self.several = s, needs, accumulator(s.x.dtype), several
         rounded = s.x.device.type == "cpu" and s.x.dtype == torch.bfloat16
         self.dtype = s.x.dtype if rounded else self.wide  # what products of the operands come in
-        self.dx = empty(len(s.x), s.x.shape[1], s.x, self.dtype) if needs.x else None
-        self.dw = empty(len(s.w), s.w.shape[1], s.w, self.wide).zero_() if needs.w and several else None
+        self.dx = torch.empty_like(s.x, dtype=self.dtype) if needs.x else None
+        self.dw = s.w.new_zeros(s.w.shape, dtype=self.wide) if needs.w and several else None
         self.ds = s.x.new_zeros((), dtype=self.wide) if needs.scale else None
         self.db = s.x.new_zeros(len(s.w), dtype=self.wide) if needs.bias else None
         private = s.private if needs.private else None
@@ -125,7 +125,7 @@ class _Sums:
                 self.ds += (x.to(self.wide) * part).sum() / s.scale
         if self.needs.w:
             if not self.several:
-                self.dw = product_of_rows(d.t(), x)
+                self.dw = product(d.t(), x)
             elif self.dw is not None:
                 if d.dtype == self.wide:
                     torch.addmm(self.dw, d.t(), x, out=self.dw)

@@ -14,7 +14,6 @@ Legend: n rows of a chunk, r rows of a block, M candidates.
 
 from __future__ import annotations
 
-import mmap
 from functools import cache
 
 import torch
@@ -52,27 +51,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=wide)
 
 
-HUGE_PAGES = 32 * 2**20
-"""Bytes from which a CPU matrix lies in huge pages: touching 256 MiB for the first time costs 65,536 small faults."""
-
-
-def empty(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised matrix, on Linux in huge pages where the kernel gives them to who asks."""
-    size = rows * columns * dtype.itemsize
-    if like.device.type != "cpu" or size < HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(rows, columns, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
-
-
-def product_of_rows(a: Tensor, b: Tensor) -> Tensor:
-    """`product` of matrices into memory of `empty`."""
-    if a.device.type != "cpu" or a.dtype == torch.float16:
-        return product(a, b)
-    return torch.mm(a, b, out=empty(len(a), b.shape[1], a, a.dtype))
-
-
 class TorchChunk(Chunk):
     @classmethod
     def score_bytes(cls, scores: Scores) -> int:
@@ -87,7 +65,7 @@ class TorchChunk(Chunk):
         self.s = s = scores
         self.n, self.m = len(s.x), len(s.w)
         self.wide = accumulator(s.x.dtype)
-        self.z = product_of_rows(s.x, s.w.t())
+        self.z = product(s.x, s.w.t())
         self.rounded = self.z.dtype != self.wide
         self.second: tuple[int, Tensor] | None = None  # from this row on, what the product's rounding left out
         self.final = False  # self.z holds logits rather than products
