@@ -27,7 +27,10 @@ from cosup_fast.kernels.dispatch import Plan
 from cosup_fast.kernels.scores import Scores
 from cosup_fast.kernels.softmax_xent_op import softmax_xent
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
+from cosup_fast.kernels.workspace import release_workspace
 from cosup_fast.reference import Stats
+
+__all__ = ["explain", "gather_last_hidden", "info_nce", "linear_cross_entropy", "release_workspace"]
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
@@ -312,8 +315,9 @@ def explain(
     if impl == "reference":
         raise ValueError("impl is 'reference', which materialises every score; pass 'auto' or 'stored' for a plan")
     device = torch.device(device)
+    wide = operand_dtype(dtype, device, n * m * d)
     with FakeTensorMode():
-        x, w = (torch.empty(size, d, dtype=operand_dtype(dtype, device), device=device) for size in (n, m))
+        x, w = (torch.empty(size, d, dtype=wide, device=device) for size in (n, m))
         scores = Scores(x, w, symmetric=symmetric)
         return dispatch.plan(impl, scores, at_once=reduction != "none", gradients=gradients)
 

@@ -160,6 +160,9 @@ class Chunk(ABC):
         `rows` and `columns` may be of more candidates and more rows than this chunk's. Callable once.
         """
 
+    def close(self) -> None:
+        """Gives its memory to the next chunk, when its logit gradient has been read for the last time."""
+
     def statistics_and_logit_gradient(self, g: Tensor, *, ranks: bool) -> tuple[Statistics, Tensor]:
         """Both, where the statistics of these rows are all that the gradient needs."""
         stats = self.statistics(ranks=ranks)

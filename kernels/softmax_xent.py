@@ -21,30 +21,18 @@ products of the engine's own. Legend: see scores.py. Statistics and sums over ch
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from .last_hidden import accumulator
 from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics, finite, ratio, sum_by
 from .softmax_xent_torch import TorchChunk, product
+from .workspace import workspace_bytes
 
-WORKSPACE_BYTES = 512 * 2**20
-"""Bytes of a chunk of scores; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
 LIFTED = 2.0**12
 """fp16 logit gradients are scaled so that the largest row weight becomes this: 1 / N and p would underflow."""
-
-
-def workspace_bytes() -> int:
-    text = os.environ.get("COSUP_FAST_WORKSPACE_BYTES")
-    if text is None:
-        return WORKSPACE_BYTES
-    if not text.strip().isdecimal() or int(text) == 0:
-        raise ValueError(f"COSUP_FAST_WORKSPACE_BYTES is {text!r}; set it to a positive whole number of bytes")
-    return int(text)
 
 
 def chunks(s: Scores, kind: type[Chunk] = TorchChunk) -> list[slice]:
@@ -139,10 +127,10 @@ class _Sums:
 
 
 def _of_chunk(
-    s: Scores, kind: type[Chunk], ranks: bool, g: Tensor | None, h: Tensor | None
+    chunk: Chunk, s: Scores, ranks: bool, g: Tensor | None, h: Tensor | None
 ) -> tuple[Statistics, Tensor | None, Tensor | None]:
     """Statistics of some rows and, given g, s dL/da of the shared and of the private candidates."""
-    chunk, private = kind(s), None if s.private is None else _Private(s)
+    private = None if s.private is None else _Private(s)
     if g is not None and private is None and not s.symmetric:
         return *chunk.statistics_and_logit_gradient(g, ranks=ranks), None
     stats = chunk.statistics(ranks=ranks)
@@ -161,11 +149,14 @@ def _walk(
     """Statistics and, into `sums`, the gradient of each chunk while its scores are at hand."""
     found: list[Statistics] = []
     for part in chunks(s, kind):
-        stats, d, d_private = _of_chunk(s.rows(part), kind, ranks, None if g is None else g[part], h)
+        rows = s.rows(part)
+        chunk = kind(rows)
+        stats, d, d_private = _of_chunk(chunk, rows, ranks, None if g is None else g[part], h)
         found.append(stats)
         if sums is not None and d is not None:
             sums.add(part, d, d_private)
-        del d, d_private  # before the next chunk's are there
+        chunk.close()
+        del chunk, d, d_private  # before the next chunk's are there
     if len(found) == 1:
         return found[0]
     columns = None
@@ -199,7 +190,10 @@ def gradient(
     for part in parts:
         rows, seen = s.rows(part), stats.rows.at(part)
         private = None if s.private is None else _Private(rows).logit_gradient(seen, g[part])
-        sums.add(part, kind(rows).logit_gradient(seen, stats.columns, g[part], h), private)
+        chunk = kind(rows)
+        sums.add(part, chunk.logit_gradient(seen, stats.columns, g[part], h), private)
+        chunk.close()
+        del chunk
     return _lowered(sums.gradients(), lift)
 
 

@@ -42,6 +42,7 @@ class _Problem:
         if self.ignoring:
             self.supervised, target = target >= 0, target.clamp(min=0)
         wide = accumulator(self.product_dtype)
+        self.operand_dtype = operand_dtype(self.product_dtype, x.device, len(x) * len(w) * x.shape[1])
         self.scores = Scores(
             self._enter("x", x),
             self._enter("w", w),
@@ -62,13 +63,13 @@ class _Problem:
     def _enter(self, name: str, t: Tensor) -> Tensor:
         """The operand of the products: normalised if asked, rounded to the product's dtype.
 
-        A CPU that multiplies no bf16 or fp16 itself gets the rounded values in fp32; those of full precision, whole.
+        A CPU that does not multiply them itself gets the rounded values in fp32; those of full precision, whole.
         """
         dtype, product_dtype = t.dtype, self.product_dtype
         wide = accumulator(product_dtype)
         if self.normalize:
             t, _ = self.units[name] = unit(t.to(wide))
-        if self.impl in dispatch.KERNELS or operand_dtype(product_dtype, t.device) == product_dtype:
+        if self.impl in dispatch.KERNELS or self.operand_dtype == product_dtype:
             return t.to(product_dtype)
         return t.to(wide) if dtype == product_dtype else t.to(product_dtype).to(wide)
 
@@ -197,6 +198,7 @@ def _(g: Tensor, stats: list[Tensor], *args: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or zeros are written as gradients of the gradients
     ctx.needs, ctx.options, ctx.at_once = inputs[-1], inputs[9:-1], inputs[12] != "none"
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
     if ctx.at_once:
@@ -207,6 +209,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _differentiate(ctx: Any, upstream: list[Tensor]) -> tuple:
     g = upstream[0]
+    if g is None:
+        return (None,) * (len(ctx.options) + 10)
     if g.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("this loss is differentiated once; pass impl='reference' for second derivatives")
     saved = ctx.saved_tensors
