@@ -160,7 +160,7 @@ class Chunk(ABC):
         `rows` and `columns` may be of more candidates and more rows than this chunk's. Callable once.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most have nothing to give
         """Gives its memory to the next chunk, when its logit gradient has been read for the last time."""
 
     def statistics_and_logit_gradient(self, g: Tensor, *, ranks: bool) -> tuple[Statistics, Tensor]:

@@ -25,7 +25,7 @@ from .last_hidden import accumulator
 from .scores import Chunk, Scores, Softmax, Statistics, finite, ratio
 
 BLOCK_BYTES = 2**23
-"""fp32 bytes of a block of rows: with its temporaries it stays in the last-level cache, and waking threads for it pays."""
+"""fp32 bytes of a block of rows: the last-level cache holds it with its temporaries, and waking threads for it pays."""
 TRUSTED, COMPENSATED = (4.0, 8.0), 512.0
 """Largest |z| beside the positive's for which rounded, and compensated, bf16 products are exact enough: 2^-7 of p.
 
