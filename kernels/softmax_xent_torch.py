@@ -97,10 +97,10 @@ class TorchChunk(Chunk):
             rows = max(1, BLOCK_BYTES // (self.wide.itemsize * max(1, self.m)))
         return [slice(i, min(i + rows, self.n)) for i in range(0, self.n, rows)]
 
-    def _scratch(self, name: str, like: Tensor) -> Tensor:
+    def _scratch(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of a block's shape that the blocks share: fresh pages cost as much as what is done to them."""
         if name not in self.scratch or len(self.scratch[name]) < len(like):
-            self.scratch[name] = torch.empty_like(like, dtype=self.wide)
+            self.scratch[name] = torch.empty_like(like, dtype=dtype or self.wide)
         return self.scratch[name][: len(like)]
 
     def _products(self, rows: slice) -> Tensor:
@@ -125,8 +125,10 @@ class TorchChunk(Chunk):
     def _target_logit(self, rows: slice) -> Tensor:
         s = self.s
         assert s.target is not None
-        x, w = s.x[rows].to(self.wide), s.w[s.target[rows]].to(self.wide)
-        return x.mul_(w).sum(1, keepdim=True).mul_(s.scale)
+        x = s.x[rows]
+        w = torch.index_select(s.w, 0, s.target[rows], out=self._scratch("target", x, x.dtype))
+        products = self._scratch("wide x", x).copy_(x).mul_(self._scratch("wide w", x).copy_(w))
+        return products.sum(1, keepdim=True).mul_(s.scale)
 
     def _trusted(self, z: Tensor, rows: slice) -> bool:
         if self.s.target is not None:
