@@ -1,10 +1,11 @@
 """The operators: check the arguments, choose an implementation.
 
 `impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never materialised,
-loss and gradients formed together in the forward pass. `impl="fused"` and `impl="recomputed"` are its Triton kernels
-for a GPU, see `kernels/dispatch.py`. `impl="reference"` is `cosup_fast.reference`, which materialises every score and
-can be differentiated twice or in forward mode. `impl="auto"` is `stored`. An implementation that is asked for by name
-is the one that runs. `explain` says what a loss costs.
+loss and gradients formed together in the forward pass. `impl="fused"`, `impl="rows"` and `impl="recomputed"` are its
+Triton kernels for a GPU. `impl="reference"` is `cosup_fast.reference`, which materialises every score and can be
+differentiated twice or in forward mode. `impl="auto"` is `stored`, and on a CUDA device the least expensive of all but
+the reference by the cost model of `kernels/dispatch.py`. An implementation that is asked for by name is the one that
+runs, or a `ValueError` that says why it cannot. `explain` says what a loss costs and which implementation runs.
 
 Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
 operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
@@ -34,7 +35,7 @@ __all__ = ["explain", "gather_last_hidden", "info_nce", "linear_cross_entropy", 
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
-Impl = Literal["auto", "reference", "stored", "fused", "recomputed"]
+Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
 
 
 def info_nce(
@@ -225,8 +226,7 @@ def linear_cross_entropy(
         )
     if bias is not None:
         _tensor("bias", bias, (v,), hidden)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
+    _capped(softcap)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; pass a number >= 0")
     supervised = target != ignore_index
@@ -281,6 +281,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     symmetric: bool = False,
+    softcap: float | None = None,
     reduction: Reduction = "mean",
     gradients: int = 2,
     impl: Impl = "auto",
@@ -294,13 +295,16 @@ def explain(
         dtype: of the operands. A CPU without bf16 instructions multiplies them in fp32.
         device: where they are; it need not exist.
         symmetric: as of `info_nce`.
+        softcap: as of `linear_cross_entropy`.
         reduction: "none" multiplies the scores again in backward.
         gradients: how many of the two operands need a gradient, 0 to 2.
         impl: "auto" or an implementation that forms chunks of scores; the reference has no plan.
 
     Returns:
-        A `Plan`: impl, products (of G), flops, bytes moved, workspace (bytes beside operands and gradients), chunks and
-        the rows of one. bf16 scores too large to be trusted take one more product on a CPU; that depends on values.
+        A `Plan`: impl and the reason for it, products (of G), flops, bytes moved, workspace (bytes beside operands and
+        gradients), chunks, the rows of one, and the cost that "auto" compares. bf16 scores too large to be trusted take
+        one more product on a CPU; that depends on values. Where "auto" is asked for rank and top-1 of rows with several
+        positives, which fused and recomputed do not give, it runs another one.
 
     Raises:
         ValueError: a size, `gradients` or option out of its range.
@@ -310,6 +314,7 @@ def explain(
             raise ValueError(f"{name} is {size}; pass a size of at least 1")
     if gradients not in (0, 1, 2):
         raise ValueError(f"gradients is {gradients}; pass how many of the two operands need one: 0, 1 or 2")
+    _capped(softcap)
     _choice("reduction", reduction, Reduction)
     _choice("impl", impl, Impl)
     if impl == "reference":
@@ -318,7 +323,7 @@ def explain(
     wide = operand_dtype(dtype, device, n * m * d)
     with FakeTensorMode():
         x, w = (torch.empty(size, d, dtype=wide, device=device) for size in (n, m))
-        scores = Scores(x, w, symmetric=symmetric)
+        scores = Scores(x, w, symmetric=symmetric, softcap=softcap)
         return dispatch.plan(impl, scores, at_once=reduction != "none", gradients=gradients)
 
 
@@ -407,6 +412,11 @@ def _operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | None, ..
 def _choice(name: str, value: Any, kind: Any) -> None:
     if value not in get_args(kind):
         raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
+
+
+def _capped(softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
 
 
 def _common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, impl: str) -> None:

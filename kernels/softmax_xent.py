@@ -148,6 +148,7 @@ def _walk(
 ) -> Statistics:  # fmt: skip
     """Statistics and, into `sums`, the gradient of each chunk while its scores are at hand."""
     found: list[Statistics] = []
+    s = kind.prepare(s)
     for part in chunks(s, kind):
         rows = s.rows(part)
         chunk = kind(rows)
@@ -185,7 +186,7 @@ def gradient(
 
     The statistics may cover more candidates, and those of the columns more rows, than the scores given here.
     """
-    parts = chunks(s, kind)
+    s, parts = kind.prepare(s), chunks(s, kind)
     sums, (g, h, lift) = _Sums(s, needs, len(parts) > 1), _lifted(s, g, h)
     for part in parts:
         rows, seen = s.rows(part), stats.rows.at(part)
