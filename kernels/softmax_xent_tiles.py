@@ -110,7 +110,7 @@ LOSSES["smoothed several positives"] = LOSSES["several positives"] | {"SMOOTHING
 LOSSES["everything"] = set().union(*LOSSES.values())
 """What losses are made of: arguments that are not None, and flags."""
 
-_TYPES = {"scale": "fp32", "softcap": "fp32", "smoothing": "fp32", "z_loss": "fp32", "ranks": "*i32"}
+_TYPES = {"scale": "fp32", "softcap": "fp32", "smoothing": "fp32", "z_loss": "fp32", "ranks": "*i32", "count": "*i64"}
 _TYPES |= dict.fromkeys(("target", "key_ids", "query_ids", "positive_ids"), "*i32")
 _TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stride_e", "D"), "i32:16")
 _TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")

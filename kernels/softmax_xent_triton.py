@@ -141,6 +141,8 @@ class _TritonChunk(Chunk):
             parts=parts, out=out, T=tiles, N=size, SEVERAL=self.several, SMOOTHING=self.smooth,
         )  # fmt: skip
         top, total, *rest = out.unbind(0)
+        if self.smooth:
+            rest[-1] = rest[-1].long()
         return Softmax(top, total, *(positive or ()), *rest)
 
     def _summary(self, partials: _Partials) -> Statistics:

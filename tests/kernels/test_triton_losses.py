@@ -186,6 +186,17 @@ def test_compiled_whole(impl, reduction):
     torch.testing.assert_close(*outcomes)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_opcheck(impl, reduction):
+    x, w = (t.requires_grad_() for t in operands(6, 9, 5))
+    masks, flags = (torch.arange(6), None, None, None), (False, False, None, 0.1, 0.0, False)
+    needs = [True, True, False, False, False]
+    arguments = (x, w, None, None, None, *masks, 1.0, True, x.dtype, reduction, True, *flags, impl, needs)
+    with interpret():
+        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, arguments)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 @pytest.mark.parametrize("impl", KERNELS)
 def test_tensors_without_memory(impl, device):
