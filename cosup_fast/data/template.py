@@ -116,9 +116,9 @@ class Template:
             )
         self.nsp, self.context_start, self.context_end, self.pad = (vocabulary[token] for token in DESCRIPTIONS)
         self.eos = _end_of_sequence(tokenizer)
-        self._start = _start_of_sequence(tokenizer)
-        self._embseq_end = [_end_of_sequence(self.embseq_tokenizer)]
-        self._embseq_start = _start_of_sequence(self.embseq_tokenizer)
+        self.start = _start_of_sequence(tokenizer)
+        self.embseq_end = [_end_of_sequence(self.embseq_tokenizer)]
+        self.embseq_start = _start_of_sequence(self.embseq_tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text for Gen; the text of a special token in it stays plain text."""
@@ -130,7 +130,7 @@ class Template:
 
     def prompt(self, question: str, instruction: str = "") -> list[int]:
         """Gen's tokens up to where the output begins."""
-        return self._start + self.encode(self.config.prompt.format(instruction=instruction, question=question))
+        return self.start + self.encode(self.config.prompt.format(instruction=instruction, question=question))
 
     def inserted_passage(self, passage: Passage) -> list[int]:
         """The tokens that stand between [NSP] and [Cs] in Gen's context."""
@@ -144,7 +144,7 @@ class Template:
         """`sequence` of each passage; many at once take the tokenizer's threads."""
         sequences = []
         for passage, body in zip(passages, self._passages(passages, self.embseq_tokenizer), strict=True):
-            ids = [*self._embseq_start, *body, *self._embseq_end]
+            ids = [*self.embseq_start, *body, *self.embseq_end]
             if len(ids) > self.embseq_max_length:
                 raise ValueError(
                     f"passage {passage.id!r} has {len(ids)} tokens, more than the {self.embseq_max_length} positions "

@@ -193,6 +193,15 @@ class SequenceIndex:
                 f"{folder} was not built by this model: its {difference}. Build it again with this checkpoint, load "
                 "the checkpoint that built it, or pass allow_stale=True (--allow-stale) to search it all the same"
             )
+        return cls.open(folder, engine=engine, device=device, verify=verify)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, engine: Engine = "auto", device: torch.device | str = "cpu", verify: bool = True
+    ) -> Self:
+        """Opens an index whatever made it, to look at it or to delete from it; see `load`."""
+        folder = Path(folder)
+        stamp = Stamp.read(folder)
         check_index(folder, stamp, contents=verify)
         return cls._open(folder, stamp, engine, device)
 
