@@ -18,6 +18,7 @@ from rich.table import Table
 from cosup_fast.cli_common import Checkpoint, Device, Stale, err, out
 from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
+from cosup_fast.cli_convert import convert_app
 from cosup_fast.cli_index import index_app
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
 app.add_typer(data_app, name="data")
+data_app.add_typer(convert_app, name="convert")
 app.add_typer(index_app, name="index")
 
 

@@ -161,7 +161,8 @@ def test_help_has_examples_everywhere(cosup):
     for command in ([], ["data"], ["index"]):
         assert cosup(*command, "--help")[0] == 0
     commands = [
-        "data list", "data prepare", "data check", "train", "index build", "index add",
+        "data list", "data prepare", "data check", "data convert self-rag",
+        "data convert kilt", "train", "index build", "index add",
         "index delete", "index search", "index info", "export", "generate", "evaluate",
         "demo", "env",
     ]  # fmt: skip

@@ -156,7 +156,12 @@ def write_jsonl(path: str | Path, records: Iterable[BaseModel]) -> None:
     """Writes one record a line, defaults left out; the file appears whole or not at all."""
     with replace_file(path) as file:
         for record in records:
-            file.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            file.write(to_line(record))
+
+
+def to_line(record: BaseModel) -> str:
+    """A record as a line of JSON, defaults left out."""
+    return json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
 
 
 def validate(where: str, kind: type[R], data: Any) -> R:

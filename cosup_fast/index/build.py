@@ -35,7 +35,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cosup_fast.data.corpus import Corpus
-from cosup_fast.data.records import DataError, Passage
+from cosup_fast.data.records import DataError, Passage, to_line
 from cosup_fast.files import locked, remove_unwritten, replace_file, sync
 from cosup_fast.index.embed import Precision, embed_sequences
 from cosup_fast.index.origin import FORMAT_VERSION, Origin
@@ -47,7 +47,6 @@ from cosup_fast.index.shards import (
     VECTORS,
     PassageFile,
     check_files,
-    encode,
     hash_ids,
     load_array,
     repeated,
@@ -241,7 +240,7 @@ class Build:
         for first in range(start, stop, _READ_AT_ONCE):
             passages = list(self._corpus.read(first, min(first + _READ_AT_ONCE, stop)))
             sequences = self._model.template.sequences(passages)
-            lines += [encode(passage) for passage in passages]
+            lines += [to_line(passage).encode() for passage in passages]
             ids.append(hash_ids(passage.id for passage in passages))
             lengths += [len(sequence) for sequence in sequences]
             tokens.append(np.concatenate([np.array(sequence, np.uint32) for sequence in sequences]))

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from cosup_fast.data.records import to_line
 from cosup_fast.files import locked, remove_unwritten, sha256, sync
 from cosup_fast.index import search as nearest
 from cosup_fast.index.origin import STAMP, Approximate, Stamp
@@ -26,7 +27,6 @@ from cosup_fast.index.shards import (
     PassageFile,
     Shard,
     check_files,
-    encode,
     save_array,
     write_passages,
     write_record,
@@ -132,7 +132,7 @@ def write_shard(folder: Path, parts: Sequence[Part]) -> None:
 
     def line(shard: Shard, row: int) -> bytes:
         passages = shard.passages
-        return passages.line(row) if isinstance(passages, PassageFile) else encode(passages[row])
+        return passages.line(row) if isinstance(passages, PassageFile) else to_line(passages[row]).encode()
 
     write_passages(
         folder,

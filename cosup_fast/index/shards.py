@@ -185,11 +185,6 @@ def write_passages(folder: Path, lines: Iterable[bytes], ids: np.ndarray) -> Non
     save_array(folder / ROWS, rows)
 
 
-def encode(passage: Passage) -> bytes:
-    """A passage as a line."""
-    return (json.dumps(passage.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n").encode()
-
-
 def write_record(folder: Path, name: str, files: Sequence[str]) -> None:
     """Writes size and SHA-256 of files, which makes them count."""
     described = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)} for f in files}
