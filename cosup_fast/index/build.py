@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -137,27 +137,26 @@ class Build:
             "context": context,
         }
         self._console = Console(stderr=True)
-        self._lock: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Build:
-        with self.ranks.together():
-            if self.ranks.leads:
-                self.work.mkdir(parents=True, exist_ok=True)
-                lock = locked(self.work, wait=False)
-                try:
-                    lock.__enter__()
-                except BlockingIOError:
-                    raise ValueError(f"another process is building in {self.work}: wait for it") from None
-                self._lock = lock
-                self._take_up()
-        with self.ranks.together():
-            if any(key != self._key for key in self.ranks.gather(self._key)):
-                raise ValueError("the ranks hold different weights or corpora: give all of them the same")
+        with ExitStack() as stack:
+            stack.callback(self.ranks.close)
+            with self.ranks.together():
+                if self.ranks.leads:
+                    self.work.mkdir(parents=True, exist_ok=True)
+                    try:
+                        stack.enter_context(locked(self.work, wait=False))
+                    except BlockingIOError:
+                        raise ValueError(f"another process is building in {self.work}: wait for it") from None
+                    self._take_up()
+            with self.ranks.together():
+                if any(key != self._key for key in self.ranks.gather(self._key)):
+                    raise ValueError("the ranks hold different weights or corpora: give all of them the same")
+            self._open = stack.pop_all()
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._lock.__exit__(kind, error, trace)
-        self.ranks.close()
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def run(self) -> list[str]:
         """Makes all shards; returns their names in the order of the rows. All ranks call it.
