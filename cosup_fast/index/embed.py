@@ -27,7 +27,12 @@ _PACKS_BETWEEN_COPIES = 16
 
 
 def embed_passages(
-    model: CoSupervisionModel, passages: Sequence[Passage], *, batch_tokens: int | None = None, progress: bool = False
+    model: CoSupervisionModel,
+    passages: Sequence[Passage],
+    *,
+    batch_tokens: int | None = None,
+    precision: Precision | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Sequence embeddings of passages, (M, D) fp32 on the CPU; each depends on its own passage alone.
 
@@ -36,6 +41,7 @@ def embed_passages(
         passages: the passages, in the order of the rows.
         batch_tokens: most tokens in one pack, a longer passage being a pack of its own; by default 4,096 on a CPU and
             16,384 on a GPU.
+        precision: of the products; None leaves them as they are around the call.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -43,7 +49,9 @@ def embed_passages(
     """
     sequences = model.template.sequences(passages)
     lengths = [len(sequence) for sequence in sequences]
-    return embed_sequences(model, lengths, sequences.__getitem__, batch_tokens=batch_tokens, progress=progress)
+    return embed_sequences(
+        model, lengths, sequences.__getitem__, batch_tokens=batch_tokens, precision=precision, progress=progress
+    )
 
 
 def embed_sequences(
@@ -63,7 +71,7 @@ def embed_sequences(
         lengths: tokens of each passage.
         tokens: the tokens of the passage in a row, as `Template.sequence` makes them.
         batch_tokens: as for `embed_passages`.
-        precision: of the products; None leaves them as they are around the call.
+        precision: as for `embed_passages`.
         on_pack: called after each pack with the number of its passages.
         progress: show a progress bar on stderr.
     """

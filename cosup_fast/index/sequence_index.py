@@ -129,8 +129,9 @@ class SequenceIndex:
         if folder is None:
             passages = list(source.read(0, len(source)))
             _check_ids(passages, hash_ids(passage.id for passage in passages))
-            embeddings = embed_passages(model, passages, batch_tokens=options.batch_tokens, progress=progress)
-            return cls(passages, embeddings, Origin.of(model), engine=engine, device=device)
+            index = cls(passages, _embed(model, passages, options), Origin.of(model), engine=engine, device=device)
+            index.precision = options.precision
+            return index
         folder = check_replaceable(folder, STAMP)
         folder.parent.mkdir(parents=True, exist_ok=True)
         origin = Origin.of(model)
@@ -342,8 +343,7 @@ class SequenceIndex:
             passages = list(source.read(0, len(source)))
             both = [*self.passages, *passages]
             _check_ids(both, hash_ids(passage.id for passage in both))
-            embeddings = embed_passages(model, passages, batch_tokens=options.batch_tokens, progress=progress)
-            vectors = _array(embeddings)
+            vectors = _array(_embed(model, passages, options))
             check_finite(vectors, passages)
             self._set_shards([Shard.of(both, np.concatenate([self._shards[0].vectors, vectors]))])
             return
@@ -426,6 +426,16 @@ class SequenceIndex:
                 shards={name: sha256(new / name / RECORD)},
             )
             stamp.write(new)
+
+
+def _embed(model: CoSupervisionModel, passages: Sequence[Passage], options: Options) -> Tensor:
+    return embed_passages(
+        model,
+        passages,
+        batch_tokens=options.batch_tokens,
+        precision=options.precision,
+        progress=options.progress,
+    )
 
 
 def _array(embeddings: Tensor) -> np.ndarray:

@@ -158,9 +158,13 @@ def test_an_embedding_that_is_no_number_is_named(make_model, passages, tmp_path)
 
 
 def test_bfloat16_products_are_near_and_stamped(model, passages, tmp_path):
-    index = SequenceIndex.build(model, passages, tmp_path / "i", options=Options(precision="bfloat16", progress=False))
+    options = Options(precision="bfloat16", progress=False)
+    index = SequenceIndex.build(model, passages, tmp_path / "i", options=options)
     exact = embed_passages(model, passages)
     assert 1e-4 < (index.embeddings - exact).abs().max() < 0.1
+    in_memory = SequenceIndex.build(model, passages, options=options)
+    assert torch.equal(in_memory.embeddings, index.embeddings)
+    assert in_memory.precision == "bfloat16"
     assert SequenceIndex.load(tmp_path / "i", model).precision == "bfloat16"
 
 
