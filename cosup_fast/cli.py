@@ -15,10 +15,15 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, out
+from cosup_fast.cli_common import load_model as _load_model
+from cosup_fast.cli_common import say as _say
+from cosup_fast.cli_convert import convert_app
+from cosup_fast.cli_index import index_app
+
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
     from cosup_fast.generation import GenerationConfig
-    from cosup_fast.modeling import CoSupervisionModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,19 +34,9 @@ app = typer.Typer(
     epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare all[/].",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
-index_app = typer.Typer(no_args_is_help=True, help="Build and search the nonparametric index.")
 app.add_typer(data_app, name="data")
+data_app.add_typer(convert_app, name="convert")
 app.add_typer(index_app, name="index")
-
-# What is printed is mostly other people's text: it is never read as markup or emoji codes.
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
-
-Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint, or a run's folder for its newest one.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
 
 
 def run() -> None:
@@ -145,48 +140,6 @@ def train(
     _say(f"checkpoint: {checkpoint}")
 
 
-@index_app.command(
-    "build", epilog="Example: cosup-fast index build runs/cosup --corpus wiki-leads --output runs/cosup/index"
-)
-def index_build(
-    checkpoint: Checkpoint,
-    corpus: Annotated[str, typer.Option(help="the passages: a prepared name or a JSONL file")] = "wiki-leads",
-    output: Annotated[Path | None, typer.Option(help="folder to write; default: index/ beside the checkpoint")] = None,
-    device: Device = "auto",
-) -> None:
-    """Embed every passage with Embseq and write the index."""
-    from cosup_fast.data.sources import load_corpus
-    from cosup_fast.files import check_replaceable
-    from cosup_fast.index import STAMP, SequenceIndex
-
-    output = check_replaceable(output or checkpoint / "index", STAMP)
-    passages = load_corpus(corpus)
-    index = SequenceIndex.build(_load_model(checkpoint, device), passages, progress=True)
-    index.save(output)
-    _say(f"index: {output} ({len(index.passages)} passages)")
-
-
-@index_app.command("search", epilog="Example: cosup-fast index search runs/cosup 'Who wrote Hamlet?' -k 3")
-def index_search(
-    checkpoint: Checkpoint,
-    question: str,
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="passages to show")] = 5,
-    device: Device = "auto",
-    allow_stale: Stale = False,
-) -> None:
-    """Show the passages nearest to a question."""
-    from cosup_fast.generation import Generator
-    from cosup_fast.index import SequenceIndex
-
-    model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    table = Table("score", "title", "text")
-    for passage, score in loaded.retrieve(Generator(model, loaded).query(question), k):
-        table.add_row(f"{score:.3f}", escape(passage.title), escape(passage.text[:160]))
-    out.print(table)
-
-
 @app.command(epilog="Example: cosup-fast generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?'")
 def generate(
     checkpoint: Checkpoint,
@@ -266,6 +219,31 @@ def evaluate(
         _say(f"report: {output}")
 
 
+@app.command(
+    epilog="Examples: cosup-fast export runs/cosup out/retriever | cosup-fast export runs/cosup out/gen --what gen "
+    "--license apache-2.0"
+)
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    what: Annotated[
+        str, typer.Option(help="retriever (both sides, for sentence-transformers), embseq (passages alone) or gen")
+    ] = "retriever",
+    licence: Annotated[str | None, typer.Option("--license", help="of the model, for its card, as apache-2.0")] = None,
+    name: Annotated[str | None, typer.Option(help="title of the model card; default: the run's folder")] = None,
+) -> None:
+    """Write a checkpoint for sentence-transformers (MTEB, BEIR) or transformers, with a model card."""
+    from cosup_fast.export import MARKER
+    from cosup_fast.export import export as write
+    from cosup_fast.files import check_replaceable
+    from cosup_fast.model_card import RunFacts
+
+    check_replaceable(output, MARKER)
+    facts = RunFacts.of(checkpoint, name=name, licence=licence)
+    write(_load_model(checkpoint, "cpu"), output, what, facts)  # type: ignore[arg-type]  # it says which there are
+    _say(f"{what}: {output}")
+
+
 @app.command(epilog="Example: cosup-fast demo --output runs/demo")
 def demo(
     output: Annotated[Path, typer.Option(help="folder for everything it makes; run again, it continues there")] = Path(
@@ -287,10 +265,6 @@ def bench(context: typer.Context) -> None:
     from cosup_fast.bench import run_benchmarks
 
     run_benchmarks(context.args)
-
-
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_answer(console: Console, question: str, answer) -> None:
@@ -321,14 +295,3 @@ def _generation_config(checkpoint: Path, **options: object) -> GenerationConfig:
     runs = [folder for folder in (checkpoint, checkpoint.parent.parent) if (folder / "config.yaml").is_file()]
     base = load_config(runs[0] / "config.yaml").generation if runs else GenerationConfig()
     return base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
-
-
-def _load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
-    from cosup_fast.modeling import CoSupervisionModel
-    from cosup_fast.training.checkpoint import MANIFEST, newest, verify
-    from cosup_fast.training.trainer import choose_device
-
-    folder = newest(checkpoint)
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    return CoSupervisionModel.load(folder, device=choose_device(device))

@@ -27,7 +27,7 @@ _OPTIONAL = [
     ("gguf", "gguf", "preparing SmolLM2", "train"),
     ("datasets", "datasets", "hf:owner/name data sets", "train"),
     ("tensorboard", "tensorboard", "logs", "train"),
-    ("faiss-cpu", "faiss", "the nonparametric index", "index"),
+    ("faiss-cpu", "faiss", "searching an index on the CPU, approximate kinds", "index"),
     ("scipy", "scipy", "confidence intervals", "eval"),
     ("flash-attn", "flash_attn", "FlashAttention on a GPU", "gpu"),
     ("bitsandbytes", "bitsandbytes", "8-bit optimizers", "gpu"),

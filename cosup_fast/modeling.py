@@ -213,7 +213,7 @@ class CoSupervisionModel(nn.Module):
         """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _quiet_transformers():
+        with quiet_transformers():
             self.gen.save_pretrained(folder / "gen")
             self.template.tokenizer.save_pretrained(folder / "gen")
             if self.embseq is not None:
@@ -471,7 +471,7 @@ def _load(
     factory = AutoModelForCausalLM if head else AutoModel
     attention = choose_attention(settings.attention, device, dtype)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = factory.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
             )
@@ -483,7 +483,7 @@ def _load(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
     logging = transformers.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

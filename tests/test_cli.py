@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from cosup_fast.cli import run
 from cosup_fast.data.records import write_jsonl
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.run import read_metrics
@@ -37,24 +36,6 @@ def fields(llama_folder, data_folder, tmp_path):
 
 def _arguments(fields, **changes):
     return [f"{name}={value}" for name, value in {**fields, **changes}.items()]
-
-
-@pytest.fixture
-def cosup(monkeypatch, capsys):
-    """Runs the command in this process: (exit status, standard output, standard error on one line)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cosup-fast", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            run()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, " ".join(captured.err.split())
-
-    return call
 
 
 def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_path):
@@ -180,7 +161,9 @@ def test_help_has_examples_everywhere(cosup):
     for command in ([], ["data"], ["index"]):
         assert cosup(*command, "--help")[0] == 0
     commands = [
-        "data list", "data prepare", "data check", "train", "index build", "index search", "generate", "evaluate",
+        "data list", "data prepare", "data check", "data convert self-rag",
+        "data convert kilt", "train", "index build", "index add",
+        "index delete", "index search", "index info", "export", "generate", "evaluate",
         "demo", "env",
     ]  # fmt: skip
     for command in commands:
@@ -379,5 +362,7 @@ def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
 def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):
     assert cosup("train", *_arguments(fields))[0] == 0
     monkeypatch.setitem(sys.modules, "faiss", None)
-    status, _, err = cosup("index", "build", fields["output"], "--corpus", fields["data.corpus"])
+    command = ["index", "build", fields["output"], "--corpus", fields["data.corpus"]]
+    status, _, err = cosup(*command, "--factory", "HNSW8")
     assert (status, "pip install 'cosup-fast[index]'" in err) == (1, True)
+    assert cosup(*command)[0] == 0  # torch searches as exactly

@@ -156,7 +156,12 @@ def write_jsonl(path: str | Path, records: Iterable[BaseModel]) -> None:
     """Writes one record a line, defaults left out; the file appears whole or not at all."""
     with replace_file(path) as file:
         for record in records:
-            file.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            file.write(to_line(record))
+
+
+def to_line(record: BaseModel) -> str:
+    """A record as a line of JSON, defaults left out."""
+    return json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
 
 
 def validate(where: str, kind: type[R], data: Any) -> R:
@@ -167,25 +172,42 @@ def validate(where: str, kind: type[R], data: Any) -> R:
         raise DataError(f"{where}: {_describe(error)}") from None
 
 
-def _read(path: Path, kind: type[R]) -> Iterator[tuple[str, R]]:
+def parse(where: str, line: bytes, kind: type[R]) -> R:
+    """The record in one line of a JSONL file, or a `DataError` that begins with `where`."""
+    return validate(where, kind, parse_object(where, line))
+
+
+def parse_object(where: str, line: bytes) -> dict[str, Any]:
+    """The JSON object in one line of a file (a byte order mark may come first), or a `DataError`."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object, found {_short(line)} ({error})") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
+    return data
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file that are not blank, one at a time: line number from 1, byte offset, the line."""
+    path, offset = Path(path), 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, offset, line
+                offset += len(line)
     except OSError as error:
         raise DataError(f"{path}: expected a JSONL file, found none: {error.strerror}") from None
+
+
+def _read(path: Path, kind: type[R]) -> Iterator[tuple[str, R]]:
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, _, line in lines(path):
         where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: expected UTF-8, found byte 0x{line[error.start]:02x}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: expected one JSON object, found {_short(line)} ({error})") from None
-        if not isinstance(data, dict):
-            raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
-        record = validate(where, kind, data)
+        record = parse(where, line, kind)
         if record.id in seen:
             raise DataError(f"{where}: id: expected a new id, found {record.id!r} of line {seen[record.id]} again")
         seen[record.id] = number
