@@ -162,13 +162,14 @@ def test_patterns():
         answer_patterns(broken)
 
 
-def test_endless_patterns_count_as_no_match_and_say_so():
+def test_endless_patterns_count_as_no_match_and_say_so(monkeypatch):
+    monkeypatch.setattr("cosup_fast.evaluation.metrics.PATTERN_SECONDS", 0.1)
     slow = pattern_example("(a|a)+$", "b$")
     started = time.perf_counter()
-    with pytest.warns(UserWarning, match=r"\(a\|a\)\+\$.* took more than 1.0 s"):
+    with pytest.warns(UserWarning, match=r"\(a\|a\)\+\$.* took more than 0.1 s"):
         assert not has_answer("a" * 60 + "!", slow)
     assert answer_spans("a" * 60 + "! b", slow) == [(62, 63)]
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 5
 
 
 def test_answer_spans_are_where_the_answers_stand():
