@@ -34,6 +34,7 @@ def render(report: Report) -> str:
     return template.render(
         report=report,
         columns=columns,
+        extra=[name for name in ("grounded", "perplexity") if name in columns],
         metrics=METRICS,
         summary=SUMMARY,
         shown=lambda name, value: shown(name, value).split("\n"),
