@@ -1,4 +1,4 @@
-"""The `cosup-fast` command: data, train, index, generate, evaluate, demo, env.
+"""The `cosup-fast` command: data, train, index, generate, evaluate, compare, demo, bench, env.
 
 Heavy packages are imported inside the commands, so that `--help` answers at once.
 """
@@ -182,41 +182,120 @@ def generate(
             print_answer(out, question, answer)
 
 
-@app.command(epilog="Example: cosup-fast evaluate runs/cosup --examples questions/test-in --limit 100")
+@app.command(
+    epilog="Examples: cosup-fast evaluate runs/cosup --examples questions/test-in --limit 100 | "
+    "cosup-fast evaluate runs/ntp --system dense:minilm | "
+    "cosup-fast evaluate runs/ntp --system pair:runs/nsp --examples nq-dev-kilt.jsonl --out-of-domain nq"
+)
 def evaluate(
     checkpoint: Checkpoint,
-    examples: Annotated[list[str] | None, typer.Option(help="example sets; repeat the option for several")] = None,
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
-    output: Annotated[Path | None, typer.Option(help="folder for report.json and predictions.jsonl")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(help="a JSONL file of examples or of KILT, or a prepared set; repeat it", show_default=False),
+    ] = None,
+    system: Annotated[
+        str, typer.Option(help="co-supervised, closed-book, gold, dense:NAME, pair:RUN or random")
+    ] = "co-supervised",
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside what retrieves")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="passages of gold, dense and random; default: the run's corpus")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="of grounding: lexical, none, or an NLI model (folder or Hugging Face name)")
+    ] = "lexical",
+    fluency: Annotated[
+        str, typer.Option(help="model for perplexity: base (what the run's Gen began as), none, or a name")
+    ] = "base",
+    metric: Annotated[list[str] | None, typer.Option(help="report this metric for every data set too")] = None,
+    in_domain: Annotated[list[str] | None, typer.Option(help="a data set or source that training has seen")] = None,
+    out_of_domain: Annotated[list[str] | None, typer.Option(help="one that it has not")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
-    seed: Annotated[int, typer.Option(help="of --limit")] = 0,
+    max_retrievals: Annotated[int | None, typer.Option(help="most retrievals of an answer")] = None,
+    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    seed: Annotated[int, typer.Option(help="of --limit and of random passages")] = 0,
+    allow_missing_gold: Annotated[
+        bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output holds answers.")] = False,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
-    """Score retrieval, correctness and grounding, each with its 95% bootstrap interval."""
-    import random
+    """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
+    Every answer is kept as soon as it is there: the same command goes on where it was stopped. The folder then holds
+    report.json (everything) and report.html (to read).
+    """
     from cosup_fast import evaluation
-    from cosup_fast.data.sources import load_examples
-    from cosup_fast.files import check_replaceable
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.evaluation import command
+    from cosup_fast.evaluation.suites import check_metrics
+    from cosup_fast.training.trainer import choose_device
 
-    if output is not None:
-        check_replaceable(output, "report.json")
-    names = examples or ["questions/test-in", "questions/test-out"]
-    model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    known = {passage.id for passage in loaded.passages}
-    chosen = [e for name in names for e in load_examples(name, known, allow_no_retrieval=True)]
-    if limit is not None and limit < len(chosen):
-        chosen = random.Random(seed).sample(chosen, limit)
-    config = _generation_config(checkpoint, max_new_tokens=max_new_tokens)
-    report = evaluation.evaluate(model, loaded, chosen, config, progress=True)
+    check_metrics(metric or [])
+    folder = command.output_folder(output, checkpoint, system, overwrite=overwrite)
+    config = _generation_config(
+        checkpoint, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals, ret_first=ret_first
+    )
+    opened = command.open_system(
+        system,
+        checkpoint,
+        lambda path: _load_model(path, device),
+        index=index,
+        corpus=corpus or command.corpus_of(checkpoint),
+        seed=seed,
+        allow_stale=allow_stale,
+    )
+    tests = evaluation.load_test_sets(
+        examples or ["questions/test-in", "questions/test-out"],
+        opened.passages,
+        in_domain=in_domain or (),
+        out_of_domain=out_of_domain or (),
+        limit=limit,
+        seed=seed,
+        allow_missing_gold=allow_missing_gold,
+    )
+    where = choose_device(device)
+    perplexed = command.fluency_model(fluency, checkpoint)
+    try:
+        report = evaluation.evaluate(
+            opened,
+            tests,
+            config,
+            judge=evaluation.load_judge(judge, device=where),
+            fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
+            metrics=metric or (),
+            folder=folder,
+        )
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted:[/] what is answered is kept; the same command goes on from there")
+        raise typer.Exit(130) from None
     out.print(report.table())
-    if output is not None:
-        report.save(output)
-        _say(f"report: {output}")
+    _say(f"report: {folder / 'report.html'}")
+
+
+@app.command(epilog="Example: cosup-fast compare runs/ntp/evaluation/dense-minilm runs/cosup/evaluation/co-supervised")
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json of the baseline, or its folder", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="that of the other run", show_default=False)],
+    metric: Annotated[list[str] | None, typer.Option(help="only this metric; repeat it for several")] = None,
+    datasets: Annotated[bool, typer.Option("--datasets", help="Show every data set too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, data sets included.")] = False,
+) -> None:
+    """Compare two evaluations question by question: gain, paired 95% interval and p-value of every metric."""
+    from cosup_fast.evaluation import Report
+    from cosup_fast.evaluation import compare as compare_reports
+
+    compared = compare_reports(Report.load(before), Report.load(after), metric or ())
+    if as_json:
+        print(compared.model_dump_json())
+        return
+    out.print(compared.table(datasets=datasets))
+    _say(f"{compared.questions} questions in both, {compared.left_out} in one only")
+    for name in compared.differs:
+        err.print(f"[yellow]note:[/] the two runs differ in their {name} settings too", highlight=False)
 
 
 @app.command(
@@ -289,9 +368,9 @@ def _config(arguments: list[str]) -> RunConfig:
 
 def _generation_config(checkpoint: Path, **options: object) -> GenerationConfig:
     """The `generation` section of the run that a checkpoint is of, with the options that were given."""
-    from cosup_fast.config import load_config
+    from cosup_fast.config import config_of
     from cosup_fast.generation import GenerationConfig
 
-    runs = [folder for folder in (checkpoint, checkpoint.parent.parent) if (folder / "config.yaml").is_file()]
-    base = load_config(runs[0] / "config.yaml").generation if runs else GenerationConfig()
+    run = config_of(checkpoint)
+    base = run.generation if run else GenerationConfig()
     return base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})

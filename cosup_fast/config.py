@@ -82,6 +82,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError("\n".join(f"{source}: {_explain(e)}" for e in error.errors())) from None
 
 
+def config_of(checkpoint: Path) -> RunConfig | None:
+    """The configuration of the run that a checkpoint is of, or None when it stands alone.
+
+    Args:
+        checkpoint: the run's folder, or a checkpoint in it.
+    """
+    runs = [folder for folder in (checkpoint, checkpoint.parent.parent) if (folder / "config.yaml").is_file()]
+    return load_config(runs[0] / "config.yaml") if runs else None
+
+
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

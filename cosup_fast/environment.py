@@ -29,6 +29,9 @@ _OPTIONAL = [
     ("tensorboard", "tensorboard", "logs", "train"),
     ("faiss-cpu", "faiss", "searching an index on the CPU, approximate kinds", "index"),
     ("scipy", "scipy", "confidence intervals", "eval"),
+    ("ir-measures", "ir_measures", "metrics of ranked lists", "eval"),
+    ("rouge-score", "rouge_score", "ROUGE-L", "eval"),
+    ("sentence-transformers", "sentence_transformers", "the dense retrieval baseline", "eval"),
     ("flash-attn", "flash_attn", "FlashAttention on a GPU", "gpu"),
     ("bitsandbytes", "bitsandbytes", "8-bit optimizers", "gpu"),
 ]

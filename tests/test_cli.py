@@ -163,7 +163,7 @@ def test_help_has_examples_everywhere(cosup):
     commands = [
         "data list", "data prepare", "data check", "data convert self-rag",
         "data convert kilt", "train", "index build", "index add",
-        "index delete", "index search", "index info", "export", "generate", "evaluate",
+        "index delete", "index search", "index info", "export", "generate", "evaluate", "compare",
         "demo", "env",
     ]  # fmt: skip
     for command in commands:
@@ -338,6 +338,62 @@ def test_plain_questions_can_be_evaluated(cosup, fields, data_folder, tmp_path):
     status, _, err = cosup(*command, "--output", report)
     assert status == 0, err
     assert json.loads((report / "report.json").read_text())["overall"]["mrr"]["count"] == 1
+
+
+def test_every_system_answers_the_same_questions_and_is_compared(cosup, fields, data_folder, tmp_path):
+    for run in ("run", "other"):
+        changes = {"output": tmp_path / run, "training.steps": 1, "generation.max_new_tokens": 4}
+        assert cosup("train", *_arguments(fields, **changes))[0] == 0
+        assert cosup("index", "build", tmp_path / run, "--corpus", data_folder / "passages.jsonl")[0] == 0
+    folder, examples = tmp_path / "run", data_folder / "examples.jsonl"
+    systems = ["co-supervised", "closed-book", "gold", "random", f"pair:{tmp_path / 'other'}"]
+    for system in systems:
+        status, out, err = cosup(
+            "evaluate", folder, "--examples", examples, "--system", system, "--out-of-domain", "dates"
+        )
+        assert status == 0, err
+        assert "out-of-domain" in out
+    assert sorted(path.name for path in (folder / "evaluation").iterdir()) == [
+        "closed-book", "co-supervised", "gold", "pair-other", "random"
+    ]  # fmt: skip
+    gold = json.loads((folder / "evaluation" / "gold" / "report.json").read_text())
+    assert gold["overall"]["perplexity"]["count"] == 4  # under what Gen began as
+    assert "<!doctype html>" in (folder / "evaluation" / "gold" / "report.html").read_text()
+
+    before, after = folder / "evaluation" / "closed-book", folder / "evaluation" / "gold" / "report.json"
+    status, out, err = cosup("compare", before, after)
+    assert status == 0, err
+    assert "4 questions in both, 0 in one only" in out
+    status, out, _ = cosup("compare", before, after, "--json", "--metric", "containment")
+    assert {row["metric"] for row in json.loads(out)["metrics"]} == {"containment"}
+    status, _, err = cosup("compare", before, examples)
+    assert (status, "is no report that can be read" in err) == (1, True)
+
+
+def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_path):
+    assert cosup("train", *_arguments(fields, **{"training.steps": 1}))[0] == 0
+    folder, examples = fields["output"], data_folder / "examples.jsonl"
+    (tmp_path / "empty.jsonl").write_text("")
+    gold = {"id": "q", "question": "?", "output": [], "gold": ["atlantis"]}
+    (tmp_path / "lost.jsonl").write_text(json.dumps(gold) + "\n")
+    for options, message in [
+        (["--system", "golden"], "--system 'golden' is unknown, did you mean 'gold'"),
+        (["--metric", "blue"], "metric 'blue' is unknown"),
+        (["--examples", tmp_path / "empty.jsonl"], "expected at least one example, found an empty file"),
+        (["--examples", tmp_path / "lost.jsonl", "--system", "gold"], "expected the id of a passage in the corpus"),
+        (["--examples", examples, "--judge", "nobody"], "nobody"),
+        (["--examples", examples, "--fluency", "nobody"], "nobody"),
+        (["--system", "co-supervised"], "is no index"),
+    ]:
+        system = [] if "--system" in options else ["--system", "closed-book"]
+        status, _, err = cosup("evaluate", folder, *system, *options)
+        assert (status, message in err) == (1, True), (options, err)
+        assert "Traceback" not in err
+    command = ["evaluate", folder, "--examples", examples, "--system", "closed-book"]
+    assert cosup(*command, "--max-new-tokens", 2)[0] == 0
+    status, _, err = cosup(*command, "--max-new-tokens", 3)
+    assert (status, "another generation.max_new_tokens (2, now 3)" in err) == (1, True)
+    assert cosup(*command, "--max-new-tokens", 3, "--overwrite")[0] == 0
 
 
 def test_generation_follows_the_runs_configuration_and_options_override_it(cosup, fields, data_folder):

@@ -85,8 +85,9 @@ class Segment(_Record):
 class Example(_Record):
     """A question with the output that Gen should write.
 
-    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `gold` are
-    the ids of the passages that count as retrieved correctly, by default those the output is grounded on.
+    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `answer_sets` are the
+    short answers of a question with several readings (ASQA), a list for each; `gold` are the ids of the passages that
+    count as retrieved correctly, by default those the output is grounded on.
     """
 
     id: Text
@@ -96,6 +97,7 @@ class Example(_Record):
     output: list[Segment]
     answers: list[Text] = Field(default_factory=list)
     answer_type: Literal["string", "regex"] = "string"
+    answer_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     gold: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -232,6 +234,7 @@ def _describe(error: ValidationError) -> str:
 _EXPECTED = {
     "string_type": "expected a string",
     "list_type": "expected a list",
+    "too_short": "expected at least one entry",
     "literal_error": "expected 'string' or 'regex'",
     "model_type": "expected an object",
 }
