@@ -8,6 +8,7 @@ layer. On a GPU with flash-attn, `flash_attention_2` reads the same pack through
 from __future__ import annotations
 
 import importlib.util
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,13 +58,17 @@ def packed_sdpa(
             f"{sliding_window}, which packed_sdpa does not apply: set model.attention=flash_attention_2, or "
             "shorten the sequences"
         )
-    pieces = [
-        F.scaled_dot_product_attention(
+    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths)]
+    tokens = [length * count for length, count in runs]
+    pieces = []
+    for (length, count), *qkv in zip(runs, *(x[0].split(tokens, dim=1) for x in (query, key, value)), strict=True):
+        # Neighbours of equal length are a batch: (H, count * length, d) seen as (count, H, length, d).
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+        piece = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+        pieces.append(piece.transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces)[None], None
 
 
 def _packed_mask(

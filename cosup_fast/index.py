@@ -135,9 +135,9 @@ def embed_queries(
     with evaluation_mode(model):
         for members in _packs(sequences, batch_tokens, "Embedding queries", progress):
             pack = Pack.of([sequences[member] for member in members]).to(model.device)
-            hidden = model.hidden_states(pack)
             rows = (pack.input_ids == template.nsp).nonzero()[:, 0]
-            queries[[row for member in members for row in rows_of[member]]] = model.queries(hidden, rows).float().cpu()
+            asking = [row for member in members for row in rows_of[member]]
+            queries[asking] = model.query_embeddings(pack, rows).float().cpu()
     return queries, asked
 
 
