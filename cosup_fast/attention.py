@@ -26,12 +26,20 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
 
     `auto` is FlashAttention 2 where flash-attn imports, the device is CUDA and the dtype is 16 bits wide, and
     `packed_sdpa` everywhere else.
+
+    Raises:
+        ValueError: FlashAttention was requested and flash-attn is not installed; transformers would fetch a binary.
     """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if requested == "flash_attention_2" and not installed:
+        raise ValueError(
+            "model.attention='flash_attention_2' needs the package flash-attn, which is not installed: "
+            "pip install 'cosup-fast[gpu]', or set model.attention=auto"
+        )
     if requested != "auto":
         return requested
     half = dtype in (torch.float16, torch.bfloat16)
-    flash = device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else PACKED_SDPA
+    return "flash_attention_2" if installed and device.type == "cuda" and half else PACKED_SDPA
 
 
 def packed_sdpa(
