@@ -8,6 +8,7 @@ layer. On a GPU with flash-attn, `flash_attention_2` reads the same pack through
 from __future__ import annotations
 
 import importlib.util
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,12 +26,20 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
 
     `auto` is FlashAttention 2 where flash-attn imports, the device is CUDA and the dtype is 16 bits wide, and
     `packed_sdpa` everywhere else.
+
+    Raises:
+        ValueError: FlashAttention was requested and flash-attn is not installed; transformers would fetch a binary.
     """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if requested == "flash_attention_2" and not installed:
+        raise ValueError(
+            "model.attention='flash_attention_2' needs the package flash-attn, which is not installed: "
+            "pip install 'cosup-fast[gpu]', or set model.attention=auto"
+        )
     if requested != "auto":
         return requested
     half = dtype in (torch.float16, torch.bfloat16)
-    flash = device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else PACKED_SDPA
+    return "flash_attention_2" if installed and device.type == "cuda" and half else PACKED_SDPA
 
 
 def packed_sdpa(
@@ -57,13 +66,17 @@ def packed_sdpa(
             f"{sliding_window}, which packed_sdpa does not apply: set model.attention=flash_attention_2, or "
             "shorten the sequences"
         )
-    pieces = [
-        F.scaled_dot_product_attention(
+    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths)]
+    tokens = [length * count for length, count in runs]
+    pieces = []
+    for (length, count), *qkv in zip(runs, *(x[0].split(tokens, dim=1) for x in (query, key, value)), strict=True):
+        # Neighbours of equal length are a batch: (H, count * length, d) seen as (count, H, length, d).
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+        piece = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+        pieces.append(piece.transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces)[None], None
 
 
 def _packed_mask(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
@@ -57,6 +57,34 @@ class RunConfig(BaseModel):
     nsp: NSPConfig = NSPConfig()
     training: TrainingConfig = TrainingConfig()
     generation: GenerationConfig = GenerationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        model, nsp, training = self.model, self.nsp, self.training
+        flash = model.attention == "flash_attention_2"
+        for wrong, message in (
+            (
+                model.dtype == "float64" and training.precision == "bfloat16",
+                "training.precision=bfloat16 casts nothing where model.dtype=float64: set one of them to float32",
+            ),
+            (
+                nsp.weight == 0 and nsp.learnable_temperature,
+                "nsp.learnable_temperature=true learns nothing where nsp.weight=0: change one of them",
+            ),
+            (
+                flash and model.dtype == "float32" and training.precision == "float32",
+                "model.attention=flash_attention_2 takes 16-bit inputs, and training.precision=float32 with "
+                "model.dtype=float32 gives none: set training.precision=bfloat16, or model.attention=auto",
+            ),
+            (
+                flash and training.device.startswith("cpu"),
+                f"model.attention=flash_attention_2 runs on CUDA alone, not on training.device={training.device}: "
+                "set model.attention=auto",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
+        return self
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -174,7 +174,7 @@ def linear_cross_entropy(
     target: Tensor,  # (T,)
     *,
     bias: Tensor | None = None,  # (V,)
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     scale: float | Tensor = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -196,7 +196,8 @@ def linear_cross_entropy(
         bias: (V,) floating, or None.
         ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
             Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
-            graph capture and fake tensors every row is computed and the losses of the others are dropped.
+            graph capture and fake tensors every row is computed and the losses of the others are dropped. None: every
+            row is supervised, and nothing is gathered or waited for.
         scale: a number > 0 or a 0-d tensor, which receives its gradient.
         softcap: bound of |z|, > 0, or None.
         z_loss: weight of lse^2, >= 0.
@@ -229,7 +230,7 @@ def linear_cross_entropy(
     _capped(softcap)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; pass a number >= 0")
-    supervised = target != ignore_index
+    supervised = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     if _readable(target) and target.device.type == "cpu":
         _in_range("target", target[supervised], v, f" or ignore_index ({ignore_index})")
     options = {
@@ -242,9 +243,14 @@ def linear_cross_entropy(
     }
     if impl == "reference":
         return reference.linear_cross_entropy(
-            hidden, weight, target, ignore_index=ignore_index, return_stats=return_stats, **options
+            hidden,
+            weight,
+            target,
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            return_stats=return_stats,
+            **options,
         )
-    gather = _readable(target)
+    gather = _readable(target) and ignore_index is not None
     if gather:
         rows = supervised.nonzero().squeeze(1)
         hidden, target = hidden.index_select(0, rows), target[rows]
@@ -259,7 +265,7 @@ def linear_cross_entropy(
             product_dtype=dtype,
             ranks=return_stats,
             target=target,
-            ignoring=not gather,
+            ignoring=not gather and ignore_index is not None,
             impl=impl,
             **options,
         )

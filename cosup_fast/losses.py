@@ -127,7 +127,7 @@ class LinearCrossEntropyLoss(nn.Module):
     def __init__(
         self,
         *,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -25,20 +25,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from cosup_fast.attention import PACKED_SDPA, choose_attention
-from cosup_fast.data.packing import CoSupervisionBatch, Pack
+from cosup_fast.attention import choose_attention
+from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack, unpackable
+from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
 from cosup_fast.functional import gather_last_hidden
+from cosup_fast.kernels.last_hidden import accumulator
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from cosup_fast.reference import Stats
 
 FORMAT_VERSION = 1
-
-# Two sequences of a few tokens that every vocabulary has, the second to be compared alone and behind the first.
-_BEFORE, _PROBE = [40, 41, 42, 43, 44], [30, 31, 32, 33]
 
 Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
 
@@ -130,7 +131,7 @@ class CoSupervisionModel(nn.Module):
             self.projection.weight.data.copy_(weight)
         self.criterion = CoSupervisionLoss(
             nsp_weight=nsp.weight,
-            ntp=LinearCrossEntropyLoss(**_logit_options(gen)),
+            ntp=LinearCrossEntropyLoss(ignore_index=None, **_logit_options(gen)),  # supervised rows alone come in
             nsp=InfoNCELoss(
                 temperature=nsp.temperature,
                 learnable_scale=nsp.learnable_temperature,
@@ -144,6 +145,8 @@ class CoSupervisionModel(nn.Module):
             embeddings.padding_idx = None
         if freeze_embseq and embseq is not None:
             embseq.requires_grad_(False)
+        self._gen_norm = find_final_norm(gen.base_model)
+        self._embseq_norm = self._gen_norm if embseq is None else find_final_norm(embseq)
 
     @classmethod
     def from_pretrained(
@@ -162,13 +165,14 @@ class CoSupervisionModel(nn.Module):
                 `logits` knows.
         """
         device = torch.device(device)
-        gen, tokenizer = _load(model.gen, model, device, layers=model.gen_layers)
-        _add_special_tokens(gen, tokenizer)
-        embseq, embseq_tokenizer = None, None
+        template, new = _load_template(model, text or TextConfig())
+        gen = _load(model.gen, model, device, layers=model.gen_layers)
+        if new:
+            _embed_special_tokens(gen, template)
+        gen.config.pad_token_id = template.pad
+        embseq = None
         if not model.shared:
-            embseq_name = model.embseq or model.gen
-            embseq, embseq_tokenizer = _load(embseq_name, model, device, layers=model.embseq_layers, head=False)
-        template = _make_template(text or TextConfig(), gen, tokenizer, embseq, embseq_tokenizer)
+            embseq = _load(model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False)
         made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
         made._check_models(model.gen, model.embseq or model.gen)
         return made
@@ -190,13 +194,18 @@ class CoSupervisionModel(nn.Module):
     @classmethod
     def _load_folder(cls, folder: Path, device: torch.device, attention: Attention) -> Self:
         description = read_description(folder)
-        settings = ModelConfig(attention=attention, dtype=description["dtype"])
-        gen, tokenizer = _load(str(folder / "gen"), settings, device)
-        embseq, embseq_tokenizer = None, None
-        if not description["shared"]:
-            embseq, embseq_tokenizer = _load(str(folder / "embseq"), settings, device, head=False)
+        shared = description["shared"]
+        parts = ModelConfig(
+            gen=str(folder / "gen"),
+            embseq=None if shared else str(folder / "embseq"),
+            shared=shared,
+            attention=attention,
+            dtype=description["dtype"],
+        )
         text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
-        template = _make_template(text, gen, tokenizer, embseq, embseq_tokenizer)
+        template = load_template(parts, text)
+        gen = _load(parts.gen, parts, device)
+        embseq = None if parts.embseq is None else _load(parts.embseq, parts, device, head=False)
         model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
         if not (folder / "heads.safetensors").is_file():
             raise ValueError(f"{folder} is incomplete: heads.safetensors is missing")
@@ -235,32 +244,68 @@ class CoSupervisionModel(nn.Module):
     ) -> CoSupervisionOutput:
         """The loss of a batch: NTP + lambda * NSP. With lambda = 0, NSP is reported and reaches no parameter.
 
+        Where it is differentiated the activations of all packs are kept; `training.step` keeps those of one.
+
         Args:
             batch: packs and targets.
             ntp_count: supervised tokens of the whole step, when this batch is a part of it.
             nsp_count: queries of the whole step, likewise.
         """
-        hidden, head = self.hidden_states(batch.gen), _head(self.gen)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp.weight > 0):
-            query = self.queries(hidden, batch.query_rows)
-            keys = hidden[:0] if batch.passages is None else self.embed(batch.passages)
-        return self.criterion(
-            hidden,
-            head.weight,
-            batch.labels,
-            bias=head.bias,
-            query=query,
-            keys=keys,
-            positive=batch.positive,
-            key_ids=batch.key_ids,
-            positive_ids=batch.positive_ids,
-            ntp_count=ntp_count,
-            nsp_count=nsp_count,
-        )
+        hidden, query = map(torch.cat, zip(*(self.gen_rows(part) for part in batch.gen), strict=True))
+        with self.nsp_gradient():
+            states = [self.sequence_states(part) for part in batch.passages]
+            keys = self.project(torch.cat(states)) if states else query[:0]
+        targets = torch.cat([part.targets for part in batch.gen])
+        ntp = self.ntp_loss(hidden, targets, count=ntp_count)
+        nsp, stats = self.nsp_loss(query, keys, batch, count=nsp_count)
+        return CoSupervisionOutput(ntp + self.nsp.weight * nsp if self.nsp.weight else ntp, ntp, nsp, stats)
 
-    def hidden_states(self, pack: Pack) -> Tensor:
-        """Gen's hidden states after the final norm, (T, D)."""
-        return _run(self.gen.base_model, pack)
+    def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
+        """Next token prediction of supervised rows (n, D), which `gen_rows` gives, and their targets (n,)."""
+        head = _head(self.gen)
+        return self.criterion.ntp(hidden, head.weight, targets, bias=head.bias, count=count)
+
+    def nsp_loss(
+        self, query: Tensor, keys: Tensor, batch: CoSupervisionBatch, *, count: int | None = None
+    ) -> tuple[Tensor, Stats | None]:
+        """Next sequence prediction of all queries (N, D) of a step against all its passages (M, D), and its statistics.
+
+        Without queries it is a constant 0.
+        """
+        if not len(query):
+            return query.new_zeros((), dtype=accumulator(query.dtype)), None
+        with self.nsp_gradient():
+            return self.criterion.nsp(
+                query,
+                keys,
+                batch.positive,
+                # Passages are distinct already: ids only say which ones are further positives.
+                key_ids=None if batch.positive_ids is None else batch.key_ids,
+                positive_ids=batch.positive_ids,
+                count=count,
+                return_stats=True,
+            )
+
+    def nsp_gradient(self) -> AbstractContextManager[Any]:
+        """Without gradient where lambda is 0: then no graph is kept for NSP's sake."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp.weight > 0)
+
+    def hidden_states(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
+        """Gen's hidden states after the final norm: (T, D), or (R, D) of rows (R,)."""
+        if rows is None:
+            return run_pack(self.gen.base_model, pack)
+        return self._at(self._gen_states(pack), rows)
+
+    def gen_rows(self, part: GenPack) -> tuple[Tensor, Tensor]:
+        """What the losses read of a pack of Gen's: hidden states (n, D) of the supervised rows, queries (N, D)."""
+        states = self._gen_states(part.pack)
+        with self.nsp_gradient():
+            query = self._at(states, part.query_rows, normalize=self.nsp.similarity == "cosine")
+        return self._at(states, part.supervised_rows), query
+
+    def query_embeddings(self, pack: Pack, rows: Tensor) -> Tensor:
+        """Query embeddings (N, D) of the rows of [NSP] (N,) in a pack of Gen's."""
+        return self._at(self._gen_states(pack), rows, normalize=self.nsp.similarity == "cosine")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Gen's logits (..., V) of hidden states (..., D), those that NTP is the cross-entropy of.
@@ -279,14 +324,28 @@ class CoSupervisionModel(nn.Module):
 
     def embed(self, pack: Pack) -> Tensor:
         """Sequence embeddings (S, D), one for each passage of a pack."""
+        return self.project(self.sequence_states(pack))
+
+    def sequence_states(self, pack: Pack) -> Tensor:
+        """What Embseq itself makes of the passages of a pack, (S, D_e), to go through `project`."""
         model = self.gen.base_model if self.embseq is None else self.embseq
-        cosine = self.nsp.similarity == "cosine"
+        unit = self.projection is None and self.nsp.similarity == "cosine"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
-            hidden = _run(model, pack)
+            hidden = run_pack(model, pack, self._embseq_norm)
+            return norm_rows(model, hidden, pack.last_rows, self._embseq_norm, normalize=unit)
+
+    def project(self, states: Tensor) -> Tensor:
+        """Sequence embeddings (S, D) from `sequence_states`: the same, but where the widths of the models differ."""
         if self.projection is None:
-            return gather_last_hidden(hidden, pack.last_rows, normalize=cosine)
-        embedding = self.projection(gather_last_hidden(hidden, pack.last_rows))
-        return nn.functional.normalize(embedding, dim=-1) if cosine else embedding
+            return states
+        embedding = self.projection(states)
+        return nn.functional.normalize(embedding, dim=-1) if self.nsp.similarity == "cosine" else embedding
+
+    def _gen_states(self, pack: Pack) -> Tensor:
+        return run_pack(self.gen.base_model, pack, self._gen_norm)
+
+    def _at(self, states: Tensor, rows: Tensor, *, normalize: bool = False) -> Tensor:
+        return norm_rows(self.gen.base_model, states, rows, self._gen_norm, normalize=normalize)
 
     @property
     def device(self) -> torch.device:
@@ -330,19 +389,24 @@ class CoSupervisionModel(nn.Module):
         Raises:
             ValueError: a model mixes the sequences of a pack or cannot run on one, or `logits` is not all of its head.
         """
-        tokens = torch.tensor([_PROBE], device=self.device)
-        hidden = _check_packs(self.gen.base_model, f"Gen {gen!r}", tokens)
-        ours, expected = self.logits(hidden), self.gen(input_ids=tokens, use_cache=False).logits[0]
+        hidden = check_packs(self.gen.base_model, f"Gen {gen!r}", self.device)
+        if self._gen_norm is not None and not ends_in(self.gen.base_model, self._gen_norm, hidden):
+            self._gen_norm = None
+        ours, expected = self.logits(hidden), self.gen(input_ids=probe(self.device), use_cache=False).logits[0]
         ours, expected = (x - x.mean(dim=-1, keepdim=True) for x in (ours, expected))  # a shift changes no loss
-        if not _agree(ours, expected, self.gen.dtype):
+        if not agree(ours, expected, self.gen.dtype):
             name = next(name for name, module in self.gen.named_modules() if module is _head(self.gen))
             raise ValueError(
                 f"Gen {gen!r} ({type(self.gen).__name__}): its logits are not those of its head {name!r} with a bias, "
                 "logit_scale, logits_scaling or final_logit_softcapping, the only ones that NTP knows: choose another "
                 "model.gen"
             )
-        if self.embseq is not None:
-            _check_packs(self.embseq, f"Embseq {embseq!r}", tokens)
+        if self.embseq is None:
+            self._embseq_norm = self._gen_norm
+            return
+        hidden = check_packs(self.embseq, f"Embseq {embseq!r}", self.device)
+        if self._embseq_norm is not None and not ends_in(self.embseq, self._embseq_norm, hidden):
+            self._embseq_norm = None
 
     def _head_state(self) -> dict[str, Tensor]:
         """What belongs to neither model: the loss's learnable scale and the projection."""
@@ -376,62 +440,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _run(model: Any, pack: Pack) -> Tensor:
-    lengths = {
-        "flash_attention_2": {
-            "cu_seq_lens_q": pack.cu_seqlens,
-            "cu_seq_lens_k": pack.cu_seqlens,
-            "max_length_q": max(pack.lengths),
-            "max_length_k": max(pack.lengths),
-        },
-        PACKED_SDPA: {"sequence_lengths": pack.lengths},
-    }[model.config._attn_implementation]
-    return model(
-        input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, **lengths
-    ).last_hidden_state[0]
-
-
-def _check_packs(backbone: Any, name: str, tokens: Tensor) -> Tensor:
-    """The hidden states (T, D) of a sequence (1, T) alone, after a comparison with those in a pack."""
-
-    def packed(*sequences: list[int]) -> Tensor:
-        return _run(backbone, Pack.of(sequences).to(tokens.device))[-len(_PROBE) :]
-
-    alone = backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    try:
-        behind = packed(_BEFORE, _PROBE)
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise _unpackable(name, backbone.config._attn_implementation, error) from error
-    if not _agree(behind, alone, backbone.dtype):
-        raise ValueError(
-            f"{name} ({type(backbone).__name__}) mixes the sequences of a pack, through recurrent or convolutional "
-            "layers or an attention of its own that takes no packs: choose another model"
-            if _agree(packed(_PROBE), alone, backbone.dtype)
-            else f"{name} ({type(backbone).__name__}) reads a sequence of a pack otherwise than alone: its attention "
-            "is bidirectional, or its positions do not count from 0; choose a causal language model"
-        )
-    return alone
-
-
-def _agree(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results differ by no more than the rounding of a deep model; NaN is no difference."""
-    # 30 layers in bf16 are 2 eps away from fp32; products of fp32 may be rounded to TF32, 11 bits.
-    tolerance = 10 * max(torch.finfo(dtype).eps, 2**-11)
-    return not (ours.float() - expected.float()).norm() > tolerance * expected.float().norm()
-
-
-def _unpackable(name: str, attention: str, error: Exception) -> ValueError:
-    """What a model that cannot run on packs is refused with."""
-    reason = str(error).split(". ")[0].rstrip(".")
-    other = PACKED_SDPA if attention == "flash_attention_2" else "flash_attention_2 where flash-attn runs"
-    return ValueError(
-        f"{name} has no attention that packs can use: {reason} ({type(error).__name__} with {attention}); choose "
-        f"another model, or model.attention={other}"
-    )
-
-
 def _head(gen: PreTrainedModel) -> nn.Linear:
     """The LM head: weight (V, D), and a bias (V,) or None."""
     head = gen.get_output_embeddings()
@@ -449,7 +457,7 @@ def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:
 
 def _load(
     name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
-) -> tuple[Any, PreTrainedTokenizerBase]:
+) -> Any:
     source = resolve_model(name)
     dtype = getattr(torch, settings.dtype)
     config = AutoConfig.from_pretrained(source)
@@ -472,14 +480,13 @@ def _load(
     attention = choose_attention(settings.attention, device, dtype)
     try:
         with quiet_transformers():
-            model = factory.from_pretrained(
+            return factory.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
             )
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise
-        raise _unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
-    return model, AutoTokenizer.from_pretrained(source)
+        raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
 
 
 @contextmanager
@@ -497,33 +504,29 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _make_template(
-    text: TextConfig,
-    gen: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    embseq: PreTrainedModel | None,
-    embseq_tokenizer: PreTrainedTokenizerBase | None,
-) -> Template:
-    return Template(
-        text,
-        tokenizer,
-        embseq_tokenizer,
-        max_length=gen.config.get_text_config().max_position_embeddings,
-        embseq_max_length=(embseq or gen).config.get_text_config().max_position_embeddings,
-    )
+def load_template(model: ModelConfig, text: TextConfig) -> Template:
+    """The template of two models, from their tokenizers and configurations alone: no weight is read."""
+    return _load_template(model, text)[0]
+
+
+def _load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]:
+    """The template, and whether Gen has yet to learn some of its special tokens."""
+    gen = resolve_model(model.gen)
+    embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
+    tokenizer = AutoTokenizer.from_pretrained(gen)
+    new = add_special_tokens(tokenizer) > 0
+    lengths = (AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings for source in (gen, embseq))
+    embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
+    return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
 
 
 @torch.no_grad()
-def _add_special_tokens(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds the special tokens to Gen; their rows are the means of their descriptions' rows."""
-    descriptions = {
-        token: tokenizer(text, add_special_tokens=False)["input_ids"] for token, text in DESCRIPTIONS.items()
-    }
-    if add_special_tokens(tokenizer):
-        gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen).weight)), mean_resizing=False)
-        vocabulary = tokenizer.get_vocab()
-        head = _head(gen)
-        for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
-            for token, description in descriptions.items():
-                rows[vocabulary[token]] = rows[description].mean(dim=0)
-    gen.config.pad_token_id = tokenizer.pad_token_id
+def _embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
+    """Gives Gen rows for the special tokens: the means of their descriptions' rows."""
+    tokenizer = template.tokenizer
+    gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen).weight)), mean_resizing=False)
+    vocabulary = tokenizer.get_vocab()
+    head = _head(gen)
+    for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
+        for token, text in DESCRIPTIONS.items():
+            rows[vocabulary[token]] = rows[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(dim=0)

@@ -101,3 +101,32 @@ def test_files_that_are_no_configuration(tmp_path):
 )
 def test_the_examples_are_valid_configurations(path):
     assert load_config(path).model.gen
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        (
+            ["model.dtype=float64", "training.precision=bfloat16"],
+            ["training.precision=bfloat16", "model.dtype=float64"],
+        ),
+        (["nsp.weight=0", "nsp.learnable_temperature=true"], ["nsp.learnable_temperature=true", "nsp.weight=0"]),
+        (["model.attention=flash_attention_2"], ["model.attention=flash_attention_2", "training.precision=float32"]),
+        (
+            ["model.attention=flash_attention_2", "training.precision=bfloat16", "training.device=cpu"],
+            ["model.attention=flash_attention_2", "training.device=cpu"],
+        ),
+        (["training.fixed_shapes=true"], ["training.fixed_shapes=true", "training.tokens_per_micro_batch"]),
+    ],
+)
+def test_fields_that_do_not_go_together_are_both_named(overrides, fields):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    for field in fields:
+        assert field in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["micro_batch_size", "tokens_per_micro_batch", "batch_size"])
+def test_a_micro_batch_of_nothing_is_refused(field):
+    with pytest.raises(ConfigError, match=rf"training\.{field}: .*greater than or equal to 1, found 0"):
+        load_config(None, [f"training.{field}=0"])

@@ -771,3 +771,16 @@ def test_errors_name_the_argument_its_value_and_the_remedy(f, wrong, kind, messa
     f(**right)
     with pytest.raises(kind, match=message):
         f(**{**right, **wrong})
+
+
+@pytest.mark.parametrize("impl", ["stored", "reference"])
+def test_nothing_is_ignored_where_every_row_is_supervised(impl):
+    hidden, weight = torch.randn(7, 5, dtype=DOUBLE, requires_grad=True), torch.randn(11, 5, dtype=DOUBLE)
+    target = torch.randint(11, (7,))
+    ours, stats = linear_cross_entropy(hidden, weight, target, ignore_index=None, return_stats=True, impl=impl)
+    expected, others = linear_cross_entropy(hidden, weight, target, return_stats=True, impl=impl)
+    assert torch.equal(ours, expected)
+    assert all(torch.equal(a, b) for a, b in zip(stats, others, strict=True))
+    assert torch.equal(*(torch.autograd.grad(loss, hidden)[0] for loss in (ours, expected)))
+    with pytest.raises(ValueError, match="target holds -100"):
+        linear_cross_entropy(hidden, weight, target.index_fill(0, torch.tensor([2]), -100), ignore_index=None)

@@ -27,6 +27,17 @@ def sequences_of(model, passages) -> list[list[int]]:
     return [model.template.sequence(passage) for passage in passages]
 
 
+def sequences_and_labels(batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The tokens of each of Gen's sequences, and their labels."""
+    pairs = []
+    for part in batch.gen:
+        labels = torch.full_like(part.pack.input_ids, IGNORE)
+        labels[part.supervised_rows] = part.targets
+        lengths = part.pack.lengths
+        pairs += zip(part.pack.input_ids.split(lengths), labels.split(lengths), strict=True)
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def exact(make_model):
     """In fp64; transformers computes norms and rotations in fp32 all the same."""
@@ -40,7 +51,7 @@ def either(request, make_model, gpt2_folder):
 
 @torch.no_grad()
 def test_packed_hidden_states_are_those_of_each_sequence_alone(either, passages, examples, corpus):
-    pack = make_batch(examples, corpus, either.template).gen
+    pack = make_batch(examples, corpus, either.template).gen[0].pack
     for ids, hidden in zip(
         pack.input_ids.split(pack.lengths), either.hidden_states(pack).split(pack.lengths), strict=True
     ):
@@ -160,7 +171,7 @@ def test_ntp_is_the_cross_entropy_of_the_logits_of_the_model(make_model, make_fo
     model = make_model(gen=make_folder(kind, **HEADS[kind]), shared=True, dtype="float64", nsp={"weight": 0.0})
     batch = make_batch(examples, corpus, model.template)
     nll = []
-    for ids, labels in zip(batch.gen.input_ids.split(batch.gen.lengths), batch.labels.split(batch.gen.lengths)):
+    for ids, labels in sequences_and_labels(batch):
         logits = model.gen(ids[None], use_cache=False).logits[0]
         torch.testing.assert_close(model.logits(eager(model.gen, ids.tolist())), logits, atol=1e-5, rtol=1e-5)
         nll.append(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")[labels != IGNORE])
@@ -191,7 +202,8 @@ def test_known_positives_are_no_negatives(make_model, gpt2_folder, corpus):
     model = make_model(dtype="float64", embseq=gpt2_folder)
     batch = make_batch(examples, known, model.template)
     out = model(batch)
-    queries = model.queries(model.hidden_states(batch.gen), batch.query_rows)
+    (part,) = batch.gen
+    queries = model.queries(model.hidden_states(part.pack), part.query_rows)
     keys = torch.cat([model.embed(Pack.of([model.template.sequence(corpus[p])])) for p in ("paris", "seine", "rome")])
     scores = queries @ keys.T / model.nsp.temperature
     positives = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]]).bool()
@@ -246,7 +258,7 @@ def test_counts_make_parts_of_a_step_add_up(exact, examples, corpus):
     template = exact.template
     whole = exact(make_batch(examples, corpus, template))
     parts = [make_batch(part, corpus, template) for part in (examples[:1], examples[1:])]
-    tokens = sum(int((part.labels != IGNORE).sum()) for part in parts)
+    tokens = sum(part.ntp_count for part in parts)
     ntp = sum(exact(part, ntp_count=tokens, nsp_count=6).ntp for part in parts)
     torch.testing.assert_close(ntp, whole.ntp, rtol=1e-9, atol=0)
 
@@ -445,12 +457,12 @@ def test_save_and_load(make_model, gpt2_folder, examples, corpus, tmp_path, vari
     assert loaded.template.config == model.template.config
     assert loaded.freeze_embseq == model.freeze_embseq
     batch, again = (make_batch(examples, corpus, m.template) for m in (model, loaded))
-    assert torch.equal(batch.gen.input_ids, again.gen.input_ids)
-    assert torch.equal(batch.passages.input_ids, again.passages.input_ids)
+    assert torch.equal(batch.gen[0].pack.input_ids, again.gen[0].pack.input_ids)
+    assert torch.equal(batch.passages[0].input_ids, again.passages[0].input_ids)
     with torch.no_grad():
         before, after = model(batch), loaded(again)
         assert torch.equal(before.loss, after.loss)
-        assert torch.equal(model.embed(batch.passages), loaded.embed(again.passages))
+        assert torch.equal(model.embed(batch.passages[0]), loaded.embed(again.passages[0]))
     loaded.save(tmp_path / "twice")
     assert CoSupervisionModel.load(tmp_path / "twice").fingerprint() == model.fingerprint()
 

@@ -133,9 +133,9 @@ def embed_queries(
     with evaluation_mode(model):
         for members in _packs(lengths, _budget(batch_tokens, model.device), "Embedding queries", progress):
             pack = Pack.of([sequences[member] for member in members]).to(model.device)
-            hidden = model.hidden_states(pack)
             rows = (pack.input_ids == template.nsp).nonzero()[:, 0]
-            queries[[row for member in members for row in rows_of[member]]] = model.queries(hidden, rows).float().cpu()
+            asking = [row for member in members for row in rows_of[member]]
+            queries[asking] = model.query_embeddings(pack, rows).float().cpu()
     return queries, asked
 
 

@@ -27,20 +27,21 @@ from torch.utils.tensorboard import SummaryWriter
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import DataError, Example, Passage
+from cosup_fast.data.sampling import example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.splits import check_splits
-from cosup_fast.data.template import IGNORE
+from cosup_fast.data.template import Template
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.files import replace_file
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.modeling import CoSupervisionModel, load_template
 from cosup_fast.training.checkpoint import checkpoints, verify
+from cosup_fast.training.step import autocast
 from cosup_fast.training.trainer import (
     HeldOut,
     StepMetrics,
     Trainer,
     TrainingConfig,
     as_record,
-    autocast,
     choose_device,
     count_steps,
 )
@@ -82,18 +83,20 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
             "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
             "held-out": _digest(held_out, evaluator.pool if evaluator else []),
         }
-        if checkpoint is None:
-            torch.manual_seed(config.training.seed)
-            model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
-        else:
+        if checkpoint is not None:
             _check_same_data(output, digests)
             if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
                 console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
                 return checkpoint
+        if checkpoint is None:
+            lengths = _measure(load_template(config.model, config.text), config, examples, corpus, console)
+            torch.manual_seed(config.training.seed)
+            model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
+        else:
             verify(checkpoint)
             model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention)
             console.print(f"continuing behind {checkpoint}", markup=False)
-        _check_lengths(model, examples, corpus, console)
+            lengths = _measure(model.template, config, examples, corpus, console)
         with RunLog(output, console) as log:
             trainer = Trainer(
                 model,
@@ -101,6 +104,7 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
                 examples,
                 corpus,
                 output,
+                lengths=lengths,
                 evaluate=evaluator,
                 on_metrics=log.metrics,
                 on_warning=log.warning,
@@ -165,10 +169,10 @@ class HeldOutEvaluator:
         with autocast(model.device, self.training.precision):
             for i in range(0, len(self.examples), self.training.batch_size):
                 chosen = self.examples[i : i + self.training.batch_size]
-                batch = make_batch(chosen, self.corpus, model.template).to(model.device)
+                batch = make_batch(chosen, self.corpus, model.template, self.training.pack_limits).to(model.device)
                 out = model(batch, ntp_count=1, nsp_count=1)  # sums over the batch
                 ntp, nsp = ntp + float(out.ntp), nsp + float(out.nsp)
-                tokens, queries = tokens + int((batch.labels != IGNORE).sum()), queries + len(batch.query_rows)
+                tokens, queries = tokens + batch.ntp_count, queries + batch.nsp_count
             ranks = retrieval_ranks(model, self.examples, self.pool)
         recall = [sum(rank < k for rank in ranks) / max(1, len(ranks)) for k in (1, 5, 20)]
         return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *recall)
@@ -373,12 +377,17 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_lengths(
-    model: CoSupervisionModel, examples: Sequence[Example], corpus: dict[str, Passage], console: Console
-) -> None:
-    """Tokenizes everything once, so that what does not fit is refused now and not in the middle of a night."""
+def _measure(
+    template: Template,
+    config: RunConfig,
+    examples: Sequence[Example],
+    corpus: dict[str, Passage],
+    console: Console,
+) -> list[int]:
+    """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        for example in progress.track(examples, description="checking lengths"):
-            model.template.gen_sequence(example, corpus)
-        for passage in _passages(examples):
-            model.template.sequence(corpus[passage])
+
+        def track(examples: Sequence[Example]) -> Iterable[Example]:
+            return progress.track(examples, description="checking lengths")
+
+        return example_lengths(examples, corpus, template, config.training.pack_limits, track=track)

@@ -1,9 +1,8 @@
 """The training loop: batches in a fixed order, one joint step, held-out figures, checkpoints, exact continuation.
 
-Each step draws `batch_size * accumulate` examples; epoch e reads the training set in the order of the permutation
-seeded by (seed, e), so the position of a run is its step number alone. Losses are summed and divided by the counts of
-the whole step: the gradient does not depend on how a step is cut into micro-batches, except that NSP's negatives come
-from each micro-batch.
+Epoch e reads the training set in an order that depends on (seed, e) alone, so the position of a run is its step
+number. All examples of a step are contrasted with each other; how the step is cut into micro-batches (`step.py`)
+changes neither a loss nor a gradient.
 """
 
 from __future__ import annotations
@@ -17,18 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from cosup_fast.data.packing import make_batch
+from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.template import IGNORE
+from cosup_fast.data.sampling import StepSampler, example_lengths
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import load_trainer_state, save_checkpoint
 from cosup_fast.training.monitor import FailureMonitor
+from cosup_fast.training.step import accumulate_gradients
 
 
 class TrainingConfig(BaseModel):
@@ -39,8 +39,19 @@ class TrainingConfig(BaseModel):
     epochs: int = Field(default=3, ge=1, description="passes over the training set, unless steps is given")
     steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")
     max_minutes: float | None = Field(default=None, gt=0, description="stop after so many minutes, with a checkpoint")
-    batch_size: int = Field(default=32, ge=1, description="examples in one forward: their passages are the negatives")
-    accumulate: int = Field(default=1, ge=1, description="forwards per step")
+    batch_size: int = Field(default=32, ge=1, description="examples of a step: all their passages are its negatives")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="most sequences in one forward of a model, for memory; null: all of the step"
+    )
+    tokens_per_micro_batch: int | None = Field(
+        default=None, ge=1, description="most tokens in one forward of a model, for memory; null: all of the step"
+    )
+    fixed_shapes: bool = Field(
+        default=False, description="fill every micro-batch up to tokens_per_micro_batch, so that no shape ever changes"
+    )
+    balance_lengths: bool = Field(
+        default=True, description="give every step short and long examples alike; false: a plain permutation"
+    )
     lr: float = Field(default=2e-5, gt=0)
     warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -64,6 +75,20 @@ class TrainingConfig(BaseModel):
     )
     keep_checkpoints: int = Field(default=2, ge=1)
     device: str = Field(default="auto", description="auto: cuda when there is one, else cpu")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.fixed_shapes and self.tokens_per_micro_batch is None:
+            raise ValueError(
+                "training.fixed_shapes=true needs a size to fill micro-batches up to: set "
+                "training.tokens_per_micro_batch, now null"
+            )
+        return self
+
+    @property
+    def pack_limits(self) -> PackLimits:
+        """What goes into a micro-batch."""
+        return PackLimits(self.tokens_per_micro_batch, self.micro_batch_size, self.fixed_shapes)
 
 
 class TrainingError(ValueError):
@@ -108,6 +133,7 @@ class Trainer:
         examples: what is trained on.
         corpus: passages by id; every passage that an example asks for is in it.
         output: the run's folder; checkpoints go into `output/checkpoints`.
+        lengths: what `example_lengths` says of the examples, if it was asked already.
         evaluate: called every `eval_every` steps, before the first step and after the last, with the model and the
             step; returns a `HeldOut`.
         on_metrics: called with every `StepMetrics` and `HeldOut`.
@@ -115,7 +141,7 @@ class Trainer:
         on_interrupt: called with what the first Ctrl-C does, when it is pressed.
 
     Raises:
-        ValueError: no examples, or an example that does not fit the models (see `Template.gen_sequence`).
+        ValueError: no examples, or what `example_lengths` refuses of them.
     """
 
     def __init__(
@@ -126,6 +152,7 @@ class Trainer:
         corpus: dict[str, Passage],
         output: Path,
         *,
+        lengths: Sequence[int] | None = None,
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
         on_metrics: Callable[[StepMetrics | HeldOut], None] = lambda metrics: None,
         on_warning: Callable[[str], None] = lambda message: None,
@@ -147,6 +174,13 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self._saved_step = self._evaluated_step = -1
         self.steps_per_epoch, self.total_steps = count_steps(config, len(examples))
+        self.sampler = StepSampler(
+            lengths or example_lengths(examples, corpus, model.template, config.pack_limits),
+            config.batch_size,
+            config.seed,
+            balanced=config.balance_lengths,
+        )
+        self._next: tuple[int, CoSupervisionBatch] | None = None
         if config.activation_checkpointing:
             model.enable_activation_checkpointing()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -219,33 +253,27 @@ class Trainer:
 
     def batch_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed((self.config.seed << 20) + epoch)
-        order = torch.randperm(len(self.examples), generator=generator)
-        size = self.config.batch_size * self.config.accumulate
-        return [self.examples[i] for i in order[position * size : (position + 1) * size].tolist()]
+        return [self.examples[i] for i in self.sampler[step]]
+
+    def batch(self, step: int) -> CoSupervisionBatch:
+        """What a step reads, on the model's device."""
+        chosen = self.batch_examples(step)
+        return make_batch(chosen, self.corpus, self.model.template, self.config.pack_limits).to(self.model.device)
 
     def _step(self) -> StepMetrics:
         config, model = self.config, self.model
         start = time.perf_counter()
-        chosen = self.batch_examples(self.step)
-        batches = [
-            make_batch(chosen[i : i + config.batch_size], self.corpus, model.template).to(model.device)
-            for i in range(0, len(chosen), config.batch_size)
-        ]
-        ntp_count = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        nsp_count = sum(len(batch.query_rows) for batch in batches)
-        totals = torch.zeros(4, device=model.device)
-        for batch in batches:
-            with autocast(model.device, config.precision):
-                out = model(batch, ntp_count=ntp_count, nsp_count=nsp_count)
-            out.loss.backward()
-            totals[:3] += torch.stack([out.loss, out.ntp, out.nsp]).detach()
-            if out.stats is not None:
-                totals[3] += (out.stats.rank == 0).sum()
-        loss, ntp, nsp, hits = totals.tolist()
+        number, batch = self._next or (-1, None)
+        if batch is None or number != self.step:
+            batch = self.batch(self.step)
+        out = accumulate_gradients(model, batch, precision=config.precision)
+        # The device is still busy with this step; what follows waits for it.
+        self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None
+        hits = out.loss.new_zeros(()) if out.stats is None else (out.stats.rank == 0).sum()
+        loss, ntp, nsp, hits = torch.stack([out.loss, out.ntp, out.nsp, hits]).tolist()
         gen_norm, embseq_norm, total_norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(total_norm):
+            chosen = self.batch_examples(self.step)
             raise TrainingError(
                 f"step {self.step + 1}: loss {loss}, gradient norms {gen_norm} (Gen) and {embseq_norm} (Embseq); "
                 f"its examples: {', '.join(e.id for e in chosen[:8])}{', …' if len(chosen) > 8 else ''}. The weights "
@@ -256,19 +284,18 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        packs = [pack for b in batches for pack in (b.gen, b.passages) if pack is not None]
         return StepMetrics(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
             loss=loss,
             ntp=ntp,
             nsp=nsp,
-            in_batch_accuracy=hits / max(1, nsp_count),
-            candidates=max(len(b.passages.lengths) if b.passages else 0 for b in batches),
+            in_batch_accuracy=hits / max(1, batch.nsp_count),
+            candidates=len(batch.key_ids),
             gen_grad_norm=gen_norm,
             embseq_grad_norm=embseq_norm,
             lr=lr,
-            tokens_per_second=sum(sum(pack.lengths) for pack in packs) / (time.perf_counter() - start),
+            tokens_per_second=batch.tokens / (time.perf_counter() - start),
         )
 
     def _clip(self) -> tuple[float, float, float]:
@@ -307,7 +334,7 @@ class Trainer:
 
 def count_steps(config: TrainingConfig, examples: int) -> tuple[int, int]:
     """The steps of an epoch over so many examples, and those of the run."""
-    per_epoch = math.ceil(examples / (config.batch_size * config.accumulate))
+    per_epoch = math.ceil(examples / config.batch_size)
     return per_epoch, config.steps or config.epochs * per_epoch
 
 
@@ -322,11 +349,6 @@ def learning_rate_factor(config: TrainingConfig, step: int, total: int, steps_pe
         decay
         * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
     )
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to bfloat16 when asked for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def choose_device(requested: str) -> torch.device:

@@ -205,3 +205,18 @@ def test_what_is_held_out_must_not_be_trained_on(configure, write, passages, exa
         assert "data.allow_leaks=true" in str(error.value)
         _, _, held_out = load_data(configure(data__allow_leaks=True))
         assert held_out == [examples[3], leak]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"training__tokens_per_micro_batch": 40}, r"example 'e1' has \d+ tokens, more than the 40 of a micro-batch"),
+        ({"text__max_passage_tokens": 5}, r"passage 'paris' has \d+ tokens, more than text.max_passage_tokens=5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(fields, message, configure, monkeypatch):
+    monkeypatch.setattr(CoSupervisionModel, "from_pretrained", None)
+    config = configure(**fields)
+    with pytest.raises(ValueError, match=message):
+        _train(config)
+    assert not Path(config.output).exists()

@@ -1,0 +1,139 @@
+"""The gradients of one step, over micro-batches: NTP + lambda NSP, every passage of the step a negative of every query.
+
+    1. each pack forward without a graph, only the last one of each model with it: queries q (N, D), passages k (M, D)
+    2. NSP of q against k: dq = d(lambda NSP) / dq, dk = d(lambda NSP) / dk
+    3. one pack after the other, the last first: forward again, with a graph, unless it has one already; backward from
+       dk through Embseq, and through Gen from dq and from NTP, which is formed only now
+
+Nothing but q and k outlives a pack: memory is that of the largest pack of each model, however large N and M are. A
+pack costs as much as 4 forwards instead of 3 (5 instead of 4 with activation checkpointing), the last of each model 3,
+so that a step of one pack each is the plain one. Pass 3 draws the random numbers of pass 1 again: dropout is the same
+in both. Nothing is computed that nobody reads: a pack without [NSP] has no pass 1, one of a frozen Embseq no pass 3.
+
+Source: Gao et al. 2021, arXiv 2101.06983 (GradCache); here a query's sequence carries a token loss of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from cosup_fast.data.packing import CoSupervisionBatch
+from cosup_fast.losses import CoSupervisionOutput
+from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.reference import Stats
+
+T = TypeVar("T")
+
+
+def accumulate_gradients(
+    model: CoSupervisionModel,
+    batch: CoSupervisionBatch,
+    *,
+    precision: str = "float32",
+    ntp_count: int | None = None,
+    nsp_count: int | None = None,
+) -> CoSupervisionOutput:
+    """Adds the gradients of `model(batch).loss` to the parameters: those of its backward, but for rounding.
+
+    Args:
+        batch: what the step contrasts, cut into packs by `make_batch`, on the model's device.
+        precision: "bfloat16" runs the forwards under autocast.
+        ntp_count: what the sum of NTP is divided by; the supervised tokens of the batch by default.
+        nsp_count: what the sum of NSP is divided by; the queries of the batch by default.
+
+    Returns:
+        The losses, without a graph, and the statistics of the queries.
+    """
+    ntp_count = batch.ntp_count if ntp_count is None else ntp_count
+    nsp_count = batch.nsp_count if nsp_count is None else nsp_count
+    weight, device = model.nsp.weight, model.device
+    gen = [_Passes(model.gen_rows, part, device, precision) for part in batch.gen]
+    embseq = [_Passes(model.sequence_states, pack, device, precision) for pack in batch.passages]
+    learning = weight > 0 and not model.freeze_embseq
+
+    def nsp_loss(query: Tensor, state: Tensor) -> tuple[Tensor, Stats | None]:
+        with autocast(device, precision):
+            return model.nsp_loss(query, model.project(state), batch, count=nsp_count)
+
+    asking = [one for one in gen if len(one.pack.query_rows)]
+    queries = [one.first(keep=one is asking[-1])[1].detach() for one in asking] if weight else []
+    states = [one.first(keep=learning and one is embseq[-1]).detach() for one in embseq]
+    nsp, stats = torch.zeros((), device=device), None
+    d_queries: list[Tensor] = []
+    if queries:
+        query, state = torch.cat(queries).requires_grad_(), torch.cat(states).requires_grad_(learning)
+        nsp, stats = nsp_loss(query, state)
+        (weight * nsp).backward()
+        d_queries = _split_like(query.grad, queries)
+        if learning:
+            for one, d_state in zip(reversed(embseq), reversed(_split_like(state.grad, states)), strict=True):
+                one.second().backward(d_state)
+
+    ntp = torch.zeros((), device=device)
+    for one in reversed(gen):
+        hidden, query = one.second()
+        with autocast(device, precision):
+            loss = model.ntp_loss(hidden, one.pack.targets, count=ntp_count)
+        ntp += loss.detach()
+        asks = weight > 0 and len(one.pack.query_rows) > 0
+        torch.autograd.backward([loss, query] if asks else [loss], [None, d_queries.pop()] if asks else None)
+        if not weight:
+            queries.insert(0, query)
+    if asking and not weight:
+        nsp, stats = nsp_loss(torch.cat(queries), torch.cat(states))
+    nsp = nsp.detach()
+    return CoSupervisionOutput(ntp + weight * nsp, ntp, nsp, stats)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16 when asked for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+class _Passes(Generic[T]):
+    """One forward, run without a graph and then, on the same random numbers, with one."""
+
+    def __init__(self, forward: Callable[[Any], T], pack: Any, device: torch.device, precision: str):
+        self.forward, self.pack, self.device, self.precision = forward, pack, device, precision
+        self.kept: T | None = None
+        self.random: tuple[Tensor, ...] | None = None
+
+    def first(self, *, keep: bool) -> T:
+        """Pass 1; with `keep` it has a graph and is pass 3 too."""
+        self.random = _random_state(self.device)
+        with torch.set_grad_enabled(keep):
+            out = self._run()
+        self.kept = out if keep else None
+        return out
+
+    def second(self) -> T:
+        """Pass 3, which is what `first` kept, or a forward with a graph; random numbers go on where they were."""
+        if self.kept is not None:
+            out, self.kept = self.kept, None
+            return out
+        if self.random is None:
+            return self._run()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.set_rng_state(self.random[0])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self.random[1], self.device)
+            return self._run()
+
+    def _run(self) -> T:
+        with autocast(self.device, self.precision):  # each its own: autocast's copies of weights know one grad mode
+            return self.forward(self.pack)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+
+
+def _split_like(gradient: Tensor | None, parts: list[Tensor]) -> list[Tensor]:
+    assert gradient is not None
+    return list(gradient.split([len(part) for part in parts]))

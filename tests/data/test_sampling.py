@@ -1,0 +1,97 @@
+"""The order of the examples: the seed decides, everything comes once an epoch, and steps are alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosup_fast.data.packing import PackLimits
+from cosup_fast.data.records import Example, Segment
+from cosup_fast.data.sampling import StepSampler, example_lengths
+
+
+@given(
+    st.lists(st.integers(1, 500), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_every_epoch_is_a_permutation(lengths, batch_size, seed, balanced):
+    sampler = StepSampler(lengths, batch_size, seed, balanced=balanced)
+    steps = sampler.steps_per_epoch
+    assert steps == -(-len(lengths) // batch_size)
+    for epoch in range(2):
+        sizes = [len(sampler[epoch * steps + step]) for step in range(steps)]
+        seen = [i for step in range(steps) for i in sampler[epoch * steps + step]]
+        assert sorted(seen) == list(range(len(lengths)))
+        assert 1 <= min(sizes) <= max(sizes) <= batch_size
+        assert not balanced or max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_seed_and_the_step_alone_decide(balanced):
+    lengths = torch.arange(1, 201).tolist()
+
+    def order(seed, steps):
+        sampler = StepSampler(lengths, 8, seed, balanced=balanced)
+        return {step: sampler[step] for step in steps}
+
+    forwards, backwards = order(3, range(60)), order(3, reversed(range(60)))
+    assert forwards == backwards
+    epochs = [tuple(i for step in range(25 * k, 25 * k + 25) for i in forwards[step]) for k in range(2)]
+    assert epochs[0] != epochs[1]
+    assert order(4, range(60)) != forwards
+
+
+def test_steps_have_nearly_equal_tokens_and_equal_lengths_meet():
+    lengths = (torch.rand(2000, generator=torch.Generator().manual_seed(0)) * 5).exp().mul(20).long().tolist()
+    spread = {}
+    for balanced in (True, False):
+        sampler = StepSampler(lengths, 40, 0, balanced=balanced)
+        tokens = torch.tensor([sum(lengths[i] for i in sampler[step]) for step in range(50)]).double()
+        spread[balanced] = float(tokens.std() / tokens.mean())
+    assert spread[True] < 0.04 < 0.12 < spread[False]
+    equal = set(sorted(range(2000), key=lambda i: lengths[i])[1000:1050])
+    sampler = StepSampler(lengths, 40, 0)
+    met = [equal & set(sampler[step]) for step in range(50 * 40)]
+    pairs = {frozenset((a, b)) for group in met for a in group for b in group if a != b}
+    assert len(pairs) > 0.4 * 50 * 49 / 2
+
+
+def test_lengths_are_the_tokens_of_both_models(model, examples, corpus):
+    template, shown = model.template, []
+
+    def track(examples):
+        for example in examples:
+            shown.append(example)
+            yield example
+
+    found = example_lengths(examples, corpus, template, track=track)
+    assert shown == examples
+    for example, length in zip(examples, found, strict=True):
+        asked = {s.passage for s in example.output if s.passage}
+        passages = sum(len(template.sequence(corpus[name])) for name in asked)
+        assert length == len(template.gen_sequence(example, corpus).input_ids) + passages
+
+
+def test_what_does_not_fit_is_named(model, examples, corpus):
+    with pytest.raises(ValueError, match=r"example 'e2' has 239 tokens, more than the 238 of a micro-batch"):
+        example_lengths(examples, corpus, model.template, PackLimits(238))
+    bad = Example(id="x", question="?", output=[Segment(text="a", passage="nowhere")])
+    with pytest.raises(ValueError, match="unknown passage id 'nowhere'"):
+        example_lengths([bad], corpus, model.template)
+
+
+def test_a_set_without_a_supervised_token_is_refused(model, corpus, monkeypatch):
+    make = model.template.gen_sequence
+
+    def silent(example, passages):
+        sequence = make(example, passages)
+        return type(sequence)(sequence.input_ids, [-100] * len(sequence.labels), sequence.query_rows, [])
+
+    monkeypatch.setattr(model.template, "gen_sequence", silent)
+    examples = [Example(id=str(i), question="?", output=[]) for i in range(3)]
+    with pytest.raises(ValueError, match="none of the 3 training examples has a supervised token"):
+        example_lengths(examples, corpus, model.template)
