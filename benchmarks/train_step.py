@@ -95,9 +95,9 @@ class Bench:
     def batch(self, examples: list[Example], limits: PackLimits | None = None) -> CoSupervisionBatch:
         return make_batch(examples, self.corpus, self.model.template, limits)
 
-    def contender(self, name: str, number: int) -> Callable[[], CoSupervisionOutput]:
-        """One forward and backward on the batch of a round."""
-        size = self.setting.batch_size
+    def contender(self, name: str, number: int, size: int | None = None) -> Callable[[], CoSupervisionOutput]:
+        """One forward and backward on the batch of a round; another size may be asked for."""
+        size = size or self.setting.batch_size
         if name not in (CACHED, PLAIN, ONE):
             return step(name, self.model, self.batch(self.chosen(number, size)))
         if name == ONE:
@@ -167,7 +167,7 @@ def measure(
     for name, row in rows.items():
         say(f"losses of {name}")
         found: list[CoSupervisionOutput] = []
-        run = bench.contender(name, rounds)
+        run = bench.contender(name, rounds, None if "products" in what else min(2, setting.batch_size))
         if "products" in what:
             row.flops = bench.count(lambda run=run, found=found: found.append(run()))
         else:
