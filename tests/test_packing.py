@@ -97,6 +97,24 @@ def test_golds_that_another_example_asks_for_are_positives(model, corpus):
     assert make_batch(examples[:1], corpus, model.template).positive_ids is None
 
 
+def test_hard_negatives_are_encoded_behind_what_is_asked_for(model, corpus):
+    twin = corpus["rome"].model_copy(update={"id": "twin"})
+    known = {**corpus, "twin": twin}
+    first = ask("first", "paris").model_copy(update={"negatives": ["seine", "nile", "twin"]})
+    second = ask("second", "rome", gold=["rome", "seine"]).model_copy(update={"negatives": ["nile", "paris"]})
+    batch = make_batch([first, second], known, model.template)
+    encoded = [ids.tolist() for ids in batch.passages.input_ids.split(batch.passages.lengths)]
+    # rome under another id, nile and paris again are there already.
+    expected = [model.template.sequence(corpus[name]) for name in ("paris", "rome", "seine", "nile")]
+    assert encoded == expected
+    assert batch.positive.tolist() == [0, 1]
+    # What is a negative of the first is gold for the second, and stays a positive of it.
+    seine = int(batch.key_ids[2])
+    assert batch.positive_ids.tolist() == [[-1], [seine]]
+    nothing_asked = Example(id="x", question="?", output=[Segment(text="a")], negatives=["nile"])
+    assert make_batch([nothing_asked], corpus, model.template).passages is None
+
+
 def test_batch_without_retrieval_has_no_passages(model, corpus):
     batch = make_batch([Example(id="x", question="?", output=[Segment(text="a")])], corpus, model.template)
     assert batch.passages is None

@@ -55,6 +55,7 @@ class Pack:
 class CoSupervisionBatch:
     """What one training step reads. Passages with the same tokens are one passage, encoded once.
 
+    The passages are those that the queries ask for, then the hard negatives of the examples.
     The ids are there only where some query has positives besides `positive`: see `make_batch`.
     """
 
@@ -72,10 +73,11 @@ class CoSupervisionBatch:
 
 
 def make_batch(examples: Sequence[Example], corpus: dict[str, Passage], template: Template) -> CoSupervisionBatch:
-    """Tokenizes and packs examples with the passages they ask for.
+    """Tokenizes and packs examples with the passages they ask for and with their hard negatives.
 
-    A passage that is known to answer a query is no negative of it: the positives of a query are the passage that its
-    [NSP] asks for and those of `Example.gold` in the batch that no other [NSP] of the example asks for.
+    Every passage is a candidate of every query: one example's hard negative is every query's. A passage that is known
+    to answer a query is no negative of it: the positives of a query are the passage that its [NSP] asks for and those
+    of `Example.gold` in the batch that no other [NSP] of the example asks for.
 
     Raises:
         ValueError: no example, or what `Template.gen_sequence` and `Template.sequence` refuse.
@@ -87,7 +89,8 @@ def make_batch(examples: Sequence[Example], corpus: dict[str, Passage], template
     wanted = [corpus[name] for s in sequences for name in s.query_passages]
     row_of_tokens: dict[tuple[int, ...], int] = {}
     row_of: dict[tuple[str, str], int] = {}  # by content: two ids may stand for the same text
-    for passage in wanted:
+    hard = [corpus[name] for example in examples for name in example.negatives] if wanted else []
+    for passage in [*wanted, *hard]:
         if _content(passage) not in row_of:
             tokens = tuple(template.sequence(passage))
             row_of[_content(passage)] = row_of_tokens.setdefault(tokens, len(row_of_tokens))
