@@ -48,6 +48,20 @@ def replace_file(path: str | Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> Path:
+    """The path of a file that `replace_file` may write; long work asks this before it begins.
+
+    Raises:
+        ValueError: the folder that is to hold it does not exist, or `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: make it first, or name another file")
+    return path
+
+
 def check_replaceable(folder: str | Path, marker: str) -> Path:
     """The absolute path of a folder that `replace_folder` may write; long work asks this before it begins.
 

@@ -16,7 +16,8 @@ tensors outside torch.compile.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,9 +34,15 @@ from cosup_fast.reference import Stats
 
 __all__ = ["explain", "gather_last_hidden", "info_nce", "linear_cross_entropy", "release_workspace"]
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from cosup_fast.distributed import Peers
+
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
 Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
+KeyGrad = Literal["global", "local"]
 
 
 def info_nce(
@@ -55,6 +62,8 @@ def info_nce(
     reduction: Reduction = "mean",
     return_stats: bool = False,
     impl: Impl = "auto",
+    group: ProcessGroup | Peers | None = None,
+    key_grad: KeyGrad = "global",
 ) -> Any:
     """InfoNCE of queries against keys, every key a candidate of every query.
 
@@ -85,7 +94,15 @@ def info_nce(
         label_smoothing: in [0, 1].
         reduction: "mean" over queries, "sum", or "none": (N,).
         return_stats: also return `Stats` of each query (of rows, also where symmetric).
-        impl: see the module.
+        impl: see the module; "reference" is of one process.
+        group: a process group, or `distributed.Peers` with a timeout: the keys and ids of all its ranks are the
+            candidates of every query. Every rank calls this, with queries and keys of its own, however many (none is
+            (0, D)); `positive` counts this rank's keys, `Stats.top1` those of all ranks, in rank order. The loss is
+            this rank's share: the shares add up to the loss of the whole batch, "mean" is over all ranks' queries;
+            "none" gives the losses of this rank's queries.
+            Gradients of shared parameters are to be SUMMED over ranks: see `cosup_fast.distributed`.
+        key_grad: "global", each key has its gradient from the queries of all ranks; "local", from those of its own rank
+            alone, as in the published code.
 
     Returns:
         The loss, or (loss, Stats). With N = 0 the loss is 0 (or empty) and every gradient is 0.
@@ -94,40 +111,53 @@ def info_nce(
         TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
             positive_ids but without positive, which leaves open which key answers a query; an option out of its
-            range; on CPU also an index out of range or a query whose positives are all padding or absent (elsewhere
-            a device assertion, inf or NaN).
+            range, or not the same on every rank; on CPU also an index out of range or a query whose positives are all
+            padding or absent (elsewhere a device assertion, inf or NaN). What is wrong on one rank is raised on all.
+        PeerError: another rank did not come in time, or was lost; the message names it.
 
     Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,
     arXiv 2403.09024, section 3. With normalize and scale = 20 it is the MultipleNegativesRankingLoss of
     sentence-transformers.
     """
-    dtype = _operands("query", query, "keys", keys)
-    n, m = len(query), len(keys)
-    if private_negatives is not None:
-        _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
-    _choice("duplicates", duplicates, Duplicates)
-    _common(query, scale, label_smoothing, reduction, impl)
-    for name, ids, shape in (
-        ("positive", positive, (n,)),
-        ("key_ids", key_ids, (m,)),
-        ("query_ids", query_ids, (n,)),
-        ("positive_ids", positive_ids, (n, None)),
-    ):
-        if ids is not None:
-            _tensor(name, ids, shape, query, torch.int64)
-            if key_ids is None and name != "positive":
-                raise ValueError(
-                    f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
-                )
-    if positive is None and positive_ids is None:
-        if m < n:
-            raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
-        positive = torch.arange(n, device=query.device)
-    if symmetric and positive is None:
-        raise ValueError("symmetric=True with positive_ids leaves open which key answers a query; pass positive too")
-    _check_positives(positive, key_ids, positive_ids, m)
+    peers = None
+    if group is not None:
+        from cosup_fast import distributed
+
+        peers = distributed.Peers.of(group)
+    with nullcontext() if peers is None else peers.reporting("info_nce"):
+        dtype = _operands("query", query, "keys", keys)
+        n, m = len(query), len(keys)
+        if private_negatives is not None:
+            _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
+        _choice("duplicates", duplicates, Duplicates)
+        _choice("key_grad", key_grad, KeyGrad)
+        _common(query, scale, label_smoothing, reduction, impl)
+        for name, ids, shape in (
+            ("positive", positive, (n,)),
+            ("key_ids", key_ids, (m,)),
+            ("query_ids", query_ids, (n,)),
+            ("positive_ids", positive_ids, (n, None)),
+        ):
+            if ids is not None:
+                _tensor(name, ids, shape, query, torch.int64)
+                if key_ids is None and name != "positive":
+                    raise ValueError(
+                        f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
+                    )
+        if positive is None and positive_ids is None:
+            if m < n:
+                raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
+            positive = torch.arange(n, device=query.device)
+        if symmetric and positive is None:
+            raise ValueError(
+                "symmetric=True with positive_ids leaves open which key answers a query; pass positive too"
+            )
+        if peers is not None and impl == "reference":
+            raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
+        if peers is None or positive is not None:
+            _check_positives(positive, key_ids, positive_ids, m)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
-    if n == 0:
+    if n == 0 and peers is None:
         loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
     elif impl == "reference":
         return reference.info_nce(
@@ -148,23 +178,31 @@ def info_nce(
     else:
         if query_ids is None and key_ids is not None and positive is not None:
             query_ids = key_ids[positive]
-        loss, *stats = softmax_xent(
-            query,
-            keys,
-            scale=scale,
-            private=private_negatives,
-            normalize=normalize,
-            product_dtype=dtype,
-            ranks=return_stats,
-            target=positive,
-            query_ids=None if duplicates == "keep" else query_ids,
-            key_ids=key_ids,
-            positive_ids=positive_ids,
-            duplicates_are_positive=duplicates == "positive",
-            symmetric=symmetric,
-            impl=impl,
-            **options,
-        )
+        options |= {
+            "scale": scale,
+            "private": private_negatives,
+            "normalize": normalize,
+            "product_dtype": dtype,
+            "ranks": return_stats,
+            "query_ids": None if duplicates == "keep" else query_ids,
+            "positive_ids": positive_ids,
+            "duplicates_are_positive": duplicates == "positive",
+            "symmetric": symmetric,
+            "impl": impl,
+        }
+        if peers is None:
+            loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, **options)
+        else:
+            loss, *stats = distributed.info_nce(
+                peers,
+                query,
+                keys,
+                target=positive,
+                key_ids=key_ids,
+                key_grad=key_grad,
+                check=_check_positives,
+                **options,
+            )
     return (loss, Stats(*stats)) if return_stats else loss
 
 

@@ -73,7 +73,7 @@ class Statistics(NamedTuple):
 
 class Needs(NamedTuple):
     x: bool
-    w: bool
+    w: bool | slice  # a slice: of these rows alone
     scale: bool
     bias: bool
     private: bool

@@ -21,6 +21,8 @@ products of the engine's own. Legend: see scores.py. Statistics and sums over ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from .workspace import workspace_bytes
 
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
+Merge = Callable[[Softmax], Softmax]
+"""Completes the statistics of the columns with those of rows that are scored elsewhere."""
 LIFTED = 2.0**12
 """fp16 logit gradients are scaled so that the largest row weight becomes this: 1 / N and p would underflow."""
 
@@ -89,7 +93,10 @@ class _Sums:
         rounded = s.x.device.type == "cpu" and s.x.dtype == torch.bfloat16
         self.dtype = s.x.dtype if rounded else self.wide  # what products of the operands come in
         self.dx = torch.empty_like(s.x, dtype=self.dtype) if needs.x else None
-        self.dw = s.w.new_zeros(s.w.shape, dtype=self.wide) if needs.w and several else None
+        self.columns = needs.w if isinstance(needs.w, slice) else slice(None)
+        self.dw = None
+        if needs.w and several:
+            self.dw = torch.zeros_like(s.w[self.columns], dtype=self.wide)
         self.ds = s.x.new_zeros((), dtype=self.wide) if needs.scale else None
         self.db = s.x.new_zeros(len(s.w), dtype=self.wide) if needs.bias else None
         private = s.private if needs.private else None
@@ -112,6 +119,7 @@ class _Sums:
             if self.ds is not None:
                 self.ds += (x.to(self.wide) * part).sum() / s.scale
         if self.needs.w:
+            d = d[:, self.columns]
             if not self.several:
                 self.dw = product(d.t(), x)
             elif self.dw is not None:
@@ -127,7 +135,7 @@ class _Sums:
 
 
 def _of_chunk(
-    chunk: Chunk, s: Scores, ranks: bool, g: Tensor | None, h: Tensor | None
+    chunk: Chunk, s: Scores, ranks: bool, g: Tensor | None, h: Tensor | None, merge: Merge | None
 ) -> tuple[Statistics, Tensor | None, Tensor | None]:
     """Statistics of some rows and, given g, s dL/da of the shared and of the private candidates."""
     private = None if s.private is None else _Private(s)
@@ -138,13 +146,15 @@ def _of_chunk(
         stats = private.extend(stats)
     if g is None:
         return stats, None, None
+    if merge is not None and stats.columns is not None:
+        stats = stats._replace(columns=merge(stats.columns))
     d = chunk.logit_gradient(stats.rows, stats.columns, g, h)
     return stats, d, None if private is None else private.logit_gradient(stats.rows, g)
 
 
 def _walk(
     s: Scores, kind: type[Chunk], ranks: bool, sums: _Sums | None = None, g: Tensor | None = None,
-    h: Tensor | None = None,
+    h: Tensor | None = None, merge: Merge | None = None,
 ) -> Statistics:  # fmt: skip
     """Statistics and, into `sums`, the gradient of each chunk while its scores are at hand."""
     found: list[Statistics] = []
@@ -152,7 +162,7 @@ def _walk(
     for part in chunks(s, kind):
         rows = s.rows(part)
         chunk = kind(rows)
-        stats, d, d_private = _of_chunk(chunk, rows, ranks, None if g is None else g[part], h)
+        stats, d, d_private = _of_chunk(chunk, rows, ranks, None if g is None else g[part], h, merge)
         found.append(stats)
         if sums is not None and d is not None:
             sums.add(part, d, d_private)
@@ -206,14 +216,20 @@ def statistics_and_gradient(
     h: Tensor | None = None,
     ranks: bool = False,
     kind: type[Chunk] = TorchChunk,
+    merge: Merge | None = None,
 ) -> tuple[Statistics, Gradients]:
-    """Both phases on each chunk of scores: three matrix products, four where columns span several chunks."""
+    """Both phases on each chunk of scores: three matrix products, four where columns span several chunks.
+
+    `merge` is called once, between the phases, if the loss is symmetric.
+    """
     several = len(chunks(s, kind)) > 1
     if s.symmetric and several:
         stats = statistics(s, ranks=ranks, kind=kind)
+        if merge is not None and stats.columns is not None:
+            stats = stats._replace(columns=merge(stats.columns))
         return stats, gradient(s, stats, g, needs, h=h, kind=kind)
     sums, (g, h, lift) = _Sums(s, needs, several), _lifted(s, g, h)
-    return _walk(s, kind, ranks, sums, g, h), _lowered(sums.gradients(), lift)
+    return _walk(s, kind, ranks, sums, g, h, merge), _lowered(sums.gradients(), lift)
 
 
 def _lifted(s: Scores, g: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cosup_fast.data.records import write_jsonl
+from cosup_fast.cli import run
+from cosup_fast.data.records import read_examples, write_jsonl
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.run import read_metrics
 
@@ -78,6 +79,65 @@ def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_pa
     status, out, err = cosup("generate", other, "?", "--index", folder / "index")
     assert status == 1
     assert "was not built by this model" in err
+
+
+def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
+    passages = data_folder / "passages.jsonl"
+    given = data_folder / "examples.jsonl"
+    assert cosup("train", *_arguments(fields))[0] == 0
+    mined = tmp_path / "mined.jsonl"
+    wanted = ["mine", tmp_path / "run", "--examples", given, "--output", mined, "--per-example", "2"]
+    status, _, err = cosup(*wanted)
+    assert (status, "index.json" in err) == (1, True)  # no index yet, and no corpus to make one of
+    status, out, err = cosup(*wanted, "--corpus", passages)
+    assert status == 0, err
+    assert "mined.jsonl: 8 negatives for 4 examples" in out
+    assert (tmp_path / "run" / "index" / "index.json").is_file()
+    first = mined.read_bytes()
+    assert cosup(*wanted)[0] == 0
+    assert mined.read_bytes() == first
+    assert not list(tmp_path.glob(".*"))
+    before, after = ({e.id: e for e in read_examples(path, None)} for path in (given, mined))
+    assert list(before) == list(after)
+    assert all(len(e.negatives) == 2 for e in after.values())
+    harder = {"data.train": f"[{mined}]", "output": tmp_path / "harder"}
+    status, _, err = cosup("train", *_arguments(fields, **harder))
+    assert status == 0, err
+    plain, hard = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "harder"))
+    assert hard[0]["candidates"] > plain[0]["candidates"]
+    assert hard[0]["nsp"] > plain[0]["nsp"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "{data}/examples.jsonl"], "is one of the --examples, which would be lost"),
+        (["--output", "{data}"], "is a folder: name a file in it"),
+        (["--output", "{data}/nowhere/mined.jsonl"], "is no folder: make it first"),
+        (["--depth", "3", "--skip-top", "3"], "skip_top=3 leaves nothing of the depth=3 passages"),
+        (["--examples", "no-such-set"], "no-such-set"),
+        (["--corpus", "no-such-corpus"], "no-such-corpus"),
+        (["--corpus", "{data}/examples.jsonl"], "examples.jsonl:1"),
+    ],
+)
+def test_what_mine_refuses_before_it_loads_a_model(cosup, data_folder, tmp_path, arguments, message):
+    wanted = ["--examples", str(data_folder / "examples.jsonl"), "--output", str(tmp_path / "mined.jsonl")]
+    status, _, err = cosup("mine", tmp_path / "no-run", *wanted, *(a.format(data=data_folder) for a in arguments))
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mine_refuses_an_index_of_another_corpus(cosup, fields, data_folder, tmp_path):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    assert cosup("index", "build", tmp_path / "run", "--corpus", data_folder / "passages.jsonl")[0] == 0
+    lines = (data_folder / "passages.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "less.jsonl").write_text("".join(lines[:-1]))
+    wanted = ["--examples", data_folder / "examples.jsonl", "--output", tmp_path / "mined.jsonl"]
+    status, _, err = cosup("mine", tmp_path / "run", *wanted, "--corpus", tmp_path / "less.jsonl")
+    assert status == 1
+    assert "holds other passages than --corpus" in err
 
 
 def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path):

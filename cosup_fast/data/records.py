@@ -87,7 +87,8 @@ class Example(_Record):
 
     `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `answer_sets` are the
     short answers of a question with several readings (ASQA), a list for each; `gold` are the ids of the passages that
-    count as retrieved correctly, by default those the output is grounded on.
+    count as retrieved correctly, by default those the output is grounded on; `negatives` those of passages that do not
+    answer, though they look like it: training contrasts with them.
     """
 
     id: Text
@@ -99,6 +100,7 @@ class Example(_Record):
     answer_type: Literal["string", "regex"] = "string"
     answer_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     gold: list[Text] = Field(default_factory=list)
+    negatives: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _answers_and_gold(self) -> Example:
@@ -113,9 +115,20 @@ class Example(_Record):
                         {"field": "answers", "value": repr(answer), "reason": str(error)},
                     ) from None
         if not self.gold:
-            cited = dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None)
-            object.__setattr__(self, "gold", list(cited))
+            object.__setattr__(self, "gold", list(self.cited))
+        for number, name in enumerate(self.negatives):
+            if name in self.gold or name in self.cited:
+                raise PydanticCustomError(
+                    "negative",
+                    "expected a passage that does not answer, found {value}, which is gold or in the output",
+                    {"field": f"negatives.{number}", "value": repr(name)},
+                )
         return self
+
+    @property
+    def cited(self) -> tuple[str, ...]:
+        """The ids of the passages that the output is grounded on, each once."""
+        return tuple(dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None))
 
 
 R = TypeVar("R", Passage, Example)
@@ -149,7 +162,9 @@ def check_example(where: str, example: Example, passages: Collection[str] | None
             "(allow_no_retrieval=True keeps such examples)"
         )
     if passages is not None:
-        for field, name in [*named, *((f"gold.{i}", name) for i, name in enumerate(example.gold))]:
+        for kind in ("gold", "negatives"):
+            named += [(f"{kind}.{i}", name) for i, name in enumerate(getattr(example, kind))]
+        for field, name in named:
             if name not in passages:
                 raise DataError(f"{where}: {field}: expected the id of a passage in the corpus, found {name!r}")
 
@@ -225,7 +240,7 @@ def _describe(error: ValidationError) -> str:
     match first["type"]:
         case "missing":
             return f"{field}: expected a value, found only {', '.join(map(str, first['input']))}"
-        case "unknown_field" | "text" | "regex":
+        case "unknown_field" | "text" | "regex" | "negative":
             return f"{field}: {first['msg']}"
         case _:
             return f"{field}: {_EXPECTED.get(first['type'], first['msg'])}, found {_short(first['input'])}"

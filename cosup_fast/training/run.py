@@ -313,8 +313,8 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
 
 
 def _passages(examples: Iterable[Example]) -> list[str]:
-    """The ids of the passages that the outputs name, each once."""
-    return list(dict.fromkeys(s.passage for example in examples for s in example.output if s.passage is not None))
+    """The ids of the passages that training reads, each once: those of the outputs and the hard negatives."""
+    return list(dict.fromkeys(name for example in examples for name in (*example.cited, *example.negatives)))
 
 
 def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
