@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from cosup_fast.cli import run
 from cosup_fast.data.records import read_examples, write_jsonl
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.run import read_metrics

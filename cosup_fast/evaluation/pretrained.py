@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cosup_fast.data.sources import resolve_model
-from cosup_fast.modeling import _quiet_transformers
+from cosup_fast.modeling import quiet_transformers
 
 
 def load_pretrained(factory: Any, name: str, device: torch.device | str, role: str, **options: Any) -> tuple[Any, Any]:
@@ -33,7 +33,7 @@ def load_pretrained(factory: Any, name: str, device: torch.device | str, role: s
             "never read: convert it once with transformers, from_pretrained(folder).save_pretrained(folder)"
         )
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = factory.from_pretrained(
                 source, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
             )
