@@ -163,7 +163,7 @@ class _Problem:
         x, private = self._enter("x", query), None if private is None else self._enter("private", private)
         wide = accumulator(self.product_dtype)
         if self.impl not in dispatch.KERNELS:
-            dtype = operand_dtype(self.product_dtype, query.device)
+            dtype = operand_dtype(self.product_dtype, query.device, self.size)
             x, w, private = x.to(dtype), w.to(dtype), None if private is None else private.to(dtype)
         return Scores(
             x, w, self.fixed_scale if scale is None else scale.to(wide), private=private, key_ids=self.pool.ids,
@@ -178,9 +178,14 @@ class _Problem:
         dtype = self.product_dtype
         if self.normalize:
             if t.dtype == dtype and self.impl not in dispatch.KERNELS:
-                dtype = operand_dtype(dtype, t.device)
+                dtype = operand_dtype(dtype, t.device, self.size)
             t, _ = self.units[name] = unit(t.to(accumulator(dtype)))
         return t.to(dtype)
+
+    @property
+    def size(self) -> int:
+        """N M D over all ranks, so that all multiply in the same dtype."""
+        return self.pool.queries * sum(self.pool.counts) * self.inputs[0].shape[1]
 
     @property
     def count(self) -> int:
