@@ -400,10 +400,10 @@ def test_plain_questions_can_be_evaluated(cosup, fields, data_folder, tmp_path):
 
 
 def test_every_system_answers_the_same_questions_and_is_compared(cosup, fields, data_folder, tmp_path):
-    for run in ("run", "other"):
-        changes = {"output": tmp_path / run, "training.steps": 1, "generation.max_new_tokens": 4}
+    for name in ("run", "other"):
+        changes = {"output": tmp_path / name, "training.steps": 1, "generation.max_new_tokens": 4}
         assert cosup("train", *_arguments(fields, **changes))[0] == 0
-        assert cosup("index", "build", tmp_path / run, "--corpus", data_folder / "passages.jsonl")[0] == 0
+        assert cosup("index", "build", tmp_path / name, "--corpus", data_folder / "passages.jsonl")[0] == 0
     folder, examples = tmp_path / "run", data_folder / "examples.jsonl"
     systems = ["co-supervised", "closed-book", "gold", "random", f"pair:{tmp_path / 'other'}"]
     for system in systems:

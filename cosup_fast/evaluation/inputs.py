@@ -1,8 +1,8 @@
 """What is evaluated: test sets of examples, in the project's JSONL or as KILT publishes its data sets.
 
 A KILT line is `{"id", "input", "output": [{"answer", "provenance": [{"wikipedia_id", "title"}, ...]}, ...]}` (Petroni
-et al. 2021, arXiv 2009.02252). Its gold pages are matched with the corpus by id (a passage `123` or, for paragraphs of
-a page, `123#4`), and a page with no such passage by title.
+et al. 2021, arXiv 2009.02252). Its gold pages are matched with the corpus by id (a passage `123` or `kilt:123`, or a
+paragraph of it, `metrics.is_gold`), and a page with no such passage by title.
 """
 
 from __future__ import annotations
@@ -175,9 +175,10 @@ def _ids_and_pages(corpus: Mapping[str, Passage]) -> set[str]:
 
 def _gold_page(provenance: Mapping[str, Any], pages: Collection[str], by_title: Mapping[str, str]) -> str | None:
     page, title = provenance.get("wikipedia_id"), provenance.get("title")
-    if page is None or str(page) not in pages:
-        return by_title.get(title or "", None if page is None else str(page))
-    return str(page)
+    for name in (str(page), f"kilt:{page}"):
+        if page is not None and name in pages:
+            return name
+    return by_title.get(title or "", None if page is None else str(page))
 
 
 def _unique(values: Iterable[str]) -> list[str]:

@@ -30,7 +30,7 @@ LABELS = {
 }
 """FEVER's labels with the words, in normal form, that a text may use for them."""
 
-_PARAGRAPH = re.compile(r"#\d+(-\d+)?$")
+_PARAGRAPH = re.compile(r"(kilt:[^:]+):\d+|(.+)#\d+(?:-\d+)?", re.DOTALL)
 
 
 def require(module: str, package: str) -> Any:
@@ -179,8 +179,8 @@ def answer_spans(text: str, example: Example) -> list[tuple[int, int]]:
 def is_gold(passage: str, gold: Collection[str]) -> str | None:
     """The gold id that a passage satisfies: its own, or that of the page it is a paragraph of; None for neither.
 
-    A passage id that ends in `#` and a number, or a range of them, is a paragraph of the page before the `#`: KILT's
-    provenance counts by page.
+    A passage `kilt:123:4` is a paragraph of page `kilt:123`, one `page#4` or `page#4-6` of `page`; KILT's provenance
+    is by page.
     """
     if passage in gold:
         return passage
@@ -189,7 +189,8 @@ def is_gold(passage: str, gold: Collection[str]) -> str | None:
 
 def page_of(passage: str) -> str:
     """The page that a passage id names a paragraph of (`is_gold`); the id itself when it names none."""
-    return _PARAGRAPH.sub("", passage)
+    found = _PARAGRAPH.fullmatch(passage)
+    return found[1] or found[2] if found else passage
 
 
 def passage_scores(given: Iterable[str], gold: Collection[str]) -> dict[str, float]:

@@ -171,8 +171,8 @@ def _answers(
     with Journal(path, identity) as journal:
         open_ = [i for i, name in enumerate(names) if name not in journal.done]
         task = bar.add_task("Answering", total=len(names), completed=len(names) - len(open_))
-        for i, answer in zip(open_, system.answers([examples[i] for i in open_], config), strict=True):
-            journal.add(names[i], answer.model_dump(mode="json"))
+        for row, answer in system.answers([examples[i] for i in open_], config):
+            journal.add(names[open_[row]], answer.model_dump(mode="json"))
             bar.advance(task)
         return [Answer.model_validate(journal.done[name]) for name in names]
 

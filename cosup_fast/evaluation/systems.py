@@ -98,26 +98,27 @@ class System:
             "generation": self._decoding(config).model_dump(),
         }
 
-    def answers(self, examples: Sequence[Example], config: GenerationConfig) -> Iterator[Answer]:
-        """Writes the answers, in order, each as soon as it is there. No other part of the evaluation decodes."""
-        reading = _Reading(self.retriever)
-        generator = Generator(self.model, reading.retrieve, self._decoding(config))
-        for example in examples:
-            reading.begin(example)
-            yield generator.generate(example.question, example.instruction, reading.text)
+    def answers(self, examples: Sequence[Example], config: GenerationConfig) -> Iterator[tuple[int, Answer]]:
+        """Writes the answers and yields each with its example's row, as soon as it is there, in any order.
+
+        This is the one place of the evaluation that knows the decoder.
+        """
+        for row, example in enumerate(examples):
+            reading = _Reading(self.retriever, example)
+            generator = Generator(self.model, reading.retrieve, self._decoding(config))
+            yield row, generator.generate(example.question, example.instruction, reading.text)
 
     def _decoding(self, config: GenerationConfig) -> GenerationConfig:
         return config if self.retriever else config.model_copy(update={"max_retrievals": 0, "ret_first": False})
 
 
 class _Reading:
-    """Follows what Gen writes, and turns its queries into requests."""
+    """Follows what Gen writes for one example, and turns its queries into requests."""
 
-    def __init__(self, retriever: Retriever | None):
-        self._retriever = retriever
-
-    def begin(self, example: Example) -> None:
-        self._example, self._pieces, self._given = example, [""], []
+    def __init__(self, retriever: Retriever | None, example: Example):
+        self._retriever, self._example = retriever, example
+        self._pieces: list[str] = [""]  # before the first retrieval, and after each
+        self._given: list[str] = []
 
     def text(self, piece: str) -> None:
         self._pieces[-1] += piece

@@ -45,6 +45,8 @@ def test_kilt_lines_become_examples(kilt_file, kilt_corpus):
     first, second, third = read_kilt(kilt_file(), kilt_corpus)
     assert (first.id, first.dataset, first.question) == ("75397", "fever", "Paris is the capital of France.")
     assert (first.answers, first.gold) == (["SUPPORTS"], ["11", "seine"])  # by id of the page, by title
+    converted = {p.id: p for p in (Passage(id="kilt:11:3", title="?", text="x"), kilt_corpus["seine"])}
+    assert read_kilt(kilt_file(), converted)[0].gold == ["kilt:11", "seine"]
     assert (second.answers, second.gold, third.answers) == (["Italy"], [], [])
 
 

@@ -129,6 +129,8 @@ def test_paragraphs_count_for_their_page_once():
     assert is_gold("123#4", {"123#4", "123"}) == "123#4"
     assert is_gold("wiki:C#", {"wiki:C"}) is None
     assert is_gold("1234", {"123"}) is None
+    assert is_gold("kilt:12:3", {"kilt:12"}) == "kilt:12"
+    assert is_gold("wiki:12:3", {"wiki:12"}) is None
     (scores,) = ranking_scores([(["9#0", "7#2", "7#1", "8#0"], {"7", "8"})])
     assert (scores["mrr"], scores["rprec"], scores["recall@5"]) == (0.5, 0.5, 1)
     assert passage_scores(["7#1", "7#2", "9#0"], ["7", "8"]) == {

@@ -18,10 +18,17 @@ from cosup_fast.evaluation import (
 from cosup_fast.evaluation.command import open_system, output_folder, split_name
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
 from cosup_fast.evaluation.systems import Request
-from cosup_fast.generation import GenerationConfig, Generator
+from cosup_fast.generation import Answer, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
 
 CONFIG = GenerationConfig(ret_first=True, max_new_tokens=12, max_retrievals=2, candidates=3)
+
+
+def answers_of(system: System, examples, config: GenerationConfig = CONFIG) -> list[Answer]:
+    """The answers in the order of their examples."""
+    rows = dict(system.answers(examples, config))
+    assert sorted(rows) == list(range(len(examples)))
+    return [rows[row] for row in range(len(examples))]
 
 
 def ids(found) -> list[str]:
@@ -35,7 +42,7 @@ def request(example: Example, number: int = 0, *written: Segment) -> Request:
 def test_co_supervised_writes_what_the_generator_writes(system, model, index, examples):
     generator = Generator(model, index, CONFIG)
     expected = [generator.generate(example.question, example.instruction) for example in examples]
-    assert list(system.answers(examples, CONFIG)) == expected
+    assert answers_of(system, examples) == expected
 
 
 def test_ranked_lists_agree_with_the_ranks(system, model, index, examples):
@@ -48,7 +55,7 @@ def test_ranked_lists_agree_with_the_ranks(system, model, index, examples):
 
 def test_closed_book_never_retrieves(model, examples):
     closed = System("closed-book", model)
-    for answer in closed.answers(examples, CONFIG):
+    for answer in answers_of(closed, examples):
         assert answer.retrievals == ()
         assert answer.inserted_tokens == 0
     report = evaluate(closed, examples, CONFIG, progress=False)
@@ -59,7 +66,7 @@ def test_closed_book_never_retrieves(model, examples):
 def test_gold_hands_over_the_gold_passages_in_order(model, passages, examples):
     retriever = GoldRetriever(passages)
     assert [ids(retriever.retrieve(request(examples[1], n), 5)) for n in range(3)] == [["paris"], ["seine"], ["seine"]]
-    answers = list(System("gold", model, retriever).answers(examples, CONFIG))
+    answers = answers_of(System("gold", model, retriever), examples)
     for example, answer in zip(examples, answers, strict=True):
         assert answer.retrievals[0].best.passage == example.gold[0]
     report = evaluate(System("gold", model, retriever), examples, CONFIG, progress=False)
@@ -106,7 +113,7 @@ def test_a_pair_retrieves_with_its_own_queries(make_model, model, passages, exam
     assert ids(retriever.retrieve(request(example, 0, example.output[0]), 11)) == expected[0]
     assert ids(retriever.retrieve(request(example, 1, *written), 11)) == expected[1]
     system = System("pair:other", model, retriever)
-    for example, answer in zip(examples, system.answers(examples, CONFIG), strict=True):
+    for example, answer in zip(examples, answers_of(system, examples), strict=True):
         best = retriever.retrieve(request(example), 3)
         assert [c.passage for c in answer.retrievals[0].candidates] == ids(best)
     assert evaluate(system, examples, CONFIG, progress=False).settings["retriever"]["index"] == other.fingerprint()
@@ -121,7 +128,7 @@ def test_what_was_written_reaches_the_retriever(trained, passages, examples):
             return super().retrieve(request, k)
 
     system = System("gold", trained, Recording(passages))
-    answers = list(system.answers(examples, GenerationConfig()))
+    answers = answers_of(system, examples, GenerationConfig())
     assert [answer.text for answer in answers] == ["".join(s.text for s in e.output) for e in examples]
     assert [(r.example.id, r.number) for r in requests] == [
         ("e1", 0), ("e2", 0), ("e2", 1), ("e3", 0), ("e4", 0), ("e4", 1),
@@ -173,7 +180,7 @@ def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, pa
     assert ids(retriever.retrieve(request(example, 1, *example.output[:3]), 11)) == expected(so_far)
     assert ids(retriever.rank(examples, 11, progress=False)[2]) == expected(so_far)
     system = System("dense:tiny", model, retriever)
-    (answer,) = system.answers([example], CONFIG)
+    (answer,) = answers_of(system, [example])
     assert answer.retrievals[0].best.passage == expected(example.question)[0]
     with pytest.raises(ValueError, match="dense retriever"):
         DenseRetriever(str(encoder_folder) + "/1_Pooling", passages, "{text}")
