@@ -11,10 +11,12 @@ Shapes: T new tokens, S slots, C tokens that a slot can hold, H query heads, H_k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 CACHED_SDPA = "cached_sdpa"
 CALL_BYTES = 1 << 21  # a call of attention costs about as much as reading so many bytes of keys and values
-GRAIN = 64
+FIRST_CAPACITY = 512
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,14 @@ class SlotCache:
         """Makes room for `length` tokens in every slot."""
         if length <= self.capacity:
             return
-        # Half as much again: a slot that grows token by token is then copied a few times in all.
-        self.capacity = -(-max(length, self.capacity * 3 // 2) // GRAIN) * GRAIN
+        # Doubled: what grows token by token is copied a few times in all.
+        self.capacity = max(FIRST_CAPACITY, 1 << (length - 1).bit_length())
         self._layers = {layer: (self._wider(k), self._wider(v)) for layer, (k, v) in self._layers.items()}
 
     def write(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (T, H_kv, d) at rows (T,) of (S * C); returns the layer's, (S, C, H_kv, d)."""
         if layer not in self._layers:
-            shape = (self.slots, self.capacity)
-            self._layers[layer] = key.new_zeros(*shape, *key.shape[1:]), value.new_zeros(*shape, *value.shape[1:])
+            self._layers[layer] = self._zeros(key), self._zeros(value)
         keys, values = self._layers[layer]
         keys.view(-1, *key.shape[1:]).index_copy_(0, rows, key)
         values.view(-1, *value.shape[1:]).index_copy_(0, rows, value)
@@ -81,10 +82,17 @@ class SlotCache:
         return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
 
     def _wider(self, tensor: Tensor) -> Tensor:
-        # Zeros, since what is masked is multiplied too; untouched ones cost no memory on a CPU.
-        wider = tensor.new_zeros(self.slots, self.capacity, *tensor.shape[2:])
+        wider = self._zeros(tensor[0])
         wider[:, : tensor.shape[1]] = tensor
         return wider
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """Room for tokens like these (n, H_kv, d). Zeros, since what is masked is multiplied too."""
+        shape = (self.slots, self.capacity, *like.shape[1:])
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # From calloc: what no request has reached yet occupies no memory, which torch.zeros would write.
+        return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 class Step:
