@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def plain_decode(
     forced = {**(forced or {}), **({0: template.nsp} if config.ret_first else {})}
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= {*tokenizer.all_special_ids, template.nsp, template.context_start, template.context_end, template.eos}
+    head: Any = model.gen.get_output_embeddings()
     prompt = template.prompt(question, instruction)
     answer = PlainAnswer(prompt, list(prompt))
     inside, grounded_from, inside_length, segment = False, 0, 0, 0
@@ -79,7 +81,7 @@ def plain_decode(
         return out.last_hidden_state[0, -1]
 
     while True:
-        logits = model.gen.get_output_embeddings()(read())
+        logits = head(read())
         structure = {template.context_end} if inside else {template.eos, template.nsp}
         if len(answer.found) == config.max_retrievals:
             structure.discard(template.nsp)

@@ -7,7 +7,7 @@ same product in oneDNN, on the same weights in the same layout, costs a half to 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,12 +37,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def plain_linears(model: nn.Module) -> list[nn.Linear]:
+    """The layers that `fast_linears` takes: no subclass, which may compute something else."""
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
 @contextmanager
-def fast_linears(model: nn.Module) -> Iterator[None]:
-    """Every plain `nn.Linear` of a model goes through `linear` inside."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
+def fast_linears(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """The layers of `plain_linears` go through `linear` inside."""
+    layers = [layer for layer in layers if "forward" not in layer.__dict__]
     for layer in layers:
-        # An entry of the instance, past nn.Module's own bookkeeping: it must come and go with every step.
+        # An entry of the instance, past nn.Module's own bookkeeping: it comes and goes with every step.
         layer.__dict__["forward"] = lambda x, layer=layer: linear(x, layer.weight, layer.bias)
     try:
         yield

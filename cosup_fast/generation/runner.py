@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cosup_fast.generation.cache import CACHED_SDPA, Chunk, SlotCache, Step
-from cosup_fast.linear import fast_linears
+from cosup_fast.linear import fast_linears, plain_linears
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
@@ -38,6 +38,7 @@ class Runner:
         self.cache = SlotCache(slots)
         self.processed = 0  # tokens read since the beginning
         self._modules: list[nn.Module] = list(model.modules())
+        self._linears = plain_linears(model.gen)
 
     @torch.inference_mode()
     def read(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -45,7 +46,7 @@ class Runner:
         self.cache.reserve(max(chunk.end for chunk in chunks))
         step = Step(self.cache, chunks, self.model.device)
         backbone: Any = self.model.gen.base_model
-        with self._evaluating(), _attention(backbone, CACHED_SDPA), fast_linears(backbone):
+        with self._evaluating(), _attention(backbone, CACHED_SDPA), fast_linears(self._linears):
             hidden = backbone(
                 input_ids=step.input_ids[None], position_ids=step.position_ids[None], use_cache=False, step=step
             ).last_hidden_state[0]
