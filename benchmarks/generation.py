@@ -59,11 +59,11 @@ class Case:
 
 
 CASES = {
-    "batch-16": Case(16, 16, 128, 48, target=3.5, contenders=(PLAIN, OURS, TORCH)),
-    "batch-16-truncated": Case(16, 16, 128, 48, truncate=True),
-    "batch-16-bf16": Case(16, 16, 128, 48, dtype="bfloat16"),
-    "batch-1": Case(4, 1, 128, 48, target=1.1, contenders=(PLAIN, OURS, TORCH)),
-    "batch-1-bf16": Case(4, 1, 128, 48, dtype="bfloat16"),
+    "batch-16": Case(16, 16, 128, 36, target=3.5, contenders=(PLAIN, OURS, TORCH)),
+    "batch-16-truncated": Case(16, 16, 128, 36, truncate=True),
+    "batch-16-bf16": Case(16, 16, 128, 36, dtype="bfloat16"),
+    "batch-1": Case(4, 1, 128, 36, target=1.1, contenders=(PLAIN, OURS, TORCH)),
+    "batch-1-bf16": Case(4, 1, 128, 36, dtype="bfloat16"),
     "passages-400": Case(4, 1, 400, 24, target=1.5, contenders=(PLAIN, OURS, TORCH)),
 }
 

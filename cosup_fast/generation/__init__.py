@@ -13,6 +13,7 @@ cache.py      keys and values of many requests, attention without pad tokens
 runner.py     one forward for the new tokens of all
 decoder.py    continuous batching
 generator.py  questions to answers
+command.py    what `cosup-fast generate` does
 
 Source: Lee et al. 2024, arXiv 2403.09024, section 3.
 """

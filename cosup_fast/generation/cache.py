@@ -70,8 +70,9 @@ class SlotCache:
         values.view(-1, *value.shape[1:]).index_copy_(0, rows, value)
         return keys, values
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Forgets what is not a number: a weight of 0 does not silence a NaN."""
+        """Zeros in a slot that may hold NaN: what is masked is multiplied too."""
         for pair in self._layers.values():
             for tensor in pair:
                 tensor[slot] = 0

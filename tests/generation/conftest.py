@@ -5,6 +5,7 @@ import torch
 
 from cosup_fast.bench import load_benchmarks
 from cosup_fast.data.packing import Pack
+from cosup_fast.generation import Decoder
 
 load_benchmarks()
 
@@ -34,6 +35,7 @@ def _retrieve_from(model, passages):
 
 def _fed_tokens(model, run):
     fed: list[int] = []
+    Decoder(model, lambda query, k: [])  # the first one of a model reads a few tokens to check it
 
     def record(module, args, kwargs):
         fed.extend(kwargs["input_ids"][0].tolist())

@@ -99,7 +99,7 @@ def test_batches_write_what_the_plain_decoder_writes(tiny, passages, randomize, 
     # The same examples on every run: in fp32 two likeliest tokens may be as near as rounding.
     @given(batch=st.lists(requests, min_size=1, max_size=7), slots=st.integers(1, 5), step=st.sampled_from([1, 7, 512]),
            seed=st.integers(0, 9))  # fmt: skip
-    @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
     def run(batch, slots, step, seed):
         randomize(tiny, seed)
         retrieve = retrieve_from(tiny, passages)
@@ -284,11 +284,11 @@ def test_a_slot_is_clean_after_an_error(make_model, passages):
     config = GenerationConfig(max_new_tokens=8, max_retrievals=0)
     retrieve = lambda query, k: [(passages[0], 1.0)]  # noqa: E731
     expected = Generator(model, retrieve, config).generate("Who?")
-    poison = model.template.encode("z")[0]
+    poison = model.template.encode("~")[0]
     with torch.no_grad():
         model.gen.get_input_embeddings().weight[poison] = torch.nan
     decoder = Decoder(model, retrieve, config, max_batch=2)
-    tickets = answered(decoder, [Request("zzzz and a long question z"), *[Request("Who?")] * 4])
+    tickets = answered(decoder, [Request("~~ and a long question ~"), *[Request("Who?")] * 4])
     with pytest.raises(ValueError, match="logits are not numbers"):
         tickets[0].result()
     assert [ticket.result().text for ticket in tickets[1:]] == [expected.text] * 4
