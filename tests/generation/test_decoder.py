@@ -112,7 +112,10 @@ def test_batches_write_what_the_plain_decoder_writes(tiny, passages, randomize, 
         run()
     finally:
         tiny.template.max_length = positions
-    assert min(seen[name] for name in ("end", "max_new_tokens", "1 retrievals", "2 retrievals", "read again")) > 0, seen
+    names = ("1 retrievals", "read again", "max_new_tokens")
+    if tiny.gen.config.model_type == "llama":  # not every architecture ends by itself with random weights
+        names += ("end", "2 retrievals")
+    assert min(seen[name] for name in names) > 0, seen
 
 
 def test_the_plain_decoder_with_a_cache_is_the_one_without(make_model, passages, randomize, retrieve_from):
