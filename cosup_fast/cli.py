@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
@@ -142,46 +141,74 @@ def train(
     _say(f"checkpoint: {checkpoint}")
 
 
-@app.command(epilog="Example: cosup-fast generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?'")
+@app.command(
+    epilog="Examples: cosup-fast generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?' | "
+    "cosup-fast generate runs/cosup --file questions.jsonl --output answers.jsonl --batch 32 | "
+    "cosup-fast generate runs/cosup 'Who wrote Hamlet?' --temperature 0.7 --top-p 0.9 --stop '\\n\\n' --json"
+)
 def generate(
     checkpoint: Checkpoint,
-    questions: Annotated[list[str], typer.Argument(help="one or more questions", show_default=False)],
+    questions: Annotated[list[str] | None, typer.Argument(help="one or more questions", show_default=False)] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="more questions: *.jsonl with a question (instruction, id) a line, or plain lines; - is stdin"
+        ),
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    output: Annotated[Path | None, typer.Option(help="a JSONL file for the answers, with every retrieval")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
     max_retrievals: Annotated[int | None, typer.Option(help="0 answers without passages")] = None,
     ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
+    candidates: Annotated[int | None, typer.Option(help="passages listed for each retrieval")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="end an answer where this text appears; \\n is a line's end")
+    ] = None,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
     """Generate answers that retrieve passages where the model asks for them.
 
-    What is not given here is as in the `generation` section of the run's configuration.
+    Many questions are answered together; on a terminal their text appears as it is written. What is not given here is
+    as in the `generation` section of the run's configuration.
     """
     from cosup_fast.generation import Generator
+    from cosup_fast.generation.command import answer_questions, read_questions
     from cosup_fast.index import SequenceIndex
 
-    model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    asked = read_questions(questions or [], file or [])
     config = _generation_config(
         checkpoint,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,
+        ctx_truncate=ctx_truncate,
+        candidates=candidates,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        stop=[text.replace("\\n", "\n") for text in stop] if stop else None,
     )
-    generator = Generator(model, loaded, config)
-    for question in questions:
-        answer = generator.generate(question)
-        if as_json:
-            print(answer.model_dump_json())
-        else:
-            print_answer(out, question, answer)
+    if output is not None and output.is_dir():
+        raise ValueError(f"output {output} is a folder: name a file for the answers")
+    model = _load_model(checkpoint, device)
+    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    generator = Generator(model, loaded, config, max_batch=min(batch, len(asked)))
+    try:
+        failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
+    except KeyboardInterrupt as interrupt:
+        err.print(f"[yellow]interrupted:[/] {escape(str(interrupt))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    if output is not None:
+        err.print(f"answers: {output} ({len(asked)} questions)", markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -423,17 +450,6 @@ def bench(context: typer.Context) -> None:
     from cosup_fast.bench import run_benchmarks
 
     run_benchmarks(context.args)
-
-
-def print_answer(console: Console, question: str, answer) -> None:
-    """Shows an answer with what was retrieved for it."""
-    console.print(f"[bold]Q[/] {escape(question)}", highlight=False)
-    console.print("[bold]A[/] ", end="")
-    console.print(answer.text.strip() or "(nothing)", markup=False, highlight=False)
-    for retrieval in answer.retrievals:
-        console.print(
-            f"  [dim]retrieved ({retrieval.best.score:.3f})[/] {escape(retrieval.best.title)}", highlight=False
-        )
 
 
 def _config(arguments: list[str]) -> RunConfig:

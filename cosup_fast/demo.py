@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli import print_answer
 from cosup_fast.config import RunConfig, load_config
 from cosup_fast.data.prepare import prepare
 from cosup_fast.data.records import Example, Passage
@@ -33,6 +32,7 @@ from cosup_fast.evaluation import (
     retrieval_ranks,
 )
 from cosup_fast.files import replace_file
+from cosup_fast.generation.command import print_answer
 from cosup_fast.index import SequenceIndex
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import newest

@@ -32,6 +32,7 @@ from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.last_hidden import accumulator
+from cosup_fast.linear import linear
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
@@ -313,7 +314,9 @@ class CoSupervisionModel(nn.Module):
         z = softcap tanh(a / softcap)    a = scale W h + b    with the scale and softcap that Gen's configuration names.
         """
         head, ntp = _head(self.gen), self.criterion.ntp
-        logits = nn.functional.linear(hidden, head.weight) * ntp.scale
+        logits = linear(hidden, head.weight)
+        if ntp.scale != 1:
+            logits = logits * ntp.scale
         if head.bias is not None:
             logits = logits + head.bias
         return logits if ntp.softcap is None else ntp.softcap * torch.tanh(logits / ntp.softcap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -466,6 +467,80 @@ def test_generation_follows_the_runs_configuration_and_options_override_it(cosup
     assert json.loads(out)["retrievals"] == []
     status, _, err = cosup("generate", fields["output"], "q", "--top-p", "0")
     assert (status, "top_p" in err) == (1, True)
+
+
+def test_many_questions_from_files(cosup, fields, data_folder, tmp_path, monkeypatch):
+    settings = {"generation.ret_first": "true", "generation.max_new_tokens": 4, "generation.max_retrievals": 1}
+    assert cosup("train", *_arguments(fields, **settings))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    (tmp_path / "plain.txt").write_text("囲碁?\n\n  Where is Paris?  \n")
+    rows = [{"id": "a", "question": "Who?", "instruction": "Do. "}, {"id": 7, "question": "x " * 900, "output": []}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.stdin", io.StringIO("From stdin?\n"))
+    files = [option for name in ("plain.txt", "mine.jsonl") for option in ("--file", tmp_path / name)]
+    output = tmp_path / "new" / "answers.jsonl"
+    status, out, err = cosup(
+        "generate", fields["output"], "First?", *files, "--file", "-", "--output", output, "--batch", "2"
+    )
+    assert (status, out) == (1, "")
+    assert "'x x x" in err
+    assert "tokens, more than the 512 positions of Gen" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    asked = ["First?", "囲碁?", "Where is Paris?", "Who?", "x " * 900, "From stdin?"]
+    assert [answer["question"] for answer in answers] == asked
+    assert [answer.get("id") for answer in answers] == [None, None, None, "a", 7, None]
+    assert [answer["stop_reason"] for answer in answers] == ["max_new_tokens"] * 4 + ["error", "max_new_tokens"]
+    assert not output.with_name("answers.jsonl.partial").exists()
+    # The same in one stream, and shown to people in the order of the questions.
+    status, out, err = cosup("generate", fields["output"], "First?", "Second?", "--json", "--ctx-truncate")
+    assert (status, [json.loads(line)["question"] for line in out.splitlines()]) == (0, ["First?", "Second?"])
+    status, out, err = cosup("generate", fields["output"], "First?", "Second?", "Third?")
+    assert status == 0, err
+    assert [line[2:] for line in out.splitlines() if line.startswith("Q ")] == ["First?", "Second?", "Third?"]
+    assert out.count("retrieved (") == 3
+    texts = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert texts[0].strip() in out
+
+
+def test_questions_that_cannot_be_read(cosup, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"question": "ok"}\n{"question": \n')
+    (tmp_path / "blank.jsonl").write_text('{"question": " "}\n')
+    (tmp_path / "empty.txt").write_text("\n")
+    for files, message in [
+        (["broken.jsonl"], "broken.jsonl:2: expected one JSON object"),
+        (["blank.jsonl"], "blank.jsonl:1: question:"),
+        (["empty.txt"], "no question was given"),
+        (["none.txt"], "none.txt: expected a file of questions, found none"),
+    ]:
+        status, _, err = cosup("generate", tmp_path, *(o for f in files for o in ("--file", tmp_path / f)))
+        assert (status, message in err) == (1, True), err
+    status, _, err = cosup("generate", tmp_path)
+    assert (status, "no question was given" in err) == (1, True)
+
+
+def test_what_was_answered_before_an_interruption_is_kept(cosup, fields, data_folder, tmp_path, monkeypatch):
+    settings = {"generation.max_new_tokens": 3, "generation.max_retrievals": 0}
+    assert cosup("train", *_arguments(fields, **settings))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    from cosup_fast.generation import Decoder
+
+    step, calls = Decoder.step, []
+
+    def interrupted(self):
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return step(self)
+
+    monkeypatch.setattr(Decoder, "step", interrupted)
+    output = tmp_path / "answers.jsonl"
+    questions = [f"Question {n}?" for n in range(5)]
+    status, _, err = cosup("generate", fields["output"], *questions, "--output", output, "--batch", "1")
+    assert status == 130
+    assert "interrupted: 2 of 5 questions are answered" in err
+    assert not output.exists()
+    partial = [json.loads(line) for line in (tmp_path / "answers.jsonl.partial").read_text().splitlines()]
+    assert [answer["question"] for answer in partial] == questions[:2]
 
 
 def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):

@@ -160,8 +160,8 @@ class IndexRetriever:
             return []
         scores, rows = self._index.search(queries, k)
         return [
-            [(self._index.passages[row], score) for row, score in zip(rows_of_one, scores_of_one, strict=True)]
-            for rows_of_one, scores_of_one in zip(rows.tolist(), scores.tolist(), strict=True)
+            [(self._index.passages[row], score) for row, score in zip(*found, strict=True) if row >= 0]
+            for found in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
 

@@ -1,3 +1,5 @@
+"""One request at a time: the same tokens as the plain decoder, the grammar, sampling, text, and what is refused."""
+
 import re
 from collections import Counter
 
@@ -7,94 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosup_fast.data.packing import Pack
+from benchmarks.plain_decoder import plain_decode
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.template import CONTEXT_END, IGNORE, NSP
-from cosup_fast.generation import Answer, GenerationConfig, Generator, Grammar, State, choose
+from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator, Grammar, Request, State, choose
 from cosup_fast.index import SequenceIndex, embed_queries
 
 SPECIAL = ("<s>", "</s>", "[NSP]", "[Cs]", "[Ce]", "[PAD]")
-
-
-@torch.no_grad()
-def randomize(model, seed: int):
-    """New random weights that choose [NSP], [Ce] and </s> often enough to see every transition."""
-    random = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and "ln_" not in name:
-            parameter.normal_(0, 0.3, generator=random)
-    head, template = model.gen.get_output_embeddings().weight, model.template
-    for token, size in ((template.nsp, 2.5), (template.context_end, 4.0), (template.eos, 2.0)):
-        head[token] *= size
-    return model
-
-
-def retrieve_from(model, passages):
-    """Exact search by Embseq's hidden states, one passage at a time."""
-    embeddings = torch.cat([model.embed(Pack.of([model.template.sequence(p)])) for p in passages])
-
-    def retrieve(query, k):
-        scores = embeddings @ query
-        return [(passages[row], float(scores[row])) for row in scores.argsort(descending=True)[:k].tolist()]
-
-    return retrieve
-
-
-@torch.no_grad()
-def plain_decode(model, passages, config: GenerationConfig, question: str, instruction: str = ""):
-    """Greedy decoding from the definition: everything is computed again for every token, with eager attention.
-
-    Returns the tokens of the context, how many of them were generated and inserted, the passages and why it ended.
-    """
-    template, tokenizer = model.template, model.template.tokenizer
-    retrieve = retrieve_from(model, passages)
-    special = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    model.gen.set_attn_implementation("eager")
-    try:
-        ids = template.prompt(question, instruction)
-        inside, generated, inserted, found = False, [], 0, []
-        while True:
-            hidden = model.gen.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
-            logits = model.gen.get_output_embeddings()(hidden)
-            banned = special - ({template.context_end} if inside else {template.eos, template.nsp})
-            if len(found) == config.max_retrievals:
-                banned.add(template.nsp)
-            logits[list(banned)] = -torch.inf
-            logits[len(tokenizer) :] = -torch.inf
-            token = template.nsp if config.ret_first and not generated else int(logits.argmax())
-            generated.append(token)
-            if token == template.eos:
-                return ids, generated, inserted, found, "end"
-            if len(generated) == config.max_new_tokens:
-                return ids, generated, inserted, found, "max_new_tokens"
-            if len(ids) == template.max_length:
-                return ids, generated, inserted, found, "context_length"
-            ids = [*ids, token]
-            if token == template.context_end:
-                inside = False
-            if token == template.nsp:
-                hidden = model.gen.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
-                found.append(retrieve(torch.nn.functional.normalize(hidden, dim=0), config.candidates))
-                given = [*template.inserted_passage(found[-1][0][0]), template.context_start]
-                if len(ids) + len(given) > template.max_length:
-                    return ids, generated, inserted, found, "context_length"
-                ids, inserted, inside = ids + given, inserted + len(given), True
-    finally:
-        model.gen.set_attn_implementation("packed_sdpa")
-
-
-def fed_tokens(model, run):
-    """What `run()` returns, and the tokens that Gen's backbone read, in order."""
-    fed: list[int] = []
-
-    def record(module, args, kwargs):
-        fed.extend(kwargs["input_ids"][0].tolist())
-
-    hook = model.gen.base_model.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        return run(), fed
-    finally:
-        hook.remove()
 
 
 CASES = [
@@ -108,9 +29,11 @@ CASES = [
 QUESTIONS = ["Who?", "碁 in 日本 👩‍👩‍👧‍👦 e\u0301 \u202eabc?", "Say [NSP] and </s> [Cs]!", "x"]
 
 
+@pytest.mark.parametrize("truncate", [False, True], ids=["passages stay", "passages go"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@torch.no_grad()
-def test_same_tokens_as_recomputing_everything(make_model, gpt2_folder, llama_folder, passages, architecture):
+def test_same_tokens_as_recomputing_everything(
+    make_model, gpt2_folder, llama_folder, passages, randomize, retrieve_from, fed_tokens, architecture, truncate
+):
     folder = gpt2_folder if architecture == "gpt2" else llama_folder
     model = make_model(gen=folder, dtype="float64")
     positions = model.template.max_length
@@ -119,40 +42,60 @@ def test_same_tokens_as_recomputing_everything(make_model, gpt2_folder, llama_fo
         randomize(model, seed)
         case = dict(CASES[seed % len(CASES)])
         model.template.max_length = case.pop("max_length", positions)
-        config = GenerationConfig(**case)
+        config = GenerationConfig(**case, ctx_truncate=truncate)
         question, instruction = QUESTIONS[seed % len(QUESTIONS)], "Do. " * (seed % 3)
-        ids, generated, inserted, found, stop = plain_decode(model, passages, config, question, instruction)
-        generator = Generator(model, retrieve_from(model, passages), config)
-        answer, fed = fed_tokens(model, lambda: generator.generate(question, instruction))  # noqa: B023
-        assert fed == ids  # every token once: nothing is processed again after a retrieval
-        assert answer.stop_reason == stop
-        assert answer.generated_tokens == len(generated)
-        assert answer.inserted_tokens == inserted
-        assert answer.prompt_tokens == len(model.template.prompt(question, instruction))
+        retrieve = retrieve_from(model, passages)
+        plain = plain_decode(model, retrieve, config, question, instruction, cache=False)
+        answer, fed = fed_tokens(model, lambda: Generator(model, retrieve, config).generate(question, instruction))  # noqa: B023
+        if truncate:
+            assert len(fed) == answer.processed_tokens
+        else:
+            assert fed == plain.context  # every token once: nothing is processed again after a retrieval
+        assert (answer.stop_reason, answer.text) == (plain.stop, plain.text)
+        assert answer.generated_tokens == len(plain.generated)
+        assert (answer.inserted_tokens, answer.refed_tokens) == (plain.inserted, plain.refed)
+        assert answer.prompt_tokens == len(plain.prompt)
+        found = plain.found
         assert [[c.passage for c in r.candidates] for r in answer.retrievals] == [[p.id for p, _ in f] for f in found]
         for retrieval, expected in zip(answer.retrievals, found, strict=True):
             assert [c.score for c in retrieval.candidates] == pytest.approx([score for _, score in expected], abs=1e-5)
-        seen.update([stop, f"{len(found)} retrievals", "closed" if model.template.context_end in generated else "open"])
-    assert min(seen[stop] for stop in ("end", "max_new_tokens", "context_length")) >= 2, seen
+        closed = model.template.context_end in plain.generated
+        seen.update([plain.stop, f"{len(found)} retrievals", "closed" if closed else "open"])
+    model.template.max_length = positions
+    assert min(seen[stop] for stop in ("end", "max_new_tokens")) >= 2, seen
+    assert truncate or seen["context_length"] >= 2, seen
     assert min(seen[f"{n} retrievals"] for n in range(4)) >= 1, seen
     assert min(seen["closed"], seen["open"]) >= 5, seen
 
 
+def test_truncation_reads_the_grounded_text_where_the_passage_stood(model, corpus, fed_tokens):
+    template = model.template
+    first, second = template.encode("one"), template.encode("two")
+    script = [template.nsp, *first, template.context_end, template.nsp, *second, template.context_end, template.eos]
+    config = GenerationConfig(ctx_truncate=True, max_new_tokens=50)
+    decoder = Decoder(model, lambda query, k: [(corpus["go"], 1.0)], config)
+    ticket = decoder.submit(Request("?", forced=dict(enumerate(script))))
+    _, fed = fed_tokens(model, lambda: list(decoder.run()))
+    passage = [*template.inserted_passage(corpus["go"]), template.context_start]
+    asked, again = [template.nsp, *passage], [template.context_start]
+    assert fed == [
+        *template.prompt("?"),
+        *[*asked, *first], *[*again, *first, template.context_end],
+        *[*asked, *second], *[*again, *second, template.context_end],
+    ]  # fmt: skip
+    assert ticket.result().refed_tokens == 2 + len(first) + len(second)
+    assert ticket.result().processed_tokens == len(fed)
+
+
 @pytest.fixture
-def write(model, monkeypatch):
+def write(model, fed_tokens):
     """A function that lets Gen write a script of tokens while the rest runs as it is."""
 
     def run(script, retrieve, on_text=None, **config) -> tuple[Answer, list[int]]:
-        tokens = iter(script)
-
-        def scripted(logits, config, random):
-            token = next(tokens)
-            assert logits[token] > -torch.inf, f"{model.template.tokenizer.decode([token])!r} is banned here"
-            return token
-
-        monkeypatch.setattr("cosup_fast.generation.choose", scripted)
-        generator = Generator(model, retrieve, GenerationConfig(**config))
-        return fed_tokens(model, lambda: generator.generate(run.question, run.instruction, on_text))
+        decoder = Decoder(model, retrieve, GenerationConfig(**config), max_batch=1)
+        ticket = decoder.submit(Request(run.question, run.instruction, forced=dict(enumerate(script))), on_text)
+        _, fed = fed_tokens(model, lambda: list(decoder.run()))
+        return ticket.result(), fed
 
     run.question, run.instruction = "?", ""
     return run
@@ -167,7 +110,7 @@ segments = st.builds(
 
 @given(output=st.lists(segments, max_size=4), question=st.text(st.characters(codec="utf-8"), max_size=9))
 @settings(max_examples=25, deadline=None)
-def test_writing_a_training_output_gives_the_training_sequence(model, corpus, output, question):
+def test_writing_a_training_output_gives_the_training_sequence(model, corpus, fed_tokens, output, question):
     """Training and inference agree: same context, same queries, and the segments come back."""
     example = Example(id="x", question=question + "?", instruction="I. ", output=output)
     sequence = model.template.gen_sequence(example, corpus)
@@ -177,11 +120,11 @@ def test_writing_a_training_output_gives_the_training_sequence(model, corpus, ou
         queries.append(query)
         return [(corpus[sequence.query_passages[len(queries) - 1]], 0.5)]
 
-    with pytest.MonkeyPatch.context() as patch:
-        script = iter([label for label in sequence.labels if label != IGNORE])
-        patch.setattr("cosup_fast.generation.choose", lambda logits, config, random: next(script))
-        generator = Generator(model, retrieve, GenerationConfig(max_new_tokens=500))
-        answer, fed = fed_tokens(model, lambda: generator.generate(example.question, example.instruction))
+    script = [label for label in sequence.labels if label != IGNORE]
+    decoder = Decoder(model, retrieve, GenerationConfig(max_new_tokens=500))
+    ticket = decoder.submit(Request(example.question, example.instruction, forced=dict(enumerate(script))))
+    _, fed = fed_tokens(model, lambda: list(decoder.run()))
+    answer = ticket.result()
     assert fed == sequence.input_ids[:-1]
     assert answer.stop_reason == "end"
     merged: list[tuple[str, str | None]] = []  # neighbouring free segments are one stretch of text
@@ -199,7 +142,7 @@ def test_writing_a_training_output_gives_the_training_sequence(model, corpus, ou
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_wild_sampling_obeys_the_grammar(make_model, passages, seed):
+def test_wild_sampling_obeys_the_grammar(make_model, passages, randomize, fed_tokens, seed):
     model = randomize(make_model(), seed)
     template = model.template
     config = GenerationConfig(max_new_tokens=80, max_retrievals=seed % 4, temperature=20.0, seed=seed)
@@ -223,19 +166,30 @@ def test_wild_sampling_obeys_the_grammar(make_model, passages, seed):
 
 def test_grammar(model):
     template = model.template
-    grammar = Grammar(template, 305)
+    vocabulary = len(template.tokenizer) + 5
+    grammar = Grammar(template, vocabulary)
     structure = {template.nsp, template.context_start, template.context_end, template.pad, template.eos}
+    never = {template.tokenizer.bos_token_id, *range(len(template.tokenizer), vocabulary)}
 
-    def structural(mask) -> set[int]:
-        return structure & set(mask.nonzero()[:, 0].tolist())
+    def allowed(state, may_retrieve) -> set[int]:
+        # In a batch: each row has its own place in the text.
+        states, may = [State.FREE, state, State.GROUNDED], [False, may_retrieve, True]
+        row = grammar.restrict(torch.zeros(3, vocabulary), states, may)[1]
+        tokens = set((row == 0).nonzero()[:, 0].tolist())
+        for token in range(vocabulary):
+            if token in tokens:
+                grammar.check(state, may_retrieve, token)
+            else:
+                with pytest.raises(ValueError, match=rf"forced has the token {token} where the text is {state.value}"):
+                    grammar.check(state, may_retrieve, token)
+        assert never.isdisjoint(tokens)
+        assert len(tokens - structure) == vocabulary - len(structure | never)
+        return structure & tokens
 
-    assert structural(grammar.allowed(State.FREE, True)) == {template.nsp, template.eos}
-    assert structural(grammar.allowed(State.FREE, False)) == {template.eos}
+    assert allowed(State.FREE, True) == {template.nsp, template.eos}
+    assert allowed(State.FREE, False) == {template.eos}
     for may_retrieve in (True, False):
-        assert structural(grammar.allowed(State.GROUNDED, may_retrieve)) == {template.context_end}
-    for mask in (grammar.allowed(State.FREE, True), grammar.allowed(State.GROUNDED, True)):
-        assert not mask[len(template.tokenizer) :].any()
-        assert not mask[template.tokenizer.bos_token_id]
+        assert allowed(State.GROUNDED, may_retrieve) == {template.context_end}
     text = template.encode("a")[0]
     assert [grammar.next(State.FREE, t) for t in (text, template.nsp, template.eos)] == [
         State.FREE, State.PASSAGE, State.END,
@@ -243,10 +197,13 @@ def test_grammar(model):
     assert grammar.next(State.PASSAGE, template.context_start) is State.GROUNDED
     assert [grammar.next(State.GROUNDED, t) for t in (text, template.context_end)] == [State.GROUNDED, State.FREE]
     with pytest.raises(AssertionError, match="nothing is chosen"):
-        grammar.allowed(State.PASSAGE, True)
+        grammar.restrict(torch.zeros(1, vocabulary), [State.PASSAGE], [True])
+    for token in (-1, vocabulary):
+        with pytest.raises(ValueError, match=f"the token {token} "):
+            grammar.check(State.FREE, True, token)
 
 
-def test_ret_first_asks_before_anything_else(model, passages):
+def test_ret_first_asks_before_anything_else(model, passages, fed_tokens):
     index = SequenceIndex.build(model, passages, progress=False)
     config = GenerationConfig(ret_first=True, max_new_tokens=4, max_retrievals=1, candidates=3)
     answer, fed = fed_tokens(model, lambda: Generator(model, index, config).generate("?"))
@@ -364,15 +321,19 @@ def test_generation_leaves_no_trace_on_the_model(make_model, gpt2_folder, passag
     assert generator.generate("Who?") == expected  # nothing of an answer stays in the generator
 
 
-def test_a_prompt_beyond_the_sliding_window(make_model, mistral_folder, gpt2_folder, passages):
+def test_a_prompt_beyond_the_sliding_window(
+    make_model, mistral_folder, gpt2_folder, passages, randomize, retrieve_from, fed_tokens
+):
     model = make_model(gen=mistral_folder, embseq=gpt2_folder, dtype="float64")
     for seed in range(6):
         randomize(model, seed)
         config = GenerationConfig(max_new_tokens=30, ret_first=True, max_retrievals=2)
-        ids, generated, *_ = plain_decode(model, passages, config, "A question beyond the window?")
-        generator = Generator(model, retrieve_from(model, passages), config)
+        retrieve = retrieve_from(model, passages)
+        plain = plain_decode(model, retrieve, config, "A question beyond the window?", cache=False)
+        generator = Generator(model, retrieve, config)
         answer, fed = fed_tokens(model, lambda: generator.generate("A question beyond the window?"))  # noqa: B023
-        assert fed == ids
+        assert fed == plain.context
+    assert generator.query("A question beyond the window?").norm() == pytest.approx(1)
 
 
 HEADS = [("phi", {}), ("granite", {"logits_scaling": 8.0}), ("gemma3_text", {"final_logit_softcapping": 3.0})]
@@ -380,7 +341,9 @@ HEADS = [("phi", {}), ("granite", {"logits_scaling": 8.0}), ("gemma3_text", {"fi
 
 @pytest.mark.parametrize(("kind", "options"), HEADS, ids=[kind for kind, _ in HEADS])
 @torch.no_grad()
-def test_tokens_are_chosen_from_the_logits_of_the_model(make_model, make_folder, corpus, monkeypatch, kind, options):
+def test_tokens_are_chosen_from_the_logits_of_the_model(
+    make_model, make_folder, corpus, monkeypatch, fed_tokens, kind, options
+):
     model = make_model(gen=make_folder(kind, head_dim=8, **options), shared=True)
     steps: list[torch.Tensor] = []
 
@@ -388,8 +351,8 @@ def test_tokens_are_chosen_from_the_logits_of_the_model(make_model, make_folder,
         steps.append(logits)
         return choose(logits, config, random)
 
-    monkeypatch.setattr("cosup_fast.generation.choose", record)
-    config = GenerationConfig(ret_first=True, max_new_tokens=8, max_retrievals=1)
+    monkeypatch.setattr("cosup_fast.generation.decoder.choose", record)
+    config = GenerationConfig(ret_first=True, max_new_tokens=8, max_retrievals=1, temperature=1e-300)
     generator = Generator(model, lambda query, k: [(corpus["go"], 0.0)], config)
     _, fed = fed_tokens(model, lambda: generator.generate("?"))
     expected = model.gen(torch.tensor([fed])).logits[0][-len(steps) :]
@@ -400,7 +363,7 @@ def test_tokens_are_chosen_from_the_logits_of_the_model(make_model, make_folder,
 
 
 @pytest.mark.parametrize("instruction", ["", "Answer in full. "])
-def test_query_is_that_of_an_output_that_begins_with_a_retrieval(model, passages, instruction):
+def test_query_is_that_of_an_output_that_begins_with_a_retrieval(model, passages, fed_tokens, instruction):
     seen: list[torch.Tensor] = []
 
     def retrieve(query, k):
