@@ -18,7 +18,7 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
     ("name", "dtype", "target"),
     [
         ("scores_fwd_kernel, in-batch negatives, stored", "bf16", "sm_90"),
-        ("scores_fwd_kernel, everything", "fp16", "sm_100"),
+        ("scores_fwd_kernel, vocabulary, stored", "fp16", "sm_100"),
         ("scores_bwd_logits_kernel, everything", "bf16", "sm_80"),
         ("stored_bwd_logits_kernel, in-batch negatives, tiles of 64", "bf16", "sm_90"),
     ],
