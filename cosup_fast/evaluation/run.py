@@ -171,9 +171,12 @@ def _answers(
     with Journal(path, identity) as journal:
         open_ = [i for i, name in enumerate(names) if name not in journal.done]
         task = bar.add_task("Answering", total=len(names), completed=len(names) - len(open_))
-        for row, answer in system.answers([examples[i] for i in open_], config):
+
+        def keep(row: int, answer: Answer) -> None:
             journal.add(names[open_[row]], answer.model_dump(mode="json"))
             bar.advance(task)
+
+        system.answer([examples[i] for i in open_], config, keep)
         return [Answer.model_validate(journal.done[name]) for name in names]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -98,15 +98,34 @@ class System:
             "generation": self._decoding(config).model_dump(),
         }
 
-    def answers(self, examples: Sequence[Example], config: GenerationConfig) -> Iterator[tuple[int, Answer]]:
-        """Writes the answers and yields each with its example's row, as soon as it is there, in any order.
+    def answer(
+        self, examples: Sequence[Example], config: GenerationConfig, on_answer: Callable[[int, Answer], None]
+    ) -> None:
+        """Writes the answers; this is the one place of the evaluation that knows the decoder.
 
-        This is the one place of the evaluation that knows the decoder.
+        Args:
+            examples: the questions.
+            config: how to write.
+            on_answer: called with the row of an example and its answer as soon as it is complete, in any order.
+
+        Raises:
+            ValueError: questions that could not be answered, after all others were.
         """
+        failed: list[tuple[Example, str]] = []
         for row, example in enumerate(examples):
             reading = _Reading(self.retriever, example)
             generator = Generator(self.model, reading.retrieve, self._decoding(config))
-            yield row, generator.generate(example.question, example.instruction, reading.text)
+            try:
+                answer = generator.generate(example.question, example.instruction, reading.text)
+            except ValueError as error:
+                failed.append((example, str(error)))
+                continue
+            on_answer(row, answer)
+        if failed:
+            raise ValueError(
+                f"{len(failed)} of {len(examples)} questions could not be answered, first {failed[0][0].id!r}: "
+                f"{failed[0][1]} (the other answers are kept; leave these questions out, or mend what is wrong)"
+            )
 
     def _decoding(self, config: GenerationConfig) -> GenerationConfig:
         return config if self.retriever else config.model_copy(update={"max_retrievals": 0, "ret_first": False})

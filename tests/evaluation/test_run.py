@@ -182,6 +182,24 @@ def test_a_rerun_does_nothing_twice(system, examples, tmp_path, monkeypatch):
     assert answered == ["And Rome?", "What else?"]
 
 
+def test_a_question_that_fails_harms_no_other(system, examples, tmp_path, monkeypatch):
+    """A passage that is too long is found out only when it is retrieved."""
+    retrieve = system.retriever.retrieve
+
+    def broken(request, k):
+        if request.example.id == "e2":
+            raise ValueError("passage 'x' is too long")
+        return retrieve(request, k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system.retriever, "retrieve", broken)
+        with pytest.raises(ValueError, match=r"1 of 4 questions could not be answered, first 'e2': passage 'x' is too"):
+            evaluate(system, examples, CONFIG, folder=tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "answers.jsonl").read_text().count('"key"') == 3
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert len(evaluate(system, examples, CONFIG, folder=tmp_path / "out", progress=False).questions) == 4
+
+
 def test_other_settings_are_refused_where_answers_are(system, model, examples, tmp_path):
     evaluate(system, examples[:1], CONFIG, folder=tmp_path / "out", progress=False)
     longer = CONFIG.model_copy(update={"max_new_tokens": 16})

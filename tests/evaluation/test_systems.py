@@ -26,7 +26,8 @@ CONFIG = GenerationConfig(ret_first=True, max_new_tokens=12, max_retrievals=2, c
 
 def answers_of(system: System, examples, config: GenerationConfig = CONFIG) -> list[Answer]:
     """The answers in the order of their examples."""
-    rows = dict(system.answers(examples, config))
+    rows: dict[int, Answer] = {}
+    system.answer(examples, config, rows.__setitem__)
     assert sorted(rows) == list(range(len(examples)))
     return [rows[row] for row in range(len(examples))]
 
