@@ -17,6 +17,8 @@ MEASURED = (
     "kernels",
     "cosup_fast/functional.py",
     "cosup_fast/reference.py",
+    "cosup_fast/generation",
+    "cosup_fast/linear.py",
     "benchmarks/*.py",
     ":!benchmarks/pilot.py",
 )
