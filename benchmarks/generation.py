@@ -101,10 +101,10 @@ def schedule(model: CoSupervisionModel, case: Case) -> dict[int, int]:
     return {n // 6: nsp, n // 6 + n // 3: end, n // 2 + 2: nsp, n // 2 + 2 + n // 3: end}
 
 
-def passages_of(model: CoSupervisionModel, tokens: int) -> list[Passage]:
-    """Wikipedia leads, joined until they are long enough; the template cuts what is beyond."""
+def passages_of(model: CoSupervisionModel, corpus: Sequence[Passage], tokens: int) -> list[Passage]:
+    """Passages, joined until they are long enough; the template cuts what is beyond."""
     made, texts = [], []
-    for lead in load_corpus("wiki-leads"):
+    for lead in corpus:
         texts.append(lead.text)
         if len(model.template.encode(" ".join(texts))) >= tokens or tokens <= 128:
             made.append(Passage(id=lead.id, title=lead.title, text=" ".join(texts)))
@@ -114,13 +114,15 @@ def passages_of(model: CoSupervisionModel, tokens: int) -> list[Passage]:
     return made
 
 
-def measure(name: str, rounds: int, say: Callable[[str], None]) -> Result:
-    """Runs a case: once to check and to warm up, then in rounds."""
+def measure(
+    name: str, rounds: int, say: Callable[[str], None], gen: str = "smollm2-135m", corpus: str = "wiki-leads"
+) -> Result:
+    """Runs a case in rounds that take turns, and compares what was written."""
     case = CASES[name]
     text = TextConfig(max_passage_tokens=case.passage_tokens, long_passages="truncate")
-    model = CoSupervisionModel.from_pretrained(ModelConfig(gen="smollm2-135m", shared=True, dtype=case.dtype), text)  # type: ignore[arg-type]
+    model = CoSupervisionModel.from_pretrained(ModelConfig(gen=gen, shared=True, dtype=case.dtype), text)  # type: ignore[arg-type]
     model.eval()
-    passages = passages_of(model, case.passage_tokens)
+    passages = passages_of(model, load_corpus(corpus), case.passage_tokens)
     random = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(len(passages), model.width, generator=random), dim=-1)
 
@@ -130,7 +132,9 @@ def measure(name: str, rounds: int, say: Callable[[str], None]) -> Result:
 
     config = GenerationConfig(max_new_tokens=case.generated, ctx_truncate=case.truncate)
     forced = schedule(model, case)
-    questions = [f"{'Please tell me, ' * (i % 4)}what is {passages[i].title}?" for i in range(case.requests)]
+    questions = [
+        f"{'Please tell me, ' * (i % 4)}what is {passages[i % len(passages)].title}?" for i in range(case.requests)
+    ]
     grammar = TextOnly(model.template, model.vocabulary)
     result = Result(name, machine.line(), shlex.join(["python", *sys.argv]), machine.load())
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cosup_fast.data.records import Passage
-from cosup_fast.generation.answer import Answer
+from cosup_fast.generation.answer import Answer, StopReason
 from cosup_fast.generation.cache import Chunk
 from cosup_fast.generation.config import GenerationConfig, Request, Retrieve
 from cosup_fast.generation.grammar import Grammar, State, choose
@@ -149,15 +149,7 @@ class Decoder:
     def _drop_cancelled(self) -> None:
         for ticket in [ticket for ticket in self._waiting if ticket._cancelled]:
             self._waiting.remove(ticket)
-            ticket.answer = Answer(
-                text="",
-                segments=(),
-                retrievals=(),
-                stop_reason="cancelled",
-                prompt_tokens=0,
-                generated_tokens=0,
-                inserted_tokens=0,
-            )
+            ticket.answer = _unwritten("cancelled")
             self._ended.append(ticket)
         for slot, (ticket, task) in list(self._running.items()):
             if ticket._cancelled:
@@ -171,16 +163,7 @@ class Decoder:
                 task = Task(ticket.request, ticket.request.config or self.config, self._grammar, ticket._on_text)
             except Exception as error:
                 ticket.exception = error
-                ticket.answer = Answer(
-                    text="",
-                    segments=(),
-                    retrievals=(),
-                    stop_reason="error",
-                    prompt_tokens=0,
-                    generated_tokens=0,
-                    inserted_tokens=0,
-                    error=str(error),
-                )
+                ticket.answer = _unwritten("error", str(error))
                 self._ended.append(ticket)
             else:
                 # The lowest slot: neighbouring slots attend together.
@@ -275,6 +258,20 @@ class Decoder:
     def _release(self, slot: int, ticket: Ticket) -> None:
         heapq.heappush(self._free, slot)
         self._ended.append(ticket)
+
+
+def _unwritten(reason: StopReason, error: str | None = None) -> Answer:
+    """The answer of a request that never ran."""
+    return Answer(
+        text="",
+        segments=(),
+        retrievals=(),
+        stop_reason=reason,
+        prompt_tokens=0,
+        generated_tokens=0,
+        inserted_tokens=0,
+        error=error,
+    )
 
 
 def search(index: SequenceIndex | Retrieve, queries: Tensor, k: int) -> list[Sequence[tuple[Passage, float]]]:
