@@ -143,7 +143,7 @@ def _forward(*args: Any) -> list[Tensor]:
         problem = _Problem(operands, tuple(rest[5:]))
         s, none, saved = problem.scores, x.new_empty(0), []
         grads: list[Tensor | None] = [None] * 5
-        kind = problem.kind(needs.x + needs.w)
+        kind = problem.kind(needs.x + bool(needs.w))
         if problem.reduction != "none" and any(needs):
             g, h = problem.upstream(problem.weights())
             stats, found = statistics_and_gradient(s, g, needs, h=h, ranks=problem.ranks, kind=kind)
@@ -202,7 +202,7 @@ def _backward(g: Tensor, stats: list[Tensor], *args: Any) -> list[Tensor]:
         rows, columns = Softmax(*found[:6]), None if found[6] is None else Softmax(*found[6:])  # pyright: ignore
         weights, h = problem.upstream(g)
         needs = Needs(*wanted)
-        kind = problem.kind(needs.x + needs.w)
+        kind = problem.kind(needs.x + bool(needs.w))
         grads = gradient(problem.scores, Statistics(rows, columns), weights, needs, h=h, kind=kind)
         return [
             x.new_empty(0) if d is None or t is None else d.to(t.dtype) for d, t in zip(problem.leave(grads), operands)

@@ -80,7 +80,7 @@ def check_cache(model: CoSupervisionModel) -> None:
     Raises:
         ValueError: Gen's attention is not the one that is cached here.
     """
-    from cosup_fast.modeling import _agree
+    from cosup_fast.backbone import agree
 
     runner = Runner(model, 2)
     first, second = _PROBES
@@ -96,7 +96,7 @@ def check_cache(model: CoSupervisionModel) -> None:
         with torch.inference_mode(), runner._evaluating():
             ids = torch.tensor([probe], device=model.device)
             expected = model.gen.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-        if not _agree(ours, expected, model.gen.dtype):
+        if not agree(ours, expected, model.gen.dtype):
             raise ValueError(_uncached(model, "tokens read in pieces give other hidden states than read at once"))
 
 
