@@ -95,7 +95,7 @@ class System:
             "system": self.name.partition(":")[0],
             "checkpoint": self.model.fingerprint(),
             "retriever": None if self.retriever is None else self.retriever.origin,
-            "generation": self._decoding(config).model_dump(),
+            "generation": self._decoding(config).model_dump(mode="json"),
         }
 
     def answer(

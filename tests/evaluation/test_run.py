@@ -27,7 +27,7 @@ from cosup_fast.evaluation import (
 )
 from cosup_fast.evaluation.journal import Journal
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
-from cosup_fast.generation import GenerationConfig, Generator
+from cosup_fast.generation import GenerationConfig
 from cosup_fast.index import SequenceIndex
 
 CONFIG = GenerationConfig(ret_first=True, max_new_tokens=15, candidates=2)
@@ -166,8 +166,10 @@ def test_a_rerun_does_nothing_twice(system, examples, tmp_path, monkeypatch):
     asked = judge.asked
     assert asked > 0
     answered = []
-    generate = Generator.generate
-    monkeypatch.setattr(Generator, "generate", lambda self, q, *a: answered.append(q) or generate(self, q, *a))
+    answer = System.answer
+    monkeypatch.setattr(
+        System, "answer", lambda self, e, *a: answered.extend(x.question for x in e) or answer(self, e, *a)
+    )
     assert evaluate(system, examples, CONFIG, judge=judge, folder=tmp_path / "out", progress=False) == first
     assert (answered, judge.asked) == ([], asked)
     # Another judge judges anew, and more examples are answered on top.
@@ -182,9 +184,10 @@ def test_a_rerun_does_nothing_twice(system, examples, tmp_path, monkeypatch):
     assert answered == ["And Rome?", "What else?"]
 
 
-def test_a_question_that_fails_harms_no_other(system, examples, tmp_path, monkeypatch):
+def test_a_question_that_fails_harms_no_other(model, passages, examples, tmp_path, monkeypatch):
     """A passage that is too long is found out only when it is retrieved."""
-    retrieve = system.retriever.retrieve
+    retriever = RandomRetriever(passages)
+    system, retrieve = System("random", model, retriever), retriever.retrieve
 
     def broken(request, k):
         if request.example.id == "e2":
@@ -192,7 +195,7 @@ def test_a_question_that_fails_harms_no_other(system, examples, tmp_path, monkey
         return retrieve(request, k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(system.retriever, "retrieve", broken)
+        patch.setattr(retriever, "retrieve", broken)
         with pytest.raises(ValueError, match=r"1 of 4 questions could not be answered, first 'e2': passage 'x' is too"):
             evaluate(system, examples, CONFIG, folder=tmp_path / "out", progress=False)
     assert (tmp_path / "out" / "answers.jsonl").read_text().count('"key"') == 3

@@ -43,7 +43,11 @@ def request(example: Example, number: int = 0, *written: Segment) -> Request:
 def test_co_supervised_writes_what_the_generator_writes(system, model, index, examples):
     generator = Generator(model, index, CONFIG)
     expected = [generator.generate(example.question, example.instruction) for example in examples]
-    assert answers_of(system, examples) == expected
+    for answer, one in zip(answers_of(system, examples), expected, strict=True):
+        assert (answer.segments, answer.stop_reason) == (one.segments, one.stop_reason)
+        for found, other in zip(answer.retrievals, one.retrievals, strict=True):
+            assert [c.passage for c in found.candidates] == [c.passage for c in other.candidates]
+            assert [c.score for c in found.candidates] == pytest.approx([c.score for c in other.candidates], abs=1e-5)
 
 
 def test_ranked_lists_agree_with_the_ranks(system, model, index, examples):
@@ -131,6 +135,7 @@ def test_what_was_written_reaches_the_retriever(trained, passages, examples):
     system = System("gold", trained, Recording(passages))
     answers = answers_of(system, examples, GenerationConfig())
     assert [answer.text for answer in answers] == ["".join(s.text for s in e.output) for e in examples]
+    requests.sort(key=lambda request: (request.example.id, request.number))
     assert [(r.example.id, r.number) for r in requests] == [
         ("e1", 0), ("e2", 0), ("e2", 1), ("e3", 0), ("e4", 0), ("e4", 1),
     ]  # fmt: skip
