@@ -561,7 +561,8 @@ def test_hard_negatives_reach_the_loss_and_embseq(make_model, corpus):
     hard = plain.model_copy(update={"negatives": ["rome", "seine"]})
     batch = make_batch([hard, other], corpus, model.template)
     names = ["paris", "nile", "rome", "seine"]
-    query = model.queries(model.hidden_states(batch.gen), batch.query_rows)
+    alone = [make_batch([example], corpus, model.template) for example in (plain, other)]
+    query = torch.cat([model.gen_rows(one.gen[0])[1] for one in alone])
     keys = torch.cat([model.embed(Pack.of([model.template.sequence(corpus[name])])) for name in names])
     scores = query @ keys.T / model.nsp.temperature
     expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1]))

@@ -81,6 +81,8 @@ def example_lengths(
     limits = limits or PackLimits()
     of_passage: dict[str, int] = {}
     lengths: list[int] = []
+    if not examples:
+        raise ValueError("there is no training example: data.train names an empty set")
     supervised = 0
     for example in track(examples):
         sequence = template.gen_sequence(example, corpus)
