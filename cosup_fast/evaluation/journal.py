@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from cosup_fast.files import sync
+from cosup_fast.files import fcntl, sync
 
 
 class Journal:
@@ -22,7 +22,8 @@ class Journal:
         restart: begin anew when the file's settings are others, rather than refuse them.
 
     Raises:
-        ValueError: the file holds work with other settings (the first that differs is named), or is no journal.
+        ValueError: the file holds work with other settings (the first that differs is named), is no journal, or another
+            process is writing it.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], *, restart: bool = False):
@@ -31,15 +32,19 @@ class Journal:
         self._file: BinaryIO | None = None
         if path is None:
             return
-        header = _line({"settings": settings})
-        whole = self._read(settings, restart) if path.exists() else 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-        self._file.truncate(whole)
-        self._file.seek(whole)
-        if not whole:
-            self._write(header)
-            sync(path.parent)
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            self._lock()
+            whole = self._read(settings, restart)
+            self._file.truncate(whole)
+            self._file.seek(whole)
+            if not whole:
+                self._write(_line({"settings": settings}))
+                sync(path.parent)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -59,10 +64,20 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
 
+    def _lock(self) -> None:
+        if fcntl is None or self._file is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path} is being written by another evaluation: wait for it, or give another --output"
+            ) from None
+
     def _read(self, settings: dict[str, Any], restart: bool) -> int:
         """Fills `done`; returns the length of what is whole, in bytes, 0 to begin anew."""
-        assert self.path is not None
-        lines = self.path.read_bytes().split(b"\n")[:-1]
+        assert self._file is not None
+        lines = self._file.read().split(b"\n")[:-1]
         whole = 0
         for number, line in enumerate(lines, 1):
             try:

@@ -18,6 +18,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -229,9 +230,13 @@ class DenseRetriever:
         self.origin = {"encoder": name, **_corpus(passages)}
         self._rows = list(passages)
         self._encoder = _sentence_encoder(name, device)
-        self._progress = progress
-        texts = [passage_template.format(title=p.title, text=p.text) for p in passages]
-        self._embeddings = self._embed(texts, progress)
+        self._template, self._progress = passage_template, progress
+
+    @cached_property
+    def _embeddings(self) -> Tensor:
+        """Of the corpus; made when first searched, after all that can be checked has been."""
+        texts = [self._template.format(title=p.title, text=p.text) for p in self._rows]
+        return self._embed(texts, self._progress)
 
     def retrieve(self, request: Request, k: int) -> Found:
         return self._search([_so_far(request.example, request.written)], k)[0]

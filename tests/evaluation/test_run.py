@@ -266,6 +266,8 @@ def test_journal(tmp_path):
         journal.add("z", 1)
     with Journal(path, {"a": {"b": 2}}) as journal:
         assert journal.done == {"z": 1}
+    with Journal(path, {"a": {"b": 2}}), pytest.raises(ValueError, match="is being written by another evaluation"):
+        Journal(path, {"a": {"b": 2}})
     with Journal(None, {}) as journal:
         journal.add("k", 1)
         assert journal.done == {"k": 1}

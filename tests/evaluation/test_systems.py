@@ -17,7 +17,7 @@ from cosup_fast.evaluation import (
 )
 from cosup_fast.evaluation.command import open_system, output_folder, split_name
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
-from cosup_fast.evaluation.systems import Request
+from cosup_fast.evaluation.systems import Request, _Reading
 from cosup_fast.generation import Answer, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
 
@@ -222,3 +222,16 @@ def test_names_of_systems(tmp_path, model, data_folder):
     paired = open_system(f"pair:{tmp_path}", tmp_path / "x", lambda path: model, corpus="")
     assert isinstance(paired.retriever, PairRetriever)
     assert paired.sources["retriever"] == str(tmp_path)
+
+
+def test_a_passage_that_nothing_was_written_on_is_still_read(model, passages, examples):
+    class Recording(GoldRetriever):
+        def retrieve(self, request, k):
+            assert request.written == tuple(
+                Segment.model_construct(text="", passage="paris") for _ in range(request.number)
+            )
+            return super().retrieve(request, k)
+
+    reading = _Reading(Recording(passages), examples[0])
+    for _ in range(3):
+        assert ids(reading.retrieve(torch.zeros(32), 1)) == ["paris"]
