@@ -43,15 +43,15 @@ class GenerationConfig(BaseModel):
         description="sample from the smallest set of likeliest tokens with this probability in sum",
     )
     seed: int = Field(default=0, ge=0, description="random seed of every answer when temperature > 0")
-    stop: tuple[str, ...] = Field(
-        default=(), description="texts that end an answer where they appear; they are no part of it"
+    stop: list[str] = Field(
+        default=[], description="texts that end an answer where they appear; they are no part of it"
     )
 
     @field_validator("stop")
     @classmethod
-    def _no_empty_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
         if "" in stop:
-            raise ValueError(f"stop={list(stop)} holds an empty text, which appears everywhere: leave it out")
+            raise ValueError(f"stop={stop} holds an empty text, which appears everywhere: leave it out")
         return stop
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ class Task:
         self._template = template
         self._prompt = len(self.pending)
         self._random = torch.Generator().manual_seed(config.seed)
-        self._transcript = Transcript(template, on_text, config.stop)
+        self._transcript = Transcript(template, on_text, tuple(config.stop))
         self._forced = {**request.forced, **({0: template.nsp} if config.ret_first else {})}
         self._asked_at = 0  # the length of the context up to and with the last [NSP]
         self._grounded: list[int] = []  # [Cs] and what was written after it

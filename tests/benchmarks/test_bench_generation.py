@@ -8,7 +8,7 @@ import pytest
 from benchmarks.generation import CASES, OURS, PLAIN, Result, describe, measure
 
 
-@pytest.mark.parametrize("name", ["batch-16", "batch-16-truncated", "batch-1"])
+@pytest.mark.parametrize("name", ["batch-16-truncated", "batch-1"])
 def test_a_case(llama_folder, data_folder, name):
     said = []
     result = measure(name, 2, said.append, gen=llama_folder, corpus=str(data_folder / "passages.jsonl"))

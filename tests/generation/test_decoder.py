@@ -67,7 +67,7 @@ configs = st.builds(
     ret_first=st.booleans(),
     ctx_truncate=st.booleans(),
     candidates=st.integers(1, 3),
-    stop=st.sampled_from([(), (), ("a",), ("th", "e ")]),
+    stop=st.sampled_from([[], [], ["a"], ["th", "e "]]),
 )
 requests = st.builds(
     Request,
