@@ -335,19 +335,20 @@ def test_a_rank_may_train_what_another_does_not(world):
         torch.testing.assert_close(answers[rank]["dkeys"], truth["dkeys"][own], rtol=1e-11, atol=1e-11)
 
 
-def test_co_supervision_shares_add_up(world):
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_co_supervision_shares_add_up(world, ignore_index):
     g = torch.Generator().manual_seed(0)
     head = torch.randn(11, 6, dtype=DOUBLE, generator=g)
     parts = make_parts([(2, 3), (0, 1), (4, 4)])
     for part, tokens in zip(parts, (5, 8, 1)):
         part["hidden"] = torch.randn(tokens, 6, dtype=DOUBLE, generator=g)
         part["target"] = torch.randint(-1, 11, (tokens,), generator=g)
-        part["target"][part["target"] < 0] = -100
+        part["target"][part["target"] < 0] = 0 if ignore_index is None else ignore_index
         part["lm_head_weight"] = head
     batch = whole(parts)
     hidden, target = (torch.cat([part[name] for part in parts]) for name in ("hidden", "target"))
     truth = CoSupervisionLoss(0.5, nsp=InfoNCELoss(scale=2.0))(hidden, head, target, **batch)
-    answers = world.run("co_supervision", parts)
+    answers = world.run("co_supervision", parts, ignore_index)
     for name in ("loss", "ntp", "nsp"):
         torch.testing.assert_close(torch.stack([a[name] for a in answers]).sum(), getattr(truth, name))
 

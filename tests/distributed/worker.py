@@ -120,9 +120,10 @@ def shared_weights(size: int, part: dict[str, Tensor], weight: Tensor, rounds: i
     return {"weight": Peers(group).sum(module.weight.grad), "log_scale": scale}
 
 
-def co_supervision(size: int, part: dict[str, Tensor]) -> dict[str, Tensor]:
+def co_supervision(size: int, part: dict[str, Tensor], ignore_index: int | None) -> dict[str, Tensor]:
     """This rank's shares of the joint loss."""
-    criterion = losses.CoSupervisionLoss(0.5, nsp=losses.InfoNCELoss(scale=2.0))
+    ntp = losses.LinearCrossEntropyLoss(ignore_index=ignore_index)
+    criterion = losses.CoSupervisionLoss(0.5, ntp=ntp, nsp=losses.InfoNCELoss(scale=2.0))
     out = criterion(**leaves(part), group=groups[size])
     out.loss.backward()
     return {"loss": out.loss.detach(), "ntp": out.ntp.detach(), "nsp": out.nsp.detach()}
