@@ -261,7 +261,8 @@ class CoSupervisionLoss(nn.Module):
             if ntp_count is None:
                 from cosup_fast.distributed import Peers
 
-                ntp_count = Peers.of(group).sum((target != self.ntp.ignore_index).sum())
+                every, ignored = target.new_tensor(target.numel()), self.ntp.ignore_index
+                ntp_count = Peers.of(group).sum(every if ignored is None else (target != ignored).sum())
         ntp = self.ntp(hidden, lm_head_weight, target, bias=bias, count=ntp_count)
         if query is None or (len(query) == 0 and group is None):
             return CoSupervisionOutput(ntp, ntp, torch.zeros_like(ntp), None)
