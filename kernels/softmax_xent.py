@@ -13,7 +13,7 @@ A symmetric loss also softmaxes the columns, by the same formulas on z transpose
 
 Two phases, also usable apart: `statistics` (maxima, sums of exponentials, positives, rank, top-1) and `gradient` (given
 the statistics and g). A scalar reduction knows g at once and runs both on each chunk of scores: three matrix products.
-Never materialised: more of z than one chunk of rows, whose bytes COSUP_FAST_WORKSPACE_BYTES bounds.
+Never materialised: more of z than one chunk of rows, whose bytes COSUP_WORKSPACE_BYTES bounds.
 
 The chunks are computed by the implementation that `dispatch` chooses. Private candidates, few by nature, are batched
 products of the engine's own. Legend: see scores.py. Statistics and sums over chunks are fp32 (fp64 for fp64 inputs).
@@ -31,7 +31,7 @@ from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics, finite
 from .softmax_xent_torch import TorchChunk, product
 
 WORKSPACE_BYTES = 512 * 2**20
-"""Bytes of a chunk of scores; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
+"""Bytes of a chunk of scores; the environment variable COSUP_WORKSPACE_BYTES overrides it."""
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
 LIFTED = 2.0**12
@@ -39,11 +39,11 @@ LIFTED = 2.0**12
 
 
 def workspace_bytes() -> int:
-    text = os.environ.get("COSUP_FAST_WORKSPACE_BYTES")
+    text = os.environ.get("COSUP_WORKSPACE_BYTES")
     if text is None:
         return WORKSPACE_BYTES
     if not text.strip().isdecimal() or int(text) == 0:
-        raise ValueError(f"COSUP_FAST_WORKSPACE_BYTES is {text!r}; set it to a positive whole number of bytes")
+        raise ValueError(f"COSUP_WORKSPACE_BYTES is {text!r}; set it to a positive whole number of bytes")
     return int(text)
 
 

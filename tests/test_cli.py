@@ -371,7 +371,7 @@ def test_generation_follows_the_runs_configuration_and_options_override_it(cosup
 
 
 def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_HOME", str(tmp_path))
+    monkeypatch.setenv("COSUP_HOME", str(tmp_path))
     status, _, err = cosup("data", "check")
     assert (status, "nothing is prepared yet" in err) == (1, True)
 
