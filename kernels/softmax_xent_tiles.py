@@ -181,7 +181,8 @@ def _row_cases() -> Iterator[dict[str, Any]]:
             (rows.ranks_fwd_kernel, ["fp32"]),
             (rows.rows_bwd_logits_kernel, ["bf16", "fp32"]),
         ):
-            yield _case(kernel, loss, options, row_tiles("sm_80"), FULL, dtypes=dtypes)
+            ranked = options | {"ranks", "reference"}
+            yield _case(kernel, loss, ranked, row_tiles("sm_80"), FULL, dtypes=dtypes)
         held = (options - {"softcap", "columns"}) | {"out"}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             shipped, _ = product_tiles(product.scores_fwd_kernel, dtype, held)
