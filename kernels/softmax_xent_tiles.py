@@ -1,8 +1,9 @@
 """Tiles of the score kernels: those shipped, by GPU and by what an epilogue has to do, and the matrix they compile to.
 
-A GPU without its own runs those of its `tuning.nearest`. They are chosen by what compiles without spills, bf16
-on Triton 3.6 to 3.9 for sm_80, sm_90 and sm_100; none has been timed. The widest tile goes to the losses of plain training. An epilogue with more to hold than
-its scores, their bias and their exponentials takes their columns in more parts.
+A GPU without its own runs those of its `tuning.nearest`. They are chosen by what compiles without spills, in bf16 on
+Triton 3.6 to 3.9 for sm_80, sm_90 and sm_100; none has been timed. The widest tile goes to the losses of plain
+training. An epilogue with more to hold than its scores, their bias and their exponentials takes their columns in more
+parts.
 """
 
 from __future__ import annotations
