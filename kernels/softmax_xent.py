@@ -13,7 +13,7 @@ A symmetric loss also softmaxes the columns, by the same formulas on z transpose
 
 Two phases, also usable apart: `statistics` (maxima, sums of exponentials, positives, rank, top-1) and `gradient` (given
 the statistics and g). A scalar reduction knows g at once and runs both on each chunk of scores: three matrix products.
-Never materialised: more of z than one chunk of rows, whose bytes COSUP_FAST_WORKSPACE_BYTES bounds.
+Never materialised: more of z than one chunk of rows, whose bytes COSUP_WORKSPACE_BYTES bounds.
 
 The chunks are computed by the implementation that `dispatch` chooses. Private candidates, few by nature, are batched
 products of the engine's own. Legend: see scores.py. Statistics and sums over chunks are fp32 (fp64 for fp64 inputs).

@@ -1,7 +1,7 @@
 """Memory for scores that is kept from one loss to the next.
 
 A CPU maps and clears fresh pages at every call, which for a chunk of scores takes longer than its softmax. So the
-largest buffer that was given back stays, at most COSUP_FAST_WORKSPACE_BYTES of it, until `release_workspace`. A GPU's
+largest buffer that was given back stays, at most COSUP_WORKSPACE_BYTES of it, until `release_workspace`. A GPU's
 memory comes from torch's caching allocator, which does the same.
 """
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 512 * 2**20
-"""Bytes of a chunk of scores; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
+"""Bytes of a chunk of scores; the environment variable COSUP_WORKSPACE_BYTES overrides it."""
 
 _lock = threading.Lock()
 _kept: list[Tensor] = []  # at most one buffer, that nobody uses
 
 
 def workspace_bytes() -> int:
-    text = os.environ.get("COSUP_FAST_WORKSPACE_BYTES")
+    text = os.environ.get("COSUP_WORKSPACE_BYTES")
     if text is None:
         return WORKSPACE_BYTES
     if not text.strip().isdecimal() or int(text) == 0:
-        raise ValueError(f"COSUP_FAST_WORKSPACE_BYTES is {text!r}; set it to a positive whole number of bytes")
+        raise ValueError(f"COSUP_WORKSPACE_BYTES is {text!r}; set it to a positive whole number of bytes")
     return int(text)
 
 

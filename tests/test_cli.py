@@ -544,7 +544,7 @@ def test_what_was_answered_before_an_interruption_is_kept(cosup, fields, data_fo
 
 
 def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_HOME", str(tmp_path))
+    monkeypatch.setenv("COSUP_HOME", str(tmp_path))
     status, _, err = cosup("data", "check")
     assert (status, "nothing is prepared yet" in err) == (1, True)
 

@@ -17,7 +17,7 @@ HALF = torch.bfloat16
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_products_are_those_counted(budget, reduction, symmetric, frozen, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", str(budget))
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", str(budget))
     plan = explain(N, M, D, symmetric=symmetric, reduction=reduction, gradients=2 - frozen)
     x, w = torch.randn(N, D, requires_grad=frozen < 1), torch.randn(M, D, requires_grad=frozen < 2)
     with count() as counts:
@@ -45,7 +45,7 @@ def test_products_of_kernels_are_those_counted(impl, reduction, symmetric, budge
     pytest.importorskip("triton", reason="Triton's wheels are for Linux")
     if impl == "fused" and symmetric:
         pytest.skip("fused normalises rows alone")
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", str(budget))
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", str(budget))
     x, w = torch.randn(N, D, requires_grad=True), torch.randn(M, D, requires_grad=True)
     with count() as counts:
         plan = explain(N, M, D, symmetric=symmetric, reduction=reduction, impl=impl)
@@ -73,7 +73,7 @@ def test_products_of_kernels_are_those_counted(impl, reduction, symmetric, budge
 )
 def test_what_auto_runs_on_a_gpu(sizes, options, impl, products, monkeypatch):
     pytest.importorskip("triton", reason="Triton's wheels are for Linux")
-    monkeypatch.delenv("COSUP_FAST_WORKSPACE_BYTES", raising=False)
+    monkeypatch.delenv("COSUP_WORKSPACE_BYTES", raising=False)
     options = {"dtype": HALF, "device": "cuda", **options}
     plan = explain(*sizes, **options)
     assert (plan.impl, plan.products) == (impl, products)
@@ -85,7 +85,7 @@ def test_a_smaller_budget_is_never_cheaper(monkeypatch):
     pytest.importorskip("triton", reason="Triton's wheels are for Linux")
     costs = []
     for budget in (2**20, 2**24, 2**28, 2**32):
-        monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", str(budget))
+        monkeypatch.setenv("COSUP_WORKSPACE_BYTES", str(budget))
         costs.append(explain(16384, 16384, 2048, dtype=HALF, device="cuda").cost)
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]

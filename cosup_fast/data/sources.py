@@ -27,8 +27,8 @@ from cosup_fast.data.records import (
 
 
 def home() -> Path:
-    """The folder of prepared sets: `COSUP_FAST_HOME`, or `~/.cache/cosup-fast`."""
-    return Path(os.environ.get("COSUP_FAST_HOME") or "~/.cache/cosup-fast").expanduser()
+    """The folder of prepared sets: `COSUP_HOME`, or `~/.cache/cosup-fast`."""
+    return Path(os.environ.get("COSUP_HOME") or "~/.cache/cosup-fast").expanduser()
 
 
 def load_corpus(spec: str) -> list[Passage]:

@@ -50,12 +50,12 @@ def chunks_of(rows: int | None) -> Iterator[None]:
         yield
         return
     before, softmax_xent.MIN_ROWS = softmax_xent.MIN_ROWS, rows
-    os.environ["COSUP_FAST_WORKSPACE_BYTES"] = "1"
+    os.environ["COSUP_WORKSPACE_BYTES"] = "1"
     try:
         yield
     finally:
         softmax_xent.MIN_ROWS = before
-        del os.environ["COSUP_FAST_WORKSPACE_BYTES"]
+        del os.environ["COSUP_WORKSPACE_BYTES"]
 
 
 def info_nce(

@@ -38,7 +38,7 @@ def test_the_largest_buffer_is_kept_until_it_is_released():
 
 def test_nothing_beyond_the_budget_is_kept(monkeypatch):
     gradients(0, 128)
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", "4096")
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "4096")
     gradients(0, 16)
     assert sum(map(len, workspace._kept)) <= 4096
 

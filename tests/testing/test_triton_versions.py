@@ -1,7 +1,7 @@
 """The kit's own tests, and what the score kernels compile to, on every Triton that a supported torch pins.
 
 Each version is installed alone into a folder that PYTHONPATH puts before the environment's own Triton. Set
-COSUP_FAST_TRITONS to a folder to keep them for the next run.
+COSUP_TRITONS to a folder to keep them for the next run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def tritons(tmp_path_factory) -> Path:
-    kept = os.environ.get("COSUP_FAST_TRITONS")
+    kept = os.environ.get("COSUP_TRITONS")
     return Path(kept) if kept else tmp_path_factory.mktemp("tritons")
 
 
