@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
@@ -201,3 +202,11 @@ def cosup(monkeypatch, capsys):
         return status, captured.out, " ".join(captured.err.split())
 
     return call
+
+
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as in a terminal, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

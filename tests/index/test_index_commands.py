@@ -99,7 +99,7 @@ def test_another_checkpoint_is_refused_unless_allowed(cosup, copied, data_folder
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(cosup, copied, tmp_path):
+def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(cosup, copied, tmp_path, keyboard):
     passages = [Passage(id=str(i), title="", text=f"{i} " + "word " * 60) for i in range(3000)]
     write_jsonl(tmp_path / "big.jsonl", passages)
     command = ["index", "build", copied, "--corpus", tmp_path / "big.jsonl", "--output", tmp_path / "i"]
