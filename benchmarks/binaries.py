@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+from torch import Tensor
+
 TARGET = "sm_90"
 TYPES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64", "int32": "i32", "int64": "i64",
@@ -30,6 +32,8 @@ class Binary(NamedTuple):
 
 def _kind(value: Any) -> str | None:
     """What Triton calls an argument; None for what it compiles in."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     if value is None or isinstance(value, bool):
         return None if value is None else "i1"
     if isinstance(value, int):
@@ -38,7 +42,13 @@ def _kind(value: Any) -> str | None:
         return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if value % 16 == 0 else "")
     if isinstance(value, float):
         return "fp32"
-    return "*" + TYPES[str(value.dtype).removeprefix("torch.")]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_type(value.base)}{value.block_shape}>"
+    return "*" + _type(value)
+
+
+def _type(t: Tensor) -> str:
+    return TYPES[str(t.dtype).removeprefix("torch.")]
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def memory_command(
 def gate_command(update: Annotated[bool, typer.Option("--update", help="Write down what is found.")] = False) -> None:
     """Have our exact figures changed? Compares them with benchmarks/exact.json."""
     found = gates.measure()
-    with_torch, wanted = gates.load() if gates.PATH.exists() else ("", {})
+    versions, wanted = gates.load() if gates.PATH.exists() else ({}, {})
     changes = gates.differences(found, wanted)
     for change in changes:
         out.print(change, markup=False, highlight=False, soft_wrap=True)
@@ -233,7 +233,8 @@ def gate_command(update: Annotated[bool, typer.Option("--update", help="Write do
         out.print(f"{gates.PATH.name}: {len(found)} entries, {len(changes)} changes")
     elif changes:
         raise ValueError(
-            f"{len(changes)} figures differ from {gates.PATH.name} (torch {with_torch}); "
+            f"{len(changes)} figures differ from {gates.PATH.name} "
+            f"({', '.join(f'{name} {number}' for name, number in versions.items())}); "
             "if that is meant: python -m benchmarks gate --update"
         )
     else:

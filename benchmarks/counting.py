@@ -7,7 +7,7 @@
               such as a library's packed copies, are not seen
 
 Operators that are written in Python (torch.library) are counted by what they run. Triton kernels run in the interpreter
-of `cosup_fast.testing`, on CPU tensors that claim to be on a GPU.
+of `cosup_fast.testing`, on CPU tensors, as for a GPU (`benchmarks.pretend`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.binaries import Binary, compiled, recorded
 from benchmarks.cases import Case, Inputs
 from benchmarks.check import Loss, Result, free, step
-from benchmarks.pretend import gpu
 from benchmarks.providers import Provider
 from cosup_fast.functional import release_workspace
 
@@ -148,7 +147,7 @@ def count_kernels(case: Case, provider: Provider, inputs: Inputs) -> tuple[Count
     from cosup_fast import testing
 
     free(inputs)
-    with gpu():
+    with provider.pretence():
         loss = provider.make(case)
         with testing.count() as kernels, recorded() as launched, OperationCounter() as seen:
             result = step(loss, inputs)

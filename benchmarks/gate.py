@@ -1,4 +1,4 @@
-"""Have the exact figures changed? Products, FLOPs, bytes and workspace of ours against exact.json.
+"""Have the exact figures changed? Products, FLOPs, bytes, workspace and binaries of ours against exact.json.
 
 A change that is meant is written down by `python -m benchmarks gate --update` and committed with its cause.
 """
@@ -10,27 +10,46 @@ import os
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 from benchmarks.cases import LOSSES, Case
-from benchmarks.counting import count
+from benchmarks.counting import Counts, count, count_kernels
+from benchmarks.machine import version
 from benchmarks.providers import ours
 from cosup_fast.kernels import softmax_xent_torch
 
 PATH = Path(__file__).with_name("exact.json")
 SMALL_WORKSPACE = 2**18
-Figures = dict[str, dict[str, float | int | None]]
+BINARY = "binary of "
+Figures = dict[str, dict[str, float | int | str | None]]
+
+
+def _case(loss: str, dtype: str) -> Case:
+    return Case(loss, 320, 320 if loss == "info-nce-symmetric" else 448, 96, dtype)
+
+
+def _figures(case: Case, counts: Counts) -> dict[str, float | int | str | None]:
+    return {
+        **{f"{p} products": round(number, 9) for p, number in counts.products.items()},
+        "flops": counts.flops(case),
+        "traffic": counts.traffic,
+        "workspace": counts.workspace,
+    }
 
 
 def measure() -> Figures:
-    """Figures of every implementation of ours, by name: in one chunk of rows, and in several."""
+    """Figures of every implementation of ours, by name."""
+    return measure_torch() | measure_kernels()
+
+
+def measure_torch() -> Figures:
+    """Of those that torch runs: in one chunk of rows, and in several."""
     figures: Figures = {}
     for loss in LOSSES:
-        shape = (320, 320, 96) if loss == "info-nce-symmetric" else (320, 448, 96)
         for dtype in ("fp32", "bf16"):
-            case = Case(loss, *shape, dtype)
+            case = _case(loss, dtype)
             inputs = case.inputs()
             for provider in ours.PROVIDERS:
+                if provider.triton:
+                    continue
                 for workspace in (None, SMALL_WORKSPACE):
                     if workspace and provider.name == "ours reference":
                         continue
@@ -40,12 +59,28 @@ def measure() -> Figures:
                     with mock.patch.dict(os.environ, environment), bf16:
                         counts, _ = count(case, provider.make(case), inputs)
                     name = f"{case}, {provider.name}" + (f", workspace {workspace}" if workspace else "")
-                    figures[name] = {
-                        **{f"{p} products": round(number, 9) for p, number in counts.products.items()},
-                        "flops": counts.flops(case),
-                        "traffic": counts.traffic,
-                        "workspace": counts.workspace,
-                    }
+                    figures[name] = _figures(case, counts)
+    return figures
+
+
+def measure_kernels() -> Figures:
+    """Of those with Triton kernels, with the tiles of a GPU, and what they compile to for it."""
+    figures: Figures = {}
+    for loss in ("info-nce", "info-nce-symmetric", "linear-cross-entropy"):
+        case = _case(loss, "bf16")
+        inputs = case.inputs()
+        for provider in ours.PROVIDERS:
+            if not provider.triton or provider.reason(case, counting=True):
+                continue
+            with mock.patch.dict(os.environ, COSUP_WORKSPACE_BYTES=str(2**29)):
+                counts, _, binaries = count_kernels(case, provider, inputs)
+            figures[f"{case}, {provider.name}"] = _figures(case, counts) | {
+                "launches": counts.launches,
+                "atomics": counts.atomics,
+            }
+            for binary in binaries:
+                name = f"{BINARY}{binary.kernel} ({binary.configuration}) in {loss}, {provider.name}"
+                figures[name] = binary._asdict()
     return figures
 
 
@@ -66,14 +101,19 @@ def release(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def load() -> tuple[str, Figures]:
-    """The torch they were measured with, and the figures."""
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    return {name: release(version(name)) for name in ("torch", "triton")}
+
+
+def load() -> tuple[dict[str, str], Figures]:
+    """The versions they were measured with, and the figures."""
     content = json.loads(PATH.read_text())
-    return content["torch"], content["figures"]
+    return content["versions"], content["figures"]
 
 
 def update(figures: Figures) -> None:
-    content = {"torch": release(torch.__version__), "figures": figures}
+    content = {"versions": versions(), "figures": figures}
     new = PATH.with_name(PATH.name + ".writing")
     new.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(new, PATH)

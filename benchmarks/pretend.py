@@ -1,6 +1,6 @@
-"""A GPU for those who ask for one: what lets peers' Triton kernels be launched in the interpreter on CPU tensors.
+"""A GPU for those who ask for one: what lets Triton kernels be launched in the interpreter on CPU tensors as on a GPU.
 
-Only questions are answered: is this on a GPU, of which capability? Nothing of the peers is changed.
+Only questions are answered: is this on a GPU, of which capability? No kernel is changed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,17 @@ from unittest import mock
 import torch
 
 CAPABILITY = (9, 0)
+
+
+@contextmanager
+def tiles() -> Iterator[None]:
+    """Within, our kernels, which the interpreter runs anyway, have the tiles that are shipped for CAPABILITY."""
+    from cosup_fast.kernels import softmax_xent_triton, tuning
+
+    with ExitStack() as stack:
+        for module in (tuning, softmax_xent_triton):
+            stack.enter_context(mock.patch.object(module, "target_of", return_value=tuning.nearest(CAPABILITY)))
+        yield
 
 
 @contextmanager

@@ -301,6 +301,7 @@ class _Loss(torch.autograd.Function):
         )
 
 
+@torch.compiler.disable
 def info_nce(
     peers: Peers,
     query: Tensor,  # (N_r, D)

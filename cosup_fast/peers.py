@@ -65,8 +65,9 @@ class Peers:
         self._channel = _channel(self.group)
 
     @classmethod
+    @torch.compiler.disable
     def of(cls, group: ProcessGroup | Peers) -> Peers:
-        """`group` itself if it is one of these, else the peers of that process group."""
+        """`group` itself if it is one of these, else the peers of that process group. Breaks a compiled graph."""
         return group if isinstance(group, Peers) else cls(group)
 
     def meet(self, purpose: str, note: dict[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ HEAVY = {
 SEVERAL_STORED = {**HEAVY, "sm_100": _tiles(128, 64, 64, 8, 4)}
 SEVERAL_SYMMETRIC = {**HEAVY, "sm_100": _tiles(128, 128, 64, 8, 4, parts=8, maxnreg=255)}
 SINGLE = {**dict.fromkeys(PLAIN, _tiles(64, 64, 32, 8, 3)), **_INTERPRETER}
+SINGLE_SEVERAL = {**dict.fromkeys(PLAIN, _tiles(64, 64, 32, 8, 3, parts=2)), **_INTERPRETER}
 
 _PLAIN_CANDIDATES = [
     _tiles(128, 128, 64, 8, 3, parts=2),
@@ -75,7 +76,7 @@ def product_tiles(
 ) -> tuple[dict[str, Configuration], list[Configuration]]:
     """Of a product whose epilogue has these arguments and flags: by target, and what a search tries beside them."""
     if dtype.itemsize == 4:
-        return SINGLE, _SINGLE_CANDIDATES
+        return SINGLE_SEVERAL if "SEVERAL" in options and "out" not in options else SINGLE, _SINGLE_CANDIDATES
     if not options & {"SEVERAL", "columns", "ranks"} and not {"SMOOTHING", "key_ids"} <= options:
         return PLAIN, _PLAIN_CANDIDATES
     if kernel is product.scores_fwd_kernel and "SEVERAL" in options:

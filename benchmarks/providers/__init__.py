@@ -9,12 +9,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.cases import Case
 from benchmarks.check import Loss
+from benchmarks.pretend import gpu
 
 PEERS = "pip install --no-deps -r benchmarks/requirements-peers.txt"
 
@@ -29,6 +31,7 @@ class Provider:
     make: Callable[[Case], Loss]
     package: str | None = None  # the distribution it needs
     triton: bool = False  # Triton kernels: a CUDA device, or the interpreter with nothing but counters
+    pretence: Callable[[], AbstractContextManager[None]] = gpu  # in which they are counted
     compiled: bool = False  # by Inductor, whose kernels hide their bytes and buffers from the counters
     unfit: Callable[[Case], str | None] = lambda case: None
 

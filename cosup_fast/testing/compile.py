@@ -18,17 +18,20 @@ A kernel module declares what it ships as plain data, so that it needs nothing o
 pointers are taken as 16-byte aligned. `targets` defaults to all, `spills` (bytes) to 0. `name` tells configurations of
 one kernel apart.
 
-    python -m cosup_fast.testing.compile [module ...] [--target sm_90 ...] [--format table|markdown|json]
+    python -m cosup_fast.testing.compile [module ...] [--target sm_90 ...] [--jobs 8] [--format table|markdown|json]
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import pkgutil
 import re
 import subprocess
@@ -234,10 +237,14 @@ def _disassemble(cubin: bytes) -> str:
     return done.stdout
 
 
+def _listed(modules: str | ModuleType | Iterable[str | ModuleType]) -> list[str | ModuleType]:
+    return [modules] if isinstance(modules, (str, ModuleType)) else list(modules)
+
+
 def collect(modules: str | ModuleType | Iterable[str | ModuleType] = "cosup_fast.kernels") -> list[CompileCase]:
     """The COMPILE_CASES of modules; a package stands for all its modules."""
     cases = []
-    for item in [modules] if isinstance(modules, (str, ModuleType)) else modules:
+    for item in _listed(modules):
         module = importlib.import_module(item) if isinstance(item, str) else item
         inner = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []), f"{module.__name__}.")]
         for one in [module, *map(importlib.import_module, sorted(inner))]:
@@ -262,9 +269,45 @@ def combinations(
 def compile_matrix(
     modules: str | ModuleType | Iterable[str | ModuleType] = "cosup_fast.kernels",
     targets: Iterable[str] | None = None,
+    kernel: str = "",
+    jobs: int = 1,
 ) -> list[Compiled]:
-    """Compiles everything the modules declare."""
-    return [compile_case(*combination) for combination in combinations(collect(modules), targets)]
+    """Compiles everything the modules declare, or the kernels whose name holds a text, in so many processes."""
+    names = [item if isinstance(item, str) else item.__name__ for item in _listed(modules)]
+    cases = {i: case for i, case in enumerate(collect(modules)) if kernel in case.name}
+    places = {id(case): i for i, case in cases.items()}
+    found = list(combinations(cases.values(), targets))
+    with contextlib.ExitStack() as stack:
+        if jobs == 1:
+            results = (compile_case(*combination) for combination in found)
+        else:
+            pool = stack.enter_context(
+                concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+            )
+            # A kernel does not travel between processes; its place among the declarations does.
+            results = pool.map(_compile_place, ((names, places[id(case)], *rest) for case, *rest in found))
+        return list(_watched(results, len(found)))
+
+
+@functools.cache
+def _collected(names: tuple[str, ...]) -> list[CompileCase]:
+    return collect(names)
+
+
+def _compile_place(place: tuple[list[str], int, str, str]) -> Compiled:
+    names, i, dtype, target = place
+    return compile_case(_collected(tuple(names))[i], dtype, target)
+
+
+def _watched(results: Iterable[Compiled], total: int) -> Iterator[Compiled]:
+    """The results with a progress bar on a terminal."""
+    if not sys.stderr.isatty() or not importlib.util.find_spec("rich"):
+        yield from results
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(results, "compiling", total, console=Console(stderr=True))
 
 
 COLUMNS = ("kernel", "dtype", "target", "registers", "spilled", "shared", "of", "instructions", "seconds", "verdict")
@@ -309,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("module", nargs="*", default=["cosup_fast.kernels"], help="modules with COMPILE_CASES")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="compile for this one only")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
     parser.add_argument("--format", choices=["table", "markdown", "json"], default="table")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
@@ -316,11 +360,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(NEEDS_TRITON, file=sys.stderr)
         return 2
-    cases = [case for case in collect(options.module) if options.kernel in case.name]
-    if not cases:
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; at least 1")
+    results = compile_matrix(options.module, options.target, options.kernel, options.jobs)
+    if not results:
         print(f"no COMPILE_CASES in {', '.join(options.module)}", file=sys.stderr)
         return 0
-    results = [compile_case(*combination) for combination in combinations(cases, options.target)]
     _print(results, options.format)
     return int(any(r.gate and not r.ok for r in results))
 

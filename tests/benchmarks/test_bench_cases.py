@@ -102,7 +102,8 @@ def test_reasons():
 def test_choosing():
     assert [p.name for p in chosen(None)] == [p.name for p in every()]
     assert [p.name for p in chosen(["dense"])] == ["dense"], "a whole name is that one"
-    assert [p.name for p in chosen(["ours", "inf_cl"])] == ["ours stored", "ours reference", "inf_cl"]
+    ours = [f"ours {name}" for name in ("stored", "reference", "fused", "rows", "recomputed")]
+    assert [p.name for p in chosen(["ours", "inf_cl"])] == [*ours, "inf_cl"]
     with pytest.raises(ValueError, match="provider is 'theirs'; choose from 'ours stored'"):
         chosen(["theirs"])
 

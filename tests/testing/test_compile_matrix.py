@@ -164,6 +164,14 @@ def test_a_module_is_collected_by_name_and_a_package_with_its_modules(monkeypatc
     collect()
 
 
+def test_several_processes_compile_the_same():
+    alone, shared = (compile_matrix(examples, ["sm_80"], kernel="softmax", jobs=jobs) for jobs in (1, 2))
+    assert len(alone) == 2
+    assert [(r.dtype, r.registers, r.instructions) for r in alone] == [
+        (r.dtype, r.registers, r.instructions) for r in shared
+    ]
+
+
 def test_the_command_line(capsys, monkeypatch):
     arguments = ["cosup_fast.testing.examples", "--target", "sm_80", "--kernel", "softmax", "--format"]
     assert main([*arguments, "json"]) == 0
