@@ -23,7 +23,7 @@ from cosup_fast.functional import release_workspace
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measure(case: Case, provider: str, timeout: float = 900) -> int:
+def measure(case: Case, provider: str, timeout: float = 3600) -> int:
     """Bytes, from a process of its own.
 
     Raises:
