@@ -1,4 +1,4 @@
-"""The `cosup-fast` command: data, train, index, generate, evaluate, demo, env.
+"""The `cosup-fast` command: data, train, export, index, generate, evaluate, demo, env.
 
 Heavy packages are imported inside the commands, so that `--help` answers at once.
 """
@@ -143,6 +143,21 @@ def train(
         )
         raise typer.Exit(130) from None
     _say(f"checkpoint: {checkpoint}")
+
+
+@app.command(epilog="Example: cosup-fast export runs/cosup models/cosup")
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+) -> None:
+    """Write a checkpoint as plain Hugging Face folders, gen/ and embseq/, adapters merged into the weights."""
+    from cosup_fast.files import check_replaceable, replace_folder
+
+    check_replaceable(output, "cosup.json")
+    model = _load_model(checkpoint, "cpu")
+    with replace_folder(output, "cosup.json") as folder:
+        model.save(folder)
+    _say(f"exported: {output}")
 
 
 @index_app.command(

@@ -24,12 +24,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
+from cosup_fast.adapters import (
+    LoRAConfig,
+    add_adapters,
+    check_targets,
+    has_adapters,
+    keep_layout,
+    load_adapters,
+    merge_adapters,
+    quantization,
+    save_adapters,
+    unwrapped,
+)
 from cosup_fast.attention import choose_attention
 from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack, unpackable
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.environment import no_downloaded_kernels
+from cosup_fast.files import sha256
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.last_hidden import accumulator
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
@@ -57,6 +72,8 @@ class ModelConfig(BaseModel):
     embseq_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Embseq")
     attention: Attention = Field(default="auto", description="auto: FlashAttention where it can run, else packed_sdpa")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
+    gen_lora: LoRAConfig = Field(default=LoRAConfig(), description="train adapters of Gen instead of its weights")
+    embseq_lora: LoRAConfig = Field(default=LoRAConfig(), description="likewise of Embseq")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -69,9 +86,38 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 "model.shared=true with model.freeze_embseq=true would freeze Gen: set one of them to false"
             )
+        for other in ("shared", "freeze_embseq"):
+            if getattr(self, other) and self.embseq_lora.rank:
+                raise ValueError(
+                    f"model.{other}=true leaves Embseq no weights of its own to train, so model.embseq_lora.rank="
+                    f"{self.embseq_lora.rank} has nothing to adapt: set rank=0"
+                    + (", or adapt Gen with model.gen_lora.rank" if other == "shared" else f", or {other}=false")
+                )
+        for field in ("gen_lora", "embseq_lora"):
+            lora: LoRAConfig = getattr(self, field)
+            if lora.quantize and not lora.rank:
+                raise ValueError(
+                    f"model.{field}.quantize={lora.quantize} keeps weights in 4 bits, which cannot be trained, and "
+                    f"model.{field}.rank=0 adds nothing that can: set a rank, such as 16, or quantize=null"
+                )
+            if lora.quantize and self.dtype == "float64":
+                raise ValueError(
+                    f"model.{field}.quantize={lora.quantize} has no products in model.dtype=float64: set "
+                    "model.dtype=float32 or bfloat16"
+                )
         if self.attention == "flash_attention_2" and self.dtype == "float64":
             raise ValueError("model.attention=flash_attention_2 takes 16-bit inputs, not model.dtype=float64")
         return self
+
+
+class _Base(BaseModel):
+    """Where the weights under adapters come from; a checkpoint holds this and the adapters."""
+
+    name: str
+    layers: int | None
+    lora: LoRAConfig
+    sha256: dict[str, str]  # of the safetensors files
+    new_tokens: bool = False  # whether rows for the special tokens are added
 
 
 class NSPConfig(BaseModel):
@@ -121,6 +167,7 @@ class CoSupervisionModel(nn.Module):
         self.template = template
         self.nsp = nsp
         self.freeze_embseq = freeze_embseq
+        self._bases: dict[str, _Base] = {}  # of the parts that have adapters
         self.width = gen.config.get_text_config().hidden_size
         embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
         # Orthogonal: a projection that keeps the angles between sequence embeddings is the neutral start.
@@ -162,9 +209,10 @@ class CoSupervisionModel(nn.Module):
         Raises:
             ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
                 weights that are no safetensors; a model that cannot run on packs, or whose logits are more than
-                `logits` knows.
+                `logits` knows; adapters for layers that it does not have.
         """
         device = torch.device(device)
+        _check_adapters(model)
         template, new = _load_template(model, text or TextConfig())
         gen = _load(model.gen, model, device, layers=model.gen_layers)
         if new:
@@ -175,19 +223,34 @@ class CoSupervisionModel(nn.Module):
             embseq = _load(model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False)
         made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
         made._check_models(model.gen, model.embseq or model.gen)
+        if model.gen_lora.rank:
+            made._adapt("gen", _base(model.gen, model.gen_layers, model.gen_lora, new))
+        if model.embseq_lora.rank:
+            made._adapt("embseq", _base(model.embseq or model.gen, model.embseq_layers, model.embseq_lora))
         return made
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", attention: Attention = "auto") -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        attention: Attention = "auto",
+        merge: bool = True,
+    ) -> Self:
         """A checkpoint folder that `save` wrote.
 
+        Args:
+            merge: fold adapters into the weights, so that a plain model is what is left; False: to train them further.
+
         Raises:
-            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; or what
-                `from_pretrained` refuses of its models.
+            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; the
+                weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
         folder = Path(folder)
         try:
-            return cls._load_folder(folder, torch.device(device), attention)
+            model = cls._load_folder(folder, torch.device(device), attention)
+            return model.merge() if merge else model
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
 
@@ -202,10 +265,28 @@ class CoSupervisionModel(nn.Module):
             attention=attention,
             dtype=description["dtype"],
         )
+        bases = {part: _Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
+        for name, base in bases.items():
+            if (found := _digests(base.name)) != base.sha256:
+                raise ValueError(
+                    f"the adapters in {folder / name} belong to other weights of {base.name!r} than there are now "
+                    f"(sha256 {_first(base.sha256)} then, {_first(found)} now): restore them"
+                )
         text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
         template = load_template(parts, text)
-        gen = _load(parts.gen, parts, device)
-        embseq = None if parts.embseq is None else _load(parts.embseq, parts, device, head=False)
+
+        def load_part(name: str, source: str, *, head: bool) -> Any:
+            base = bases.get(name)
+            if base is None:
+                return _load(source, parts, device, head=head)
+            settings = parts.model_copy(update={f"{name}_lora": base.lora})
+            return _load(base.name, settings, device, layers=base.layers, head=head)
+
+        gen = load_part("gen", parts.gen, head=True)
+        if "gen" in bases and bases["gen"].new_tokens:
+            _embed_special_tokens(gen, template)
+        gen.config.pad_token_id = template.pad
+        embseq = None if parts.embseq is None else load_part("embseq", parts.embseq, head=False)
         model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
         if not (folder / "heads.safetensors").is_file():
             raise ValueError(f"{folder} is incomplete: heads.safetensors is missing")
@@ -216,28 +297,47 @@ class CoSupervisionModel(nn.Module):
             raise ValueError(f"{folder / 'heads.safetensors'} holds {sorted(heads)}, expected {sorted(expected)}")
         model.to(device)
         model._check_models(str(folder / "gen"), str(folder / "embseq"))
+        for name, base in bases.items():
+            model._adapt(name, base)
+            load_adapters(getattr(model, name), folder / name)
         return model
 
     def save(self, folder: str | Path) -> None:
-        """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder."""
+        """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder.
+
+        Of a model with adapters these alone are written, and where the weights under them come from.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        tokenizers = {"gen": self.template.tokenizer, "embseq": self.template.embseq_tokenizer}
         with _quiet_transformers():
-            self.gen.save_pretrained(folder / "gen")
-            self.template.tokenizer.save_pretrained(folder / "gen")
-            if self.embseq is not None:
-                self.embseq.save_pretrained(folder / "embseq")
-                self.template.embseq_tokenizer.save_pretrained(folder / "embseq")
+            for name, part in self._parts():
+                if has_adapters(part):
+                    save_adapters(part, folder / name)
+                    part.config.save_pretrained(folder / name)
+                else:
+                    part.save_pretrained(folder / name)
+                tokenizers[name].save_pretrained(folder / name)
         save_file(self._head_state(), folder / "heads.safetensors")
         description = {
             "format_version": FORMAT_VERSION,
             "shared": self.embseq is None,
             "freeze_embseq": self.freeze_embseq,
-            "dtype": str(self.gen.dtype).removeprefix("torch."),
+            "dtype": str(unwrapped(self.gen.get_input_embeddings()).weight.dtype).removeprefix("torch."),
             "text": self.template.config.model_dump(),
             "nsp": self.nsp.model_dump(),
         }
+        if self._bases:
+            description["adapters"] = {name: base.model_dump() for name, base in self._bases.items()}
         (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    def merge(self) -> Self:
+        """Folds all adapters into the weights, for good; a model without any stays as it is."""
+        for name, part in self._parts():
+            if has_adapters(part):
+                merge_adapters(part)
+                del self._bases[name]
+        return self
 
     def forward(
         self, batch: CoSupervisionBatch, *, ntp_count: int | None = None, nsp_count: int | None = None
@@ -263,7 +363,7 @@ class CoSupervisionModel(nn.Module):
     def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
         """Next token prediction of supervised rows (n, D), which `gen_rows` gives, and their targets (n,)."""
         head = _head(self.gen)
-        return self.criterion.ntp(hidden, head.weight, targets, bias=head.bias, count=count)
+        return self.criterion.ntp(hidden, head.weight, targets, bias=unwrapped(head).bias, count=count)
 
     def nsp_loss(
         self, query: Tensor, keys: Tensor, batch: CoSupervisionBatch, *, count: int | None = None
@@ -314,8 +414,8 @@ class CoSupervisionModel(nn.Module):
         """
         head, ntp = _head(self.gen), self.criterion.ntp
         logits = nn.functional.linear(hidden, head.weight) * ntp.scale
-        if head.bias is not None:
-            logits = logits + head.bias
+        if (bias := unwrapped(head).bias) is not None:
+            logits = logits + bias
         return logits if ntp.softcap is None else ntp.softcap * torch.tanh(logits / ntp.softcap)
 
     def queries(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -355,7 +455,7 @@ class CoSupervisionModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """V, the rows of Gen's head."""
-        return len(_head(self.gen).weight)
+        return len(unwrapped(_head(self.gen)).weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
@@ -381,6 +481,15 @@ class CoSupervisionModel(nn.Module):
                 # transformers 5.10 knows it by the older name
                 newer = getattr(model, "activation_checkpointing_enable", None)
                 (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def _parts(self) -> list[tuple[str, PreTrainedModel]]:
+        """Both models by name; one where they share weights."""
+        return [("gen", self.gen)] + ([] if self.embseq is None else [("embseq", self.embseq)])
+
+    def _adapt(self, name: str, base: _Base) -> None:
+        t = self.template
+        add_adapters(getattr(self, name), base.lora, [t.nsp, t.context_start, t.context_end, t.pad] * (name == "gen"))
+        self._bases[name] = base
 
     @torch.no_grad()
     def _check_models(self, gen: str, embseq: str) -> None:
@@ -455,6 +564,31 @@ def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
+def _check_adapters(model: ModelConfig) -> None:
+    """Refuses adapters that cannot be, before any weight is read."""
+    for field, name in (("gen_lora", model.gen), ("embseq_lora", model.embseq or model.gen)):
+        lora: LoRAConfig = getattr(model, field)
+        quantization(lora, f"model.{field}", getattr(torch, model.dtype))
+        if lora.rank:
+            check_targets(lora, f"model.{field}", AutoConfig.from_pretrained(resolve_model(name)))
+
+
+def _base(name: str, layers: int | None, lora: LoRAConfig, new_tokens: bool = False) -> _Base:
+    # A folder is found from any working directory.
+    name = str(Path(name).resolve()) if Path(resolve_model(name)) == Path(name) and Path(name).is_dir() else name
+    return _Base(name=name, layers=layers, lora=lora, sha256=_digests(name), new_tokens=new_tokens)
+
+
+def _digests(name: str) -> dict[str, str]:
+    """SHA-256 of the weights of a model by file name."""
+    folder = Path(str(cached_file(resolve_model(name), "config.json"))).parent
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _first(digests: dict[str, str]) -> str:
+    return f"{min(digests.values(), default='none')[:12]}…"
+
+
 def _load(
     name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
 ) -> Any:
@@ -477,16 +611,23 @@ def _load(
             "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
     factory = AutoModelForCausalLM if head else AutoModel
+    field = "gen_lora" if head else "embseq_lora"
+    options: dict[str, Any] = {}
+    if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
+        options = {"quantization_config": quantized, "device_map": {"": device}}
     attention = choose_attention(settings.attention, device, dtype)
     try:
-        with _quiet_transformers():
-            return factory.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        with _quiet_transformers(), no_downloaded_kernels():
+            model = factory.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
             )
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise
         raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
+    if options:
+        keep_layout(model)
+    return model
 
 
 @contextmanager

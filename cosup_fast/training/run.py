@@ -98,7 +98,7 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
             model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
         else:
             verify(checkpoint)
-            model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention)
+            model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention, merge=False)
             console.print(f"continuing behind {checkpoint}", markup=False)
             lengths = _measure(model.template, config, examples, corpus, console)
         with RunLog(output, console) as log:
