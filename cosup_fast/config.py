@@ -62,6 +62,7 @@ class RunConfig(BaseModel):
     def _consistent(self) -> Self:
         model, nsp, training = self.model, self.nsp, self.training
         flash = model.attention == "flash_attention_2"
+        in_4_bits = [f for f in ("gen_lora", "embseq_lora") if getattr(model, f).quantize]
         for wrong, message in (
             (
                 model.dtype == "float64" and training.precision == "bfloat16",
@@ -80,6 +81,11 @@ class RunConfig(BaseModel):
                 flash and training.device.startswith("cpu"),
                 f"model.attention=flash_attention_2 runs on CUDA alone, not on training.device={training.device}: "
                 "set model.attention=auto",
+            ),
+            (
+                training.compile and bool(in_4_bits),
+                f"training.compile=true does not reach into 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: "
+                "change one of them",
             ),
         ):
             if wrong:

@@ -43,6 +43,7 @@ from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, no
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.decoder_layers import Recompute, compile_layers, recompute_activations
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.files import sha256
 from cosup_fast.functional import gather_last_hidden
@@ -474,13 +475,16 @@ class CoSupervisionModel(nn.Module):
             self.embseq.eval()
         return self
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each decoder layer's activations in the backward pass instead of keeping them."""
-        for model in (self.gen, self.embseq):
-            if model is not None and not (model is self.embseq and self.freeze_embseq):
-                # transformers 5.10 knows it by the older name
-                newer = getattr(model, "activation_checkpointing_enable", None)
-                (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    def enable_activation_checkpointing(self, kind: Recompute = "full") -> None:
+        """Recomputes each decoder layer's activations in the backward pass instead of keeping them, all or some."""
+        for name, part in self._parts():
+            if not (name == "embseq" and self.freeze_embseq):
+                recompute_activations(part, kind)
+
+    def compile_layers(self, *, fixed_shapes: bool = False) -> None:
+        """Compiles the decoder layers of both models, when each first runs; see `decoder_layers.compile_layers`."""
+        for name, part in self._parts():
+            compile_layers(part, name.capitalize(), fixed_shapes=fixed_shapes)
 
     def _parts(self) -> list[tuple[str, PreTrainedModel]]:
         """Both models by name; one where they share weights."""

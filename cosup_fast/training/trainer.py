@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.decoder_layers import Recompute
 from cosup_fast.files import replace_file
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, load_trainer_state, save_checkpoint
@@ -70,7 +71,10 @@ class TrainingConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: autocast, weights stay as is"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = Field(
+        default="none", description="computed again in the backward pass, for memory: selective keeps all products"
+    )
+    compile: bool = Field(default=False, description="torch.compile for every decoder layer")
     seed: int = 0
     log_every: int = Field(default=1, ge=1, description="steps between metrics")
     diagnose_every: int | None = Field(
@@ -97,6 +101,11 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 "training.fixed_shapes=true needs a size to fill micro-batches up to: set "
                 "training.tokens_per_micro_batch, now null"
+            )
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"training.compile=true has no effect under training.activation_checkpointing="
+                f"{self.activation_checkpointing}, which runs its layers uncompiled: change one of them"
             )
         return self
 
@@ -201,8 +210,9 @@ class Trainer:
             balanced=config.balance_lengths,
         )
         self._next: tuple[int, CoSupervisionBatch] | None = None
-        if config.activation_checkpointing:
-            model.enable_activation_checkpointing()
+        model.enable_activation_checkpointing(config.activation_checkpointing)
+        if config.compile:
+            model.compile_layers(fixed_shapes=config.fixed_shapes)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [  # decay would pull norms and the learnt scale towards 0, not towards a simpler model
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -192,11 +192,12 @@ def test_a_resumed_run_gives_the_same_bits(variant, make_model, make_trainer, tm
         assert torch.equal(a, b), name
 
 
-def test_activation_checkpointing_changes_no_gradient(make_trainer, tmp_path):
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_activation_checkpointing_changes_no_gradient(kind, make_trainer, tmp_path):
     runs = []
-    for on in (False, True):
+    for recompute in ("none", kind):
         seen: list[StepMetrics] = []
-        make_trainer(output=tmp_path / str(on), seen=seen, steps=3, activation_checkpointing=on).train()
+        make_trainer(output=tmp_path / recompute, seen=seen, steps=3, activation_checkpointing=recompute).train()
         runs.append(_losses(seen))
     for kept, recomputed in zip(*runs, strict=True):
         assert kept == pytest.approx(recomputed, rel=1e-5)
