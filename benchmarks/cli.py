@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import gate as gates
-from benchmarks import machine, report, run
+from benchmarks import machine, report, run, train_step
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.providers import Provider, chosen
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
@@ -238,6 +238,60 @@ def gate_command(update: Annotated[bool, typer.Option("--update", help="Write do
         )
     else:
         out.print(f"{len(found)} entries, none changed")
+
+
+@app.command(
+    "train-step",
+    epilog="Examples: python -m benchmarks train-step --variant recipe --variant ours | python -m benchmarks "
+    "train-step --layers 2 --batch-size 4 --measure products --measure time",
+)
+def train_step_command(
+    variant: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(train_step.STEP)}; the first is compared with; default: all")
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Instead: one batch of --factor micro-batches against plain accumulation.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="examples of a step, or with --cache of a micro-batch")] = 8,
+    factor: Annotated[int, typer.Option(min=2, help="micro-batches of --cache")] = 16,
+    model: Annotated[str, typer.Option(help="of Gen and Embseq")] = "smollm2-135m",
+    layers: Annotated[int | None, typer.Option(min=1, help="keep so many of each model")] = None,
+    examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
+    corpus: str = "wiki-leads",
+    passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = 512,
+    checkpointing: Annotated[bool, typer.Option(help="activation checkpointing, as published")] = True,
+    measure: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(train_step.MEASURES)}; repeat for several; default: all")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """How much faster is a training step than the published recipe's, and what do more negatives cost?"""
+    names = train_step.CACHE if cache else variant or train_step.STEP
+    if unknown := [name for name in names if name not in (*train_step.STEP, *train_step.CACHE)]:
+        raise ValueError(f"variant is {unknown[0]!r}; choose from {', '.join(train_step.STEP)}")
+    if wrong := [what for what in measure or [] if what not in train_step.MEASURES]:
+        raise ValueError(f"measure is {wrong[0]!r}; choose from {', '.join(train_step.MEASURES)}")
+    setting = train_step.Setting(
+        model, layers, corpus, tuple(examples or train_step.Setting.examples), passage_tokens, batch_size, factor,
+        checkpointing, threads,
+    )  # fmt: skip
+    folder = output or report.ROOT / machine.folder() / ("grad-cache" if cache else "train-step")
+    report.writable(folder, overwrite)
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}\n\nLoad of the machine before: {machine.load()}"
+    rows = train_step.measure(
+        setting,
+        names,
+        rounds,
+        measure or train_step.MEASURES,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    text = (train_step.cache_report if cache else train_step.step_report)(rows, setting, command)
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    report.write(folder, {"README.md": text, "rounds.csv": report.csv_text(train_step.records(rows))}, overwrite)
+    err.print(f"written: {folder}", soft_wrap=True)
 
 
 @app.command("list", epilog="Example: python -m benchmarks list --shape 512x512x256 --dtype bf16")

@@ -15,8 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = (
     "kernels",
-    "cosup_fast/functional.py",
-    "cosup_fast/reference.py",
+    "cosup_fast",
     "benchmarks/*.py",
     ":!benchmarks/pilot.py",
 )

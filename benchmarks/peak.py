@@ -53,13 +53,13 @@ def here(case: Case, provider: str) -> int:
         step(loss, inputs)
         return max(torch.cuda.max_memory_allocated() - before - case.gradient_bytes, 0)
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     step(loss, inputs)
-    return max(_status("VmHWM") - before - case.gradient_bytes, 0)
+    return max(status("VmHWM") - before - case.gradient_bytes, 0)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 

@@ -46,7 +46,7 @@ def run_pack(backbone: Any, pack: Pack, without: FinalNorm | None = None) -> Ten
         },
         PACKED_SDPA: {"sequence_lengths": SequenceLengths(pack.lengths)},
     }[backbone.config._attn_implementation]
-    with _bypassed(backbone, without):
+    with bypassed(backbone, without):
         return backbone(
             input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, **lengths
         ).last_hidden_state[0]
@@ -149,7 +149,7 @@ def _weight(backbone: nn.Module, norm: FinalNorm) -> Tensor:
 
 
 @contextmanager
-def _bypassed(backbone: nn.Module, norm: FinalNorm | None) -> Iterator[None]:
+def bypassed(backbone: nn.Module, norm: FinalNorm | None) -> Iterator[None]:
     """The backbone with the identity in place of its final norm."""
     if norm is None:
         yield

@@ -391,11 +391,9 @@ class CoSupervisionModel(nn.Module):
         """Without gradient where lambda is 0: then no graph is kept for NSP's sake."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp.weight > 0)
 
-    def hidden_states(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
-        """Gen's hidden states after the final norm: (T, D), or (R, D) of rows (R,)."""
-        if rows is None:
-            return run_pack(self.gen.base_model, pack)
-        return self._at(self._gen_states(pack), rows)
+    def hidden_states(self, pack: Pack) -> Tensor:
+        """Gen's hidden states after the final norm, (T, D)."""
+        return run_pack(self.gen.base_model, pack)
 
     def gen_rows(self, part: GenPack) -> tuple[Tensor, Tensor]:
         """What the losses read of a pack of Gen's: hidden states (n, D) of the supervised rows, queries (N, D)."""

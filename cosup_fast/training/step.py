@@ -87,7 +87,7 @@ def accumulate_gradients(
     if asking and not weight:
         nsp, stats = nsp_loss(torch.cat(queries), torch.cat(states))
     nsp = nsp.detach()
-    return CoSupervisionOutput(ntp + weight * nsp, ntp, nsp, stats)
+    return CoSupervisionOutput(ntp + weight * nsp if weight else ntp, ntp, nsp, stats)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,286 @@
+"""What does the training step gain, and what do negatives without limit cost?
+
+    step    the recipe (`recipe.py`), each optimisation alone, all of them, and the library's step, on the same batches
+    cache   one NSP batch that is many times larger, in the memory of one of its micro-batches, against plain
+            accumulation, whose negatives come from each micro-batch alone
+
+Before anything is timed its losses are compared. Time: every contender once a round, in a new order, on that round's
+batch of real examples. Memory: the most that a step adds to the resident set beside weights and gradients, in a process
+of its own. Products: FLOPs of every matrix product, attention included, counted as torch runs them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import flop_counter
+
+from benchmarks import machine, peak, report
+from benchmarks.counting import OperationCounter
+from benchmarks.recipe import OURS, VARIANTS, step
+from benchmarks.timing import Spread, orders
+from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
+from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.sampling import StepSampler
+from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.template import TextConfig
+from cosup_fast.losses import CoSupervisionOutput
+from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.training.step import accumulate_gradients
+
+Say = Callable[[str], None]
+TOLERANCE = 1e-5  # of losses, in fp32
+CACHED, PLAIN, ONE = "one batch", "plain accumulation", "one micro-batch"
+STEP, CACHE = [*VARIANTS, OURS], [CACHED, PLAIN, ONE]
+
+# Attention on a CPU, which torch's own registry leaves out; whole squares, as it counts attention elsewhere.
+_CPU_ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu": flop_counter.sdpa_flop_count,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": flop_counter.sdpa_backward_flop_count,
+}
+MEASURES = ("memory", "products", "time")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which models and which data."""
+
+    model: str = "smollm2-135m"
+    layers: int | None = None
+    corpus: str = "wiki-leads"
+    examples: tuple[str, ...] = ("cloze/train", "questions/train")
+    passage_tokens: int = 512
+    batch_size: int = 8
+    factor: int = 16  # micro-batches in the one batch of `cache`
+    checkpointing: bool = True  # as published
+    threads: int = 2
+
+    def load(self) -> Bench:
+        torch.set_num_threads(self.threads)
+        parts = ModelConfig(gen=self.model, gen_layers=self.layers, embseq_layers=self.layers)
+        text = TextConfig(max_passage_tokens=self.passage_tokens, long_passages="truncate")
+        model = CoSupervisionModel.from_pretrained(parts, text)
+        if self.checkpointing:
+            model.enable_activation_checkpointing()
+        corpus = {passage.id: passage for passage in load_corpus(self.corpus)}
+        examples = [example for name in self.examples for example in load_examples(name, corpus)]
+        return Bench(self, model.train(), corpus, examples)
+
+
+@dataclass
+class Bench:
+    setting: Setting
+    model: CoSupervisionModel
+    corpus: dict[str, Passage]
+    examples: list[Example]
+
+    def chosen(self, number: int, size: int) -> list[Example]:
+        """A batch of real examples as a plain shuffle gives it."""
+        sampler = StepSampler([1] * len(self.examples), size, 0, balanced=False)
+        return [self.examples[i] for i in sampler[number]]
+
+    def batch(self, examples: list[Example], limits: PackLimits | None = None) -> CoSupervisionBatch:
+        return make_batch(examples, self.corpus, self.model.template, limits)
+
+    def contender(self, name: str, number: int, size: int | None = None) -> Callable[[], CoSupervisionOutput]:
+        """One forward and backward on the batch of a round; another size may be asked for."""
+        size = size or self.setting.batch_size
+        if name not in (CACHED, PLAIN, ONE):
+            return step(name, self.model, self.batch(self.chosen(number, size)))
+        if name == ONE:
+            return step(OURS, self.model, self.batch(self.chosen(number, size)))
+        examples = self.chosen(number, size * self.setting.factor)
+        if name == CACHED:
+            batch = self.batch(examples, PackLimits(sequences=size))
+            return lambda: accumulate_gradients(self.model, batch)
+        parts = [self.batch(examples[i : i + size]) for i in range(0, len(examples), size)]
+        ntp, nsp = (sum(getattr(part, count) for part in parts) for count in ("ntp_count", "nsp_count"))
+
+        def accumulate() -> CoSupervisionOutput:
+            losses = [step_of(part) for part in parts]
+            return CoSupervisionOutput(*(sum(x) for x in list(zip(*losses, strict=True))[:3]), None)  # pyright: ignore
+
+        def step_of(part: CoSupervisionBatch) -> CoSupervisionOutput:
+            return accumulate_gradients(self.model, part, ntp_count=ntp, nsp_count=nsp)
+
+        return accumulate
+
+    def count(self, run: Callable[[], Any]) -> int:
+        """FLOPs of the matrix products of one call."""
+        formulas = {getattr(torch.ops.aten, name): _formula(count) for name, count in _CPU_ATTENTION.items()}
+        flop_counter.flop_registry.update(formulas)
+        try:
+            with OperationCounter() as seen:
+                run()
+        finally:
+            for op in formulas:
+                del flop_counter.flop_registry[op]
+        return seen.flops.total()
+
+
+def _formula(count: Callable[..., int]) -> Callable[..., int]:
+    """Of an operation whose first operands decide."""
+    operands = len(inspect.signature(count).parameters)
+    return lambda *args, out_val=None, **options: count(*(x.shape for x in args[:operands]))
+
+
+@dataclass
+class Row:
+    """What was found of one contender."""
+
+    name: str
+    error: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    examples: int = 0
+    memory: int | None = None
+    flops: int | None = None
+
+
+def measure(
+    setting: Setting, names: list[str], rounds: int, what: Sequence[str] = MEASURES, *, say: Say = print
+) -> list[Row]:
+    """Losses are compared first; products and times are of this process, memory is that of others.
+
+    Raises:
+        ValueError: a contender's loss is not that of the first by more than 1e-5.
+    """
+    rows = {name: Row(name) for name in names}
+    if "memory" in what:
+        for name, row in rows.items():
+            say(f"memory of {name}")
+            row.memory = peak_of(setting, name)
+    bench = setting.load()
+    expected: Tensor | None = None
+    for name, row in rows.items():
+        row.examples = setting.batch_size * (setting.factor if name in (CACHED, PLAIN) else 1)
+        if name in CACHE and "products" not in what:  # batches of their own, so nothing to compare
+            continue
+        say(f"losses of {name}")
+        found: list[CoSupervisionOutput] = []
+        run = bench.contender(name, rounds, None if "products" in what else min(2, setting.batch_size))
+        if "products" in what:
+            row.flops = bench.count(lambda run=run, found=found: found.append(run()))
+        else:
+            found.append(run())
+        losses = torch.stack([found[0].ntp, found[0].nsp]).double()
+        expected = losses if expected is None else expected
+        if name not in CACHE:
+            row.error = float(((losses - expected) / expected).abs().max())
+            if row.error > TOLERANCE:
+                raise ValueError(f"{name} has losses {losses.tolist()}, {names[0]} {expected.tolist()}")
+    for number, order in enumerate(orders(names, rounds if "time" in what else 0)):
+        for name in order:
+            say(f"round {number + 1} of {rounds}: {name}")
+            run = bench.contender(name, number)
+            gc.collect()
+            begin = time.perf_counter()
+            run()
+            rows[name].seconds.append(time.perf_counter() - begin)
+    return list(rows.values())
+
+
+def peak_of(setting: Setting, name: str, timeout: float = 1800) -> int:
+    """Bytes that a step adds beside weights and gradients, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train_step", json.dumps(asdict(setting)), name]
+    done = subprocess.run(command, cwd=peak.ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return int(done.stdout.split()[-1])
+
+
+def peak_here(setting: Setting, name: str) -> int:
+    """The same in this process, which should do nothing else."""
+    bench = setting.load()
+    bench.contender(name, 0)()  # gradients are there from now on, and what a first call sets up
+    run = bench.contender(name, 1)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = peak.status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return max(peak.status("VmHWM") - before, 0)
+
+
+def step_report(rows: list[Row], setting: Setting, command: str) -> str:
+    """Markdown: each variant against the first, and its products and memory as shares of the first one's."""
+    first = rows[0]
+    lines = [
+        [
+            row.name,
+            f"{row.examples / median(row.seconds):.3g}" if row.seconds else "-",
+            _ratio([a / b for a, b in zip(first.seconds, row.seconds)]),
+            report.size(row.memory),
+            _share(row.memory, first.memory),
+            f"{row.flops / 1e12:.3f}" if row.flops else "-",
+            _share(row.flops, first.flops),
+            f"{row.error:.1e}",
+        ]
+        for row in rows
+    ]
+    against = f"x {first.name} (quartiles)"
+    header = f"variant | examples/s | {against} | activations | share | TFLOP of products | share | loss error"
+    return _page("The training step", report.table(header, lines), setting, command)
+
+
+def cache_report(rows: list[Row], setting: Setting, command: str) -> str:
+    """Markdown: one large batch against plain accumulation, and the memory of one of its micro-batches."""
+    by_name = {row.name: row for row in rows}
+    plain, one = by_name[PLAIN], by_name[ONE]
+    lines = [
+        [
+            row.name,
+            str(row.examples),
+            f"{1e3 * median(row.seconds) / row.examples:.0f}" if row.seconds else "-",
+            _ratio([a / row.examples * plain.examples / b for a, b in zip(row.seconds, plain.seconds)]),
+            report.size(row.memory),
+            _share(row.memory, one.memory),
+            f"{row.flops / row.examples / 1e9:.1f}" if row.flops else "-",
+            _share(row.flops and row.flops * plain.examples, plain.flops and plain.flops * row.examples),
+        ]
+        for row in rows
+    ]
+    header = "step | examples | ms/example | x plain (quartiles) | activations | x one | GFLOP/example | x plain"
+    return _page("Negatives of a whole step", report.table(header, lines), setting, command)
+
+
+def _share(value: int | None, whole: int | None) -> str:
+    return f"{value / whole:.3f}" if value and whole else "-"
+
+
+def _page(title: str, table: str, setting: Setting, command: str) -> str:
+    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
+    return f"# {title}\n\n{machine.line()}\n\n    {command}\n\n{fields}\n\n{table}\n"
+
+
+def _ratio(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = Spread.of(values)
+    return f"{spread.median:.2f} ({spread.q1:.2f} to {spread.q3:.2f})"
+
+
+def records(rows: list[Row]) -> list[dict[str, Any]]:
+    """Lines of a CSV: one a contender, seconds by round."""
+    return [
+        {"name": row.name, "examples": row.examples, "loss_error": row.error, "activation_bytes": row.memory,
+         "flops": row.flops, **{f"seconds_{i}": x for i, x in enumerate(row.seconds)}}
+        for row in rows
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    _fields = json.loads(sys.argv[1])
+    print(peak_here(Setting(**{**_fields, "examples": tuple(_fields["examples"])}), sys.argv[2]))
