@@ -10,4 +10,6 @@ peak.py       how much memory? resident set in a subprocess, or the allocator of
 gate.py       have the exact figures changed? against exact.json
 report.py     tables and plots, in a folder that is there whole or not at all
 speed.py      the same as pytest-benchmark entry points
+
+Beside them, run as a file: generation.py (the batched decoder beside plain_decoder.py) and pilot.py (the defaults).
 """

@@ -17,7 +17,7 @@ from benchmarks import gate as gates
 from benchmarks import machine, report, run, train_step
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.providers import Provider, chosen
-from cosup_fast.kernels.softmax_xent_torch import operand_dtype
+from cosup_fast.kernels.softmax_xent_torch import multiplies_bf16
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def cases(losses: list[str] | None, shapes: list[str] | None, dtypes: list[str],
 
 def _dtypes(device: str) -> list[str]:
     """Those that are multiplied with instructions of their own: bf16 by torch's fallback takes minutes a product."""
-    if operand_dtype(torch.bfloat16, torch.device(device)) == torch.bfloat16:
+    if torch.device(device).type != "cpu" or multiplies_bf16():
         return ["fp32", "bf16"]
     err.print("bf16 is left out: this CPU has no instructions for it; name --dtype bf16 to measure it all the same")
     return ["fp32"]

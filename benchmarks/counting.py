@@ -27,6 +27,7 @@ from benchmarks.cases import Case, Inputs
 from benchmarks.check import Loss, Result, free, step
 from benchmarks.pretend import gpu
 from benchmarks.providers import Provider
+from cosup_fast.functional import release_workspace
 
 PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Operations that touch only as much of their large operand as their small ones say.
@@ -133,6 +134,7 @@ def count(case: Case, loss: Loss, inputs: Inputs, *, compiled: bool = False) -> 
     if compiled:
         step(loss, inputs)  # so that tracing is not counted
     free(inputs)
+    release_workspace()  # or the scores' memory would be there before
     with OperationCounter() as seen:
         result = step(loss, inputs)
     products = {name: flops / case.product for name, flops in sorted(seen.flops.items())}

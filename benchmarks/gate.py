@@ -34,7 +34,7 @@ def measure() -> Figures:
                 for workspace in (None, SMALL_WORKSPACE):
                     if workspace and provider.name == "ours reference":
                         continue
-                    environment = {"COSUP_FAST_WORKSPACE_BYTES": str(workspace or 2**29)}
+                    environment = {"COSUP_WORKSPACE_BYTES": str(workspace or 2**29)}
                     # As on a CPU without bf16 instructions, so that figures do not depend on the machine.
                     bf16 = mock.patch.object(softmax_xent_torch, "multiplies_bf16", return_value=False)
                     with mock.patch.dict(os.environ, environment), bf16:

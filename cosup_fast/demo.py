@@ -18,13 +18,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli import print_answer
 from cosup_fast.config import RunConfig, load_config
 from cosup_fast.data.prepare import prepare
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
-from cosup_fast.evaluation import QuestionRecord, Report, evaluate, paired_gain, retrieval_ranks
+from cosup_fast.evaluation import (
+    IndexRetriever,
+    QuestionRecord,
+    Report,
+    System,
+    evaluate,
+    paired_gain,
+    retrieval_ranks,
+)
 from cosup_fast.files import replace_file
+from cosup_fast.generation.command import print_answer
 from cosup_fast.index import SequenceIndex
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import newest
@@ -32,7 +40,7 @@ from cosup_fast.training.run import run_training
 
 QUESTIONS, ANSWERED, POOL = 400, 64, 800
 Ranks = dict[str, int]  # by question id, passages ahead of the gold one
-SHOWN = {"recall@1": "R@1", "recall@5": "R@5", "answer": "answer in the output", "grounded": "grounded"}
+SHOWN = {"recall@1": "R@1", "recall@5": "R@5", "containment": "answer in the output", "grounded": "grounded"}
 
 
 def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> None:
@@ -64,8 +72,8 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
 
     console.print(comparison(before, after, ranks_before, ranks_after))
     for record in _telling(after):
-        print_answer(console, record.question, record.answer)
-        console.print(f"  [dim]expected[/] {escape(' / '.join(record.answers[:3]))}", highlight=False)
+        print_answer(console, record.example.question, record.answer)
+        console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
     console.print(
         f"curves: {config.output}/curves.png   everything: {output}", soft_wrap=True, highlight=False, markup=False
     )
@@ -129,17 +137,17 @@ def _scored(
         model = make_model()
         index = SequenceIndex.build(model, pool)
         ranks = {e.id: r for e, r in zip(questions, retrieval_ranks(model, questions, index), strict=True)}
-        report = evaluate(model, index, questions[:ANSWERED], config.generation)
-        report.save(folder)
+        system = System("co-supervised", model, IndexRetriever(model, index))
+        report = evaluate(system, questions[:ANSWERED], config.generation, folder=folder)
         with replace_file(ranked) as file:
             json.dump(ranks, file)
     recall = sum(rank == 0 for rank in ranks.values()) / len(ranks)
-    console.print(f"R@1 {recall:.1%}, answer in the output {report.overall['answer'].mean:.1%}", highlight=False)
+    console.print(f"R@1 {recall:.1%}, answer in the output {report.overall['containment'].mean:.1%}", highlight=False)
     return report, ranks
 
 
 def _telling(report: Report) -> list[QuestionRecord]:
     """Three answers to look at: the first with the right passage and answer, and the next ones as they come."""
-    right = [r for r in report.questions if r.scores.get("answer") == 1 and r.scores.get("recall@1") == 1]
+    right = [r for r in report.questions if r.scores.get("containment") == 1 and r.scores.get("recall@1") == 1]
     rest = [r for r in report.questions if r not in right[:2]]
     return [*right[:2], *rest][:3]

@@ -1,10 +1,11 @@
 """The operators: check the arguments, choose an implementation.
 
 `impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never materialised,
-loss and gradients formed together in the forward pass. `impl="fused"` and `impl="recomputed"` are its Triton kernels
-for a GPU, see `kernels/dispatch.py`. `impl="reference"` is `cosup_fast.reference`, which materialises every score and
-can be differentiated twice or in forward mode. `impl="auto"` is `stored`. An implementation that is asked for by name
-is the one that runs. `explain` says what a loss costs.
+loss and gradients formed together in the forward pass. `impl="fused"`, `impl="rows"` and `impl="recomputed"` are its
+Triton kernels for a GPU. `impl="reference"` is `cosup_fast.reference`, which materialises every score and can be
+differentiated twice or in forward mode. `impl="auto"` is `stored`, and on a CUDA device the least expensive of all but
+the reference by the cost model of `kernels/dispatch.py`. An implementation that is asked for by name is the one that
+runs, or a `ValueError` that says why it cannot. `explain` says what a loss costs and which implementation runs.
 
 Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
 operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
@@ -15,7 +16,8 @@ tensors outside torch.compile.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,11 +29,20 @@ from cosup_fast.kernels.dispatch import Plan
 from cosup_fast.kernels.scores import Scores
 from cosup_fast.kernels.softmax_xent_op import softmax_xent
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
+from cosup_fast.kernels.workspace import release_workspace
 from cosup_fast.reference import Stats
+
+__all__ = ["explain", "gather_last_hidden", "info_nce", "linear_cross_entropy", "release_workspace"]
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from cosup_fast.distributed import Peers
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
-Impl = Literal["auto", "reference", "stored", "fused", "recomputed"]
+Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
+KeyGrad = Literal["global", "local"]
 
 
 def info_nce(
@@ -51,6 +62,8 @@ def info_nce(
     reduction: Reduction = "mean",
     return_stats: bool = False,
     impl: Impl = "auto",
+    group: ProcessGroup | Peers | None = None,
+    key_grad: KeyGrad = "global",
 ) -> Any:
     """InfoNCE of queries against keys, every key a candidate of every query.
 
@@ -81,7 +94,15 @@ def info_nce(
         label_smoothing: in [0, 1].
         reduction: "mean" over queries, "sum", or "none": (N,).
         return_stats: also return `Stats` of each query (of rows, also where symmetric).
-        impl: see the module.
+        impl: see the module; "reference" is of one process.
+        group: a process group, or `distributed.Peers` with a timeout: the keys and ids of all its ranks are the
+            candidates of every query. Every rank calls this, with queries and keys of its own, however many (none is
+            (0, D)); `positive` counts this rank's keys, `Stats.top1` those of all ranks, in rank order. The loss is
+            this rank's share: the shares add up to the loss of the whole batch, "mean" is over all ranks' queries;
+            "none" gives the losses of this rank's queries.
+            Gradients of shared parameters are to be SUMMED over ranks: see `cosup_fast.distributed`.
+        key_grad: "global", each key has its gradient from the queries of all ranks; "local", from those of its own rank
+            alone, as in the published code.
 
     Returns:
         The loss, or (loss, Stats). With N = 0 the loss is 0 (or empty) and every gradient is 0.
@@ -90,40 +111,53 @@ def info_nce(
         TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
             positive_ids but without positive, which leaves open which key answers a query; an option out of its
-            range; on CPU also an index out of range or a query whose positives are all padding or absent (elsewhere
-            a device assertion, inf or NaN).
+            range, or not the same on every rank; on CPU also an index out of range or a query whose positives are all
+            padding or absent (elsewhere a device assertion, inf or NaN). What is wrong on one rank is raised on all.
+        PeerError: another rank did not come in time, or was lost; the message names it.
 
     Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,
     arXiv 2403.09024, section 3. With normalize and scale = 20 it is the MultipleNegativesRankingLoss of
     sentence-transformers.
     """
-    dtype = _operands("query", query, "keys", keys)
-    n, m = len(query), len(keys)
-    if private_negatives is not None:
-        _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
-    _choice("duplicates", duplicates, Duplicates)
-    _common(query, scale, label_smoothing, reduction, impl)
-    for name, ids, shape in (
-        ("positive", positive, (n,)),
-        ("key_ids", key_ids, (m,)),
-        ("query_ids", query_ids, (n,)),
-        ("positive_ids", positive_ids, (n, None)),
-    ):
-        if ids is not None:
-            _tensor(name, ids, shape, query, torch.int64)
-            if key_ids is None and name != "positive":
-                raise ValueError(
-                    f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
-                )
-    if positive is None and positive_ids is None:
-        if m < n:
-            raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
-        positive = torch.arange(n, device=query.device)
-    if symmetric and positive is None:
-        raise ValueError("symmetric=True with positive_ids leaves open which key answers a query; pass positive too")
-    _check_positives(positive, key_ids, positive_ids, m)
+    peers = None
+    if group is not None:
+        from cosup_fast import distributed
+
+        peers = distributed.Peers.of(group)
+    with nullcontext() if peers is None else peers.reporting("info_nce"):
+        dtype = _operands("query", query, "keys", keys)
+        n, m = len(query), len(keys)
+        if private_negatives is not None:
+            _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
+        _choice("duplicates", duplicates, Duplicates)
+        _choice("key_grad", key_grad, KeyGrad)
+        _common(query, scale, label_smoothing, reduction, impl)
+        for name, ids, shape in (
+            ("positive", positive, (n,)),
+            ("key_ids", key_ids, (m,)),
+            ("query_ids", query_ids, (n,)),
+            ("positive_ids", positive_ids, (n, None)),
+        ):
+            if ids is not None:
+                _tensor(name, ids, shape, query, torch.int64)
+                if key_ids is None and name != "positive":
+                    raise ValueError(
+                        f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
+                    )
+        if positive is None and positive_ids is None:
+            if m < n:
+                raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
+            positive = torch.arange(n, device=query.device)
+        if symmetric and positive is None:
+            raise ValueError(
+                "symmetric=True with positive_ids leaves open which key answers a query; pass positive too"
+            )
+        if peers is not None and impl == "reference":
+            raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
+        if peers is None or positive is not None:
+            _check_positives(positive, key_ids, positive_ids, m)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
-    if n == 0:
+    if n == 0 and peers is None:
         loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
     elif impl == "reference":
         return reference.info_nce(
@@ -144,23 +178,31 @@ def info_nce(
     else:
         if query_ids is None and key_ids is not None and positive is not None:
             query_ids = key_ids[positive]
-        loss, *stats = softmax_xent(
-            query,
-            keys,
-            scale=scale,
-            private=private_negatives,
-            normalize=normalize,
-            product_dtype=dtype,
-            ranks=return_stats,
-            target=positive,
-            query_ids=None if duplicates == "keep" else query_ids,
-            key_ids=key_ids,
-            positive_ids=positive_ids,
-            duplicates_are_positive=duplicates == "positive",
-            symmetric=symmetric,
-            impl=impl,
-            **options,
-        )
+        options |= {
+            "scale": scale,
+            "private": private_negatives,
+            "normalize": normalize,
+            "product_dtype": dtype,
+            "ranks": return_stats,
+            "query_ids": None if duplicates == "keep" else query_ids,
+            "positive_ids": positive_ids,
+            "duplicates_are_positive": duplicates == "positive",
+            "symmetric": symmetric,
+            "impl": impl,
+        }
+        if peers is None:
+            loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, **options)
+        else:
+            loss, *stats = distributed.info_nce(
+                peers,
+                query,
+                keys,
+                target=positive,
+                key_ids=key_ids,
+                key_grad=key_grad,
+                check=_check_positives,
+                **options,
+            )
     return (loss, Stats(*stats)) if return_stats else loss
 
 
@@ -223,8 +265,7 @@ def linear_cross_entropy(
         )
     if bias is not None:
         _tensor("bias", bias, (v,), hidden)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
+    _capped(softcap)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; pass a number >= 0")
     supervised = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
@@ -284,6 +325,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     symmetric: bool = False,
+    softcap: float | None = None,
     reduction: Reduction = "mean",
     gradients: int = 2,
     impl: Impl = "auto",
@@ -297,13 +339,16 @@ def explain(
         dtype: of the operands. A CPU without bf16 instructions multiplies them in fp32.
         device: where they are; it need not exist.
         symmetric: as of `info_nce`.
+        softcap: as of `linear_cross_entropy`.
         reduction: "none" multiplies the scores again in backward.
         gradients: how many of the two operands need a gradient, 0 to 2.
         impl: "auto" or an implementation that forms chunks of scores; the reference has no plan.
 
     Returns:
-        A `Plan`: impl, products (of G), flops, bytes moved, workspace (bytes beside operands and gradients), chunks and
-        the rows of one. bf16 scores too large to be trusted take one more product on a CPU; that depends on values.
+        A `Plan`: impl and the reason for it, products (of G), flops, bytes moved, workspace (bytes beside operands and
+        gradients), chunks, the rows of one, and the cost that "auto" compares. bf16 scores too large to be trusted take
+        one more product on a CPU; that depends on values. Where "auto" is asked for rank and top-1 of rows with several
+        positives, which fused and recomputed do not give, it runs another one.
 
     Raises:
         ValueError: a size, `gradients` or option out of its range.
@@ -313,14 +358,16 @@ def explain(
             raise ValueError(f"{name} is {size}; pass a size of at least 1")
     if gradients not in (0, 1, 2):
         raise ValueError(f"gradients is {gradients}; pass how many of the two operands need one: 0, 1 or 2")
+    _capped(softcap)
     _choice("reduction", reduction, Reduction)
     _choice("impl", impl, Impl)
     if impl == "reference":
         raise ValueError("impl is 'reference', which materialises every score; pass 'auto' or 'stored' for a plan")
     device = torch.device(device)
+    wide = operand_dtype(dtype, device, n * m * d)
     with FakeTensorMode():
-        x, w = (torch.empty(size, d, dtype=operand_dtype(dtype, device), device=device) for size in (n, m))
-        scores = Scores(x, w, symmetric=symmetric)
+        x, w = (torch.empty(size, d, dtype=wide, device=device) for size in (n, m))
+        scores = Scores(x, w, symmetric=symmetric, softcap=softcap)
         return dispatch.plan(impl, scores, at_once=reduction != "none", gradients=gradients)
 
 
@@ -409,6 +456,11 @@ def _operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | None, ..
 def _choice(name: str, value: Any, kind: Any) -> None:
     if value not in get_args(kind):
         raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
+
+
+def _capped(softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
 
 
 def _common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, impl: str) -> None:

@@ -9,12 +9,17 @@ NTP is the cross-entropy of the next token, NSP the InfoNCE of a query against t
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cosup_fast.functional import Duplicates, Impl, Reduction, Stats, info_nce, linear_cross_entropy
+from cosup_fast.functional import Duplicates, Impl, KeyGrad, Reduction, Stats, info_nce, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from cosup_fast.distributed import Peers
 
 
 def _over(result: Any, count: int | Tensor | None) -> Any:
@@ -35,7 +40,7 @@ class InfoNCELoss(nn.Module):
         learnable_scale: train the scale, as the parameter `log_scale` = log(scale), fp32.
         max_scale: each forward first clamps log_scale in place to at most log(max_scale), so that its gradient at the
             bound stays alive and a step can lead away from it (100 as in CLIP, Radford et al. 2021, section 2.5).
-        normalize, symmetric, label_smoothing, duplicates, reduction, impl: as in `functional.info_nce`.
+        normalize, symmetric, label_smoothing, duplicates, reduction, impl, key_grad: as in `functional.info_nce`.
 
     Raises:
         ValueError: both temperature and scale are given; a value out of range.
@@ -54,6 +59,7 @@ class InfoNCELoss(nn.Module):
         duplicates: Duplicates = "mask",
         reduction: Reduction = "mean",
         impl: Impl = "auto",
+        key_grad: KeyGrad = "global",
     ) -> None:
         super().__init__()
         if temperature is not None:
@@ -75,6 +81,7 @@ class InfoNCELoss(nn.Module):
         self.duplicates: Duplicates = duplicates
         self.reduction: Reduction = reduction
         self.impl: Impl = impl
+        self.key_grad: KeyGrad = key_grad
 
     @property
     def scale(self) -> float | Tensor:
@@ -92,9 +99,14 @@ class InfoNCELoss(nn.Module):
         positive_ids: Tensor | None = None,
         private_negatives: Tensor | None = None,
         count: int | Tensor | None = None,
+        group: ProcessGroup | Peers | None = None,
         return_stats: bool = False,
     ) -> Any:
-        """The loss, or (loss, Stats). With `count` it is the sum over these queries divided by max(count, 1)."""
+        """The loss, or (loss, Stats). With `count` it is the sum over these queries divided by max(count, 1).
+
+        With `group` the keys of all its ranks are candidates and the loss is this rank's share, as in
+        `functional.info_nce`; what `count` counts is up to the caller then too.
+        """
         if self.log_scale is not None:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(self.max_scale))
@@ -114,6 +126,8 @@ class InfoNCELoss(nn.Module):
             reduction=self.reduction if count is None else "sum",
             return_stats=return_stats,
             impl=self.impl,
+            group=group,
+            key_grad=self.key_grad,
         )
         return _over(result, count)
 
@@ -220,6 +234,7 @@ class CoSupervisionLoss(nn.Module):
         bias: Tensor | None = None,
         ntp_count: int | Tensor | None = None,
         nsp_count: int | Tensor | None = None,
+        group: ProcessGroup | Peers | None = None,
     ) -> CoSupervisionOutput:
         """The loss of a micro-batch.
 
@@ -231,10 +246,25 @@ class CoSupervisionLoss(nn.Module):
             ntp_count, nsp_count: how many supervised tokens and queries the whole accumulated step holds, over all
                 micro-batches (and ranks, where gradients are summed over them). The sums of this micro-batch are
                 divided by them, so that the micro-batches' gradients add up to those of the step in one piece,
-                however unequal they are. By default the counts of this micro-batch.
+                however unequal they are. By default the counts of this micro-batch, on all ranks of `group` if that is
+                given.
+            group: the ranks whose keys are candidates, see `functional.info_nce`. All losses are then this rank's
+                shares of those of the group, and every rank takes part, if with queries and keys of shape (0, E).
+
+        Raises:
+            ValueError: group is given, and query or keys is None; and see `functional`.
         """
+        if group is not None:
+            if query is None or keys is None:
+                name = "query" if query is None else "keys"
+                raise ValueError(f"{name} is None and group is given; pass (0, E): every rank of the group takes part")
+            if ntp_count is None:
+                from cosup_fast.distributed import Peers
+
+                every, ignored = target.new_tensor(target.numel()), self.ntp.ignore_index
+                ntp_count = Peers.of(group).sum(every if ignored is None else (target != ignored).sum())
         ntp = self.ntp(hidden, lm_head_weight, target, bias=bias, count=ntp_count)
-        if query is None or len(query) == 0:
+        if query is None or (len(query) == 0 and group is None):
             return CoSupervisionOutput(ntp, ntp, torch.zeros_like(ntp), None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp_weight > 0):
             nsp, stats = self.nsp(
@@ -246,6 +276,7 @@ class CoSupervisionLoss(nn.Module):
                 positive_ids=positive_ids,
                 private_negatives=private_negatives,
                 count=nsp_count,
+                group=group,
                 return_stats=True,
             )
         return CoSupervisionOutput(ntp + self.nsp_weight * nsp if self.nsp_weight else ntp, ntp, nsp, stats)

@@ -12,42 +12,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-import transformers
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.hub import cached_file
 
-from cosup_fast.adapters import (
-    LoRAConfig,
-    add_adapters,
-    check_targets,
-    has_adapters,
-    keep_layout,
-    load_adapters,
-    merge_adapters,
-    quantization,
-    save_adapters,
-    unwrapped,
-)
-from cosup_fast.attention import choose_attention
-from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack, unpackable
+from cosup_fast.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, save_adapters, unwrapped
+from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
-from cosup_fast.data.sources import resolve_model
-from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.decoder_layers import Recompute, compile_layers, recompute_activations
-from cosup_fast.environment import no_downloaded_kernels
-from cosup_fast.files import sha256
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.last_hidden import accumulator
+from cosup_fast.linear import linear
+from cosup_fast.loading import (
+    Attention,
+    Base,
+    ModelConfig,
+    check_adapters,
+    embed_special_tokens,
+    lm_head,
+    load_language_model,
+    load_template,
+    quiet_transformers,
+)
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
@@ -56,69 +49,6 @@ if TYPE_CHECKING:
     from cosup_fast.reference import Stats
 
 FORMAT_VERSION = 1
-
-Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
-
-
-class ModelConfig(BaseModel):
-    """Which two models, and how much of them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gen: str = Field(default="smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
-    embseq: str | None = Field(default=None, description="Embseq, likewise; null means the same model as gen")
-    shared: bool = Field(default=False, description="Embseq is Gen itself: one set of weights")
-    freeze_embseq: bool = Field(default=False, description="Embseq's weights stay as they are")
-    gen_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Gen")
-    embseq_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Embseq")
-    attention: Attention = Field(default="auto", description="auto: FlashAttention where it can run, else packed_sdpa")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
-    gen_lora: LoRAConfig = Field(default=LoRAConfig(), description="train adapters of Gen instead of its weights")
-    embseq_lora: LoRAConfig = Field(default=LoRAConfig(), description="likewise of Embseq")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.shared and (self.embseq not in (None, self.gen) or self.embseq_layers not in (None, self.gen_layers)):
-            raise ValueError(
-                f"model.shared=true uses Gen as Embseq, so model.embseq={self.embseq!r} and "
-                f"model.embseq_layers={self.embseq_layers} cannot differ from Gen's: leave them null"
-            )
-        if self.shared and self.freeze_embseq:
-            raise ValueError(
-                "model.shared=true with model.freeze_embseq=true would freeze Gen: set one of them to false"
-            )
-        for other in ("shared", "freeze_embseq"):
-            if getattr(self, other) and self.embseq_lora.rank:
-                raise ValueError(
-                    f"model.{other}=true leaves Embseq no weights of its own to train, so model.embseq_lora.rank="
-                    f"{self.embseq_lora.rank} has nothing to adapt: set rank=0"
-                    + (", or adapt Gen with model.gen_lora.rank" if other == "shared" else f", or {other}=false")
-                )
-        for field in ("gen_lora", "embseq_lora"):
-            lora: LoRAConfig = getattr(self, field)
-            if lora.quantize and not lora.rank:
-                raise ValueError(
-                    f"model.{field}.quantize={lora.quantize} keeps weights in 4 bits, which cannot be trained, and "
-                    f"model.{field}.rank=0 adds nothing that can: set a rank, such as 16, or quantize=null"
-                )
-            if lora.quantize and self.dtype == "float64":
-                raise ValueError(
-                    f"model.{field}.quantize={lora.quantize} has no products in model.dtype=float64: set "
-                    "model.dtype=float32 or bfloat16"
-                )
-        if self.attention == "flash_attention_2" and self.dtype == "float64":
-            raise ValueError("model.attention=flash_attention_2 takes 16-bit inputs, not model.dtype=float64")
-        return self
-
-
-class _Base(BaseModel):
-    """Where the weights under adapters come from; a checkpoint holds this and the adapters."""
-
-    name: str
-    layers: int | None
-    lora: LoRAConfig
-    sha256: dict[str, str]  # of the safetensors files
-    new_tokens: bool = False  # whether rows for the special tokens are added
 
 
 class NSPConfig(BaseModel):
@@ -168,7 +98,7 @@ class CoSupervisionModel(nn.Module):
         self.template = template
         self.nsp = nsp
         self.freeze_embseq = freeze_embseq
-        self._bases: dict[str, _Base] = {}  # of the parts that have adapters
+        self._bases: dict[str, Base] = {}  # of the parts that have adapters
         self.width = gen.config.get_text_config().hidden_size
         embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
         # Orthogonal: a projection that keeps the angles between sequence embeddings is the neutral start.
@@ -213,21 +143,23 @@ class CoSupervisionModel(nn.Module):
                 `logits` knows; adapters for layers that it does not have.
         """
         device = torch.device(device)
-        _check_adapters(model)
-        template, new = _load_template(model, text or TextConfig())
-        gen = _load(model.gen, model, device, layers=model.gen_layers)
+        check_adapters(model)
+        template, new = load_template(model, text or TextConfig())
+        gen = load_language_model(model.gen, model, device, layers=model.gen_layers)
         if new:
-            _embed_special_tokens(gen, template)
+            embed_special_tokens(gen, template)
         gen.config.pad_token_id = template.pad
         embseq = None
         if not model.shared:
-            embseq = _load(model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False)
+            embseq = load_language_model(
+                model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False
+            )
         made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
         made._check_models(model.gen, model.embseq or model.gen)
         if model.gen_lora.rank:
-            made._adapt("gen", _base(model.gen, model.gen_layers, model.gen_lora, new))
+            made._adapt("gen", Base.of(model.gen, model.gen_layers, model.gen_lora, new))
         if model.embseq_lora.rank:
-            made._adapt("embseq", _base(model.embseq or model.gen, model.embseq_layers, model.embseq_lora))
+            made._adapt("embseq", Base.of(model.embseq or model.gen, model.embseq_layers, model.embseq_lora))
         return made
 
     @classmethod
@@ -266,26 +198,22 @@ class CoSupervisionModel(nn.Module):
             attention=attention,
             dtype=description["dtype"],
         )
-        bases = {part: _Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
+        bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
         for name, base in bases.items():
-            if (found := _digests(base.name)) != base.sha256:
-                raise ValueError(
-                    f"the adapters in {folder / name} belong to other weights of {base.name!r} than there are now "
-                    f"(sha256 {_first(base.sha256)} then, {_first(found)} now): restore them"
-                )
+            base.check(folder / name)
         text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
-        template = load_template(parts, text)
+        template, _ = load_template(parts, text)
 
         def load_part(name: str, source: str, *, head: bool) -> Any:
             base = bases.get(name)
             if base is None:
-                return _load(source, parts, device, head=head)
+                return load_language_model(source, parts, device, head=head)
             settings = parts.model_copy(update={f"{name}_lora": base.lora})
-            return _load(base.name, settings, device, layers=base.layers, head=head)
+            return load_language_model(base.name, settings, device, layers=base.layers, head=head)
 
         gen = load_part("gen", parts.gen, head=True)
         if "gen" in bases and bases["gen"].new_tokens:
-            _embed_special_tokens(gen, template)
+            embed_special_tokens(gen, template)
         gen.config.pad_token_id = template.pad
         embseq = None if parts.embseq is None else load_part("embseq", parts.embseq, head=False)
         model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
@@ -311,7 +239,7 @@ class CoSupervisionModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizers = {"gen": self.template.tokenizer, "embseq": self.template.embseq_tokenizer}
-        with _quiet_transformers():
+        with quiet_transformers():
             for name, part in self._parts():
                 if has_adapters(part):
                     save_adapters(part, folder / name)
@@ -363,7 +291,7 @@ class CoSupervisionModel(nn.Module):
 
     def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
         """Next token prediction of supervised rows (n, D), which `gen_rows` gives, and their targets (n,)."""
-        head = _head(self.gen)
+        head = lm_head(self.gen)
         return self.criterion.ntp(hidden, head.weight, targets, bias=unwrapped(head).bias, count=count)
 
     def nsp_loss(
@@ -411,8 +339,10 @@ class CoSupervisionModel(nn.Module):
 
         z = softcap tanh(a / softcap)    a = scale W h + b    with the scale and softcap that Gen's configuration names.
         """
-        head, ntp = _head(self.gen), self.criterion.ntp
-        logits = nn.functional.linear(hidden, head.weight) * ntp.scale
+        head, ntp = lm_head(self.gen), self.criterion.ntp
+        logits = linear(hidden, head.weight)
+        if ntp.scale != 1:
+            logits = logits * ntp.scale
         if (bias := unwrapped(head).bias) is not None:
             logits = logits + bias
         return logits if ntp.softcap is None else ntp.softcap * torch.tanh(logits / ntp.softcap)
@@ -454,7 +384,7 @@ class CoSupervisionModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """V, the rows of Gen's head."""
-        return len(unwrapped(_head(self.gen)).weight)
+        return len(unwrapped(lm_head(self.gen)).weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
@@ -488,7 +418,7 @@ class CoSupervisionModel(nn.Module):
         """Both models by name; one where they share weights."""
         return [("gen", self.gen)] + ([] if self.embseq is None else [("embseq", self.embseq)])
 
-    def _adapt(self, name: str, base: _Base) -> None:
+    def _adapt(self, name: str, base: Base) -> None:
         t = self.template
         add_adapters(getattr(self, name), base.lora, [t.nsp, t.context_start, t.context_end, t.pad] * (name == "gen"))
         self._bases[name] = base
@@ -506,7 +436,7 @@ class CoSupervisionModel(nn.Module):
         ours, expected = self.logits(hidden), self.gen(input_ids=probe(self.device), use_cache=False).logits[0]
         ours, expected = (x - x.mean(dim=-1, keepdim=True) for x in (ours, expected))  # a shift changes no loss
         if not agree(ours, expected, self.gen.dtype):
-            name = next(name for name, module in self.gen.named_modules() if module is _head(self.gen))
+            name = next(name for name, module in self.gen.named_modules() if module is lm_head(self.gen))
             raise ValueError(
                 f"Gen {gen!r} ({type(self.gen).__name__}): its logits are not those of its head {name!r} with a bias, "
                 "logit_scale, logits_scaling or final_logit_softcapping, the only ones that NTP knows: choose another "
@@ -551,125 +481,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _head(gen: PreTrainedModel) -> nn.Linear:
-    """The LM head: weight (V, D), and a bias (V,) or None."""
-    head = gen.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{gen.name_or_path} ({type(gen).__name__}) has no LM head, so it cannot be Gen")
-    return cast(nn.Linear, head)
-
-
 def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:
     """What a configuration says of the logits: logit_scale (Cohere), logits_scaling (Granite), a soft cap (Gemma)."""
     config = gen.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
-
-
-def _check_adapters(model: ModelConfig) -> None:
-    """Refuses adapters that cannot be, before any weight is read."""
-    for field, name in (("gen_lora", model.gen), ("embseq_lora", model.embseq or model.gen)):
-        lora: LoRAConfig = getattr(model, field)
-        quantization(lora, f"model.{field}", getattr(torch, model.dtype))
-        if lora.rank:
-            check_targets(lora, f"model.{field}", AutoConfig.from_pretrained(resolve_model(name)))
-
-
-def _base(name: str, layers: int | None, lora: LoRAConfig, new_tokens: bool = False) -> _Base:
-    # A folder is found from any working directory.
-    name = str(Path(name).resolve()) if Path(resolve_model(name)) == Path(name) and Path(name).is_dir() else name
-    return _Base(name=name, layers=layers, lora=lora, sha256=_digests(name), new_tokens=new_tokens)
-
-
-def _digests(name: str) -> dict[str, str]:
-    """SHA-256 of the weights of a model by file name."""
-    folder = Path(str(cached_file(resolve_model(name), "config.json"))).parent
-    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _first(digests: dict[str, str]) -> str:
-    return f"{min(digests.values(), default='none')[:12]}…"
-
-
-def _load(
-    name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
-) -> Any:
-    source = resolve_model(name)
-    dtype = getattr(torch, settings.dtype)
-    config = AutoConfig.from_pretrained(source)
-    stack = config.get_text_config()
-    if layers is not None and layers > stack.num_hidden_layers:
-        raise ValueError(
-            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
-            "lower model.gen_layers or model.embseq_layers"
-        )
-    if layers is not None:
-        stack.num_hidden_layers = layers
-        if getattr(stack, "layer_types", None):
-            stack.layer_types = stack.layer_types[:layers]
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise ValueError(
-            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
-            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-        )
-    factory = AutoModelForCausalLM if head else AutoModel
-    field = "gen_lora" if head else "embseq_lora"
-    options: dict[str, Any] = {}
-    if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
-        options = {"quantization_config": quantized, "device_map": {"": device}}
-    attention = choose_attention(settings.attention, device, dtype)
-    try:
-        with _quiet_transformers(), no_downloaded_kernels():
-            model = factory.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
-            )
-    except (KeyError, ImportError, ValueError) as error:
-        if attention not in str(error) and "attention" not in str(error).lower():
-            raise
-        raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
-    if options:
-        keep_layout(model)
-    return model
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
-    logging = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def load_template(model: ModelConfig, text: TextConfig) -> Template:
-    """The template of two models, from their tokenizers and configurations alone: no weight is read."""
-    return _load_template(model, text)[0]
-
-
-def _load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]:
-    """The template, and whether Gen has yet to learn some of its special tokens."""
-    gen = resolve_model(model.gen)
-    embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
-    tokenizer = AutoTokenizer.from_pretrained(gen)
-    new = add_special_tokens(tokenizer) > 0
-    lengths = (AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings for source in (gen, embseq))
-    embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
-    return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
-
-
-@torch.no_grad()
-def _embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
-    """Gives Gen rows for the special tokens: the means of their descriptions' rows."""
-    tokenizer = template.tokenizer
-    gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen).weight)), mean_resizing=False)
-    vocabulary = tokenizer.get_vocab()
-    head = _head(gen)
-    for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
-        for token, text in DESCRIPTIONS.items():
-            rows[vocabulary[token]] = rows[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(dim=0)

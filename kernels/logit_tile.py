@@ -4,7 +4,7 @@
 
 Kernels that multiply and kernels that read products share them, so that all agree on what a score is. An option is on
 if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` a float
-or a pointer to one.
+or a pointer to one. Targets and ids are int32: a thread holds those of all its columns at once, in as many registers.
 
 Partials: the softmaxes of a tile lie in a tensor (T, F, size), T tiles along the axis that is summed, with the fields
 max, sum, with several positives pos_max, pos_sum, with label smoothing total, count.
@@ -17,15 +17,9 @@ Legend: N rows, M candidates, D width, P positive ids of a row; a tile is (BM, B
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
-
-from .tuning import Configuration
 
 
 @triton.jit
@@ -63,14 +57,21 @@ def product_tile(
 
 
 @triton.jit
+def half_of(b, right: tl.constexpr):
+    """The left or right half of a tile's columns."""
+    b_left, b_right = tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
+    return b_right if right else b_left
+
+
+@triton.jit
 def part_of(b, i_p: tl.constexpr, PARTS: tl.constexpr):
-    """Columns i_p BN / PARTS and on of a tile, for 1, 2 or 4 parts: registers are renamed, not moved."""
+    """Columns i_p BN / PARTS and on of a tile, for 1, 2, 4 or 8 parts: registers are renamed, not moved."""
     if PARTS > 1:
-        b_low, b_high = tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
-        b = b_low if 2 * i_p < PARTS else b_high
+        b = half_of(b, i_p * 2 // PARTS % 2 == 1)
     if PARTS > 2:
-        b_low, b_high = tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
-        b = b_low if i_p % 2 == 0 else b_high
+        b = half_of(b, i_p * 4 // PARTS % 2 == 1)
+    if PARTS > 4:
+        b = half_of(b, i_p * 8 // PARTS % 2 == 1)
     return b
 
 
@@ -82,7 +83,7 @@ def store_tile(
     if TMA:
         out.store([i_m * BM, i_n * BN], b.to(out.dtype))
     else:
-        p_out = out + o_m[:, None] * stride_out + o_n[None, :]
+        p_out = out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :]
         tl.store(p_out, b.to(out.dtype.element_ty), mask=(o_m < N)[:, None] & (o_n < M)[None, :])
 
 
@@ -108,22 +109,22 @@ def scored(b_a, scale, b_bias, softcap):
 
 @triton.jit
 def positives(
-    o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P,
+    b, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """Which of a tile's candidates are positives of its rows."""
+    """Which of a tile's candidates are positives of its rows; b is any tile of fp32 that lies as the scores do."""
+    # None so far. Made of b, the mask stays in registers; made of o_m and o_n, it moves through shared memory.
+    m_pos = b > float("inf")
     if target is not None:
-        b_target = tl.load(target + o_m, mask=o_m < N, other=-1).to(tl.int32)
-        m_pos = b_target[:, None] == o_n[None, :]
-    else:
-        m_pos = (o_m < 0)[:, None] & (o_n < 0)[None, :]
+        m_pos |= tl.load(target + o_m, mask=o_m < N, other=-1)[:, None] == o_n[None, :]
     if SEVERAL:
         b_key = tl.load(key_ids + o_n, mask=o_n < M, other=-1)
         if DUPLICATES_ARE_POSITIVE:
-            m_pos |= tl.load(query_ids + o_m, mask=o_m < N, other=-1)[:, None] == b_key[None, :]
+            m_pos |= tl.load(query_ids + o_m, mask=o_m < N, other=-2)[:, None] == b_key[None, :]
         if positive_ids is not None:
+            p_id = positive_ids + o_m.to(tl.int64) * P
             for i_p in range(0, P):
-                m_pos |= tl.load(positive_ids + o_m * P + i_p, mask=o_m < N, other=-1)[:, None] == b_key[None, :]
+                m_pos |= tl.load(p_id + i_p, mask=o_m < N, other=-2)[:, None] == b_key[None, :]
     return m_pos
 
 
@@ -135,7 +136,7 @@ def candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIV
         b_key = tl.load(key_ids + o_n, mask=o_n < M, other=-1)
         m = m & (b_key >= 0)[None, :]
         if query_ids is not None and not DUPLICATES_ARE_POSITIVE:
-            b_query = tl.load(query_ids + o_m, mask=o_m < N, other=-1)
+            b_query = tl.load(query_ids + o_m, mask=o_m < N, other=-2)
             m = m & (m_pos | (b_query[:, None] != b_key[None, :]))
     return m
 
@@ -240,42 +241,3 @@ def logit_gradient(
         b_u = finite(b_z) / softcap
         b_d *= 1 - b_u * b_u
     return b_d
-
-
-LOSSES: dict[str, set[str]] = {
-    "in-batch negatives": {"target", "key_ids", "query_ids"},
-    "vocabulary": {"target", "bias", "softcap", "SMOOTHING", "z_loss", "smoothing", "count"},
-    "several positives": {"target", "key_ids", "query_ids", "positive_ids", "SEVERAL"},
-    "symmetric": {"target", "key_ids", "query_ids", "columns"},
-}
-LOSSES["everything"] = set().union(*LOSSES.values())
-"""What losses are made of, for `compile_cases`: arguments that are not None, and flags."""
-
-_TYPES = {"scale": "fp32", "softcap": "fp32", "smoothing": "fp32", "z_loss": "fp32", "ranks": "*i32"}
-_TYPES |= dict.fromkeys(("target", "key_ids", "query_ids", "positive_ids"), "*i64")
-_TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stride_e", "D"), "i32:16")
-_TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")
-_TYPES |= dict.fromkeys(("x", "w", "e", "out"), "*{dtype}")
-_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive"}
-
-
-def compile_case(
-    kernel: Any, name: str, options: set[str], configuration: Configuration, targets: Sequence[str],
-    types: Mapping[str, str] | None = None, constexprs: Mapping[str, Any] | None = None, **fields: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """A kernel with these options on, as COMPILE_CASES declare it; what is not named elsewhere is an fp32 pointer."""
-    values: dict[str, Any] = {**configuration.constexprs, **(constexprs or {})}
-    signature = {}
-    for parameter in inspect.signature(kernel.fn).parameters.values():
-        if parameter.name in values:
-            continue
-        if "constexpr" in str(parameter.annotation):
-            values[parameter.name] = parameter.name in options
-        elif parameter.name in _OPTIONAL and parameter.name not in options:
-            values[parameter.name] = None
-        else:
-            signature[parameter.name] = {**_TYPES, **(types or {})}.get(parameter.name, "*fp32")
-    return {
-        "kernel": kernel, "name": name, "signature": signature, "constexprs": values,
-        "options": configuration.options, "targets": targets, **fields,
-    }  # fmt: skip

@@ -73,7 +73,7 @@ class Statistics(NamedTuple):
 
 class Needs(NamedTuple):
     x: bool
-    w: bool
+    w: bool | slice  # a slice: of these rows alone
     scale: bool
     bias: bool
     private: bool
@@ -138,9 +138,25 @@ class Chunk(ABC):
         """Workspace for one score of a chunk."""
 
     @classmethod
+    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+        """Bytes of memory that one score moves: multiplied once or `again`, its gradient read by so many products.
+
+        Here: written by its product, read and written where it becomes its gradient. Off the CPU each of torch's passes
+        is one over memory, and each copy in `score_bytes` is written and read.
+        """
+        size = scores.x.dtype.itemsize
+        passes = size if scores.x.device.type == "cpu" else cls.score_bytes(scores)
+        return 2 * (1 + again) * passes + (size * (1 + gradients) if gradients else 0)
+
+    @classmethod
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
         """Why this implementation cannot compute these scores, in words; None where it can."""
         return None
+
+    @classmethod
+    def prepare(cls, scores: Scores) -> Scores:
+        """The same scores as this implementation takes them, made once for all chunks."""
+        return scores
 
     @abstractmethod
     def __init__(self, scores: Scores): ...
@@ -159,6 +175,9 @@ class Chunk(ABC):
 
         `rows` and `columns` may be of more candidates and more rows than this chunk's. Callable once.
         """
+
+    def close(self) -> None:  # noqa: B027  most have nothing to give
+        """Gives its memory to the next chunk, when its logit gradient has been read for the last time."""
 
     def statistics_and_logit_gradient(self, g: Tensor, *, ranks: bool) -> tuple[Statistics, Tensor]:
         """Both, where the statistics of these rows are all that the gradient needs."""

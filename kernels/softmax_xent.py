@@ -13,7 +13,7 @@ A symmetric loss also softmaxes the columns, by the same formulas on z transpose
 
 Two phases, also usable apart: `statistics` (maxima, sums of exponentials, positives, rank, top-1) and `gradient` (given
 the statistics and g). A scalar reduction knows g at once and runs both on each chunk of scores: three matrix products.
-Never materialised: more of z than one chunk of rows, whose bytes COSUP_FAST_WORKSPACE_BYTES bounds.
+Never materialised: more of z than one chunk of rows, whose bytes COSUP_WORKSPACE_BYTES bounds.
 
 The chunks are computed by the implementation that `dispatch` chooses. Private candidates, few by nature, are batched
 products of the engine's own. Legend: see scores.py. Statistics and sums over chunks are fp32 (fp64 for fp64 inputs).
@@ -21,7 +21,7 @@ products of the engine's own. Legend: see scores.py. Statistics and sums over ch
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,22 +29,14 @@ from torch import Tensor
 from .last_hidden import accumulator
 from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics, finite, ratio, sum_by
 from .softmax_xent_torch import TorchChunk, product
+from .workspace import workspace_bytes
 
-WORKSPACE_BYTES = 512 * 2**20
-"""Bytes of a chunk of scores; the environment variable COSUP_FAST_WORKSPACE_BYTES overrides it."""
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
+Merge = Callable[[Softmax], Softmax]
+"""Completes the statistics of the columns with those of rows that are scored elsewhere."""
 LIFTED = 2.0**12
 """fp16 logit gradients are scaled so that the largest row weight becomes this: 1 / N and p would underflow."""
-
-
-def workspace_bytes() -> int:
-    text = os.environ.get("COSUP_FAST_WORKSPACE_BYTES")
-    if text is None:
-        return WORKSPACE_BYTES
-    if not text.strip().isdecimal() or int(text) == 0:
-        raise ValueError(f"COSUP_FAST_WORKSPACE_BYTES is {text!r}; set it to a positive whole number of bytes")
-    return int(text)
 
 
 def chunks(s: Scores, kind: type[Chunk] = TorchChunk) -> list[slice]:
@@ -101,7 +93,10 @@ class _Sums:
         rounded = s.x.device.type == "cpu" and s.x.dtype == torch.bfloat16
         self.dtype = s.x.dtype if rounded else self.wide  # what products of the operands come in
         self.dx = torch.empty_like(s.x, dtype=self.dtype) if needs.x else None
-        self.dw = s.w.new_zeros(s.w.shape, dtype=self.wide) if needs.w and several else None
+        self.columns = needs.w if isinstance(needs.w, slice) else slice(None)
+        self.dw = None
+        if needs.w and several:
+            self.dw = torch.zeros_like(s.w[self.columns], dtype=self.wide)
         self.ds = s.x.new_zeros((), dtype=self.wide) if needs.scale else None
         self.db = s.x.new_zeros(len(s.w), dtype=self.wide) if needs.bias else None
         private = s.private if needs.private else None
@@ -124,6 +119,7 @@ class _Sums:
             if self.ds is not None:
                 self.ds += (x.to(self.wide) * part).sum() / s.scale
         if self.needs.w:
+            d = d[:, self.columns]
             if not self.several:
                 self.dw = product(d.t(), x)
             elif self.dw is not None:
@@ -139,10 +135,10 @@ class _Sums:
 
 
 def _of_chunk(
-    s: Scores, kind: type[Chunk], ranks: bool, g: Tensor | None, h: Tensor | None
+    chunk: Chunk, s: Scores, ranks: bool, g: Tensor | None, h: Tensor | None, merge: Merge | None
 ) -> tuple[Statistics, Tensor | None, Tensor | None]:
     """Statistics of some rows and, given g, s dL/da of the shared and of the private candidates."""
-    chunk, private = kind(s), None if s.private is None else _Private(s)
+    private = None if s.private is None else _Private(s)
     if g is not None and private is None and not s.symmetric:
         return *chunk.statistics_and_logit_gradient(g, ranks=ranks), None
     stats = chunk.statistics(ranks=ranks)
@@ -150,22 +146,28 @@ def _of_chunk(
         stats = private.extend(stats)
     if g is None:
         return stats, None, None
+    if merge is not None and stats.columns is not None:
+        stats = stats._replace(columns=merge(stats.columns))
     d = chunk.logit_gradient(stats.rows, stats.columns, g, h)
     return stats, d, None if private is None else private.logit_gradient(stats.rows, g)
 
 
 def _walk(
     s: Scores, kind: type[Chunk], ranks: bool, sums: _Sums | None = None, g: Tensor | None = None,
-    h: Tensor | None = None,
+    h: Tensor | None = None, merge: Merge | None = None,
 ) -> Statistics:  # fmt: skip
     """Statistics and, into `sums`, the gradient of each chunk while its scores are at hand."""
     found: list[Statistics] = []
+    s = kind.prepare(s)
     for part in chunks(s, kind):
-        stats, d, d_private = _of_chunk(s.rows(part), kind, ranks, None if g is None else g[part], h)
+        rows = s.rows(part)
+        chunk = kind(rows)
+        stats, d, d_private = _of_chunk(chunk, rows, ranks, None if g is None else g[part], h, merge)
         found.append(stats)
         if sums is not None and d is not None:
             sums.add(part, d, d_private)
-        del d, d_private  # before the next chunk's are there
+        chunk.close()
+        del chunk, d, d_private  # before the next chunk's are there
     if len(found) == 1:
         return found[0]
     columns = None
@@ -194,12 +196,15 @@ def gradient(
 
     The statistics may cover more candidates, and those of the columns more rows, than the scores given here.
     """
-    parts = chunks(s, kind)
+    s, parts = kind.prepare(s), chunks(s, kind)
     sums, (g, h, lift) = _Sums(s, needs, len(parts) > 1), _lifted(s, g, h)
     for part in parts:
         rows, seen = s.rows(part), stats.rows.at(part)
         private = None if s.private is None else _Private(rows).logit_gradient(seen, g[part])
-        sums.add(part, kind(rows).logit_gradient(seen, stats.columns, g[part], h), private)
+        chunk = kind(rows)
+        sums.add(part, chunk.logit_gradient(seen, stats.columns, g[part], h), private)
+        chunk.close()
+        del chunk
     return _lowered(sums.gradients(), lift)
 
 
@@ -211,14 +216,20 @@ def statistics_and_gradient(
     h: Tensor | None = None,
     ranks: bool = False,
     kind: type[Chunk] = TorchChunk,
+    merge: Merge | None = None,
 ) -> tuple[Statistics, Gradients]:
-    """Both phases on each chunk of scores: three matrix products, four where columns span several chunks."""
+    """Both phases on each chunk of scores: three matrix products, four where columns span several chunks.
+
+    `merge` is called once, between the phases, if the loss is symmetric.
+    """
     several = len(chunks(s, kind)) > 1
     if s.symmetric and several:
         stats = statistics(s, ranks=ranks, kind=kind)
+        if merge is not None and stats.columns is not None:
+            stats = stats._replace(columns=merge(stats.columns))
         return stats, gradient(s, stats, g, needs, h=h, kind=kind)
     sums, (g, h, lift) = _Sums(s, needs, several), _lifted(s, g, h)
-    return _walk(s, kind, ranks, sums, g, h), _lowered(sums.gradients(), lift)
+    return _walk(s, kind, ranks, sums, g, h, merge), _lowered(sums.gradients(), lift)
 
 
 def _lifted(s: Scores, g: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

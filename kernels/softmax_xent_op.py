@@ -21,6 +21,8 @@ OPERANDS = "Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor? private"
 OPTIONS = """Tensor? target, Tensor? query_ids, Tensor? key_ids, Tensor? positive_ids, float fixed_scale,
     bool normalize, ScalarType product_dtype, str reduction, bool ranks, bool duplicates_are_positive, bool symmetric,
     float? softcap, float label_smoothing, float z_loss, bool ignoring, str impl"""
+ALIGNMENT = 16
+"""Elements: what Triton takes a multiple of for a reason to read several at once."""
 NAMES = ("loss", "lse", "positive_logit", "rank", "top1", *Gradients._fields)
 """What the operator returns, then the statistics of the rows and of the columns; empty where there is none."""
 
@@ -38,10 +40,12 @@ class _Problem:
         assert w is not None
         self.inputs, self.impl = operands, impl
         self.units: dict[str, tuple[Tensor, Tensor]] = {}
+        self.aligned = impl in dispatch.KERNELS or x.is_cuda
         self.supervised = None
         if self.ignoring:
             self.supervised, target = target >= 0, target.clamp(min=0)
         wide = accumulator(self.product_dtype)
+        self.operand_dtype = operand_dtype(self.product_dtype, x.device, len(x) * len(w) * x.shape[1])
         self.scores = Scores(
             self._enter("x", x),
             self._enter("w", w),
@@ -62,18 +66,21 @@ class _Problem:
     def _enter(self, name: str, t: Tensor) -> Tensor:
         """The operand of the products: normalised if asked, rounded to the product's dtype.
 
-        A CPU that multiplies no bf16 or fp16 itself gets the rounded values in fp32; those of full precision, whole.
+        A CPU that does not multiply them itself gets the rounded values in fp32; those of full precision, whole.
+        A GPU gets rows that begin at multiples of 32 bytes, padded with zeros.
         """
         dtype, product_dtype = t.dtype, self.product_dtype
         wide = accumulator(product_dtype)
         if self.normalize:
             t, _ = self.units[name] = unit(t.to(wide))
-        if self.impl in dispatch.KERNELS or operand_dtype(product_dtype, t.device) == product_dtype:
-            return t.to(product_dtype)
+        if self.aligned or self.operand_dtype == product_dtype:
+            t = t.to(product_dtype)
+            return _aligned(t) if self.aligned else t
         return t.to(wide) if dtype == product_dtype else t.to(product_dtype).to(wide)
 
-    def kind(self) -> type[Chunk]:
-        return dispatch.plan(self.impl, self.scores, ranks=self.ranks).kind
+    def kind(self, gradients: int) -> type[Chunk]:
+        at_once = self.reduction != "none"
+        return dispatch.plan(self.impl, self.scores, ranks=self.ranks, at_once=at_once, gradients=gradients).kind
 
     def loss(self, stats: Statistics) -> Tensor:
         s = self.scores
@@ -101,11 +108,23 @@ class _Problem:
         return len(self.scores.x) if self.supervised is None else self.supervised.sum().clamp(min=1)
 
     def leave(self, grads: Gradients) -> list[Tensor | None]:
-        wide = accumulator(self.product_dtype)
-        return [
-            unit_backward(g.to(wide), *self.units[name]) if g is not None and name in self.units else g
-            for name, g in grads._asdict().items()
-        ]
+        wide, found = accumulator(self.product_dtype), []
+        for name, g, t in zip(Gradients._fields, grads, self.inputs):
+            if g is not None and t is not None and g.shape != t.shape:
+                g = g[..., : t.shape[-1]].contiguous()
+            found.append(unit_backward(g.to(wide), *self.units[name]) if g is not None and name in self.units else g)
+        return found
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy padded with zeros to a width, and to rows that begin at, multiples of `ALIGNMENT` elements.
+
+    Products of GPUs read 16 bytes at a time: padding costs one copy of an operand here, and every tile of it there.
+    """
+    strides = (*t.stride()[:-1], t.shape[-1])
+    if t.stride(-1) == 1 and all(stride % ALIGNMENT == 0 for stride in strides) and t.data_ptr() % 16 == 0:
+        return t
+    return torch.nn.functional.pad(t, (0, -t.shape[-1] % ALIGNMENT)).contiguous()
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
@@ -124,7 +143,7 @@ def _forward(*args: Any) -> list[Tensor]:
         problem = _Problem(operands, tuple(rest[5:]))
         s, none, saved = problem.scores, x.new_empty(0), []
         grads: list[Tensor | None] = [None] * 5
-        kind = problem.kind()
+        kind = problem.kind(needs.x + bool(needs.w))
         if problem.reduction != "none" and any(needs):
             g, h = problem.upstream(problem.weights())
             stats, found = statistics_and_gradient(s, g, needs, h=h, ranks=problem.ranks, kind=kind)
@@ -182,7 +201,9 @@ def _backward(g: Tensor, stats: list[Tensor], *args: Any) -> list[Tensor]:
         found = [t if t.numel() else None for t in stats]
         rows, columns = Softmax(*found[:6]), None if found[6] is None else Softmax(*found[6:])  # pyright: ignore
         weights, h = problem.upstream(g)
-        grads = gradient(problem.scores, Statistics(rows, columns), weights, Needs(*wanted), h=h, kind=problem.kind())
+        needs = Needs(*wanted)
+        kind = problem.kind(needs.x + bool(needs.w))
+        grads = gradient(problem.scores, Statistics(rows, columns), weights, needs, h=h, kind=kind)
         return [
             x.new_empty(0) if d is None or t is None else d.to(t.dtype) for d, t in zip(problem.leave(grads), operands)
         ]
@@ -197,6 +218,7 @@ def _(g: Tensor, stats: list[Tensor], *args: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or zeros are written as gradients of the gradients
     ctx.needs, ctx.options, ctx.at_once = inputs[-1], inputs[9:-1], inputs[12] != "none"
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
     if ctx.at_once:
@@ -207,6 +229,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _differentiate(ctx: Any, upstream: list[Tensor]) -> tuple:
     g = upstream[0]
+    if g is None:
+        return (None,) * (len(ctx.options) + 10)
     if g.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("this loss is differentiated once; pass impl='reference' for second derivatives")
     saved = ctx.saved_tensors

@@ -11,16 +11,10 @@ Legend: N rows, M candidates, D width; tiles of (BM, BN) scores, T columns of ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
 from .logit_tile import (
-    LOSSES,
-    compile_case,
     logit_gradient,
     logits,
     part_of,
@@ -33,7 +27,6 @@ from .logit_tile import (
     store_tile,
     tile_at,
 )
-from .tuning import Configuration
 
 
 @triton.jit
@@ -54,17 +47,15 @@ def scores_fwd_kernel(
     for i_t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_at(i_t, tiles_m, tiles_n, GROUP)
         b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
-        o_m = tl.cast(i_m, tl.int64) * BM + tl.arange(0, BM)
+        o_m = i_m * BM + tl.arange(0, BM)
         for i_p in tl.static_range(PARTS):
             i_c = i_n * PARTS + i_p
             o_n = i_c * BC + tl.arange(0, BC)
+            b_s = part_of(b_a, i_p, PARTS)
             m_pos = positives(
-                o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+                b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
             )
-            b_z = logits(
-                part_of(b_a, i_p, PARTS), o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids,
-                DUPLICATES_ARE_POSITIVE,
-            )  # fmt: skip
+            b_z = logits(b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
             if positive is not None:
                 store_positive(b_z, m_pos, positive, target, o_m, i_c, N, BC)
             if ranks is not None:
@@ -91,17 +82,15 @@ def scores_bwd_logits_kernel(
     for i_t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_at(i_t, tiles_m, tiles_n, GROUP)
         b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
-        o_m = tl.cast(i_m, tl.int64) * BM + tl.arange(0, BM)
+        o_m = i_m * BM + tl.arange(0, BM)
         for i_p in tl.static_range(PARTS):
             i_c = i_n * PARTS + i_p
             o_n = i_c * BC + tl.arange(0, BC)
+            b_s = part_of(b_a, i_p, PARTS)
             m_pos = positives(
-                o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+                b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
             )
-            b_z = logits(
-                part_of(b_a, i_p, PARTS), o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids,
-                DUPLICATES_ARE_POSITIVE,
-            )  # fmt: skip
+            b_z = logits(b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
             b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
             store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
@@ -114,7 +103,7 @@ def positives_fwd_kernel(
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_k = tl.arange(0, BK)
     m_r = o_r < N
-    b_target = tl.load(target + o_r, mask=m_r, other=0)
+    b_target = tl.load(target + o_r, mask=m_r, other=0).to(tl.int64)
     b_sum = tl.zeros((BR,), dtype=tl.float32)
     for i_k in range(0, D, BK):
         m = m_r[:, None] & (o_k < D - i_k)[None, :]
@@ -126,93 +115,3 @@ def positives_fwd_kernel(
     else:
         b_z = scored(b_sum, scale, None, softcap)
     tl.store(out + o_r, b_z, mask=m_r)
-
-
-def _tiles(m: int, n: int, k: int, warps: int, stages: int, parts: int = 1) -> Configuration:
-    return Configuration({"BM": m, "BN": n, "BK": k, "PARTS": parts, "GROUP": 8}, warps, stages)
-
-
-_INTERPRETER = Configuration({"BM": 32, "BN": 32, "BK": 32, "PARTS": 2, "GROUP": 2})
-_HALF = {
-    "sm_80": _tiles(128, 128, 64, 8, 3),
-    "sm_90": _tiles(128, 128, 64, 8, 4),
-    "sm_100": _tiles(128, 128, 64, 8, 4),
-    "sm_120": _tiles(128, 128, 64, 8, 2),
-    "gfx942": _tiles(128, 128, 64, 8, 2),
-    "interpreter": _INTERPRETER,
-}
-_SINGLE = {**dict.fromkeys(_HALF, _tiles(64, 64, 32, 8, 3)), "interpreter": _INTERPRETER}
-_HALF_CANDIDATES = [
-    _tiles(128, 128, 64, 8, 3),
-    _tiles(128, 128, 64, 4, 4),
-    _tiles(128, 256, 64, 8, 3),
-    _tiles(256, 128, 64, 8, 3),
-]
-_SINGLE_CANDIDATES = [_tiles(64, 128, 32, 8, 3), _tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3)]
-
-
-def part_width(configuration: Configuration) -> int:
-    """Columns that the epilogue takes at a time, and so the width of a partial."""
-    return configuration.constexprs["BN"] // configuration.constexprs["PARTS"]
-
-
-POSITIVES = Configuration({"BR": 16, "BK": 128})
-
-
-def configurations(kernel: str, dtype: torch.dtype) -> tuple[dict[str, Configuration], list[Configuration]]:
-    """Of a product kernel: those shipped, by target, and what a search tries beside them."""
-    return (_HALF, _HALF_CANDIDATES) if dtype.itemsize == 2 else (_SINGLE, _SINGLE_CANDIDATES)
-
-
-DESCRIPTORS = ("sm_90", "sm_100")
-"""GPUs whose products load and store through tensor descriptors, where addresses allow it."""
-
-
-def _cases(kernel: Any, name: str, options: set[str], target: str, dtypes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    def case(dtypes: Sequence[str], configuration: Configuration, tensor_cores: bool) -> dict[str, Any]:
-        tma, stored = target in DESCRIPTORS, "out" in options
-        types = {"x": "tensordesc<{dtype}[BM, BK]>", "w": "tensordesc<{dtype}[BN, BK]>"} if tma else {}
-        if tma and stored:
-            types["out"] = f"tensordesc<{{dtype}}[BM, {part_width(configuration)}]>"
-        constexprs = {"TMA": tma, "PRECISION": "ieee"} | ({} if stored else {"out": None})
-        return compile_case(
-            kernel, name, options, configuration, [target], types, constexprs,
-            dtypes=dtypes, tensor_cores=tensor_cores,
-        )  # fmt: skip
-
-    if half := [dtype for dtype in dtypes if dtype != "fp32"]:
-        yield case(half, _HALF[target], True)
-    if "fp32" in dtypes:
-        yield case(["fp32"], _SINGLE[target], False)
-
-
-def _compile_cases() -> Iterator[dict[str, Any]]:
-    for target in (target for target in _HALF if target != "interpreter"):
-        for loss, options in LOSSES.items():
-            dtypes = ["bf16", "fp16", "fp32"] if loss in ("vocabulary", "everything") else ["bf16"]
-            single = set() if "SEVERAL" in options else {"positive"}
-            ranked = {"ranks", "reference"} if loss == "in-batch negatives" else set()
-            if "columns" not in options:
-                yield from _cases(
-                    scores_fwd_kernel,
-                    f"{loss}, stored",
-                    (options - {"softcap"}) | single | ranked | {"out"},
-                    target,
-                    dtypes,
-                )
-            yield from _cases(scores_fwd_kernel, loss, options | single | ranked, target, dtypes)
-            yield from _cases(scores_bwd_logits_kernel, loss, options | {"out"}, target, dtypes)
-
-
-COMPILE_CASES = [
-    *_compile_cases(),
-    compile_case(
-        positives_fwd_kernel,
-        "",
-        {"target", "bias", "softcap"},
-        POSITIVES,
-        list(_HALF)[:-1],
-        {"out": "*fp32"},
-        dtypes=["bf16", "fp32"],
-    ),
-]

@@ -24,7 +24,6 @@ from .logit_tile import (
     store_ranks,
     store_softmax,
 )
-from .tuning import Configuration
 
 
 @triton.jit
@@ -106,10 +105,10 @@ def stored_bwd_logits_kernel(
     F: tl.constexpr = 2 + 2 * SEVERAL + 2 * SMOOTHING
     tiles_n = tl.cdiv(M, BN)
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < N, o_n < M
-    p_e = e + o_m[:, None] * stride_e + o_n[None, :]
+    p_e = e + o_m.to(tl.int64)[:, None] * stride_e + o_n[None, :]
     b_e = tl.load(p_e, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
     p_part = parts + i_n.to(tl.int64) * F * N + o_m
     p_row = rows + o_m
@@ -119,7 +118,9 @@ def stored_bwd_logits_kernel(
     b_pos_max = tl.load(p_row + 2 * row, mask=m_m, other=0.0)
     b_t = tl.load(p_row + 3 * row, mask=m_m, other=0.0)
     b_rest = b_p * tl.exp(tl.load(p_part, mask=m_m, other=-float("inf")) - b_shift)
-    m_pos = positives(o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE)
+    m_pos = positives(
+        b_e, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
     if SEVERAL:
         b_own = tl.load(p_part + 2 * row, mask=m_m, other=-float("inf"))
         b_pos = b_p * tl.exp(b_own - b_shift) - b_t * tl.exp(b_own - finite(b_pos_max))
@@ -145,11 +146,13 @@ def rows_fwd_kernel(
     """A program owns the partials of the rows and columns of a (BM, BN) tile of the products a."""
     tiles_n = tl.cdiv(M, BN)
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
     m = (o_m < N)[:, None] & (o_n < M)[None, :]
-    b_a = tl.load(a + o_m[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
-    m_pos = positives(o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE)
+    b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
+    m_pos = positives(
+        b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
     b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
     if positive is not None:
         store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN)
@@ -167,11 +170,13 @@ def ranks_fwd_kernel(
     """A program owns, of a (BM, BN) tile of the products a, each row's count above its best positive and its best."""
     tiles_n = tl.cdiv(M, BN)
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
     m = (o_m < N)[:, None] & (o_n < M)[None, :]
-    b_a = tl.load(a + o_m[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
-    m_pos = positives(o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE)
+    b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
+    m_pos = positives(
+        b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
     b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
     store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN)
 
@@ -186,24 +191,13 @@ def rows_bwd_logits_kernel(
     """A program owns the gradient `out` of a (BM, BN) tile of the products a; out may be a."""
     tiles_n = tl.cdiv(M, BN)
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
     m = (o_m < N)[:, None] & (o_n < M)[None, :]
-    b_a = tl.load(a + o_m[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
-    m_pos = positives(o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE)
+    b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
+    m_pos = positives(
+        b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
     b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
     b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
-    tl.store(out + o_m[:, None] * stride_out + o_n[None, :], b_d.to(out.dtype.element_ty), mask=m)
-
-
-MERGE = Configuration({"BT": 32, "BR": 32})
-WEIGHTS = Configuration({"BR": 256})
-
-
-def row_tiles(target: str) -> Configuration:
-    return Configuration({"BM": 16, "BN": 64} if target == "interpreter" else {"BM": 32, "BN": 128}, num_warps=8)
-
-
-def stored_tiles(target: str, width: int) -> Configuration:
-    """For exponentials of tiles this wide."""
-    return Configuration({"BM": 16 if target == "interpreter" else 32, "BN": width}, num_warps=8)
+    tl.store(out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :], b_d.to(out.dtype.element_ty), mask=m)

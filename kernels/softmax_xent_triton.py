@@ -18,6 +18,7 @@ Legend: n rows of a chunk, M candidates, D width; T tiles along an axis, F field
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import softmax_xent_product as product_kernels
 from . import softmax_xent_rows as row_kernels
+from . import softmax_xent_tiles as shipped
 from .scores import Chunk, Scores, Softmax, Statistics
 from .tuning import Configuration, choose, target_of
 
-DESCRIPTORS = ("sm_90", "sm_100", "interpreter")
-"""Targets whose products load and store through tensor descriptors, where addresses allow it."""
+DESCRIPTORS = (*shipped.DESCRIPTORS, "interpreter")
 INTERPRETER_PROGRAMS = 3
 """Programs of a persistent kernel in Triton's interpreter; a GPU runs one on each multiprocessor."""
 
@@ -57,11 +58,32 @@ class _TritonChunk(Chunk):
         return None
 
     @classmethod
+    def prepare(cls, scores: Scores) -> Scores:
+        """Ids become int32: their places among the sorted ids of the keys; -1 for padding, -2 for ids of no key."""
+        keys = scores.key_ids
+        if keys is None or keys.dtype == torch.int32:
+            return scores
+        known = torch.cat([keys.sort().values, keys.new_full((1,), -1)])
+
+        def places(ids: Tensor | None, none: int) -> Tensor | None:
+            if ids is None:
+                return None
+            place = torch.searchsorted(known[:-1], ids.contiguous())
+            return torch.where((known[place] == ids) & (ids >= 0), place, none).int()
+
+        return replace(
+            scores,
+            key_ids=places(keys, -1),
+            query_ids=places(scores.query_ids, -2),
+            positive_ids=places(scores.positive_ids, -2),
+        )
+
+    @classmethod
     def score_bytes(cls, scores: Scores) -> int:
         return scores.x.dtype.itemsize
 
     def __init__(self, scores: Scores):
-        self.s = s = scores
+        self.s = s = self.prepare(scores)
         self._check(ranks=False)
         self.x, self.w = _unit_columns(s.x), _unit_columns(s.w)
         self.n, self.m = len(s.x), len(s.w)
@@ -70,7 +92,7 @@ class _TritonChunk(Chunk):
         scale = s.scale.float() if isinstance(s.scale, Tensor) else float(s.scale)
         self.scoring: dict[str, Any] = {"scale": scale, "bias": _contiguous(s.bias), "softcap": s.softcap}
         self.masks: dict[str, Any] = {
-            "target": _contiguous(s.target),
+            "target": None if s.target is None else _contiguous(s.target.int()),
             "key_ids": _contiguous(s.key_ids),
             "query_ids": _contiguous(s.query_ids),
             "positive_ids": _contiguous(s.positive_ids),
@@ -89,9 +111,8 @@ class _TritonChunk(Chunk):
         return self.x.new_empty(shape, dtype=dtype)
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
-        """An (n, M) matrix whose rows start at multiples of 16 bytes."""
-        step = 16 // dtype.itemsize
-        return self._empty(self.n, -(-self.m // step) * step, dtype=dtype)[:, : self.m]
+        """An (n, M) matrix whose rows start at multiples of 16 elements."""
+        return self._empty(self.n, -(-self.m // 16) * 16, dtype=dtype)[:, : self.m]
 
     def _partials(self, configuration: Configuration, *, ranks: bool = False, store: bool = False) -> _Partials:
         """Room for those of tiles of this size."""
@@ -114,12 +135,14 @@ class _TritonChunk(Chunk):
     def _merge(self, parts: Tensor, positive: tuple[Tensor, Tensor] | None = None) -> Softmax:
         """The softmaxes of partials (T, F, size), and of one positive its logit and 1."""
         tiles, fields, size = parts.shape
-        out, config = self._empty(fields, size), row_kernels.MERGE
+        out, config = self._empty(fields, size), shipped.MERGE
         self._launch(
             row_kernels.merge_fwd_kernel, triton.cdiv(size, config.constexprs["BR"]), config,
             parts=parts, out=out, T=tiles, N=size, SEVERAL=self.several, SMOOTHING=self.smooth,
         )  # fmt: skip
         top, total, *rest = out.unbind(0)
+        if self.smooth:
+            rest[-1] = rest[-1].long()
         return Softmax(top, total, *(positive or ()), *rest)
 
     def _summary(self, partials: _Partials) -> Statistics:
@@ -137,7 +160,7 @@ class _TritonChunk(Chunk):
 
     def _weights(self, softmax: Softmax, g: Tensor, z_loss: float) -> Tensor:
         """What a softmax of the given weights contributes to the gradient; see `weights_bwd_kernel`."""
-        size, config = len(softmax.max), row_kernels.WEIGHTS
+        size, config = len(softmax.max), shipped.WEIGHTS
         out = self._empty(5, size)
         names = ("max", "sum", "pos_max", "pos_sum", "count")
         self._launch(
@@ -167,10 +190,14 @@ class _ProductChunk(_TritonChunk):
             return "ranks one positive, and rows have several"
         return super().unsupported(scores, ranks)
 
-    def _configuration(self, kernel: str, launch: Callable[[Configuration], Any]) -> Configuration:
-        d, dtype = self.x.shape[1], self.x.dtype
-        shipped, candidates = product_kernels.configurations(kernel, dtype)
-        return choose(kernel, dtype, (self.n, self.m, d), shipped, candidates, launch, self.x.device)
+    def _configuration(self, kernel: Any, extra: set[str], launch: Callable[[Configuration], Any]) -> Configuration:
+        """Of a kernel with the options of this loss and `extra`."""
+        given = {**self.scoring, **self.masks, "SMOOTHING": self.smooth, "columns": self.s.symmetric}
+        options = {name for name, value in given.items() if value is not None and value is not False} | extra
+        ours, candidates = shipped.product_tiles(kernel, self.x.dtype, options)
+        name = "-".join([kernel.fn.__name__, *sorted(options - {"P", "scale", "target"})])
+        sizes = self.n, self.m, self.x.shape[1]
+        return choose(name, self.x.dtype, sizes, ours, candidates, launch, self.x.device)
 
     def _product(self, kernel: Any, configuration: Configuration, out: Tensor | None, **arguments: Any) -> None:
         """Runs a persistent kernel over the tiles of x w', whose result, if any is stored, is `out` (n, M)."""
@@ -189,9 +216,9 @@ class _ProductChunk(_TritonChunk):
 
     def _score(self, *, store: bool, ranks: bool) -> _Partials:
         reference = self._positives() if ranks else None
+        extra = {name for name, on in (("out", store), ("ranks", ranks)) if on}
         configuration = self._configuration(
-            f"scores_fwd{'_stored' * store}{'_symmetric' * self.s.symmetric}",
-            lambda configuration: self._score_with(configuration, store, reference),
+            product_kernels.scores_fwd_kernel, extra, lambda c: self._score_with(c, store, reference)
         )
         return self._score_with(configuration, store, reference)
 
@@ -205,7 +232,7 @@ class _ProductChunk(_TritonChunk):
 
     def _positives(self) -> Tensor:
         """The logits of the rows' targets."""
-        out, config = self._empty(self.n), product_kernels.POSITIVES
+        out, config = self._empty(self.n), shipped.POSITIVES
         self._launch(
             product_kernels.positives_fwd_kernel, triton.cdiv(self.n, config.constexprs["BR"]), config,
             x=self.x, w=self.w, out=out, N=self.n, D=self.x.shape[1],
@@ -218,6 +245,10 @@ class FusedChunk(_ProductChunk):
     """Exponentials of the scores, made in their product's epilogue and held until the gradient takes their place."""
 
     partials: _Partials | None = None
+
+    @classmethod
+    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+        return scores.x.dtype.itemsize * (1 + again + (2 + gradients if gradients else 0))
 
     @classmethod
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
@@ -237,7 +268,7 @@ class FusedChunk(_ProductChunk):
         held = self.partials or self._score(store=True, ranks=False)
         self.partials, e = None, held.out
         assert e is not None
-        config = row_kernels.stored_tiles(self.target, held.width)
+        config = shipped.stored_tiles(self.target, held.width)
         tiles = triton.cdiv(self.n, config.constexprs["BM"]) * triton.cdiv(self.m, held.width)
         self._launch(
             row_kernels.stored_bwd_logits_kernel, tiles, config,
@@ -250,6 +281,10 @@ class FusedChunk(_ProductChunk):
 class RecomputedChunk(_ProductChunk):
     """Scores that are multiplied once for their statistics and once more for their gradient."""
 
+    @classmethod
+    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+        return scores.x.dtype.itemsize * (1 + gradients if gradients else 0)
+
     def statistics(self, *, ranks: bool) -> Statistics:
         self._check(ranks=ranks)
         return self._summary(self._score(store=False, ranks=ranks))
@@ -257,8 +292,7 @@ class RecomputedChunk(_ProductChunk):
     def logit_gradient(self, rows: Softmax, columns: Softmax | None, g: Tensor, h: Tensor | None) -> Tensor:
         out, kernel = self._matrix(self.x.dtype), product_kernels.scores_bwd_logits_kernel
         weights = self._both_weights(rows, columns, g, h)
-        name = f"scores_bwd_logits{'_symmetric' * (weights['columns'] is not None)}"
-        configuration = self._configuration(name, lambda c: self._product(kernel, c, out, **weights))
+        configuration = self._configuration(kernel, {"out"}, lambda c: self._product(kernel, c, out, **weights))
         self._product(kernel, configuration, out, **weights)
         return out
 
@@ -273,6 +307,11 @@ class RowChunk(_TritonChunk):
         size = scores.x.dtype.itemsize
         return 4 if size == 4 else 4 + size
 
+    @classmethod
+    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+        # Each product is written and read in fp32, and where it becomes a gradient read once more.
+        return 8 * (1 + again) + (4 * (not again) + scores.x.dtype.itemsize * (1 + gradients) if gradients else 0)
+
     def _rows(self, kernel: Any, **arguments: Any) -> None:
         a, config = self._multiplied(), self.tiles
         tiles = triton.cdiv(self.n, config.constexprs["BM"]) * triton.cdiv(self.m, config.constexprs["BN"])
@@ -282,7 +321,7 @@ class RowChunk(_TritonChunk):
 
     @property
     def tiles(self) -> Configuration:
-        return row_kernels.row_tiles(self.target)
+        return shipped.row_tiles(self.target)
 
     def _multiplied(self) -> Tensor:
         if self.products is None:

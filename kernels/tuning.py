@@ -35,16 +35,18 @@ class Configuration:
     constexprs: Mapping[str, int]  # tile sizes
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers of a thread; None leaves them to ptxas
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constexprs", dict(self.constexprs))
 
     def __hash__(self) -> int:
-        return hash((frozenset(self.constexprs.items()), self.num_warps, self.num_stages))
+        return hash((frozenset(self.constexprs.items()), self.num_warps, self.num_stages, self.maxnreg))
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     @property
     def kwargs(self) -> dict[str, int]:
@@ -53,12 +55,20 @@ class Configuration:
 
 
 def nearest(capability: tuple[int, int]) -> str:
-    """The target whose configurations a CUDA device of this compute capability runs."""
-    return next((f"sm_{sm}" for sm in (120, 100, 90) if capability >= divmod(sm, 10)), "sm_80")
+    """The target whose configurations a CUDA device of this compute capability runs.
+
+    sm_86 stands for those from 8.6 to 8.9, too: sm_80's instructions in 99 KiB of shared memory.
+    """
+    return next((f"sm_{sm}" for sm in (120, 100, 90, 86) if capability >= divmod(sm, 10)), "sm_80")
+
+
+def runs_as(target: str) -> str:
+    """The target whose configurations another one of the compile matrix runs."""
+    return nearest(divmod(int(target[3:]), 10)) if target.startswith("sm_") else target
 
 
 def target_of(device: torch.device) -> str:
-    """ "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942" for a GPU, "interpreter" for anything else."""
+    """ "sm_80", "sm_86", "sm_90", "sm_100", "sm_120" or "gfx942" for a GPU, "interpreter" for anything else."""
     if device.type != "cuda":
         return "interpreter"
     return "gfx942" if torch.version.hip else nearest(torch.cuda.get_device_capability(device))

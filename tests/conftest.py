@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -179,3 +182,31 @@ def make_model(llama_folder):
 def model(make_model):
     """Llama with Llama in fp32; tests must leave it as it is."""
     return make_model()
+
+
+@pytest.fixture
+def cosup(monkeypatch, capsys):
+    """Runs the command in this process: (exit status, standard output, standard error on one line)."""
+
+    from cosup_fast.cli import run
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cosup-fast", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            run()
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as in a terminal, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cosup_fast.cli import run
-from cosup_fast.data.records import write_jsonl
+from cosup_fast.data.records import read_examples, write_jsonl
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.run import read_metrics
 
@@ -37,24 +37,6 @@ def fields(llama_folder, data_folder, tmp_path):
 
 def _arguments(fields, **changes):
     return [f"{name}={value}" for name, value in {**fields, **changes}.items()]
-
-
-@pytest.fixture
-def cosup(monkeypatch, capsys):
-    """Runs the command in this process: (exit status, standard output, standard error on one line)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cosup-fast", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            run()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, " ".join(captured.err.split())
-
-    return call
 
 
 def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_path):
@@ -97,6 +79,65 @@ def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_pa
     status, out, err = cosup("generate", other, "?", "--index", folder / "index")
     assert status == 1
     assert "was not built by this model" in err
+
+
+def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
+    passages = data_folder / "passages.jsonl"
+    given = data_folder / "examples.jsonl"
+    assert cosup("train", *_arguments(fields))[0] == 0
+    mined = tmp_path / "mined.jsonl"
+    wanted = ["mine", tmp_path / "run", "--examples", given, "--output", mined, "--per-example", "2"]
+    status, _, err = cosup(*wanted)
+    assert (status, "index.json" in err) == (1, True)  # no index yet, and no corpus to make one of
+    status, out, err = cosup(*wanted, "--corpus", passages)
+    assert status == 0, err
+    assert "mined.jsonl: 8 negatives for 4 examples" in out
+    assert (tmp_path / "run" / "index" / "index.json").is_file()
+    first = mined.read_bytes()
+    assert cosup(*wanted)[0] == 0
+    assert mined.read_bytes() == first
+    assert not list(tmp_path.glob(".*"))
+    before, after = ({e.id: e for e in read_examples(path, None)} for path in (given, mined))
+    assert list(before) == list(after)
+    assert all(len(e.negatives) == 2 for e in after.values())
+    harder = {"data.train": f"[{mined}]", "output": tmp_path / "harder"}
+    status, _, err = cosup("train", *_arguments(fields, **harder))
+    assert status == 0, err
+    plain, hard = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "harder"))
+    assert hard[0]["candidates"] > plain[0]["candidates"]
+    assert hard[0]["nsp"] > plain[0]["nsp"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "{data}/examples.jsonl"], "is one of the --examples, which would be lost"),
+        (["--output", "{data}"], "is a folder: name a file in it"),
+        (["--output", "{data}/nowhere/mined.jsonl"], "is no folder: make it first"),
+        (["--depth", "3", "--skip-top", "3"], "skip_top=3 leaves nothing of the depth=3 passages"),
+        (["--examples", "no-such-set"], "no-such-set"),
+        (["--corpus", "no-such-corpus"], "no-such-corpus"),
+        (["--corpus", "{data}/examples.jsonl"], "examples.jsonl:1"),
+    ],
+)
+def test_what_mine_refuses_before_it_loads_a_model(cosup, data_folder, tmp_path, arguments, message):
+    wanted = ["--examples", str(data_folder / "examples.jsonl"), "--output", str(tmp_path / "mined.jsonl")]
+    status, _, err = cosup("mine", tmp_path / "no-run", *wanted, *(a.format(data=data_folder) for a in arguments))
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mine_refuses_an_index_of_another_corpus(cosup, fields, data_folder, tmp_path):
+    assert cosup("train", *_arguments(fields))[0] == 0
+    assert cosup("index", "build", tmp_path / "run", "--corpus", data_folder / "passages.jsonl")[0] == 0
+    lines = (data_folder / "passages.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "less.jsonl").write_text("".join(lines[:-1]))
+    wanted = ["--examples", data_folder / "examples.jsonl", "--output", tmp_path / "mined.jsonl"]
+    status, _, err = cosup("mine", tmp_path / "run", *wanted, "--corpus", tmp_path / "less.jsonl")
+    assert status == 1
+    assert "holds other passages than --corpus" in err
 
 
 def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path):
@@ -180,7 +221,9 @@ def test_help_has_examples_everywhere(cosup):
     for command in ([], ["data"], ["index"]):
         assert cosup(*command, "--help")[0] == 0
     commands = [
-        "data list", "data prepare", "data check", "train", "index build", "index search", "generate", "evaluate",
+        "data list", "data prepare", "data check", "data convert self-rag",
+        "data convert kilt", "train", "index build", "index add",
+        "index delete", "index search", "index info", "export", "generate", "evaluate", "compare",
         "demo", "env",
     ]  # fmt: skip
     for command in commands:
@@ -357,6 +400,62 @@ def test_plain_questions_can_be_evaluated(cosup, fields, data_folder, tmp_path):
     assert json.loads((report / "report.json").read_text())["overall"]["mrr"]["count"] == 1
 
 
+def test_every_system_answers_the_same_questions_and_is_compared(cosup, fields, data_folder, tmp_path):
+    for name in ("run", "other"):
+        changes = {"output": tmp_path / name, "training.steps": 1, "generation.max_new_tokens": 4}
+        assert cosup("train", *_arguments(fields, **changes))[0] == 0
+        assert cosup("index", "build", tmp_path / name, "--corpus", data_folder / "passages.jsonl")[0] == 0
+    folder, examples = tmp_path / "run", data_folder / "examples.jsonl"
+    systems = ["co-supervised", "closed-book", "gold", "random", f"pair:{tmp_path / 'other'}"]
+    for system in systems:
+        status, out, err = cosup(
+            "evaluate", folder, "--examples", examples, "--system", system, "--out-of-domain", "dates"
+        )
+        assert status == 0, err
+        assert "out-of-domain" in out
+    assert sorted(path.name for path in (folder / "evaluation").iterdir()) == [
+        "closed-book", "co-supervised", "gold", "pair-other", "random"
+    ]  # fmt: skip
+    gold = json.loads((folder / "evaluation" / "gold" / "report.json").read_text())
+    assert gold["overall"]["perplexity"]["count"] == 4  # under what Gen began as
+    assert "<!doctype html>" in (folder / "evaluation" / "gold" / "report.html").read_text()
+
+    before, after = folder / "evaluation" / "closed-book", folder / "evaluation" / "gold" / "report.json"
+    status, out, err = cosup("compare", before, after)
+    assert status == 0, err
+    assert "4 questions in both, 0 in one only" in out
+    status, out, _ = cosup("compare", before, after, "--json", "--metric", "containment")
+    assert {row["metric"] for row in json.loads(out)["metrics"]} == {"containment"}
+    status, _, err = cosup("compare", before, examples)
+    assert (status, "is no report that can be read" in err) == (1, True)
+
+
+def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_path):
+    assert cosup("train", *_arguments(fields, **{"training.steps": 1}))[0] == 0
+    folder, examples = fields["output"], data_folder / "examples.jsonl"
+    (tmp_path / "empty.jsonl").write_text("")
+    gold = {"id": "q", "question": "?", "output": [], "gold": ["atlantis"]}
+    (tmp_path / "lost.jsonl").write_text(json.dumps(gold) + "\n")
+    for options, message in [
+        (["--system", "golden"], "--system 'golden' is unknown, did you mean 'gold'"),
+        (["--metric", "blue"], "metric 'blue' is unknown"),
+        (["--examples", tmp_path / "empty.jsonl"], "expected at least one example, found an empty file"),
+        (["--examples", tmp_path / "lost.jsonl", "--system", "gold"], "expected the id of a passage in the corpus"),
+        (["--examples", examples, "--judge", "nobody"], "nobody"),
+        (["--examples", examples, "--fluency", "nobody"], "nobody"),
+        (["--system", "co-supervised"], "is no index"),
+    ]:
+        system = [] if "--system" in options else ["--system", "closed-book"]
+        status, _, err = cosup("evaluate", folder, *system, *options)
+        assert (status, message in err) == (1, True), (options, err)
+        assert "Traceback" not in err
+    command = ["evaluate", folder, "--examples", examples, "--system", "closed-book"]
+    assert cosup(*command, "--max-new-tokens", 2)[0] == 0
+    status, _, err = cosup(*command, "--max-new-tokens", 3)
+    assert (status, "another generation.max_new_tokens (2, now 3)" in err) == (1, True)
+    assert cosup(*command, "--max-new-tokens", 3, "--overwrite")[0] == 0
+
+
 def test_generation_follows_the_runs_configuration_and_options_override_it(cosup, fields, data_folder):
     settings = {"generation.ret_first": "true", "generation.max_new_tokens": 3, "generation.max_retrievals": 1}
     assert cosup("train", *_arguments(fields, **settings))[0] == 0
@@ -370,8 +469,82 @@ def test_generation_follows_the_runs_configuration_and_options_override_it(cosup
     assert (status, "top_p" in err) == (1, True)
 
 
+def test_many_questions_from_files(cosup, fields, data_folder, tmp_path, monkeypatch):
+    settings = {"generation.ret_first": "true", "generation.max_new_tokens": 4, "generation.max_retrievals": 1}
+    assert cosup("train", *_arguments(fields, **settings))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    (tmp_path / "plain.txt").write_text("囲碁?\n\n  Where is Paris?  \n")
+    rows = [{"id": "a", "question": "Who?", "instruction": "Do. "}, {"id": 7, "question": "x " * 900, "output": []}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.stdin", io.StringIO("From stdin?\n"))
+    files = [option for name in ("plain.txt", "mine.jsonl") for option in ("--file", tmp_path / name)]
+    output = tmp_path / "new" / "answers.jsonl"
+    status, out, err = cosup(
+        "generate", fields["output"], "First?", *files, "--file", "-", "--output", output, "--batch", "2"
+    )
+    assert (status, out) == (1, "")
+    assert "'x x x" in err
+    assert "tokens, more than the 512 positions of Gen" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    asked = ["First?", "囲碁?", "Where is Paris?", "Who?", "x " * 900, "From stdin?"]
+    assert [answer["question"] for answer in answers] == asked
+    assert [answer.get("id") for answer in answers] == [None, None, None, "a", 7, None]
+    assert [answer["stop_reason"] for answer in answers] == ["max_new_tokens"] * 4 + ["error", "max_new_tokens"]
+    assert not output.with_name("answers.jsonl.partial").exists()
+    # The same in one stream, and shown to people in the order of the questions.
+    status, out, err = cosup("generate", fields["output"], "First?", "Second?", "--json", "--ctx-truncate")
+    assert (status, [json.loads(line)["question"] for line in out.splitlines()]) == (0, ["First?", "Second?"])
+    status, out, err = cosup("generate", fields["output"], "First?", "Second?", "Third?")
+    assert status == 0, err
+    assert [line[2:] for line in out.splitlines() if line.startswith("Q ")] == ["First?", "Second?", "Third?"]
+    assert out.count("retrieved (") == 3
+    texts = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert texts[0].strip() in out
+
+
+def test_questions_that_cannot_be_read(cosup, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"question": "ok"}\n{"question": \n')
+    (tmp_path / "blank.jsonl").write_text('{"question": " "}\n')
+    (tmp_path / "empty.txt").write_text("\n")
+    for files, message in [
+        (["broken.jsonl"], "broken.jsonl:2: expected one JSON object"),
+        (["blank.jsonl"], "blank.jsonl:1: question:"),
+        (["empty.txt"], "no question was given"),
+        (["none.txt"], "none.txt: expected a file of questions, found none"),
+    ]:
+        status, _, err = cosup("generate", tmp_path, *(o for f in files for o in ("--file", tmp_path / f)))
+        assert (status, message in err) == (1, True), err
+    status, _, err = cosup("generate", tmp_path)
+    assert (status, "no question was given" in err) == (1, True)
+
+
+def test_what_was_answered_before_an_interruption_is_kept(cosup, fields, data_folder, tmp_path, monkeypatch):
+    settings = {"generation.max_new_tokens": 3, "generation.max_retrievals": 0}
+    assert cosup("train", *_arguments(fields, **settings))[0] == 0
+    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
+    from cosup_fast.generation import Decoder
+
+    step, calls = Decoder.step, []
+
+    def interrupted(self):
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return step(self)
+
+    monkeypatch.setattr(Decoder, "step", interrupted)
+    output = tmp_path / "answers.jsonl"
+    questions = [f"Question {n}?" for n in range(5)]
+    status, _, err = cosup("generate", fields["output"], *questions, "--output", output, "--batch", "1")
+    assert status == 130
+    assert "interrupted: 2 of 5 questions are answered" in err
+    assert not output.exists()
+    partial = [json.loads(line) for line in (tmp_path / "answers.jsonl.partial").read_text().splitlines()]
+    assert [answer["question"] for answer in partial] == questions[:2]
+
+
 def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_HOME", str(tmp_path))
+    monkeypatch.setenv("COSUP_HOME", str(tmp_path))
     status, _, err = cosup("data", "check")
     assert (status, "nothing is prepared yet" in err) == (1, True)
 
@@ -379,5 +552,7 @@ def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
 def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):
     assert cosup("train", *_arguments(fields))[0] == 0
     monkeypatch.setitem(sys.modules, "faiss", None)
-    status, _, err = cosup("index", "build", fields["output"], "--corpus", fields["data.corpus"])
+    command = ["index", "build", fields["output"], "--corpus", fields["data.corpus"]]
+    status, _, err = cosup(*command, "--factory", "HNSW8")
     assert (status, "pip install 'cosup-fast[index]'" in err) == (1, True)
+    assert cosup(*command)[0] == 0  # torch searches as exactly

@@ -30,7 +30,7 @@ CEILING = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 @pytest.fixture
 def small_chunks(monkeypatch):
     """A budget that no chunk of more than three rows fits."""
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
     monkeypatch.setattr(softmax_xent, "MIN_ROWS", 3)
 
 
@@ -224,7 +224,7 @@ def test_info_nce_equals_reference_for_any_options(data):
     p = Draw(data.draw, st.sampled_from([1, 2, 3, 7, 8, 31]))
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
-            patch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+            patch.setenv("COSUP_WORKSPACE_BYTES", "1")
             patch.setattr(softmax_xent, "MIN_ROWS", data.draw(st.integers(1, 4)))
         ours = run(info_nce, p.tensors, p.upstream, **p.options)
     assert_same(ours, run(reference.info_nce, p.tensors, p.upstream, **p.options), 1e-9)
@@ -260,7 +260,7 @@ def test_linear_cross_entropy_equals_reference_for_any_options(data):
     }
     upstream = torch.rand(t, generator=g, dtype=DOUBLE) if options["reduction"] == "none" else 3.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+        patch.setenv("COSUP_WORKSPACE_BYTES", "1")
         patch.setattr(softmax_xent, "MIN_ROWS", data.draw(st.integers(1, 9)))
         if data.draw(st.booleans(), label="rows cannot be gathered"):
             patch.setattr(functional, "_readable", lambda t: False)
@@ -337,7 +337,7 @@ def test_matrix_products(small_chunks, monkeypatch):
     with torch.no_grad():
         assert products(info_nce, {"query": q, "keys": k}, unit, backward=False) == 1
     assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 4
-    monkeypatch.delenv("COSUP_FAST_WORKSPACE_BYTES")
+    monkeypatch.delenv("COSUP_WORKSPACE_BYTES")
     assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 3
     target = torch.full((n,), -100)
     target[::4] = 7
@@ -394,7 +394,7 @@ def test_memory_stays_within_the_workspace(options, whole, monkeypatch):
     n, m, d = 512, 2048, 4
     x, w = rand(n, d, dtype=torch.float32).requires_grad_(), rand(m, d, dtype=torch.float32).requires_grad_()
     budget = 2**22 if whole else 2**20
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", str(budget))
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", str(budget))
     monkeypatch.setattr(softmax_xent_torch, "BLOCK_BYTES", block := 2**16)
     memory = Peak()
     with TorchOps(memory.see):
@@ -410,8 +410,8 @@ def test_memory_stays_within_the_workspace(options, whole, monkeypatch):
 
 @pytest.mark.parametrize("value", ["", "0", "-5", "1e9", "much"])
 def test_workspace_budget_is_validated(value, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", value)
-    with pytest.raises(ValueError, match=f"COSUP_FAST_WORKSPACE_BYTES is '{value}'"):
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", value)
+    with pytest.raises(ValueError, match=f"COSUP_WORKSPACE_BYTES is '{value}'"):
         info_nce(rand(2, 2), rand(2, 2))
 
 

@@ -90,9 +90,11 @@ def test_options_reach_the_operators(monkeypatch):
 
         monkeypatch.setattr(f"cosup_fast.losses.{name}", record)
     nce = {"normalize": True, "symmetric": True, "label_smoothing": 0.1, "duplicates": "keep", "reduction": "sum"}
+    nce["key_grad"] = "local"
     ids = {name: torch.zeros(1) for name in ("query_ids", "key_ids", "positive_ids", "private_negatives")}
-    InfoNCELoss(scale=2.0, impl="stored", **nce)(rand(1, 1), rand(1, 1), **ids, return_stats=True)
-    assert seen["info_nce"] == {**nce, **ids, "scale": 2.0, "impl": "stored", "return_stats": True}
+    group = object()
+    InfoNCELoss(scale=2.0, impl="stored", **nce)(rand(1, 1), rand(1, 1), **ids, group=group, return_stats=True)
+    assert seen["info_nce"] == {**nce, **ids, "scale": 2.0, "impl": "stored", "group": group, "return_stats": True}
     lce = {"ignore_index": 3, "scale": 2.0, "softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1, "reduction": "none"}
     bias = torch.zeros(1)
     LinearCrossEntropyLoss(impl="reference", **lce)(rand(1, 1), rand(1, 1), torch.zeros(1), bias=bias)
@@ -262,3 +264,12 @@ def test_every_public_name_resolves():
     assert cosup_fast.InfoNCELoss is InfoNCELoss
     with pytest.raises(AttributeError, match="no attribute 'info_mce'"):
         _ = cosup_fast.info_mce
+
+
+def test_a_rank_without_queries_still_brings_its_empty_tensors():
+    hidden, head, target = rand(2, 4), rand(5, 4), torch.tensor([0, 1])
+    group = object()
+    with pytest.raises(ValueError, match="query is None and group is given"):
+        CoSupervisionLoss()(hidden, head, target, query=None, keys=rand(0, 4), group=group)
+    with pytest.raises(ValueError, match="keys is None and group is given"):
+        CoSupervisionLoss()(hidden, head, target, query=rand(0, 4), keys=None, group=group)

@@ -551,3 +551,37 @@ def test_wrong_nsp_settings_are_refused():
     for setting in ({"temperature": 0}, {"weight": -1}, {"similarity": "l2"}, {"label_smoothing": 1}):
         with pytest.raises(ValueError, match=next(iter(setting))):
             NSPConfig(**setting)
+
+
+def test_hard_negatives_reach_the_loss_and_embseq(make_model, corpus):
+    """The published code reads them and drops them."""
+    model = make_model()
+    plain = Example(id="a", question="Which capital?", output=[Segment(text="Paris", passage="paris")])
+    other = Example(id="b", question="Which river?", output=[Segment(text="Nile", passage="nile")])
+    hard = plain.model_copy(update={"negatives": ["rome", "seine"]})
+    batch = make_batch([hard, other], corpus, model.template)
+    names = ["paris", "nile", "rome", "seine"]
+    alone = [make_batch([example], corpus, model.template) for example in (plain, other)]
+    query = torch.cat([model.gen_rows(one.gen[0])[1] for one in alone])
+    keys = torch.cat([model.embed(Pack.of([model.template.sequence(corpus[name])])) for name in names])
+    scores = query @ keys.T / model.nsp.temperature
+    expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1]))
+    nsp = model(batch).nsp
+    torch.testing.assert_close(nsp, expected, rtol=1e-4, atol=1e-5)
+    assert nsp > model(make_batch([plain, other], corpus, model.template)).nsp + 0.01
+    # Both queries push both of them away.
+    keys = keys.detach().requires_grad_()
+    torch.nn.functional.cross_entropy(query.detach() @ keys.T, torch.tensor([0, 1])).backward()
+    assert (keys.grad[2:].norm(dim=1) > 0).all()
+    gradients = []
+    for examples in ([hard, other], [plain, other]):
+        model.zero_grad()
+        model(make_batch(examples, corpus, model.template)).nsp.backward()
+        gradients.append(model.embseq.get_input_embeddings().weight.grad.clone())
+    only_in_negatives = set(model.template.sequence(corpus["rome"])) - {
+        token for name in ("paris", "nile", "seine") for token in model.template.sequence(corpus[name])
+    }
+    assert only_in_negatives
+    for token in only_in_negatives:
+        assert gradients[0][token].norm() > 0
+        assert gradients[1][token].norm() == 0

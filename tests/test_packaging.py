@@ -125,7 +125,7 @@ def test_wheel_and_sdist_hold_the_kernels_and_the_data(tmp_path):
     package = ROOT / "cosup_fast"
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.yaml", "*.tsv", "py.typed")
+        for pattern in ("*.py", "*.html", "*.yaml", "*.tsv", "py.typed")
         for folder in (package, package / "kernels")
         for path in folder.rglob(pattern)
     }

@@ -11,11 +11,12 @@ import typer.main
 
 from cosup_fast.cli import app
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def _blocks(language: str) -> list[str]:
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def _blocks(language: str, page: str = README) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     return [text for name, text in fences if name == language]
 
 
@@ -28,11 +29,13 @@ def test_the_python_blocks_run_one_after_the_other():
     assert float(names["out"].loss.detach()) > 0
 
 
-def test_every_command_is_understood():
+@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/negatives.md", 2)])
+def test_every_command_is_understood(page, least):
     """Each line is parsed by the command line itself, down to its options, without being run."""
-    lines = [line.split("#")[0] for block in _blocks("") for line in block.splitlines()]
+    blocks = _blocks("", (ROOT / page).read_text(encoding="utf-8"))
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("cosup-fast ")]
-    assert len(commands) >= 5
+    assert len(commands) >= least
     root = typer.main.get_command(app)
     for words in commands:
         command, context = root, typer.Context(root, info_name="cosup-fast")
@@ -46,4 +49,4 @@ def test_every_command_is_understood():
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))
 def test_links_lead_somewhere(path):
-    assert (Path(__file__).parent.parent / path).exists()
+    assert (ROOT / path).exists()

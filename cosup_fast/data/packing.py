@@ -120,7 +120,8 @@ class GenPack:
 class CoSupervisionBatch:
     """What one training step reads. Passages with the same tokens are one passage, encoded once.
 
-    Queries count over the packs of Gen in order, passages over those of Embseq.
+    Queries count over the packs of Gen in order, passages over those of Embseq: those that the queries ask for, and the
+    hard negatives of the examples.
     """
 
     gen: tuple[GenPack, ...]
@@ -157,10 +158,11 @@ class CoSupervisionBatch:
 def make_batch(
     examples: Sequence[Example], corpus: dict[str, Passage], template: Template, limits: PackLimits | None = None
 ) -> CoSupervisionBatch:
-    """Tokenizes and packs examples with the passages they ask for.
+    """Tokenizes and packs examples with the passages they ask for and with their hard negatives.
 
-    A passage that is known to answer a query is no negative of it: the positives of a query are the passage that its
-    [NSP] asks for and those of `Example.gold` in the batch that no other [NSP] of the example asks for.
+    Every passage is a candidate of every query: one example's hard negative is every query's. A passage that is known
+    to answer a query is no negative of it: the positives of a query are the passage that its [NSP] asks for and those
+    of `Example.gold` in the batch that no other [NSP] of the example asks for.
 
     Raises:
         ValueError: no example, what `Template.gen_sequence` and `Template.sequence` refuse, or a sequence that is
@@ -179,7 +181,8 @@ def make_batch(
     wanted = [corpus[name] for s in sequences for name in s.query_passages]
     of_tokens: dict[tuple[int, ...], int] = {}
     of_content: dict[tuple[str, str], int] = {}  # two ids may stand for the same text
-    for passage in wanted:
+    hard = [corpus[name] for member in order for name in examples[member].negatives] if wanted else []
+    for passage in [*wanted, *hard]:
         if _content(passage) not in of_content:
             tokens = tuple(template.sequence(passage))
             check_fits(f"passage {passage.id!r}", len(tokens), limits)

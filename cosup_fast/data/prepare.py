@@ -255,8 +255,7 @@ def _disk_errors(home: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(
-                f"{home}: no space left: {error.strerror}: free some, or set COSUP_FAST_HOME to a folder "
-                "on another disk"
+                f"{home}: no space left: {error.strerror}: free some, or set COSUP_HOME to a folder on another disk"
             ) from error
         raise
 

@@ -85,8 +85,10 @@ class Segment(_Record):
 class Example(_Record):
     """A question with the output that Gen should write.
 
-    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `gold` are
-    the ids of the passages that count as retrieved correctly, by default those the output is grounded on.
+    `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `answer_sets` are the
+    short answers of a question with several readings (ASQA), a list for each; `gold` are the ids of the passages that
+    count as retrieved correctly, by default those the output is grounded on; `negatives` those of passages that do not
+    answer, though they look like it: training contrasts with them.
     """
 
     id: Text
@@ -96,7 +98,9 @@ class Example(_Record):
     output: list[Segment]
     answers: list[Text] = Field(default_factory=list)
     answer_type: Literal["string", "regex"] = "string"
+    answer_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     gold: list[Text] = Field(default_factory=list)
+    negatives: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _answers_and_gold(self) -> Example:
@@ -111,9 +115,20 @@ class Example(_Record):
                         {"field": "answers", "value": repr(answer), "reason": str(error)},
                     ) from None
         if not self.gold:
-            cited = dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None)
-            object.__setattr__(self, "gold", list(cited))
+            object.__setattr__(self, "gold", list(self.cited))
+        for number, name in enumerate(self.negatives):
+            if name in self.gold or name in self.cited:
+                raise PydanticCustomError(
+                    "negative",
+                    "expected a passage that does not answer, found {value}, which is gold or in the output",
+                    {"field": f"negatives.{number}", "value": repr(name)},
+                )
         return self
+
+    @property
+    def cited(self) -> tuple[str, ...]:
+        """The ids of the passages that the output is grounded on, each once."""
+        return tuple(dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None))
 
 
 R = TypeVar("R", Passage, Example)
@@ -147,7 +162,9 @@ def check_example(where: str, example: Example, passages: Collection[str] | None
             "(allow_no_retrieval=True keeps such examples)"
         )
     if passages is not None:
-        for field, name in [*named, *((f"gold.{i}", name) for i, name in enumerate(example.gold))]:
+        for kind in ("gold", "negatives"):
+            named += [(f"{kind}.{i}", name) for i, name in enumerate(getattr(example, kind))]
+        for field, name in named:
             if name not in passages:
                 raise DataError(f"{where}: {field}: expected the id of a passage in the corpus, found {name!r}")
 
@@ -156,7 +173,12 @@ def write_jsonl(path: str | Path, records: Iterable[BaseModel]) -> None:
     """Writes one record a line, defaults left out; the file appears whole or not at all."""
     with replace_file(path) as file:
         for record in records:
-            file.write(json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n")
+            file.write(to_line(record))
+
+
+def to_line(record: BaseModel) -> str:
+    """A record as a line of JSON, defaults left out."""
+    return json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
 
 
 def validate(where: str, kind: type[R], data: Any) -> R:
@@ -167,25 +189,42 @@ def validate(where: str, kind: type[R], data: Any) -> R:
         raise DataError(f"{where}: {_describe(error)}") from None
 
 
-def _read(path: Path, kind: type[R]) -> Iterator[tuple[str, R]]:
+def parse(where: str, line: bytes, kind: type[R]) -> R:
+    """The record in one line of a JSONL file, or a `DataError` that begins with `where`."""
+    return validate(where, kind, parse_object(where, line))
+
+
+def parse_object(where: str, line: bytes) -> dict[str, Any]:
+    """The JSON object in one line of a file (a byte order mark may come first), or a `DataError`."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object, found {_short(line)} ({error})") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
+    return data
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file that are not blank, one at a time: line number from 1, byte offset, the line."""
+    path, offset = Path(path), 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, offset, line
+                offset += len(line)
     except OSError as error:
         raise DataError(f"{path}: expected a JSONL file, found none: {error.strerror}") from None
+
+
+def _read(path: Path, kind: type[R]) -> Iterator[tuple[str, R]]:
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, _, line in lines(path):
         where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: expected UTF-8, found byte 0x{line[error.start]:02x}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: expected one JSON object, found {_short(line)} ({error})") from None
-        if not isinstance(data, dict):
-            raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
-        record = validate(where, kind, data)
+        record = parse(where, line, kind)
         if record.id in seen:
             raise DataError(f"{where}: id: expected a new id, found {record.id!r} of line {seen[record.id]} again")
         seen[record.id] = number
@@ -201,7 +240,7 @@ def _describe(error: ValidationError) -> str:
     match first["type"]:
         case "missing":
             return f"{field}: expected a value, found only {', '.join(map(str, first['input']))}"
-        case "unknown_field" | "text" | "regex":
+        case "unknown_field" | "text" | "regex" | "negative":
             return f"{field}: {first['msg']}"
         case _:
             return f"{field}: {_EXPECTED.get(first['type'], first['msg'])}, found {_short(first['input'])}"
@@ -210,6 +249,7 @@ def _describe(error: ValidationError) -> str:
 _EXPECTED = {
     "string_type": "expected a string",
     "list_type": "expected a list",
+    "too_short": "expected at least one entry",
     "literal_error": "expected 'string' or 'regex'",
     "model_type": "expected an object",
 }

@@ -76,11 +76,15 @@ def example_lengths(
         track: wraps the examples, to show progress.
 
     Raises:
-        ValueError: what `make_batch` refuses of any example, or no example has a supervised token.
+        ValueError: no example, what `make_batch` refuses of any one, or none has a supervised token.
     """
+    if not examples:
+        raise ValueError("there is no training example: data.train names an empty set")
     limits = limits or PackLimits()
     of_passage: dict[str, int] = {}
     lengths: list[int] = []
+    if not examples:
+        raise ValueError("there is no training example: data.train names an empty set")
     supervised = 0
     for example in track(examples):
         sequence = template.gen_sequence(example, corpus)
@@ -93,7 +97,7 @@ def example_lengths(
         lengths.append(len(sequence.input_ids) + sum(of_passage[name] for name in set(sequence.query_passages)))
     if not supervised:
         raise ValueError(
-            f"none of the {len(examples)} training examples has a supervised token, so NTP has nothing to learn: "
+            f"none of the {len(examples)} examples of data.train has a supervised token, so NTP has nothing to learn: "
             "give them an output, or a prompt (text.prompt) for it to follow"
         )
     return lengths

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from cosup_fast.data.catalog import CATALOG, PASSAGES
 from cosup_fast.data.records import (
@@ -26,21 +27,21 @@ from cosup_fast.data.records import (
 
 
 def home() -> Path:
-    """The folder of prepared sets: `COSUP_FAST_HOME`, or `~/.cache/cosup-fast`."""
-    return Path(os.environ.get("COSUP_FAST_HOME") or "~/.cache/cosup-fast").expanduser()
+    """The folder of prepared sets: `COSUP_HOME`, or `~/.cache/cosup-fast`."""
+    return Path(os.environ.get("COSUP_HOME") or "~/.cache/cosup-fast").expanduser()
 
 
 def load_corpus(spec: str) -> list[Passage]:
     """The passages that `spec` names, ids unique."""
     if spec.startswith("hf:"):
         return [passage for _, passage in _read_hub(spec, Passage)]
-    return read_passages(_find(spec, "corpus"))
+    return read_passages(find(spec, "corpus"))
 
 
 def load_examples(spec: str, passages: Collection[str] | None, allow_no_retrieval: bool = False) -> list[Example]:
     """The examples that `spec` names; the passages that they name are all among the ids `passages`, if given."""
     if not spec.startswith("hf:"):
-        return read_examples(_find(spec, "examples"), passages, allow_no_retrieval)
+        return read_examples(find(spec, "examples"), passages, allow_no_retrieval)
     rows = _read_hub(spec, Example)
     for where, example in rows:
         check_example(where, example, passages, allow_no_retrieval)
@@ -74,7 +75,8 @@ def _sets(kind: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _find(spec: str, kind: str) -> Path:
+def find(spec: str, kind: str) -> Path:
+    """The file that `spec` names: its own path, or one of a prepared set; `kind` is corpus or examples."""
     sets = _sets(kind)
     if spec in sets:
         name, file = sets[spec]
@@ -95,18 +97,11 @@ def _prepared(name: str) -> Path:
 
 
 def _read_hub(spec: str, kind: type[R]) -> list[tuple[str, R]]:
-    import datasets
-
-    name, _, split = spec.removeprefix("hf:").partition(":")
-    split = split or "train"
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub, the network and the files each raise kinds of their own
-        raise DataError(f"{spec}: expected a data set that `datasets` can load, found: {error}") from error
     found: dict[str, tuple[str, R]] = {}
+    place, rows = hub_rows(spec)
     for number, row in enumerate(rows):
-        where = f"hf:{name}:{split}:row {number}"
-        record = validate(where, kind, _without_none(row))
+        where = f"{place}:row {number}"
+        record = validate(where, kind, without_none(row))
         if record.id in found:
             raise DataError(f"{where}: id: expected a new id, found {record.id!r} again")
         found[record.id] = (where, record)
@@ -115,8 +110,20 @@ def _read_hub(spec: str, kind: type[R]) -> list[tuple[str, R]]:
     return list(found.values())
 
 
-def _without_none(value: object) -> object:
+def hub_rows(spec: str) -> tuple[str, Any]:
+    """`hf:owner/name:split` in full, and that `datasets.Dataset`: memory-mapped, with rows that may hold None."""
+    import datasets
+
+    name, _, split = spec.removeprefix("hf:").partition(":")
+    split = split or "train"
+    try:
+        return f"hf:{name}:{split}", datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub, the network and the files each raise kinds of their own
+        raise DataError(f"{spec}: expected a data set that `datasets` can load, found: {error}") from error
+
+
+def without_none(value: object) -> object:
     """A row without the None that Arrow puts where a row lacks a field that another has."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

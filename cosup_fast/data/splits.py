@@ -71,7 +71,7 @@ def check_splits(splits: Mapping[str, Iterable[Example]], passages: Collection[s
         role = split if split in ("train", "dev") else "test"
         for example in examples:
             where = f"{split}: example {example.id!r}"
-            for page in dict.fromkeys([*example.gold, *(s.passage for s in example.output if s.passage)]):
+            for page in dict.fromkeys([*example.gold, *example.cited]):
                 if page not in passages:
                     raise DataError(f"{where}: expected gold passages of the corpus, found {page!r}")
                 used_by, other = first_use.setdefault(page, (role, example.id))

@@ -9,7 +9,7 @@ contains the characters `[NSP]` is read as those five characters. Source: Lee et
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
@@ -116,13 +116,13 @@ class Template:
             )
         self.nsp, self.context_start, self.context_end, self.pad = (vocabulary[token] for token in DESCRIPTIONS)
         self.eos = _end_of_sequence(tokenizer)
-        self._start = _start_of_sequence(tokenizer)
-        self._embseq_end = [_end_of_sequence(self.embseq_tokenizer)]
-        self._embseq_start = _start_of_sequence(self.embseq_tokenizer)
+        self.start = _start_of_sequence(tokenizer)
+        self.embseq_end = [_end_of_sequence(self.embseq_tokenizer)]
+        self.embseq_start = _start_of_sequence(self.embseq_tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text for Gen; the text of a special token in it stays plain text."""
-        return _encode(self.tokenizer, text)
+        return _encode_all(self.tokenizer, [text])[0]
 
     def decode(self, ids: list[int]) -> str:
         """The text of Gen's tokens, special tokens left out."""
@@ -130,22 +130,28 @@ class Template:
 
     def prompt(self, question: str, instruction: str = "") -> list[int]:
         """Gen's tokens up to where the output begins."""
-        return self._start + self.encode(self.config.prompt.format(instruction=instruction, question=question))
+        return self.start + self.encode(self.config.prompt.format(instruction=instruction, question=question))
 
     def inserted_passage(self, passage: Passage) -> list[int]:
         """The tokens that stand between [NSP] and [Cs] in Gen's context."""
-        return self._passage(passage, self.encode)
+        return next(self._passages([passage], self.tokenizer))
 
     def sequence(self, passage: Passage) -> list[int]:
         """Embseq's tokens for a passage: the same text that is inserted, closed by the end-of-sequence token."""
-        body = self._passage(passage, lambda text: _encode(self.embseq_tokenizer, text))
-        ids = [*self._embseq_start, *body, *self._embseq_end]
-        if len(ids) > self.embseq_max_length:
-            raise ValueError(
-                f"passage {passage.id!r} has {len(ids)} tokens, more than the {self.embseq_max_length} positions of "
-                f"Embseq: set text.max_passage_tokens below that and text.long_passages=truncate"
-            )
-        return ids
+        return self.sequences([passage])[0]
+
+    def sequences(self, passages: Sequence[Passage]) -> list[list[int]]:
+        """`sequence` of each passage; many at once take the tokenizer's threads."""
+        sequences = []
+        for passage, body in zip(passages, self._passages(passages, self.embseq_tokenizer), strict=True):
+            ids = [*self.embseq_start, *body, *self.embseq_end]
+            if len(ids) > self.embseq_max_length:
+                raise ValueError(
+                    f"passage {passage.id!r} has {len(ids)} tokens, more than the {self.embseq_max_length} positions "
+                    "of Embseq: set text.max_passage_tokens below that and text.long_passages=truncate"
+                )
+            sequences.append(ids)
+        return sequences
 
     def gen_sequence(self, example: Example, passages: dict[str, Passage]) -> GenSequence:
         """The training sequence of an example.
@@ -189,16 +195,17 @@ class Template:
         labels = [token if learn else IGNORE for token, learn in zip(ids[1:], learned[1:], strict=True)] + [IGNORE]
         return GenSequence(ids, labels, rows, wanted)
 
-    def _passage(self, passage: Passage, encode: Callable[[str], list[int]]) -> list[int]:
-        ids = encode(self.config.passage.format(title=passage.title, text=passage.text))
-        if len(ids) > self.config.max_passage_tokens:
-            if self.config.long_passages == "error":
-                raise ValueError(
-                    f"passage {passage.id!r} has {len(ids)} tokens, more than text.max_passage_tokens="
-                    f"{self.config.max_passage_tokens}: raise that limit, or set text.long_passages=truncate"
-                )
-            ids = ids[: self.config.max_passage_tokens]
-        return ids
+    def _passages(self, passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+        texts = [self.config.passage.format(title=passage.title, text=passage.text) for passage in passages]
+        for passage, ids in zip(passages, _encode_all(tokenizer, texts), strict=True):
+            if len(ids) > self.config.max_passage_tokens:
+                if self.config.long_passages == "error":
+                    raise ValueError(
+                        f"passage {passage.id!r} has {len(ids)} tokens, more than text.max_passage_tokens="
+                        f"{self.config.max_passage_tokens}: raise that limit, or set text.long_passages=truncate"
+                    )
+                ids = ids[: self.config.max_passage_tokens]
+            yield ids
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -208,8 +215,8 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
 def _start_of_sequence(tokenizer: PreTrainedTokenizerBase) -> list[int]:

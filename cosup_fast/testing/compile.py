@@ -58,9 +58,11 @@ class Target:
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 163 * 1024, True, "HMMA"),
+    "sm_86": Target("cuda", 86, 99 * 1024, True, "HMMA"),
+    "sm_89": Target("cuda", 89, 99 * 1024, True, "HMMA"),
     "sm_90": Target("cuda", 90, 227 * 1024, True, "HGMMA"),
     "sm_100": Target("cuda", 100, 227 * 1024, True, "tcgen05"),
-    "sm_120": Target("cuda", 120, 99 * 1024, False, "HMMA"),
+    "sm_120": Target("cuda", 120, 99 * 1024, True, "HMMA"),
     "gfx942": Target("hip", "gfx942", 64 * 1024, False, "MFMA"),
 }
 """Shared memory per block from the CUDA C++ Programming Guide's table of technical specifications, and CDNA3's ISA."""

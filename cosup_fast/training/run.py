@@ -35,7 +35,8 @@ from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import Template
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.files import replace_file
-from cosup_fast.modeling import CoSupervisionModel, load_template
+from cosup_fast.loading import load_template
+from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints, verify
 from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.step import autocast
@@ -93,7 +94,7 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
                 console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
                 return checkpoint
         if checkpoint is None:
-            lengths = _measure(load_template(config.model, config.text), config, examples, corpus, console)
+            lengths = _measure(load_template(config.model, config.text)[0], config, examples, corpus, console)
             torch.manual_seed(config.training.seed)
             model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
         else:
@@ -349,8 +350,8 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
 
 
 def _passages(examples: Iterable[Example]) -> list[str]:
-    """The ids of the passages that the outputs name, each once."""
-    return list(dict.fromkeys(s.passage for example in examples for s in example.output if s.passage is not None))
+    """The ids of the passages that training reads, each once: those of the outputs and the hard negatives."""
+    return list(dict.fromkeys(name for example in examples for name in (*example.cited, *example.negatives)))
 
 
 def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:

@@ -168,7 +168,7 @@ class Trainer:
         on_interrupt: called with what the first Ctrl-C does, when it is pressed.
 
     Raises:
-        ValueError: no examples, or what `example_lengths` refuses of them.
+        ValueError: what `example_lengths` refuses.
     """
 
     def __init__(
@@ -185,8 +185,6 @@ class Trainer:
         on_warning: Callable[[str], None] = lambda message: None,
         on_interrupt: Callable[[str], None] = lambda message: None,
     ):
-        if not examples:
-            raise ValueError("there is no training example: data.train names an empty set")
         self.model = model
         self.config = config
         self.examples = examples

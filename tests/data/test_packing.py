@@ -241,6 +241,28 @@ def test_ids_of_passages_are_those_of_their_tokens(model, examples, corpus):
     assert int(other.stdout) == name
 
 
+def test_hard_negatives_are_encoded_once_beside_what_is_asked_for(model, corpus):
+    twin = corpus["rome"].model_copy(update={"id": "twin"})
+    known = {**corpus, "twin": twin}
+    first = ask("first", "paris").model_copy(update={"negatives": ["seine", "nile", "twin"]})
+    second = ask("second", "rome", gold=["rome", "seine"]).model_copy(update={"negatives": ["nile", "paris"]})
+    batch = make_batch([first, second], known, model.template)
+    (pack,) = batch.passages
+    encoded = [tuple(ids.tolist()) for ids in pack.input_ids.split(pack.lengths)]
+    # rome under another id, nile and paris again are there already.
+    rows = {
+        name: encoded.index(tuple(model.template.sequence(corpus[name]))) for name in ("paris", "rome", "seine", "nile")
+    }
+    assert sorted(rows.values()) == list(range(len(encoded)))
+    assert set(batch.positive.tolist()) == {rows["paris"], rows["rome"]}
+    # What is a negative of the first is gold for the second, and stays a positive of it.
+    seine = int(batch.key_ids[rows["seine"]])
+    further = {int(p): ids for p, ids in zip(batch.positive, batch.positive_ids.tolist(), strict=True)}
+    assert further == {rows["paris"]: [-1], rows["rome"]: [seine]}
+    nothing_asked = Example(id="x", question="?", output=[Segment(text="a")], negatives=["nile"])
+    assert make_batch([nothing_asked], corpus, model.template).passages == ()
+
+
 def test_batch_without_retrieval_has_no_passages(model, corpus):
     batch = make_batch([Example(id="x", question="?", output=[Segment(text="a")])], corpus, model.template)
     assert batch.passages == ()

@@ -170,14 +170,14 @@ def test_a_file_that_comes_out_otherwise_is_refused(entry, home, monkeypatch):
 
 def test_a_full_disk(entry, home, monkeypatch):
     use(monkeypatch, changed(entry, disk=2**60))
-    with pytest.raises(DataError, match=r"no space left: tiny takes .* MiB .* set COSUP_FAST_HOME"):
+    with pytest.raises(DataError, match=r"no space left: tiny takes .* MiB .* set COSUP_HOME"):
         prepare.prepare("tiny", home=home, progress=False)
 
     def build(wheels, home, out):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     use(monkeypatch, changed(entry, build=build))
-    with pytest.raises(DataError, match=r"no space left: .* set COSUP_FAST_HOME"):
+    with pytest.raises(DataError, match=r"no space left: .* set COSUP_HOME"):
         prepare.prepare("tiny", home=home, progress=False)
 
 

@@ -23,6 +23,7 @@ examples = st.builds(
     output=st.lists(segments, max_size=3),
     answers=st.lists(nonblank, max_size=3),
     gold=st.lists(nonblank, max_size=3),
+    negatives=st.lists(nonblank.map("not {}".format), max_size=2),
 )
 passages = st.builds(Passage, id=nonblank, title=text, text=nonblank, topic=text)
 
@@ -87,6 +88,12 @@ def test_gold_defaults_to_the_distinct_passages_of_the_output():
         ({"output": [{"text": "x", "passage": "q"}]}, "output.0.passage: expected the id of a passage .*, found 'q'"),
         ({"output": [{"text": "x"}]}, "output: expected at least one segment with a passage, found none"),
         ({"gold": ["q"]}, "gold.0: expected the id of a passage in the corpus, found 'q'"),
+        ({"negatives": ["q"]}, "negatives.0: expected the id of a passage in the corpus, found 'q'"),
+        (
+            {"negatives": ["q", "p"], "gold": ["g"]},
+            "negatives.1: expected a passage that does not answer, found 'p', which is gold or in the output",
+        ),
+        ({"negatives": ["g"], "gold": ["g"]}, "negatives.0: expected a passage that does not answer, found 'g'"),
         ({"answers": [""]}, "answers.0: expected some text, found ''"),
         (
             {"answers": ["("], "answer_type": "regex"},

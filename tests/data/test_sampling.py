@@ -93,5 +93,5 @@ def test_a_set_without_a_supervised_token_is_refused(model, corpus, monkeypatch)
 
     monkeypatch.setattr(model.template, "gen_sequence", silent)
     examples = [Example(id=str(i), question="?", output=[]) for i in range(3)]
-    with pytest.raises(ValueError, match="none of the 3 training examples has a supervised token"):
+    with pytest.raises(ValueError, match=r"none of the 3 examples of data\.train has a supervised token"):
         example_lengths(examples, corpus, model.template)

@@ -13,7 +13,7 @@ EXAMPLE = {"id": "a", "question": "who?", "output": [{"text": "x", "passage": "p
 
 @pytest.fixture(autouse=True)
 def empty_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COSUP_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

@@ -1,18 +1,23 @@
-"""The losses by Triton kernels in the interpreter: against fp64, sanitized, and counted."""
+"""The losses by Triton kernels in the interpreter: against fp64, sanitized, counted, and behind torch's machinery."""
 
 from __future__ import annotations
+
+import contextlib
+import math
 
 import pytest
 import torch
 import triton.compiler.code_generator  # noqa: F401  (first imported while interpreting, it breaks later compilations)
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import reference
 from cosup_fast.functional import explain, info_nce, linear_cross_entropy
-from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, operands, sanitize, with_gaps
+from cosup_fast.kernels.dispatch import KERNELS
+from cosup_fast.kernels.softmax_xent_op import softmax_xent
+from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, interpret, operands, sanitize, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = ["fused", "recomputed"]
 IDS = torch.arange(75) % 37
 IDS[70:] = -1
 
@@ -88,13 +93,13 @@ def test_linear_cross_entropy(impl, dtype):
     target[::5] = -100
     options = {"target": target, "z_loss": 1e-2, "label_smoothing": 0.1, "bias": torch.randn(90, dtype=dtype)}
     compare(linear_cross_entropy, reference.linear_cross_entropy, impl, x, with_gaps(w), **options)
-    if impl == "recomputed":
+    if impl != "fused":
         compare(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, softcap=2.0, **options)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_chunks_of_rows(impl, monkeypatch):
-    monkeypatch.setenv("COSUP_FAST_WORKSPACE_BYTES", "1")
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
     x, w = operands(70, 75, 40)
     compare(info_nce, reference.info_nce, impl, x, w)
 
@@ -111,7 +116,7 @@ def test_statistics_by_row(impl):
     torch.testing.assert_close(ours.positive_logit, eager.positive_logit, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("impl", "products"), [("fused", 3.0), ("recomputed", 4.0)])
+@pytest.mark.parametrize(("impl", "products"), [("fused", 3.0), ("rows", 3.0), ("recomputed", 4.0)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_products_and_atomics(impl, products, dtype):
     n = 256
@@ -120,11 +125,106 @@ def test_products_and_atomics(impl, products, dtype):
         run(info_nce, x, w, impl=impl)
         plan = explain(n, n, 64, dtype=x.dtype, impl=impl)
     assert counts.products(n, n, 64) == products == plan.products
-    assert set(counts.dots) == {dtype}
+    assert set(counts.dots) == ({dtype} if impl != "rows" else set())
     assert not counts.atomics
 
 
-def test_without_a_gpu_they_are_refused():
+@pytest.mark.parametrize(("impl", "times"), [("fused", 2), ("rows", 1), ("recomputed", 1)])
+def test_how_often_a_score_is_stored(impl, times):
+    """A fused one as an exponential and as a gradient, others as a gradient alone (and by torch's product for rows)."""
+    n, m, d = 64, 160, 32
+    with count() as counts:
+        run(info_nce, *operands(n, m, d, dtype=torch.bfloat16), impl=impl)
+    small = ("merge_fwd_kernel", "weights_bwd_kernel", "positives_fwd_kernel")
+    stored = [size for (kernel, name), size in counts.stored.items() if name in ("out", "e") and kernel not in small]
+    assert sum(stored) == 2 * n * m * times
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_probability_near_one_keeps_its_gradient(impl, dtype):
+    """p = 0.999 at the target: p - 1 formed from a rounded p would be 0 or twice as large in bf16."""
+    m = 64
+    w = torch.eye(m, dtype=dtype)
+    x = (math.log(0.999 / 0.001 * (m - 1)) + torch.linspace(-0.3, 0.3, m)).diag().to(dtype)
+    compare(info_nce, reference.info_nce, impl, x, w)
+    with interpret():
+        ours = run(info_nce, x, w, impl=impl)["x"].diagonal().double()
+    exact = run(reference.info_nce, x.double(), w.double())["x"].diagonal()
+    assert ((exact * m / 1.7 + 0.001).abs() < 5e-4).all()
+    # The logit's gradient, dx and its product with the upstream one are rounded once each; p is good to 8 ulp of fp32.
+    torch.testing.assert_close(ours, exact, rtol=1.5 * torch.finfo(dtype).eps + 2.0**-10, atol=0.0)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_all_rows_ignored(impl):
+    x, w = operands(9, 40, 16)
+    leaves = x.requires_grad_(), w.requires_grad_(), torch.randn(40).requires_grad_()
+    with sanitize():
+        for ignoring in (True, False):
+            if ignoring:  # as under torch.compile, where rows are computed and their losses dropped
+                loss, *_ = softmax_xent(x, w, bias=leaves[2], target=torch.full((9,), -1), ignoring=True, impl=impl)
+            else:
+                loss = linear_cross_entropy(x, w, torch.full((9,), -100), bias=leaves[2], impl=impl)
+            grads = torch.autograd.grad(loss, leaves)
+            assert loss == 0
+            assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_compiled_whole(impl, reduction):
+    def f(x, w, scale):
+        return info_nce(x * 2, w, scale=scale, reduction=reduction, impl=impl).square().sum() * 3
+
+    outcomes = []
+    with interpret():
+        for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+            leaves = [t.requires_grad_() for t in (*operands(20, 33, 24), torch.tensor(2.0))]
+            loss = g(*leaves)
+            outcomes.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_opcheck(impl, reduction):
+    x, w = (t.requires_grad_() for t in operands(6, 9, 5))
+    masks, flags = (torch.arange(6), None, None, None), (False, False, None, 0.1, 0.0, False)
+    needs = [True, True, False, False, False]
+    arguments = (x, w, None, None, None, *masks, 1.0, True, x.dtype, reduction, True, *flags, impl, needs)
+    with interpret():
+        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_tensors_without_memory(impl, device):
+    """Nothing runs: shapes of 2^20 by 2^20 scores. A torch without CUDA aborts on gradients of its fake tensors."""
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        x, w = (torch.empty(2**20, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
+        leaves = [] if device == "cuda" else [x.requires_grad_(), w.requires_grad_()]
+        for reduction, shape in (("mean", ()), ("none", (2**20,))):
+            loss, stats = info_nce(x, w, impl=impl, reduction=reduction, return_stats=True)
+            assert (loss.shape, loss.dtype, stats.rank.shape) == (shape, torch.float32, (2**20,))
+            for leaf, grad in zip(leaves, torch.autograd.grad(loss.sum(), leaves) if leaves else ()):
+                assert (grad.shape, grad.dtype, grad.device.type) == (leaf.shape, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_without_a_gpu_they_are_refused(impl):
     x, w = operands(4, 4, 4)
-    with pytest.raises(ValueError, match="impl is 'fused', which needs a GPU, and the operands are on cpu"):
-        info_nce(x, w, impl="fused")
+    with pytest.raises(ValueError, match=f"impl is '{impl}', which needs a GPU, and the operands are on cpu"):
+        info_nce(x, w, impl=impl)
+
+
+def test_what_a_kernel_cannot_do_is_refused():
+    x, w = operands(4, 4, 4, dtype=torch.float64)
+    ids = {"key_ids": torch.arange(4), "positive_ids": torch.arange(4)[:, None]}
+    with interpret():
+        with pytest.raises(ValueError, match=r"impl is 'rows', which has no kernels for torch\.float64"):
+            info_nce(x, w, impl="rows")
+        with pytest.raises(ValueError, match="impl is 'recomputed', which ranks one positive, and rows have several"):
+            info_nce(x.float(), w.float(), impl="recomputed", return_stats=True, **ids)
+        with pytest.raises(ValueError, match="impl is 'fused', which holds exponentials"):
+            linear_cross_entropy(x.float(), w.float(), torch.arange(4), softcap=1.0, impl="fused")

@@ -1,7 +1,7 @@
-"""The kit's own tests on every Triton that a supported torch pins.
+"""The kit's own tests, and what the score kernels compile to, on every Triton that a supported torch pins.
 
 Each version is installed alone into a folder that PYTHONPATH puts before the environment's own Triton. Set
-COSUP_FAST_TRITONS to a folder to keep them for the next run.
+COSUP_TRITONS to a folder to keep them for the next run.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def tritons(tmp_path_factory) -> Path:
-    kept = os.environ.get("COSUP_FAST_TRITONS")
+    kept = os.environ.get("COSUP_TRITONS")
     return Path(kept) if kept else tmp_path_factory.mktemp("tritons")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_kit_on_triton(version, tritons):
+def environment(version: str, tritons: Path) -> dict[str, str]:
+    """In which Python finds this Triton."""
     folder = tritons / version
     if not folder.exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
@@ -41,8 +39,30 @@ def test_the_kit_on_triton(version, tritons):
         env=env, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == version
+    return env
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_kit_on_triton(version, tritons):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(TESTS), "-q", "-p", "no:cacheprovider"],
-        env=env, capture_output=True, text=True, check=False,
+        env=environment(version, tritons), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-10000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_shipped_binaries_on_triton(version, tritons):
+    """Of the engine's default, fused: products that store their exponentials, and what makes those a gradient."""
+    targets = [argument for target in ("sm_80", "sm_90", "sm_100") for argument in ("--target", target)]
+    command = ["cosup_fast.testing.compile", "cosup_fast.kernels.softmax_xent_tiles", "--kernel", "stored", *targets]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--format", "markdown"],
+        env=environment(version, tritons), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAIL" in line)
+    assert done.stdout.count("| ok |") > 50

@@ -144,14 +144,6 @@ def test_the_seed_decides_the_projection(configure, gpt2_folder):
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.fixture
-def keyboard():
-    """Ctrl-C as in a terminal, also where the tests were started in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch, keyboard):
     step = Trainer._step

@@ -1,0 +1,39 @@
+"""What the parts of the command line share: consoles, common arguments, loading a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from cosup_fast.modeling import CoSupervisionModel
+
+# What is printed is mostly other people's text: it is never read as markup or emoji codes.
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint, or a run's folder for its newest one.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
+    """The model of a checkpoint or of a run's newest one, its files verified first."""
+    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.training.checkpoint import MANIFEST, newest, verify
+    from cosup_fast.training.trainer import choose_device
+
+    folder = newest(checkpoint)
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    return CoSupervisionModel.load(folder, device=choose_device(device))

@@ -1,0 +1,190 @@
+"""What is evaluated: test sets of examples, in the project's JSONL or as KILT publishes its data sets.
+
+A KILT line is `{"id", "input", "output": [{"answer", "provenance": [{"wikipedia_id", "title"}, ...]}, ...]}` (Petroni
+et al. 2021, arXiv 2009.02252). Its gold pages are matched with the corpus by id (a passage `123` or `kilt:123`, or a
+paragraph of it, `metrics.is_gold`), and a page with no such passage by title.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosup_fast.data.records import DataError, Example, Passage, nearest, validate
+from cosup_fast.data.sources import load_examples
+from cosup_fast.evaluation.metrics import page_of
+
+IN_DOMAIN, OUT_OF_DOMAIN = "in-domain", "out-of-domain"
+_DOMAIN_WORDS = {"in": IN_DOMAIN, "indomain": IN_DOMAIN, "out": OUT_OF_DOMAIN, "ood": OUT_OF_DOMAIN}
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Examples of one source.
+
+    Args:
+        source: the file or the name they come from.
+        examples: they may be of several data sets (`Example.dataset`).
+        domain: `in-domain`, `out-of-domain`, or empty when that is not known; or one for each data set.
+    """
+
+    __test__ = False  # no class of tests, whatever pytest thinks
+
+    source: str
+    examples: Sequence[Example]
+    domain: str | Mapping[str, str] = ""
+
+    def domain_of(self, example: Example) -> str:
+        """The domain of one of the examples."""
+        return self.domain if isinstance(self.domain, str) else self.domain.get(example.dataset, "")
+
+
+def load_test_sets(
+    sources: Sequence[str],
+    corpus: Mapping[str, Passage],
+    *,
+    in_domain: Sequence[str] = (),
+    out_of_domain: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    allow_missing_gold: bool = False,
+) -> list[TestSet]:
+    """Reads test sets and says which domain each is of.
+
+    A domain is given by the name of a source or of a data set; else a source whose file name ends in `-in` or `-out`
+    (`test-out`, `nq_ood.jsonl`) is of that domain.
+
+    Args:
+        sources: JSONL files of examples or of KILT, prepared sets, or `hf:owner/name:split`.
+        corpus: what can be retrieved, by id; empty for a system that retrieves nothing, then no gold id is checked.
+        in_domain: sources and data sets that training has seen.
+        out_of_domain: those that it has not.
+        limit: use only so many examples of all, drawn by the seed.
+        seed: of that draw.
+        allow_missing_gold: keep gold ids that the corpus lacks; they count as never found.
+
+    Raises:
+        DataError: what `load_examples` refuses, a gold passage that the corpus lacks, a broken KILT line.
+        ValueError: no source; a name in both domains, or that nothing here has.
+    """
+    if not sources:
+        raise ValueError("evaluation needs at least one example set, got none")
+    if both := sorted(set(in_domain) & set(out_of_domain)):
+        raise ValueError(f"{both[0]!r} is named as in-domain and as out-of-domain: choose one")
+    loaded = [(source, _load(source, corpus, allow_missing_gold)) for source in sources]
+    domains = dict.fromkeys(in_domain, IN_DOMAIN) | dict.fromkeys(out_of_domain, OUT_OF_DOMAIN)
+    datasets = {example.dataset for _, examples in loaded for example in examples}
+    for name in domains:
+        if name not in datasets and name not in sources:
+            known = [*sources, *sorted(datasets - {""})]
+            raise ValueError(f"{name!r} has a domain but no example{nearest(name, known)}: found {', '.join(known)}")
+    if limit is not None:
+        every = [(number, i) for number, (_, examples) in enumerate(loaded) for i in range(len(examples))]
+        kept = set(random.Random(seed).sample(every, min(limit, len(every))))
+        loaded = [
+            (source, [example for i, example in enumerate(examples) if (number, i) in kept])
+            for number, (source, examples) in enumerate(loaded)
+        ]
+    sets = []
+    for source, examples in loaded:
+        default = domains.get(source) or _domain_by_name(source)
+        names = {example.dataset: domains.get(example.dataset) or default for example in examples}
+        same = len(set(names.values())) <= 1
+        sets.append(TestSet(source, examples, next(iter(names.values()), default) if same else names))
+    return [test_set for test_set in sets if test_set.examples]
+
+
+def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
+    """The examples of a KILT file, without outputs; the data set is the file's name up to `-dev`, `-test` or `-train`.
+
+    Raises:
+        DataError: a broken line, with its number.
+    """
+    path = Path(path)
+    pages = _ids_and_pages(corpus)
+    by_title = {passage.title: page_of(passage.id) for passage in corpus.values()}
+    dataset = re.split(r"[-_](?:dev|test|train|kilt)(?![a-z])", path.stem)[0]
+    examples: dict[str, Example] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            outputs = row.get("output") or []
+            sources = [source for output in outputs for source in output.get("provenance") or []]
+            found = {
+                "id": str(row["id"]),
+                "dataset": dataset,
+                "question": row["input"],
+                "output": [],
+                "answers": _unique(output["answer"] for output in outputs if (output.get("answer") or "").strip()),
+                "gold": _unique(filter(None, (_gold_page(source, pages, by_title) for source in sources))),
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: expected a line of KILT with id, input and output, found {error!r}") from None
+        example = validate(where, Example, found)
+        if example.id in examples:
+            raise DataError(f"{where}: id: expected a new id, found {example.id!r} again")
+        examples[example.id] = example
+    if not examples:
+        raise DataError(f"{path}: expected at least one example, found an empty file")
+    return list(examples.values())
+
+
+def _load(source: str, corpus: Mapping[str, Passage], allow_missing_gold: bool) -> list[Example]:
+    known = _ids_and_pages(corpus) if corpus and not allow_missing_gold else None
+    if not _is_kilt(source):
+        examples = load_examples(source, known, allow_no_retrieval=True)
+    else:
+        examples = read_kilt(source, corpus)
+        lost = [(example.id, gold) for example in examples for gold in example.gold if known and gold not in known]
+        if lost:
+            raise DataError(
+                f"{source}: example {lost[0][0]!r}: expected gold pages of the corpus by id or title, found "
+                f"{lost[0][1]!r} and {len(lost) - 1} more that it lacks: choose the corpus that the data set is of, or "
+                "--allow-missing-gold to count them as never found"
+            )
+    if corpus and allow_missing_gold:  # what an output cites would have to be read by Gen
+        cited_whole = [all(s.passage is None or s.passage in corpus for s in example.output) for example in examples]
+        examples = [e if whole else e.model_copy(update={"output": []}) for e, whole in zip(examples, cited_whole)]
+    return examples
+
+
+def _is_kilt(source: str) -> bool:
+    """Whether a source is a file whose first line has KILT's `input`."""
+    if not Path(source).is_file():
+        return False
+    with open(source, "rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        row = json.loads(first.decode("utf-8-sig"))
+    except ValueError:
+        return False  # `load_examples` says what is wrong
+    return isinstance(row, dict) and "input" in row and "question" not in row
+
+
+def _ids_and_pages(corpus: Mapping[str, Passage]) -> set[str]:
+    return {*corpus, *map(page_of, corpus)}
+
+
+def _gold_page(provenance: Mapping[str, Any], pages: Collection[str], by_title: Mapping[str, str]) -> str | None:
+    page, title = provenance.get("wikipedia_id"), provenance.get("title")
+    for name in (str(page), f"kilt:{page}"):
+        if page is not None and name in pages:
+            return name
+    return by_title.get(title or "", None if page is None else str(page))
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _domain_by_name(source: str) -> str:
+    words = re.split(r"[^a-z]+", Path(source).stem.lower())
+    return _DOMAIN_WORDS.get(next((word for word in reversed(words) if word), ""), "")

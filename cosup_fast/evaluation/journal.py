@@ -1,0 +1,119 @@
+"""A journal: one JSON line for each finished piece of long work, flushed to disk as it comes, read again by a rerun.
+
+The first line says what the work is of. A last line that a killed process left unfinished is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from cosup_fast.files import fcntl, sync
+
+
+class Journal:
+    """The finished pieces in `path`, by key; in memory alone when that is None.
+
+    Args:
+        path: the file; made with its folder when it is not there.
+        settings: what the work is of, JSON values.
+        restart: begin anew when the file's settings are others, rather than refuse them.
+
+    Raises:
+        ValueError: the file holds work with other settings (the first that differs is named), is no journal, or another
+            process is writing it.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], *, restart: bool = False):
+        self.path = path
+        self.done: dict[str, Any] = {}
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            self._lock()
+            whole = self._read(settings, restart)
+            self._file.truncate(whole)
+            self._file.seek(whole)
+            if not whole:
+                self._write(_line({"settings": settings}))
+                sync(path.parent)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, key: str, value: Any) -> None:
+        """Keeps a finished piece, on disk before this returns."""
+        self.done[key] = value
+        self._write(_line({"key": key, "value": value}))
+
+    def _write(self, line: bytes) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        if fcntl is None or self._file is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path} is being written by another evaluation: wait for it, or give another --output"
+            ) from None
+
+    def _read(self, settings: dict[str, Any], restart: bool) -> int:
+        """Fills `done`; returns the length of what is whole, in bytes, 0 to begin anew."""
+        assert self._file is not None
+        lines = self._file.read().split(b"\n")[:-1]
+        whole = 0
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                if number == 1:
+                    theirs = entry["settings"]
+                else:
+                    self.done[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}:{number} is damaged ({error}): remove the line, or the file to begin anew"
+                ) from None
+            if number == 1 and (name := _difference(theirs, json.loads(json.dumps(settings)))):
+                if restart:
+                    return 0
+                raise ValueError(
+                    f"{self.path} holds work with another {name}: give another --output, or --overwrite to begin anew"
+                )
+            whole += len(line) + 1
+        return whole
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+
+
+def _difference(theirs: Any, ours: Any, name: str = "settings") -> str:
+    """The dotted name of the first value that differs, with both values; nothing when they agree."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in {**ours, **theirs}:
+            if found := _difference(theirs.get(key), ours.get(key), f"{name}.{key}".removeprefix("settings.")):
+                return found
+        return ""
+    return "" if theirs == ours else f"{name} ({_short(theirs)}, now {_short(ours)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

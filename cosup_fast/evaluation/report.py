@@ -1,0 +1,208 @@
+"""The report of an evaluation: what happened to every question, and the metrics of every data set with intervals.
+
+report.json    `Report`, whole: settings, metrics, questions
+report.html    the same to read, one file that loads nothing (`html`)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
+
+from cosup_fast.data.records import Example, Passage
+from cosup_fast.evaluation.estimates import Estimate, bootstrap_mean, macro_average
+from cosup_fast.evaluation.inputs import IN_DOMAIN, OUT_OF_DOMAIN
+from cosup_fast.evaluation.judge import Verdict
+from cosup_fast.evaluation.suites import METRICS, SUMMARY, Suite
+from cosup_fast.files import replace_file
+from cosup_fast.generation import Answer
+
+FORMAT = "cosup-fast evaluation"
+FORMAT_VERSION = 1
+REPORT, HTML = "report.json", "report.html"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QuestionRecord(_Part):
+    """What happened to one question."""
+
+    key: str  # data set and id
+    domain: str
+    example: Example
+    ranks: tuple[int | None, ...]  # of the first gold passage for each teacher-forced [NSP], from 1; None: not found
+    answer: Answer
+    evidence: dict[str, Passage]  # the passages that Gen was given
+    verdicts: tuple[Verdict, ...]  # on the grounded segments, in order; empty without a judge
+    scores: dict[str, float]  # the metrics of the suite that are defined for it, and `retrieval` and `correctness`
+
+
+class DatasetReport(_Part):
+    """The metrics of one data set in one domain."""
+
+    dataset: str
+    domain: str
+    questions: int
+    retrieval: str  # which metric stands for retrieval
+    correctness: str
+    metrics: dict[str, Estimate]
+
+
+class Report(_Part):
+    """Everything that was measured."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    settings: dict[str, Any]
+    overall: dict[str, Estimate]  # means over all questions
+    averages: dict[str, dict[str, Estimate]]  # `SUMMARY`, means over data sets: of all, and of those in each domain
+    datasets: tuple[DatasetReport, ...]
+    questions: tuple[QuestionRecord, ...]
+
+    @classmethod
+    def of(
+        cls, settings: dict[str, Any], questions: Sequence[QuestionRecord], suites: Mapping[tuple[str, str], Suite]
+    ) -> Self:
+        """Sums up the questions; `suites` holds the suite of each (data set, domain)."""
+        groups = {group: [q for q in questions if (q.example.dataset, q.domain) == group] for group in suites}
+        domains = [domain for domain in (IN_DOMAIN, OUT_OF_DOMAIN) if any(group[1] == domain for group in groups)]
+        return cls(
+            settings=settings,
+            overall=_estimates(questions),
+            averages={
+                name: _averages([members for group, members in groups.items() if name in ("all", group[1])])
+                for name in ("all", *domains)
+            },
+            datasets=tuple(
+                DatasetReport(
+                    dataset=dataset,
+                    domain=domain,
+                    questions=len(members),
+                    retrieval=suites[dataset, domain].retrieval,
+                    correctness=suites[dataset, domain].correctness,
+                    metrics=_estimates(members),
+                )
+                for (dataset, domain), members in groups.items()
+            ),
+            questions=tuple(questions),
+        )
+
+    def values(self, metric: str) -> dict[str, float]:
+        """A metric of each question for which it is defined, by the question's key; `paired_gain` compares two such.
+
+        Raises:
+            ValueError: no such metric.
+        """
+        if metric not in METRICS and metric not in SUMMARY:
+            raise ValueError(f"metric={metric!r}: expected one of {', '.join([*METRICS, *SUMMARY])}")
+        return {record.key: record.scores[metric] for record in self.questions if metric in record.scores}
+
+    def table(self) -> Table:
+        """The main metrics with their intervals, a row for each data set and average."""
+        table = Table(caption="percent (perplexity apart), with 95% bootstrap intervals")
+        columns = [name for name in ("recall@1", "recall@5", "mrr") if name in self.overall]
+        last = [name for name in ("grounded", "perplexity") if name in self.overall]
+        table.add_column("data set")
+        table.add_column("questions", justify="right")
+        for title in (*(METRICS[name].title for name in columns), *("retrieval", "correctness"), *last):
+            table.add_column(title, justify="right")
+        for part in self.datasets:
+            table.add_row(
+                "\n".join(filter(None, (part.dataset or "(no name)", part.domain))),
+                str(part.questions),
+                *(shown(name, part.metrics.get(name)) for name in columns),
+                *(
+                    "-"
+                    if part.metrics.get(name) is None
+                    else f"{METRICS[name].title} {shown(name, part.metrics[name])}"
+                    for name in (part.retrieval, part.correctness)
+                ),
+                *(shown(name, part.metrics.get(name)) for name in last),
+            )
+        for name, averages in self.averages.items():
+            members = [part for part in self.datasets if name in ("all", part.domain)]
+            if len(members) > 1 or len(self.averages) > 1:
+                table.add_row(
+                    f"{name}\naverage of {len(members)}",
+                    str(sum(part.questions for part in members)),
+                    *("" for _ in columns),
+                    *(shown(column, averages.get(column)) for column in ("retrieval", "correctness")),
+                    *(shown(column, averages.get(column)) if column in SUMMARY else "" for column in last),
+                )
+        return table
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `report.json` and `report.html` into a folder; each appears whole."""
+        from cosup_fast.evaluation.html import render
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        page = render(self)
+        for name, text in ((REPORT, self.model_dump_json(indent=1) + "\n"), (HTML, page)):
+            with replace_file(folder / name) as file:
+                file.write(text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a report that `save` wrote: the file, or its folder.
+
+        Raises:
+            ValueError: there is none, it is damaged, or of another format version.
+        """
+        path = Path(path)
+        path = path / REPORT if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT or data["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"format {data['format']!r} version {data['format_version']!r}, this release reads {FORMAT_VERSION}"
+                )
+            return cls.model_validate(data)
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{path} is no report that can be read ({reason}): expected the {REPORT} of `cosup-fast evaluate`"
+            ) from None
+
+
+def estimate(metric: str, values: Sequence[float]) -> Estimate:
+    """The mean of a metric's values with its interval; the geometric one where the metric has that."""
+    if metric in METRICS and METRICS[metric].geometric:
+        logs = bootstrap_mean([math.log(value) for value in values])
+        low, high = (None if x is None else math.exp(x) for x in (logs.low, logs.high))
+        return Estimate(mean=math.exp(logs.mean), low=low, high=high, count=logs.count)
+    return bootstrap_mean(values)
+
+
+def shown(metric: str, value: Estimate | None) -> str:
+    """An estimate as text: percent, or the number itself for a geometric metric; its interval in a second line."""
+    if value is None:
+        return "-"
+    scale = 1 if metric in METRICS and METRICS[metric].geometric else 100
+    interval = "" if value.low is None or value.high is None else f"\n{scale * value.low:.1f}–{scale * value.high:.1f}"
+    return f"{scale * value.mean:.1f}{interval}"
+
+
+def _estimates(records: Sequence[QuestionRecord]) -> dict[str, Estimate]:
+    found = {}
+    for name in (*METRICS, *(name for name in SUMMARY if name not in METRICS)):
+        if values := [record.scores[name] for record in records if name in record.scores]:
+            found[name] = estimate(name, values)
+    return found
+
+
+def _averages(groups: Sequence[Sequence[QuestionRecord]]) -> dict[str, Estimate]:
+    found = {}
+    for name in SUMMARY:
+        values = [[record.scores[name] for record in group if name in record.scores] for group in groups]
+        if values := [part for part in values if part]:
+            found[name] = macro_average(values)
+    return found

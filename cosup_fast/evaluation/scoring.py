@@ -1,0 +1,138 @@
+"""From what happened to a question to its scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from cosup_fast.data.records import Example, Passage
+from cosup_fast.evaluation.judge import Verdict
+from cosup_fast.evaluation.metrics import (
+    LABELS,
+    RANKING,
+    answer_patterns,
+    best_f1,
+    exact_match,
+    has_answer,
+    is_gold,
+    matches,
+    named_label,
+    passage_scores,
+    ranking_scores,
+    rouge_l,
+    string_em,
+)
+from cosup_fast.evaluation.ranks import asked
+from cosup_fast.evaluation.suites import Suite
+from cosup_fast.generation import Answer
+
+DEPTH = 100
+"""How far down a ranked list gold passages are looked for."""
+
+
+class Ranked(BaseModel):
+    """The ranked list of one teacher-forced [NSP] against its gold passages."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int | None  # of the first gold passage, from 1; None when it is not among the first `DEPTH`
+    scores: dict[str, float]
+
+
+def rank_scores(
+    examples: Sequence[Example], lists: Sequence[Sequence[tuple[Passage, float]]]
+) -> list[tuple[Ranked, ...]]:
+    """The ranked lists of each example, from those of all entries of `asked`.
+
+    Among equal scores the gold passage counts as last: a model that embeds all passages alike finds nothing.
+    """
+    gold = [ids for example in examples for _, ids in asked(example)]
+    assert len(gold) == len(lists)
+    ordered = [
+        ([passage.id for passage, _ in sorted(found, key=lambda hit: (-hit[1], bool(is_gold(hit[0].id, ids))))], ids)
+        for found, ids in zip(lists, gold, strict=True)
+    ]
+    entries = iter(
+        Ranked(rank=round(1 / scores["mrr"]) if scores["mrr"] else None, scores=scores)
+        for scores in ranking_scores(ordered)
+    )
+    return [tuple(next(entries) for _ in asked(example)) for example in examples]
+
+
+def retrieval_scores(
+    example: Example, answer: Answer, ranked: Sequence[Ranked], passages: Mapping[str, Passage]
+) -> dict[str, float]:
+    """What was found: means over the example's ranked lists, and the passages that Gen was given while it wrote.
+
+    Metrics by id need gold ids, `answer_in_passage` gold answers. A system that could retrieve and did not has 0; one
+    that cannot, with no `passages`, has none of these.
+    """
+    scores = {name: float(np.mean([entry.scores[name] for entry in ranked])) for name in RANKING if ranked}
+    if not passages:
+        return scores
+    given = [found.best.passage for found in answer.retrievals]
+    if example.gold:
+        scores |= passage_scores(given, example.gold)
+    if (example.answers or example.answer_sets) and not _has_label(example):
+        held = [has_answer(f"{passages[name].title} {passages[name].text}", example) for name in given]
+        scores["answer_in_passage"] = float(np.mean(held or [0]))
+    return scores
+
+
+def correctness_scores(example: Example, answer: Answer) -> dict[str, float]:
+    """What was written, inserted passages apart, against the gold answers; nothing where there are none.
+
+    Short forms (`exact_match`, `f1`) judge the first grounded segment, or the whole text where nothing is grounded; a
+    pattern has no F1.
+    """
+    text = " ".join(segment.text for segment in answer.segments)
+    first = next((segment.text for segment in answer.segments if segment.passage is not None), text)
+    scores: dict[str, float] = {}
+    if example.answer_sets:
+        scores["string_em"] = string_em(text, example.answer_sets)
+    if not example.answers:
+        return scores
+    scores["containment"] = float(has_answer(text, example.model_copy(update={"answer_sets": []})))
+    if example.answer_type == "regex":
+        patterns = answer_patterns(example)
+        scores["exact_match"] = float(any(matches(pattern, first.strip(), whole=True) for pattern in patterns))
+        return scores
+    scores["exact_match"] = exact_match(first, example.answers)
+    scores["f1"] = best_f1(first, example.answers)
+    scores["unigram_f1"] = best_f1(text, example.answers)
+    scores["rouge_l"] = rouge_l(text, example.answers)
+    if _has_label(example):
+        scores["label_accuracy"] = float(named_label(text) in example.answers)
+    return scores
+
+
+def score(
+    example: Example,
+    answer: Answer,
+    suite: Suite,
+    passages: Mapping[str, Passage],
+    ranked: Sequence[Ranked] = (),
+    verdicts: Sequence[Verdict] = (),
+    nats_per_token: float | None = None,
+) -> dict[str, float]:
+    """The metrics of a suite that are defined for a question, and `retrieval` and `correctness` that stand for them.
+
+    `grounded` is the share of the grounded segments whose passage entails them.
+    """
+    scores = retrieval_scores(example, answer, ranked, passages) | correctness_scores(example, answer)
+    if verdicts:
+        scores["grounded"] = float(np.mean([verdict.entailed for verdict in verdicts]))
+    if nats_per_token is not None:
+        scores["perplexity"] = math.exp(min(nats_per_token, 700))
+    kept = {name: scores[name] for name in suite.metrics if name in scores}
+    for title, metric in (("retrieval", suite.retrieval), ("correctness", suite.correctness)):
+        if metric in scores:
+            kept[title] = scores[metric]
+    return kept
+
+
+def _has_label(example: Example) -> bool:
+    return any(answer in LABELS for answer in example.answers)

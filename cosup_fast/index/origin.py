@@ -1,0 +1,99 @@
+"""What made an index, and the stamp that says so; no index is searched with another model's queries by accident."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cosup_fast.data.template import TextConfig
+from cosup_fast.files import replace_file
+from cosup_fast.index.embed import Precision
+
+if TYPE_CHECKING:
+    from cosup_fast.modeling import CoSupervisionModel
+
+FORMAT_VERSION = 2
+STAMP = "index.json"
+
+
+class Origin(BaseModel):
+    """What decides the embeddings of an index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: TextConfig
+    similarity: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: CoSupervisionModel) -> Self:
+        """The template, the similarity and the fingerprint of a model; the latter reads all its weights."""
+        return cls(text=model.template.config, similarity=model.nsp.similarity, fingerprint=model.fingerprint())
+
+    def difference(self, model: Origin) -> str:
+        """How an index's origin differs from a model's, the cause first; nothing when they agree."""
+        for name in TextConfig.model_fields:
+            theirs, ours = getattr(self.text, name), getattr(model.text, name)
+            if theirs != ours:
+                return f"text.{name} is {theirs!r}, the model's is {ours!r}"
+        if self.similarity != model.similarity:
+            return f"similarity is {self.similarity!r}, the model's is {model.similarity!r}"
+        if self.fingerprint != model.fingerprint:
+            return f"fingerprint is {self.fingerprint[:12]}, the model's is {model.fingerprint[:12]}: other weights"
+        return ""
+
+
+class Approximate(BaseModel):
+    """The approximate FAISS index beside the embeddings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factory: str
+    parameters: str
+    file: str
+    sha256: str
+
+
+class Stamp(BaseModel):
+    """The `index.json` of an index; what it does not name is no part of the index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    generation: int  # counts the changes since the index was built
+    count: int
+    dim: int
+    precision: Precision
+    origin: Origin
+    shards: dict[str, str]  # in the order of the rows: folder, SHA-256 of its shard.json
+    approximate: Approximate | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The stamp of an index.
+
+        Raises:
+            ValueError: there is none, it is damaged, or it is of another format version.
+        """
+        path = folder / STAMP
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} is no index, it has no {STAMP}: expected a folder that `cosup-fast index` wrote"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if (version := data["format_version"]) != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again"
+                )
+            return cls.model_validate(data)
+        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, build the index again: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """Puts the stamp in place: from then on the index is what it says."""
+        with replace_file(folder / STAMP) as file:
+            file.write(self.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,88 @@
+"""Worlds of real processes over gloo, started once, that tests send work to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import runpy
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIZE = 8
+
+
+class World:
+    """`size` ranks that run functions of worker.py."""
+
+    def __init__(self, size: int):
+        context = multiprocessing.get_context("forkserver")
+        # torch is imported once, by the server.
+        context.set_forkserver_preload(["torch", "cosup_fast.distributed", "cosup_fast.losses"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.size, self.pipes, self.processes = size, [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            given = {"RANK": rank, "SIZE": size, "PORT": port, "PIPE": theirs}
+            path = str(Path(__file__).with_name("worker.py"))
+            process = context.Process(target=runpy.run_path, args=(path, given, "worker"), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        for rank in range(size):
+            self._receive(rank)
+
+    def _receive(self, rank: int, timeout: float = 120) -> Any:
+        if not self.pipes[rank].poll(timeout):
+            raise TimeoutError(f"rank {rank} does not answer")
+        return self.pipes[rank].recv()
+
+    def run(self, function: str, parts: list, *arguments: Any, size: int | None = None, **options: Any) -> list:
+        """The results of function(size, part, ...) on the first len(parts) ranks."""
+        size = len(parts) if size is None else size
+        for pipe, part in zip(self.pipes, parts):
+            pipe.send((function, (size, part, *arguments), options))
+        answers = [self._receive(rank) for rank in range(len(parts))]
+        if errors := [text for ok, text in answers if not ok]:
+            raise AssertionError("\n".join(errors))
+        return [result for _, result in answers]
+
+    def send(self, function: str, *arguments: Any) -> None:
+        for pipe in self.pipes:
+            pipe.send((function, arguments, {}))
+
+    def answer(self, rank: int, timeout: float) -> Any:
+        ok, result = self._receive(rank, timeout)
+        assert ok, result
+        return result
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    made = World(SIZE)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_world() -> Iterator[Any]:
+    made: list[World] = []
+
+    def make(size: int) -> World:
+        made.append(World(size))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

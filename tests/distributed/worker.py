@@ -1,0 +1,216 @@
+"""One rank of a world that tests send work to; conftest.py runs it. Not a test module.
+
+It is given RANK, SIZE, PORT and PIPE, and answers each (function, arguments) with (ok, result or error).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosup_fast import functional, losses, peers
+from cosup_fast.distributed import PeerError, Peers
+from cosup_fast.kernels import softmax_xent
+
+RANK, SIZE, PORT, PIPE = (globals()[name] for name in ("RANK", "SIZE", "PORT", "PIPE"))
+groups: dict[int, dist.ProcessGroup] = {}
+
+
+def start() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{PORT}",
+        rank=RANK,
+        world_size=SIZE,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    for size in range(1, SIZE + 1):
+        groups[size] = dist.new_group(range(size))
+
+
+def leaves(part: dict[str, Tensor], frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    return {k: v.detach().clone().requires_grad_(v.is_floating_point() and k not in frozen) for k, v in part.items()}
+
+
+@contextlib.contextmanager
+def chunks_of(rows: int | None) -> Iterator[None]:
+    """A workspace that no chunk of more than so many rows fits."""
+    if rows is None:
+        yield
+        return
+    before, softmax_xent.MIN_ROWS = softmax_xent.MIN_ROWS, rows
+    os.environ["COSUP_WORKSPACE_BYTES"] = "1"
+    try:
+        yield
+    finally:
+        softmax_xent.MIN_ROWS = before
+        del os.environ["COSUP_WORKSPACE_BYTES"]
+
+
+def info_nce(
+    size: int, part: dict[str, Any], *, chunk_rows=None, autocast=False, compiled=False, **options: Any
+) -> dict[str, Tensor]:
+    """This rank's share of the loss, its statistics and the gradients of its tensors."""
+    upstream = part.pop("upstream", None)
+    tensors = leaves(part, part.pop("frozen", ()))
+
+    def call(**tensors: Tensor) -> Any:
+        return functional.info_nce(**tensors, group=groups[size], return_stats=True, **options)
+
+    if compiled:
+        call = torch.compile(call, backend="aot_eager")
+    with chunks_of(chunk_rows), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, stats = call(**tensors)
+        total = loss.sum() if upstream is None else (loss * upstream).sum()
+        if total.requires_grad:
+            total.backward()
+    grads = {f"d{k}": v.grad for k, v in tensors.items() if v.grad is not None}
+    return {"loss": loss.detach(), **stats._asdict(), **grads}
+
+
+def traffic(size: int, part: dict[str, Tensor], **options: Any) -> dict[str, list[str]]:
+    """The dtypes in which rows are gathered and their gradients scattered."""
+    seen: dict[str, list[str]] = {"gathered": [], "scattered": []}
+    gather, scatter = peers._all_gather, peers._reduce_scatter
+
+    def watch_gather(out: Tensor, rows: Tensor, **more: Any) -> Any:
+        seen["gathered"].append(str(rows.dtype))
+        return gather(out, rows, **more)
+
+    def watch_scatter(out: Tensor, rows: Tensor, **more: Any) -> Any:
+        seen["scattered"].append(str(rows.dtype))
+        return scatter(out, rows, **more)
+
+    peers._all_gather, peers._reduce_scatter = watch_gather, watch_scatter
+    try:
+        info_nce(size, part, **options)
+    finally:
+        peers._all_gather, peers._reduce_scatter = gather, scatter
+    return seen
+
+
+def shared_weights(size: int, part: dict[str, Tensor], weight: Tensor, rounds: int, ddp: bool = False) -> dict:
+    """Gradients of a projection that all ranks share, accumulated over rounds, then reduced over the ranks."""
+    group = groups[size]
+    module = torch.nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype)
+    module.weight.data.copy_(weight)
+    model = torch.nn.parallel.DistributedDataParallel(module, process_group=group) if ddp else module
+    criterion = losses.InfoNCELoss(scale=3.0, learnable_scale=True, normalize=True)
+    criterion.to(weight.dtype)
+    counts = [sum(Peers(group).counts(len(part[f"query{k}"]))) for k in range(rounds)]
+    for k in range(rounds):
+        both = model(torch.cat([part[f"query{k}"], part[f"keys{k}"]]))
+        query, keys = both.split([len(part[f"query{k}"]), len(part[f"keys{k}"])])
+        loss = criterion(query, keys, count=sum(counts), group=group)
+        (loss * size if ddp else loss).backward()
+    scale = Peers(group).sum(criterion.log_scale.grad)
+    if ddp:  # averages gradients, which is why the loss is multiplied; the scale is outside of it
+        return {"weight": module.weight.grad, "log_scale": scale / size}
+    return {"weight": Peers(group).sum(module.weight.grad), "log_scale": scale}
+
+
+def co_supervision(size: int, part: dict[str, Tensor], ignore_index: int | None) -> dict[str, Tensor]:
+    """This rank's shares of the joint loss."""
+    ntp = losses.LinearCrossEntropyLoss(ignore_index=ignore_index)
+    criterion = losses.CoSupervisionLoss(0.5, ntp=ntp, nsp=losses.InfoNCELoss(scale=2.0))
+    out = criterion(**leaves(part), group=groups[size])
+    out.loss.backward()
+    return {"loss": out.loss.detach(), "ntp": out.ntp.detach(), "nsp": out.nsp.detach()}
+
+
+def grad_cache(size: int, part: dict[str, Tensor], weight: Tensor, rows: int) -> Tensor:
+    """Two passes: embeddings without graph, the loss on them, then `rows` at a time with the embeddings' gradients."""
+    weight = weight.clone().requires_grad_()
+    with torch.no_grad():
+        embeddings = {k: part[k] @ weight.T for k in ("query", "keys")}
+    tensors = leaves(embeddings)
+    functional.info_nce(**tensors, scale=0.7, group=groups[size]).backward()
+    for name, leaf in tensors.items():
+        for x, g in zip(part[name].split(rows), leaf.grad.split(rows)):
+            (x @ weight.T).backward(g)
+    return Peers(groups[size]).sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+
+
+def primitives(size: int, part: Tensor) -> dict:
+    ranks = Peers(groups[size])
+    counts = ranks.counts(len(part))
+    everything = ranks.gather(part, counts)
+    return {
+        "counts": counts,
+        "all": everything,
+        "own": ranks.scatter_sum(everything.double() * (ranks.rank + 1), counts),
+        "sum": ranks.sum(part.sum()),
+        "max": ranks.max(part.sum()),
+        "graph": everything.requires_grad,
+    }
+
+
+def counted(size: int, part: dict[str, Tensor], **options: Any) -> int:
+    """FLOP of the matrix products of one loss and its gradients."""
+    with FlopCounterMode(display=False) as counter:
+        info_nce(size, part, **options)
+    return counter.get_total_flops()
+
+
+def refusal(size: int, part: dict[str, Any]) -> tuple[str, str]:
+    """The error that a call ends in; the group works on behind it."""
+    try:
+        functional.info_nce(**part, group=groups[size])
+        found = "", ""
+    except (ValueError, TypeError) as error:
+        found = type(error).__name__, str(error)
+    assert Peers(groups[size]).counts(RANK) == list(range(size))
+    return found
+
+
+def purposes(size: int, part: None) -> str:
+    try:
+        Peers(groups[size]).meet("evaluation" if RANK == 1 else "counts", {"n": 1})
+    except PeerError as error:
+        return str(error)
+    return ""
+
+
+def lost(how: str, when: str, who: int, timeout: float) -> tuple[str, float]:
+    """What the others see when one rank dies or stops before, or in the middle of, a loss."""
+    peers.NOTICE, peers.ROLL_CALL = 0.3, 1.5
+    ranks = Peers(groups[SIZE], timeout=timeout)
+
+    def vanish() -> None:
+        os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+
+    if who == RANK and when == "before":
+        vanish()
+    if who == RANK:
+        ranks._run = lambda *collective: vanish()
+    start = time.monotonic()
+    try:
+        functional.info_nce(torch.randn(3, 4), torch.randn(3, 4, requires_grad=True), group=ranks)
+    except PeerError as error:
+        return str(error), time.monotonic() - start
+    return "", time.monotonic() - start
+
+
+if __name__ == "worker":
+    start()
+    PIPE.send(True)
+    while True:
+        try:
+            name, arguments, options = PIPE.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            PIPE.send((True, globals()[name](*arguments, **options)))
+        except Exception as error:
+            PIPE.send((False, f"rank {RANK}: {type(error).__name__}: {error}"))

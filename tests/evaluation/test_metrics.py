@@ -1,0 +1,198 @@
+import math
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from cosup_fast.data.records import Example
+from cosup_fast.evaluation import evaluate
+from cosup_fast.evaluation.metrics import (
+    RANKING,
+    answer_patterns,
+    answer_spans,
+    best_f1,
+    contains_answer,
+    exact_match,
+    has_answer,
+    is_gold,
+    matches,
+    named_label,
+    normalize,
+    passage_scores,
+    ranking_scores,
+    rouge_l,
+    string_em,
+    token_f1,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  Eiffel\tTower!", "eiffel tower"),
+        ("A man, a plan: an apple", "man plan apple"),
+        ("U.S.A. father-in-law $5", "usa fatherinlaw 5"),
+        ("theatre and another", "theatre and another"),
+        ("CAFE\u0301 “quoted” – dash…", "café quoted dash"),
+        ("ﬁne Ⅳ ①", "fine iv 1"),
+        ("囲碁。👍", "囲碁👍"),
+        ("The", ""),
+        ("", ""),
+    ],
+)
+def test_normalize(text, normal):
+    assert normalize(text) == normal
+    assert normalize(normal) == normal
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "found"),
+    [
+        ("It is the city of Paris, France.", ["Paris"], True),
+        ("It is the city of paris.", ["The PARIS!"], True),
+        ("A comparison", ["Paris"], False),
+        ("New York City", ["york city"], True),
+        ("New York", ["York New"], False),
+        ("nothing", ["one", "two"], False),
+        ("one or two", ["three", "two"], True),
+        ("", ["x"], False),
+        ("I like The The best", ["The The"], True),
+        ("I like the Who", ["The The"], False),
+        ("cafe\u0301", ["café"], True),
+    ],
+)
+def test_contains_answer(text, answers, found):
+    assert contains_answer(text, answers) is found
+
+
+def test_exact_match_and_f1():
+    assert exact_match(" the Paris!", ["Rome", "paris"]) == 1
+    assert exact_match("Paris, France", ["Rome", "paris"]) == 0
+    assert token_f1("the Paris", "Paris!") == 1
+    assert token_f1("Paris in France", "Paris") == pytest.approx(2 * (1 / 3) / (1 / 3 + 1))
+    assert token_f1("a b b c", "b b d") == pytest.approx(2 * 2 / (3 + 3))  # "a" is an article
+    assert token_f1("x", "y") == 0
+    assert token_f1("", "y") == token_f1("x", "the") == 0
+    assert token_f1("the", "an") == 1
+    assert best_f1("Paris in France", ["Rome", "Paris"]) == pytest.approx(0.5)
+
+
+def test_string_em_is_the_share_of_readings_that_are_answered():
+    text = "It was released in 1998 in Japan, and in the USA in 1999."
+    assert string_em(text, [["1998"], ["1999", "99"], ["2000"]]) == pytest.approx(2 / 3)
+    assert string_em("", [["1998"]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("SUPPORTS", "SUPPORTS"),
+        ("This refutes the claim; nothing supports it.", "REFUTES"),
+        ("The claim is true.", "SUPPORTS"),
+        ("False.", "REFUTES"),
+        ("There is not enough info to tell.", "NOT ENOUGH INFO"),
+        ("unsupported", None),
+        ("", None),
+    ],
+)
+def test_the_label_named_first_counts(text, label):
+    assert named_label(text) == label
+
+
+def test_rouge_l_is_that_of_the_package_for_ascii_text():
+    pairs = [("the cat sat on the mat", "a cat was on the mat"), ("x-y 5.3", "X y, 5 3!"), ("one", "two"), ("", "x")]
+    package = RougeScorer(["rougeL"])
+    for text, reference in pairs:
+        assert rouge_l(text, [reference]) == pytest.approx(package.score(reference, text)["rougeL"].fmeasure)
+    assert rouge_l("the cat sat on the mat", ["nothing", "a cat was on the mat"]) == pytest.approx(2 * 4 / 12)
+    assert rouge_l("Père Noël", ["père noël"]) == 1  # the package's own tokenizer breaks these words
+
+
+def test_ranking_scores_by_hand():
+    rankings = [(["a", "b", "c"], {"b", "x"}), (["a"], {"a"}), (["a", "b"], {"x"}), ([], {"a"})]
+    first, right, wrong, empty = ranking_scores(rankings)
+    assert first == pytest.approx(
+        {"recall@1": 0, "recall@5": 0.5, "recall@20": 0.5, "mrr": 0.5, "rprec": 0.5,
+         "ndcg@10": (1 / math.log2(3)) / (1 + 1 / math.log2(3))}
+    )  # fmt: skip
+    assert set(right.values()) == {1.0}
+    assert set(wrong.values()) == set(empty.values()) == {0.0}
+    assert list(wrong) == list(RANKING)
+
+
+def test_paragraphs_count_for_their_page_once():
+    assert is_gold("123#4", {"123"}) == "123"
+    assert is_gold("123#4-6", {"123"}) == "123"
+    assert is_gold("123#4", {"123#4", "123"}) == "123#4"
+    assert is_gold("wiki:C#", {"wiki:C"}) is None
+    assert is_gold("1234", {"123"}) is None
+    assert is_gold("kilt:12:3", {"kilt:12"}) == "kilt:12"
+    assert is_gold("wiki:12:3", {"wiki:12"}) is None
+    (scores,) = ranking_scores([(["9#0", "7#2", "7#1", "8#0"], {"7", "8"})])
+    assert (scores["mrr"], scores["rprec"], scores["recall@5"]) == (0.5, 0.5, 1)
+    assert passage_scores(["7#1", "7#2", "9#0"], ["7", "8"]) == {
+        "passage_precision": 0.5, "passage_recall": 0.5, "passage_f1": 0.5
+    }  # fmt: skip
+
+
+def test_passage_scores():
+    assert passage_scores(["a", "a", "b", "c"], ["a", "x"]) == pytest.approx(
+        {"passage_precision": 1 / 3, "passage_recall": 0.5, "passage_f1": 0.4}
+    )
+    assert set(passage_scores([], ["a"]).values()) == {0.0}
+    assert set(passage_scores(["a"], ["a", "a"]).values()) == {1.0}
+
+
+def pattern_example(*patterns: str) -> Example:
+    return Example(id="p", question="?", output=[], answers=list(patterns), answer_type="regex")
+
+
+def test_patterns():
+    example = pattern_example(r"753\s*B\.?C")
+    (pattern,) = answer_patterns(example)
+    assert matches(pattern, "in 753  b.c., they say")
+    assert not matches(pattern, "735 BC")
+    assert matches(pattern, "753 BC", whole=True)
+    assert not matches(pattern, "in 753 BC", whole=True)
+    assert answer_spans("in 753  b.c, or 753bc", example) == [(3, 11), (16, 21)]
+    assert has_answer("753 BC", example)
+    broken = example.model_copy(update={"answers": ["fine", "(open"]})
+    with pytest.raises(ValueError, match=r"'p': the answer pattern '\(open' is invalid"):
+        answer_patterns(broken)
+
+
+def test_endless_patterns_count_as_no_match_and_say_so(monkeypatch):
+    monkeypatch.setattr("cosup_fast.evaluation.metrics.PATTERN_SECONDS", 0.1)
+    slow = pattern_example("(a|a)+$", "b$")
+    started = time.perf_counter()
+    with pytest.warns(UserWarning, match=r"\(a\|a\)\+\$.* took more than 0.1 s"):
+        assert not has_answer("a" * 60 + "!", slow)
+    assert answer_spans("a" * 60 + "! b", slow) == [(62, 63)]
+    assert time.perf_counter() - started < 5
+
+
+def test_answer_spans_are_where_the_answers_stand():
+    text = "«Paris», the capital; PARIS and New  York, The The."
+    example = Example(id="x", question="?", output=[], answers=["paris", "new york", "The The", "the paris"])
+    assert [text[a:b] for a, b in answer_spans(text, example)] == ["«Paris»,", "PARIS", "New  York,", "The The"]
+    short = Example(id="x", question="?", output=[], answer_sets=[["capital"], ["york"]])
+    assert [text[a:b] for a, b in answer_spans(text, short)] == ["capital;", "York,"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text("ab ,.'é－the\u00a0ﬁ", max_size=20), st.text("ab ,.'é－the\u00a0ﬁ", min_size=1, max_size=4))
+def test_an_answer_is_marked_where_it_is_found(text, answer):
+    if answer.strip():
+        example = Example(id="x", question="?", output=[], answers=[answer])
+        assert bool(answer_spans(text, example)) == contains_answer(text, [answer])
+
+
+@pytest.mark.parametrize("module", ["scipy.stats", "ir_measures", "rouge_score"])
+def test_a_missing_package_is_named_before_any_work(system, examples, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(system.retriever, "rank", None)  # the work
+    with pytest.raises(ImportError, match=r"evaluation needs .*: pip install 'cosup-fast\[eval\]'"):
+        evaluate(system, examples)

@@ -1,0 +1,237 @@
+"""What each system retrieves, and that all of them write alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cosup_fast.data.records import Example, Passage, Segment
+from cosup_fast.evaluation import (
+    DenseRetriever,
+    GoldRetriever,
+    IndexRetriever,
+    PairRetriever,
+    RandomRetriever,
+    System,
+    evaluate,
+)
+from cosup_fast.evaluation.command import open_system, output_folder, split_name
+from cosup_fast.evaluation.ranks import asked, retrieval_ranks
+from cosup_fast.evaluation.systems import Request, _Reading
+from cosup_fast.generation import Answer, GenerationConfig, Generator
+from cosup_fast.index import SequenceIndex, embed_queries
+
+CONFIG = GenerationConfig(ret_first=True, max_new_tokens=12, max_retrievals=2, candidates=3)
+
+
+def answers_of(system: System, examples, config: GenerationConfig = CONFIG) -> list[Answer]:
+    """The answers in the order of their examples."""
+    rows: dict[int, Answer] = {}
+    system.answer(examples, config, rows.__setitem__)
+    assert sorted(rows) == list(range(len(examples)))
+    return [rows[row] for row in range(len(examples))]
+
+
+def ids(found) -> list[str]:
+    return [passage.id for passage, _ in found]
+
+
+def request(example: Example, number: int = 0, *written: Segment) -> Request:
+    return Request(example, torch.zeros(32), written, number)
+
+
+def test_co_supervised_writes_what_the_generator_writes(system, model, index, examples):
+    generator = Generator(model, index, CONFIG)
+    expected = [generator.generate(example.question, example.instruction) for example in examples]
+    for answer, one in zip(answers_of(system, examples), expected, strict=True):
+        assert (answer.segments, answer.stop_reason) == (one.segments, one.stop_reason)
+        for found, other in zip(answer.retrievals, one.retrievals, strict=True):
+            assert [c.passage for c in found.candidates] == [c.passage for c in other.candidates]
+            assert [c.score for c in found.candidates] == pytest.approx([c.score for c in other.candidates], abs=1e-5)
+
+
+def test_ranked_lists_agree_with_the_ranks(system, model, index, examples):
+    ranks = retrieval_ranks(model, examples, index)
+    lists = system.retriever.rank(examples, 11, progress=False)
+    gold = [next(iter(wanted)) for example in examples for _, wanted in asked(example)]
+    assert [ids(found).index(name) for found, name in zip(lists, gold, strict=True)] == ranks
+    assert system.retriever.rank([Example(id="s", question="?", output=[])], 5, progress=False) == []
+
+
+def test_closed_book_never_retrieves(model, examples):
+    closed = System("closed-book", model)
+    for answer in answers_of(closed, examples):
+        assert answer.retrievals == ()
+        assert answer.inserted_tokens == 0
+    report = evaluate(closed, examples, CONFIG, progress=False)
+    assert not {"recall@1", "passage_f1", "answer_in_passage", "retrieval", "grounded"} & set(report.overall)
+    assert report.settings["generation"]["max_retrievals"] == 0
+
+
+def test_gold_hands_over_the_gold_passages_in_order(model, passages, examples):
+    retriever = GoldRetriever(passages)
+    assert [ids(retriever.retrieve(request(examples[1], n), 5)) for n in range(3)] == [["paris"], ["seine"], ["seine"]]
+    answers = answers_of(System("gold", model, retriever), examples)
+    for example, answer in zip(examples, answers, strict=True):
+        assert answer.retrievals[0].best.passage == example.gold[0]
+    report = evaluate(System("gold", model, retriever), examples, CONFIG, progress=False)
+    assert "recall@1" not in report.overall  # nothing is searched
+    assert report.overall["passage_precision"].mean == 1
+    lost = Example(id="lost", question="?", output=[], gold=["atlantis"])
+    with pytest.raises(ValueError, match=r"'lost' has no gold passage in the corpus, which --system gold hands over"):
+        evaluate(System("gold", model, retriever), [examples[0], lost], CONFIG, progress=False)
+
+
+def test_gold_pages_are_handed_over_by_their_first_paragraph():
+    paragraphs = [Passage(id=f"{page}#{n}", title=page, text=f"{n}") for page in "ab" for n in range(2)]
+    example = Example(id="x", question="?", output=[], gold=["b", "a#1", "a"])
+    retriever = GoldRetriever(paragraphs)
+    assert [ids(retriever.retrieve(request(example, n), 1))[0] for n in range(3)] == ["a#1", "b#0", "a#0"]
+
+
+def test_random_passages_depend_on_seed_question_and_number_alone(model, passages, examples):
+    def drawn(seed):
+        retriever = RandomRetriever(passages, seed)
+        return [ids(retriever.retrieve(request(e, n), 3)) for e in examples for n in range(2)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len({tuple(names) for names in drawn(0)}) > 4
+    assert all(len(set(names)) == 3 for names in drawn(0))
+    lists = RandomRetriever(passages).rank(examples, 100, progress=False)
+    assert [len(found) for found in lists] == [11] * 6
+    firsts = [ids(RandomRetriever(passages, seed).retrieve(request(examples[0]), 1))[0] for seed in range(300)]
+    assert {firsts.count(passage.id) > 8 for passage in passages} == {True}  # 27 expected
+
+
+def test_a_pair_retrieves_with_its_own_queries(make_model, model, passages, examples, corpus):
+    other = make_model(seed=5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    index = SequenceIndex.build(other, passages, progress=False)
+    retriever = PairRetriever(other, index)
+    example = examples[1]
+    queries, _ = embed_queries(other, [example], corpus)
+    written = tuple(example.output[:3])
+    expected = [ids(index.retrieve(query, 11)) for query in queries]
+    assert ids(retriever.retrieve(request(example), 11)) != expected[0]  # before "First the city."
+    assert ids(retriever.retrieve(request(example, 0, example.output[0]), 11)) == expected[0]
+    assert ids(retriever.retrieve(request(example, 1, *written), 11)) == expected[1]
+    system = System("pair:other", model, retriever)
+    for example, answer in zip(examples, answers_of(system, examples), strict=True):
+        best = retriever.retrieve(request(example), 3)
+        assert [c.passage for c in answer.retrievals[0].candidates] == ids(best)
+    assert evaluate(system, examples, CONFIG, progress=False).settings["retriever"]["index"] == other.fingerprint()
+
+
+def test_what_was_written_reaches_the_retriever(trained, passages, examples):
+    requests = []
+
+    class Recording(GoldRetriever):
+        def retrieve(self, request, k):
+            requests.append(request)
+            return super().retrieve(request, k)
+
+    system = System("gold", trained, Recording(passages))
+    answers = answers_of(system, examples, GenerationConfig())
+    assert [answer.text for answer in answers] == ["".join(s.text for s in e.output) for e in examples]
+    requests.sort(key=lambda request: (request.example.id, request.number))
+    assert [(r.example.id, r.number) for r in requests] == [
+        ("e1", 0), ("e2", 0), ("e2", 1), ("e3", 0), ("e4", 0), ("e4", 1),
+    ]  # fmt: skip
+    first, second = requests[1:3]
+    assert first.written == (Segment(text="First the city. "),)
+    grounded = Segment(text="Paris lies on the Seine. Then its length: ", passage="paris")
+    assert second.written == (Segment(text="First the city. "), grounded)
+    assert requests[5].written == (Segment(text="囲碁 👍", passage="go"),)
+    assert first.query.shape == (32,)
+    assert not torch.equal(first.query, second.query)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(make_folder, tmp_path_factory) -> str:
+    """A random BERT as a sentence-transformers model."""
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = str(tmp_path_factory.mktemp("bert"))
+    tokenizer = AutoTokenizer.from_pretrained(make_folder("llama"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=1, initializer_range=0.5,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    encoder = tmp_path_factory.mktemp("encoder")
+    transformer = models.Transformer(folder)
+    SentenceTransformer(modules=[transformer, models.Pooling(32)]).save(str(encoder))
+    return str(encoder)
+
+
+def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, passages, examples, model):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(encoder_folder)
+    retriever = DenseRetriever(encoder_folder, passages, "{title} :: {text}")
+    embeddings = encoder.encode([f"{p.title} :: {p.text}" for p in passages], normalize_embeddings=True)
+
+    def expected(text):
+        scores = embeddings @ encoder.encode([text], normalize_embeddings=True)[0]
+        return [passages[i].id for i in sorted(range(len(passages)), key=lambda i: -scores[i])]
+
+    example = examples[1]
+    so_far = f"{example.question} First the city. Paris lies on the Seine. Then its length:"
+    assert ids(retriever.retrieve(request(example), 4)) == expected(example.question)[:4]
+    assert ids(retriever.retrieve(request(example, 1, *example.output[:3]), 11)) == expected(so_far)
+    assert ids(retriever.rank(examples, 11, progress=False)[2]) == expected(so_far)
+    system = System("dense:tiny", model, retriever)
+    (answer,) = answers_of(system, [example])
+    assert answer.retrievals[0].best.passage == expected(example.question)[0]
+    with pytest.raises(ValueError, match="dense retriever"):
+        DenseRetriever(str(encoder_folder) + "/1_Pooling", passages, "{text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("golden", "--system 'golden' is unknown, did you mean 'gold'"),
+        ("pair", "needs the run that retrieves"),
+        ("random:7", "random takes nothing behind a colon"),
+    ],
+)
+def test_systems_that_do_not_exist(name, message):
+    with pytest.raises(ValueError, match=message):
+        split_name(name)
+
+
+def test_names_of_systems(tmp_path, model, data_folder):
+    assert split_name("dense") == ("dense", "minilm")
+    assert split_name("pair:runs/a:b") == ("pair", "runs/a:b")
+    folder = output_folder(None, tmp_path, "pair:runs/nsp only", overwrite=True)
+    assert folder == tmp_path / "evaluation" / "pair-nsp-only"
+    for name in ("closed-book", "gold", "random"):
+        opened = open_system(name, tmp_path, lambda path: model, corpus=str(data_folder / "passages.jsonl"), seed=3)
+        assert opened.name == name
+        assert len(opened.passages) == (0 if name == "closed-book" else 11)
+    assert isinstance(opened.retriever, RandomRetriever)
+    assert opened.retriever.origin["seed"] == 3
+    (tmp_path / "index").mkdir()
+    SequenceIndex.build(model, list(opened.passages.values()), progress=False).save(tmp_path / "index")
+    assert isinstance(open_system("co-supervised", tmp_path, lambda path: model, corpus="").retriever, IndexRetriever)
+    paired = open_system(f"pair:{tmp_path}", tmp_path / "x", lambda path: model, corpus="")
+    assert isinstance(paired.retriever, PairRetriever)
+    assert paired.sources["retriever"] == str(tmp_path)
+
+
+def test_a_passage_that_nothing_was_written_on_is_still_read(model, passages, examples):
+    class Recording(GoldRetriever):
+        def retrieve(self, request, k):
+            assert request.written == tuple(
+                Segment.model_construct(text="", passage="paris") for _ in range(request.number)
+            )
+            return super().retrieve(request, k)
+
+    reading = _Reading(Recording(passages), examples[0])
+    for _ in range(3):
+        assert ids(reading.retrieve(torch.zeros(32), 1)) == ["paris"]

@@ -1,0 +1,83 @@
+"""Tokens to text as they come in: whole characters, stop texts, and the same text as decoding at once."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cosup_fast.generation import GenerationConfig
+from cosup_fast.generation.answer import Transcript
+
+texts = st.text(st.characters(codec="utf-8"), max_size=12)
+parts = st.lists(st.tuples(texts, st.sampled_from([None, "paris", "go"])), max_size=4)
+
+
+def write(template, parts, stop=()):
+    """What is sent, what the segments are, and whether a stop text ended it."""
+    pieces: list[str] = []
+    transcript = Transcript(template, pieces.append, stop)
+
+    def run() -> bool:
+        for text, passage in parts:
+            if passage is not None:
+                transcript.open(passage)
+            if any(transcript.text(token) for token in template.encode(text)):
+                return True
+            if transcript.close():
+                return True
+        return False
+
+    return run(), pieces, transcript.finish()
+
+
+@given(parts=parts)
+@settings(max_examples=60, deadline=None)
+def test_pieces_and_segments_are_the_text(model, parts):
+    stopped, pieces, segments = write(model.template, parts)
+    assert not stopped
+    assert "".join(pieces) == "".join(text for text, _ in parts) == "".join(s.text for s in segments)
+    assert all(pieces)
+    grounded = [(text, passage) for text, passage in parts if passage is not None]
+    assert [(s.text, s.passage) for s in segments if s.passage is not None] == grounded
+    assert all(segment.text for segment in segments if segment.passage is None)
+
+
+@given(parts=parts, stop=st.lists(st.text("ab \n碁", min_size=1, max_size=3), min_size=1, max_size=2), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_stop_text_ends_the_answer_before_it(model, parts, stop, data):
+    inserted = [(text + data.draw(st.sampled_from(["", *stop, *(s[:-1] for s in stop)])), p) for text, p in parts]
+    stopped, pieces, segments = write(model.template, inserted, tuple(stop))
+    whole = "".join(text for text, _ in inserted)
+    found = [at for s in stop if (at := whole.find(s)) >= 0]
+    assert stopped == bool(found)
+    # Written token by token the text ends at the first stop that is complete, before which another may have begun.
+    expected = whole[: min(found)] if found else whole
+    sent = "".join(pieces)
+    assert sent == "".join(segment.text for segment in segments)
+    assert whole.startswith(sent)
+    assert sent == expected or (found and len(sent) in found)
+    assert not any(s in sent for s in stop)
+
+
+def test_what_may_be_a_stop_is_held_back(model):
+    template = model.template
+    pieces: list[str] = []
+    transcript = Transcript(template, pieces.append, ("ab!",))
+    for character, sent in [("x", "x"), ("a", "x"), ("b", "x"), ("a", "xab"), ("b", "xab"), ("?", "xabab?")]:
+        assert not any(transcript.text(token) for token in template.encode(character))
+        assert "".join(pieces) == sent
+    for character in "ab":
+        assert not any(transcript.text(token) for token in template.encode(character))
+    assert [segment.text for segment in transcript.finish()] == ["xabab?ab"]
+    assert "".join(pieces) == "xabab?ab"
+
+
+def test_a_stop_text_across_segments(model):
+    stopped, pieces, segments = write(model.template, [("free en", None), ("d of", "go"), ("more", None)], ("end",))
+    assert stopped
+    assert [(s.text, s.passage) for s in segments] == [("free ", None)]
+    assert "".join(pieces) == "free "
+
+
+def test_an_empty_stop_is_refused():
+    with pytest.raises(ValueError, match="holds an empty text"):
+        GenerationConfig(stop=["a", ""])
