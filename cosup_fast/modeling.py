@@ -25,8 +25,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from cosup_fast.attention import choose_attention
-from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack, unpackable
+from cosup_fast.attention import PACKED_SDPA, choose_attention
+from cosup_fast.backbone import (
+    agree,
+    check_packs,
+    ends_in,
+    find_final_norm,
+    norm_rows,
+    positions,
+    probe,
+    run_pack,
+    unpackable,
+)
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
@@ -479,11 +489,17 @@ def _load(
         )
     factory = AutoModelForCausalLM if head else AutoModel
     attention = choose_attention(settings.attention, device, dtype)
+    kind: Any = factory._model_mapping.get(type(config), None)
+    # What transformers' own sdpa lacks (Gemma 2's soft cap), packed_sdpa may have: `check_packs` finds out.
+    backend = kind is not None and kind._supports_attention_backend and not kind._supports_sdpa
+    loaded = "eager" if attention == PACKED_SDPA and backend else attention
     try:
         with quiet_transformers():
-            return factory.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            model = factory.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation=loaded, use_safetensors=True
             )
+            model.config._attn_implementation = attention
+            return model
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise
@@ -516,7 +532,7 @@ def _load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool
     embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
     tokenizer = AutoTokenizer.from_pretrained(gen)
     new = add_special_tokens(tokenizer) > 0
-    lengths = (AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings for source in (gen, embseq))
+    lengths = (positions(AutoConfig.from_pretrained(source)) for source in (gen, embseq))
     embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
     return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
 

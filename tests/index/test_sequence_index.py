@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from cosup_fast.data.records import Passage
-from cosup_fast.index import Options, SequenceIndex, embed_passages
+from cosup_fast.index import Options, SequenceIndex, embed_passages, shards
 from cosup_fast.index import sequence_index as module
-from cosup_fast.index import shards
 from cosup_fast.index.shards import PassagesById
 
 MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
