@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cosup_fast.attention import PACKED_SDPA, SequenceLengths
+from cosup_fast.attention import PACKED_SDPA, SequenceLengths, attending, recorded_windows
 from cosup_fast.data.packing import Pack
 from cosup_fast.functional import gather_last_hidden
 
@@ -87,7 +87,7 @@ def find_final_norm(backbone: nn.Module) -> FinalNorm | None:
 
 
 def check_packs(backbone: Any, name: str, device: torch.device) -> Tensor:
-    """Compares a few tokens in a pack with what transformers makes of them alone; returns the latter, (T, D).
+    """Compares a few tokens in a pack with what transformers' eager attention makes of them; returns that, (T, D).
 
     Raises:
         ValueError: the model cannot run on packs, or mixes their sequences.
@@ -96,29 +96,52 @@ def check_packs(backbone: Any, name: str, device: torch.device) -> Tensor:
     def packed(*sequences: list[int]) -> Tensor:
         return run_pack(backbone, Pack.of(sequences).to(device))[-len(_PROBE) :]
 
-    alone = backbone(input_ids=probe(device), use_cache=False).last_hidden_state[0]
+    expected = alone(backbone, probe(device))[0]
     try:
-        behind = packed(_BEFORE, _PROBE)
+        with recorded_windows() as windows:
+            behind = packed(_BEFORE, _PROBE)
+        lost = {window for window in windows.asked - windows.applied if window is not None}
+        if lost and min(lost) < positions(backbone.config):
+            raise ValueError(f"its layers see {min(lost)} tokens through a mask alone, and packs have no mask")
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise unpackable(name, backbone.config._attn_implementation, error) from error
-    if not agree(behind, alone, backbone.dtype):
+    if not agree(behind, expected, backbone.dtype):
         raise ValueError(
             f"{name} ({type(backbone).__name__}) mixes the sequences of a pack, through recurrent or convolutional "
             "layers or an attention of its own that takes no packs: choose another model"
-            if agree(packed(_PROBE), alone, backbone.dtype)
+            if agree(packed(_PROBE), expected, backbone.dtype)
             else f"{name} ({type(backbone).__name__}) reads a sequence of a pack otherwise than alone: its attention "
             "is bidirectional, or its positions do not count from 0; choose a causal language model"
         )
-    return alone
+    return expected
 
 
-def ends_in(backbone: Any, norm: FinalNorm, alone: Tensor) -> bool:
+def alone(backbone: Any, ids: Tensor) -> Tensor:
+    """The hidden states (N, T, D) of token ids (N, T) by transformers' own eager attention, which is what is right."""
+    with attending(backbone, "eager"):
+        return backbone(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def ends_in(backbone: Any, norm: FinalNorm, expected: Tensor) -> bool:
     """Whether the norm really is a backbone's last operation, given the hidden states (T, D) of `probe` alone."""
-    pack = Pack.of([_PROBE]).to(alone.device)
+    pack = Pack.of([_PROBE]).to(expected.device)
     hidden = run_pack(backbone, pack, norm)
-    return agree(norm_rows(backbone, hidden, pack.position_ids, norm), alone, backbone.dtype)
+    return agree(norm_rows(backbone, hidden, pack.position_ids, norm), expected, backbone.dtype)
+
+
+def positions(config: Any) -> int:
+    """How many tokens a sequence may have.
+
+    With rotary frequencies that change where a sequence passes the length of pretraining (longrope), no more than that
+    length: the frequencies would be those of the longest sequence of a pack for its neighbours too, and of keys in a
+    cache that were made with others.
+    """
+    stack = config.get_text_config()
+    ropes: dict[str, Any] = getattr(stack, "rope_parameters", None) or {}
+    each = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict) and rope.get("rope_type") == "longrope"]
+    return min([stack.max_position_embeddings, *(rope["original_max_position_embeddings"] for rope in each)])
 
 
 def probe(device: torch.device) -> Tensor:

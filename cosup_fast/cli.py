@@ -245,6 +245,8 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
     max_retrievals: Annotated[int | None, typer.Option(help="most retrievals of an answer")] = None,
     ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
     seed: Annotated[int, typer.Option(help="of --limit and of random passages")] = 0,
     allow_missing_gold: Annotated[
         bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
@@ -266,7 +268,11 @@ def evaluate(
     check_metrics(metric or [])
     folder = command.output_folder(output, checkpoint, system, overwrite=overwrite)
     config = _generation_config(
-        checkpoint, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals, ret_first=ret_first
+        checkpoint,
+        max_new_tokens=max_new_tokens,
+        max_retrievals=max_retrievals,
+        ret_first=ret_first,
+        ctx_truncate=ctx_truncate,
     )
     opened = command.open_system(
         system,
@@ -297,6 +303,7 @@ def evaluate(
             fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
             metrics=metric or (),
             folder=folder,
+            batch=batch,
         )
     except KeyboardInterrupt:
         err.print("[yellow]interrupted:[/] what is answered is kept; the same command goes on from there")

@@ -41,7 +41,7 @@ from cosup_fast.kernels.last_hidden import accumulator, unit, unit_backward
 from cosup_fast.kernels.scores import Gradients, Needs, Scores, Softmax, Statistics, finite
 from cosup_fast.kernels.softmax_xent import column_gradient, gradient, statistics, statistics_and_gradient
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
-from cosup_fast.peers import PeerError, Peers
+from cosup_fast.peers import PeerError, Peers, outside_graphs
 
 __all__ = ["PeerError", "Peers", "info_nce"]
 
@@ -301,7 +301,7 @@ class _Loss(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable
+@outside_graphs
 def info_nce(
     peers: Peers,
     query: Tensor,  # (N_r, D)

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils.hub import cached_file
 
 from cosup_fast.adapters import LoRAConfig, check_targets, keep_layout, quantization
-from cosup_fast.attention import choose_attention
-from cosup_fast.backbone import unpackable
+from cosup_fast.attention import PACKED_SDPA, choose_attention
+from cosup_fast.backbone import positions, unpackable
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
 from cosup_fast.environment import no_downloaded_kernels
@@ -164,11 +164,16 @@ def load_language_model(
     if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
         options = {"quantization_config": quantized, "device_map": {"": device}}
     attention = choose_attention(settings.attention, device, dtype)
+    kind: Any = factory._model_mapping.get(type(config), None)
+    # What transformers' own sdpa lacks (Gemma 2's soft cap), packed_sdpa may have: `check_packs` finds out.
+    backend = kind is not None and kind._supports_attention_backend and not kind._supports_sdpa
+    loaded = "eager" if attention == PACKED_SDPA and backend else attention
     try:
         with quiet_transformers(), no_downloaded_kernels():
             model = factory.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
+                source, config=config, dtype=dtype, attn_implementation=loaded, use_safetensors=True, **options
             )
+            model.config._attn_implementation = attention
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise
@@ -184,7 +189,7 @@ def load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]
     embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
     tokenizer = AutoTokenizer.from_pretrained(gen)
     new = add_special_tokens(tokenizer) > 0
-    lengths = (AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings for source in (gen, embseq))
+    lengths = (positions(AutoConfig.from_pretrained(source)) for source in (gen, embseq))
     embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
     return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,14 @@ ROLL_CALL = 5.0
 # torch 2.13 renamed these; the old names warn there.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def outside_graphs(f: _F) -> _F:
+    """A function that torch.compile leaves as it is: what ranks say to each other cannot be traced."""
+    return cast(Any, torch.compiler.disable)(f)
 
 
 class PeerError(RuntimeError):
@@ -65,9 +73,9 @@ class Peers:
         self._channel = _channel(self.group)
 
     @classmethod
-    @torch.compiler.disable
+    @outside_graphs
     def of(cls, group: ProcessGroup | Peers) -> Peers:
-        """`group` itself if it is one of these, else the peers of that process group. Breaks a compiled graph."""
+        """`group` itself if it is one of these, else the peers of that process group."""
         return group if isinstance(group, Peers) else cls(group)
 
     def meet(self, purpose: str, note: dict[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ import torch
 from transformers import AttentionInterface, AutoModel
 
 from cosup_fast.attention import PACKED_SDPA, choose_attention
-from cosup_fast.backbone import find_final_norm, norm_rows, run_pack
+from cosup_fast.backbone import alone, check_packs, find_final_norm, norm_rows, positions, run_pack
 from cosup_fast.data.packing import Pack
+from cosup_fast.loading import ModelConfig, load_language_model
 
 NORMS = {"llama": 0.0, "gemma3_text": 1.0, "qwen3": 0.0, "olmo2": 0.0, "phi": None, "gpt2": None, "cohere": None}
 OPTIONS = {"gemma3_text": {"head_dim": 8}, "qwen3": {"head_dim": 8}}
@@ -68,6 +69,62 @@ def test_a_pack_is_its_sequences_apart(kind, make_backbone):
     others = torch.cat([torch.arange(12), torch.arange(24, 50)])
     neighbours = (run_pack(backbone, Pack.of([SEQUENCES[0], [token] * 12, *SEQUENCES[2:]], 90)) for token in (7, 9))
     assert torch.equal(*(hidden[others] for hidden in neighbours))
+
+
+WINDOW = {"sliding_window": 9}
+SOFTCAP = {"head_dim": 8, "attn_logit_softcapping": 2.0, **WINDOW}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4,
+    "original_max_position_embeddings": 43,
+}  # fmt: skip
+KINDS = {
+    "llama": {},
+    "llama, dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 43},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1, **WINDOW},
+    "qwen3": {"head_dim": 8},
+    "gemma2": SOFTCAP,
+    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "mistral": WINDOW,
+    "cohere2": WINDOW,
+    "gpt_neox": {},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_is_what_eager_attention_makes_of_its_sequences(kind, make_folder):
+    """Values and gradients: soft caps, windows shorter than a sequence, rotary frequencies that depend on length."""
+    name = kind.partition(",")[0]
+    folder = make_folder(name, **{"max_position_embeddings": 64, **KINDS[kind]})
+    backbone = load_language_model(folder, ModelConfig(gen=folder, dtype="float64"), torch.device("cpu"), head=False)
+    check_packs(backbone, kind, torch.device("cpu"))
+    longest = positions(backbone.config)
+    assert longest == (43 if kind == "phi3" else 64)
+    sequences = [*SEQUENCES, [(7 * n) % 250 + 2 for n in range(longest)], SEQUENCES[0]]
+    ours = run_pack(backbone, Pack.of(sequences))
+    expected = torch.cat([alone(backbone, torch.tensor([ids]))[0] for ids in sequences])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    weights = list(backbone.parameters())
+    upstream = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).sin().view_as(ours)
+    for a, b in zip(*(torch.autograd.grad(y, weights, upstream, allow_unused=True) for y in (ours, expected))):
+        assert a is None or (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9
+    with torch.no_grad():  # what transformers does with it outside of packs
+        whole = torch.tensor(sequences[:2])
+        torch.testing.assert_close(
+            backbone(input_ids=whole).last_hidden_state, alone(backbone, whole), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_frequencies_that_depend_on_length_would_couple_neighbours(make_folder, make_model):
+    """Why `positions` stops at the length of pretraining: beyond it a neighbour changes a sequence."""
+    folder = make_folder("phi3", max_position_embeddings=64, **KINDS["phi3"])
+    backbone = load_language_model(folder, ModelConfig(gen=folder, dtype="float64"), torch.device("cpu"), head=False)
+    with torch.no_grad():
+        short, long = (run_pack(backbone, Pack.of([SEQUENCES[0], [5] * n]))[:12] for n in (43, 44))
+    assert (short - long).abs().max() > 1e-3
+    template = make_model(gen=folder, shared=True).template
+    assert (template.max_length, template.embseq_max_length) == (43, 43)
 
 
 @pytest.fixture

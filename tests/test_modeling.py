@@ -92,16 +92,6 @@ def test_nothing_leaks_between_neighbours(either):
         assert torch.equal(*kept)
 
 
-@torch.no_grad()
-def test_packs_of_a_model_with_a_sliding_window(make_model, mistral_folder, gpt2_folder):
-    model = make_model(gen=mistral_folder, embseq=gpt2_folder, dtype="float64")
-    sequences = [list(range(40, 52)), list(range(60, 71)), [80], list(range(90, 102))]
-    for hidden, ids in zip(model.hidden_states(Pack.of(sequences)).split([12, 11, 1, 12]), sequences, strict=True):
-        torch.testing.assert_close(hidden, eager(model.gen, ids), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="13 tokens is longer than the model's sliding window of 12"):
-        model.hidden_states(Pack.of([[40], list(range(40, 53))]))
-
-
 def test_neighbours_get_no_gradient(exact):
     pack = Pack.of([list(range(40, 50)), list(range(60, 75)), list(range(80, 85))])
     embeddings = exact.gen.get_input_embeddings()
@@ -371,7 +361,17 @@ NO_ATTENTION = "has no attention that packs can use: .*choose another model, or 
         ("roberta", {"is_decoder": True}, r"\(RobertaModel\) reads a sequence of a pack otherwise than alone"),
         ("falcon", {}, NO_ATTENTION),
         ("bloom", {}, NO_ATTENTION),
-        ("gemma2", {"head_dim": 8}, NO_ATTENTION),
+        (
+            "gpt_oss",
+            {"head_dim": 8, "num_local_experts": 4},
+            "has no attention .*: its layers attend with sinks",
+        ),
+        ("doge", {"sliding_window": 9}, "has no attention .*: its layers see 9 tokens through a mask alone"),
+        (
+            "gemma3_text",
+            {"head_dim": 8, "use_bidirectional_attention": True},
+            r"\(Gemma3TextModel\) reads a sequence of a pack otherwise than alone",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isalnum() else "",
 )

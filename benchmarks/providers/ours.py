@@ -25,15 +25,17 @@ def make(impl: Impl, case: Case) -> Loss:
 
 ONE_DIRECTION = tuple(loss for loss in LOSSES if loss != "info-nce-symmetric")
 
+KERNELS: tuple[tuple[Impl, str, tuple[str, ...]], ...] = (
+    ("fused", "a product that stores exponentials", ONE_DIRECTION),
+    ("rows", "torch's product, row kernels", tuple(LOSSES)),
+    ("recomputed", "products for statistics and for gradients", tuple(LOSSES)),
+)
+
 PROVIDERS = [
     Provider("ours stored", "rows in chunks", tuple(LOSSES), partial(make, "stored"), "cosup-fast"),
     Provider("ours reference", "the definition, every score", tuple(LOSSES), partial(make, "reference"), "cosup-fast"),
     *(
         Provider(f"ours {impl}", what, losses, partial(make, impl), "cosup-fast", triton=True, pretence=tiles)
-        for impl, what, losses in (
-            ("fused", "a product that stores exponentials", ONE_DIRECTION),
-            ("rows", "torch's product, row kernels", tuple(LOSSES)),
-            ("recomputed", "products for statistics and for gradients", tuple(LOSSES)),
-        )
+        for impl, what, losses in KERNELS
     ),
 ]

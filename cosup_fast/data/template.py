@@ -9,7 +9,7 @@ contains the characters `[NSP]` is read as those five characters. Source: Lee et
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
@@ -153,7 +153,7 @@ class Template:
             sequences.append(ids)
         return sequences
 
-    def gen_sequence(self, example: Example, passages: dict[str, Passage]) -> GenSequence:
+    def gen_sequence(self, example: Example, passages: Mapping[str, Passage]) -> GenSequence:
         """The training sequence of an example.
 
         Raises:

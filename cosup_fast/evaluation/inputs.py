@@ -106,10 +106,8 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
         DataError: a broken line, with its number.
     """
     path = Path(path)
-    pages = _ids_and_pages(corpus)
-    by_title = {passage.title: page_of(passage.id) for passage in corpus.values()}
     dataset = re.split(r"[-_](?:dev|test|train|kilt)(?![a-z])", path.stem)[0]
-    examples: dict[str, Example] = {}
+    rows: dict[str, tuple[Example, list[tuple[str, str]]]] = {}  # by id, with (page, title) of what counts
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -117,43 +115,50 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
         try:
             row = json.loads(line)
             outputs = row.get("output") or []
-            sources = [source for output in outputs for source in output.get("provenance") or []]
+            pages = [_page(source) for output in outputs for source in output.get("provenance") or []]
             found = {
                 "id": str(row["id"]),
                 "dataset": dataset,
                 "question": row["input"],
                 "output": [],
                 "answers": _unique(output["answer"] for output in outputs if (output.get("answer") or "").strip()),
-                "gold": _unique(filter(None, (_gold_page(source, pages, by_title) for source in sources))),
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: expected a line of KILT with id, input and output, found {error!r}") from None
         example = validate(where, Example, found)
-        if example.id in examples:
+        if example.id in rows:
             raise DataError(f"{where}: id: expected a new id, found {example.id!r} again")
-        examples[example.id] = example
-    if not examples:
+        rows[example.id] = example, pages
+    if not rows:
         raise DataError(f"{path}: expected at least one example, found an empty file")
-    return list(examples.values())
+    named = {page for _, pages in rows.values() for page in pages}
+    names = _gold_names(named, corpus)
+    return [
+        example.model_copy(update={"gold": _unique(filter(None, (names[page] for page in pages)))})
+        for example, pages in rows.values()
+    ]
 
 
 def _load(source: str, corpus: Mapping[str, Passage], allow_missing_gold: bool) -> list[Example]:
-    known = _ids_and_pages(corpus) if corpus and not allow_missing_gold else None
-    if not _is_kilt(source):
-        examples = load_examples(source, known, allow_no_retrieval=True)
-    else:
-        examples = read_kilt(source, corpus)
-        lost = [(example.id, gold) for example in examples for gold in example.gold if known and gold not in known]
-        if lost:
+    kilt = _is_kilt(source)
+    examples = read_kilt(source, corpus) if kilt else load_examples(source, None, allow_no_retrieval=True)
+    if not corpus:
+        return examples
+    if not allow_missing_gold:
+        wanted = {name for e in examples for name in (*e.gold, *e.cited, *e.negatives)}
+        known = _known(wanted, corpus)
+        lost = [(example.id, gold) for example in examples for gold in example.gold if gold not in known]
+        if lost and kilt:
             raise DataError(
                 f"{source}: example {lost[0][0]!r}: expected gold pages of the corpus by id or title, found "
                 f"{lost[0][1]!r} and {len(lost) - 1} more that it lacks: choose the corpus that the data set is of, or "
                 "--allow-missing-gold to count them as never found"
             )
-    if corpus and allow_missing_gold:  # what an output cites would have to be read by Gen
-        cited_whole = [all(s.passage is None or s.passage in corpus for s in example.output) for example in examples]
-        examples = [e if whole else e.model_copy(update={"output": []}) for e, whole in zip(examples, cited_whole)]
-    return examples
+        if wanted - known:
+            load_examples(source, known, allow_no_retrieval=True)  # says where
+        return examples
+    # What an output cites would have to be read by Gen.
+    return [e if all(name in corpus for name in e.cited) else e.model_copy(update={"output": []}) for e in examples]
 
 
 def _is_kilt(source: str) -> bool:
@@ -169,16 +174,29 @@ def _is_kilt(source: str) -> bool:
     return isinstance(row, dict) and "input" in row and "question" not in row
 
 
-def _ids_and_pages(corpus: Mapping[str, Passage]) -> set[str]:
-    return {*corpus, *map(page_of, corpus)}
+def _known(wanted: Collection[str], corpus: Mapping[str, Passage]) -> set[str]:
+    """Those of the wanted names that are ids of the corpus, or pages that one of its passages is a paragraph of."""
+    known = {name for name in wanted if name in corpus}
+    # The corpus may be larger than memory, so nothing is made of it but this.
+    return (
+        known.union(page for name in corpus if (page := page_of(name)) in wanted) if len(known) < len(wanted) else known
+    )
 
 
-def _gold_page(provenance: Mapping[str, Any], pages: Collection[str], by_title: Mapping[str, str]) -> str | None:
-    page, title = provenance.get("wikipedia_id"), provenance.get("title")
-    for name in (str(page), f"kilt:{page}"):
-        if page is not None and name in pages:
-            return name
-    return by_title.get(title or "", None if page is None else str(page))
+def _page(provenance: Mapping[str, Any]) -> tuple[str, str]:
+    """Wikipedia's id and title of a page, each empty where KILT does not say."""
+    page = provenance.get("wikipedia_id")
+    return "" if page is None else str(page), provenance.get("title") or ""
+
+
+def _gold_names(pages: Collection[tuple[str, str]], corpus: Mapping[str, Passage]) -> dict[tuple[str, str], str]:
+    """What the corpus calls KILT's pages, by id or else by title; their own id, or nothing, where it has none."""
+    names = {page: (page[0], f"kilt:{page[0]}") for page in pages if page[0]}
+    known = _known({name for pair in names.values() for name in pair}, corpus)
+    found = {page: next((name for name in pair if name in known), "") for page, pair in names.items()}
+    titles = {title for page, title in pages if title and not found.get((page, title))}
+    by_title = {p.title: page_of(p.id) for p in corpus.values() if p.title in titles} if titles else {}
+    return {page: found.get(page) or by_title.get(page[1], page[0]) for page in pages}
 
 
 def _unique(values: Iterable[str]) -> list[str]:

@@ -45,6 +45,7 @@ def evaluate(
     fluency: FluencyModel | None = None,
     metrics: Collection[str] = (),
     folder: str | Path | None = None,
+    batch: int = 16,
     progress: bool = True,
 ) -> Report:
     """Answers every question and scores retrieval, correctness, grounding and fluency.
@@ -57,6 +58,7 @@ def evaluate(
         fluency: the model that perplexity is measured with; None leaves it out.
         metrics: metrics of correctness to report besides those of each data set's suite.
         folder: where finished work is kept and the report written; a rerun with the same settings goes on there.
+        batch: questions answered at once.
         progress: show progress bars on stderr.
 
     Raises:
@@ -85,7 +87,7 @@ def evaluate(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     columns = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        answers = _answers(system, examples, keys, config, path and path / ANSWERS, identity, bar)
+        answers = _answers(system, examples, keys, config, path and path / ANSWERS, identity, batch, bar)
         evidence = [_evidence(system, answer) for answer in answers]
         verdicts = _judged(judge, answers, evidence, keys, path and path / VERDICTS, bar)
         nats = _fluent(fluency, answers, keys, path and path / FLUENCY, bar)
@@ -164,6 +166,7 @@ def _answers(
     config: GenerationConfig,
     path: Path | None,
     identity: dict[str, Any],
+    batch: int,
     bar: Progress,
 ) -> list[Answer]:
     # A question is known by its text too: an id may stand for another one in another file.
@@ -176,7 +179,7 @@ def _answers(
             journal.add(names[open_[row]], answer.model_dump(mode="json"))
             bar.advance(task)
 
-        system.answer([examples[i] for i in open_], config, keep)
+        system.answer([examples[i] for i in open_], config, keep, batch=batch)
         return [Answer.model_validate(journal.done[name]) for name in names]
 
 

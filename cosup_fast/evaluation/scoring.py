@@ -42,9 +42,7 @@ class Ranked(BaseModel):
     scores: dict[str, float]
 
 
-def rank_scores(
-    examples: Sequence[Example], lists: Sequence[Sequence[tuple[Passage, float]]]
-) -> list[tuple[Ranked, ...]]:
+def rank_scores(examples: Sequence[Example], lists: Sequence[Sequence[tuple[str, float]]]) -> list[tuple[Ranked, ...]]:
     """The ranked lists of each example, from those of all entries of `asked`.
 
     Among equal scores the gold passage counts as last: a model that embeds all passages alike finds nothing.
@@ -52,7 +50,7 @@ def rank_scores(
     gold = [ids for example in examples for _, ids in asked(example)]
     assert len(gold) == len(lists)
     ordered = [
-        ([passage.id for passage, _ in sorted(found, key=lambda hit: (-hit[1], bool(is_gold(hit[0].id, ids))))], ids)
+        ([name for name, _ in sorted(found, key=lambda hit: (-hit[1], bool(is_gold(hit[0], ids))))], ids)
         for found, ids in zip(lists, gold, strict=True)
     ]
     entries = iter(

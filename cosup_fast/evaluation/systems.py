@@ -7,16 +7,15 @@
     pair:RUN        another checkpoint retrieves: its Gen reads the same text and makes the query, its Embseq the index
     random          passages drawn by a seed
 
-All write with the same prompts and decoding, so that only what is retrieved differs. With a Gen trained on NTP alone,
-`dense` and `pair` are the single-supervision baselines of Lee et al. 2024, arXiv 2403.09024, section 4.
+All write with the same prompts and decoding, many questions at once, so that only what is retrieved differs. With a
+Gen trained on NTP alone, `dense` and `pair` are the single-supervision baselines of Lee et al. 2024, arXiv 2403.09024,
+section 4.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,18 +23,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.evaluation.metrics import is_gold
 from cosup_fast.evaluation.ranks import asked
-from cosup_fast.generation import Answer, GenerationConfig, Generator
-from cosup_fast.index import SequenceIndex, embed_queries, evaluation_mode
+from cosup_fast.generation import Answer, Asked, GenerationConfig, Generator
+from cosup_fast.generation import Request as Question
+from cosup_fast.generation.config import Found
+from cosup_fast.index import SequenceIndex, embed_queries
+from cosup_fast.index.embed import embed_asking
+from cosup_fast.index.shards import Passages
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
 
-Found = Sequence[tuple[Passage, float]]
-"""Passages with their scores, best first."""
+
+_RANKED_AT_ONCE = 256
+
+Ranking = list[tuple[str, float]]
+"""Ids of passages with their scores, best first."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Request:
     """One [NSP] that Gen has just written."""
 
     example: Example
-    query: Tensor  # (D,) Gen's hidden state there
+    query: Tensor  # (D,) Gen's query there
     written: tuple[Segment, ...]  # the output before it
     number: int  # retrievals before it
 
@@ -52,7 +57,7 @@ class Retriever(Protocol):
     """Where passages come from."""
 
     @property
-    def passages(self) -> dict[str, Passage]:
+    def passages(self) -> Mapping[str, Passage]:
         """All that it can give, by id."""
         ...
 
@@ -61,11 +66,11 @@ class Retriever(Protocol):
         """What decides its results, JSON values."""
         ...
 
-    def retrieve(self, request: Request, k: int) -> Found:
-        """At most k passages for what Gen asks, at least one."""
+    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
+        """For each of the requests that came at the same step at most k passages, at least one."""
         ...
 
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Found] | None:
+    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking] | None:
         """The k best passages for each entry of `asked`, example by example; None if nothing is searched."""
         ...
 
@@ -86,7 +91,7 @@ class System:
     sources: dict[str, str] = field(default_factory=dict)  # where its parts come from, for the report
 
     @property
-    def passages(self) -> dict[str, Passage]:
+    def passages(self) -> Mapping[str, Passage]:
         """All that can be retrieved, by id."""
         return {} if self.retriever is None else self.retriever.passages
 
@@ -100,7 +105,12 @@ class System:
         }
 
     def answer(
-        self, examples: Sequence[Example], config: GenerationConfig, on_answer: Callable[[int, Answer], None]
+        self,
+        examples: Sequence[Example],
+        config: GenerationConfig,
+        on_answer: Callable[[int, Answer], None],
+        *,
+        batch: int = 16,
     ) -> None:
         """Writes the answers; this is the one place of the evaluation that knows the decoder.
 
@@ -108,54 +118,53 @@ class System:
             examples: the questions.
             config: how to write.
             on_answer: called with the row of an example and its answer as soon as it is complete, in any order.
+            batch: questions answered at once.
 
         Raises:
-            ValueError: questions that could not be answered, after all others were.
+            ValueError: questions that could not be answered, after all others were; or what `Decoder` refuses.
         """
-        failed: list[tuple[Example, str]] = []
-        for row, example in enumerate(examples):
-            reading = _Reading(self.retriever, example)
-            generator = Generator(self.model, reading.retrieve, self._decoding(config))
-            try:
-                answer = generator.generate(example.question, example.instruction, reading.text)
-            except ValueError as error:
-                failed.append((example, str(error)))
-                continue
-            on_answer(row, answer)
+        failed: dict[int, str] = {}
+
+        def ended(row: int, answer: Answer) -> None:
+            if answer.error is None:
+                on_answer(row, answer)
+            else:
+                failed[row] = answer.error
+
+        generator = Generator(self.model, _Searches(self.retriever), self._decoding(config), max_batch=batch)
+        generator.generate_all((_Question(e.question, e.instruction, example=e) for e in examples), on_answer=ended)
         if failed:
+            first = min(failed)
             raise ValueError(
-                f"{len(failed)} of {len(examples)} questions could not be answered, first {failed[0][0].id!r}: "
-                f"{failed[0][1]} (the other answers are kept; leave these questions out, or mend what is wrong)"
+                f"{len(failed)} of {len(examples)} questions could not be answered, first {examples[first].id!r}: "
+                f"{failed[first]} (the other answers are kept; leave these questions out, or mend what is wrong)"
             )
 
     def _decoding(self, config: GenerationConfig) -> GenerationConfig:
         return config if self.retriever else config.model_copy(update={"max_retrievals": 0, "ret_first": False})
 
 
-class _Reading:
-    """Follows what Gen writes for one example, and turns its queries into requests."""
+@dataclass(frozen=True)
+class _Question(Question):
+    example: Example | None = None
 
-    def __init__(self, retriever: Retriever | None, example: Example):
-        self._retriever, self._example = retriever, example
-        self._pieces: list[str] = [""]  # before the first retrieval, and after each
-        self._given: list[str] = []
 
-    def text(self, piece: str) -> None:
-        self._pieces[-1] += piece
+class _Searches:
+    """What the decoder asks, put to a retriever."""
 
-    def retrieve(self, query: Tensor, k: int) -> Found:
+    def __init__(self, retriever: Retriever | None):
+        self._retriever = retriever
+
+    def search_all(self, asked: Sequence[Asked], k: int) -> Sequence[Found]:
         assert self._retriever is not None, "a closed-book system retrieves nothing"
-        # What follows a passage counts as grounded on it up to here: the decoder does not tell where [Ce] stood.
-        written = tuple(
-            Segment.model_construct(text=text, passage=passage)
-            for text, passage in zip(self._pieces, [None, *self._given], strict=True)
-            if text or passage is not None
-        )
-        found = self._retriever.retrieve(Request(self._example, query, written, len(self._given)), k)
-        if found:
-            self._given.append(found[0][0].id)
-            self._pieces.append("")
-        return found
+        requests = []
+        for one in asked:
+            assert isinstance(one.request, _Question)
+            assert one.request.example is not None
+            # Not validated: Gen may have written nothing on a passage.
+            written = tuple(Segment.model_construct(text=s.text, passage=s.passage) for s in one.segments)
+            requests.append(Request(one.request.example, one.query, written, one.retrievals))
+        return self._retriever.retrieve(requests, k)
 
 
 class IndexRetriever:
@@ -167,36 +176,30 @@ class IndexRetriever:
     """
 
     def __init__(self, model: CoSupervisionModel, index: SequenceIndex):
-        self.passages = {passage.id: passage for passage in index.passages}
+        self.passages = index.by_id
         self.origin = {"index": index.origin.fingerprint, **_corpus(index.passages)}
         self._model, self._index = model, index
 
-    def retrieve(self, request: Request, k: int) -> Found:
-        return self._index.retrieve(request.query, k)
+    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
+        return [*self._index.retrieve_all(torch.stack([request.query for request in requests]), k)]
 
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Found]:
+    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking]:
         queries, _ = embed_queries(self._model, examples, self.passages, progress=progress)
-        if not len(queries):
-            return []
-        scores, rows = self._index.search(queries, k)
-        return [
-            [(self._index.passages[row], score) for row, score in zip(*found, strict=True) if row >= 0]
-            for found in zip(rows.tolist(), scores.tolist(), strict=True)
-        ]
+        # The texts of k passages for each question may not fit into memory, their ids do.
+        parts = queries.split(_RANKED_AT_ONCE) if len(queries) else ()
+        return [_ids(found) for part in parts for found in self._index.retrieve_all(part, k)]
 
 
 class PairRetriever(IndexRetriever):
     """A second checkpoint retrieves: its Gen reads what the writer has written so far and makes the query itself."""
 
-    def retrieve(self, request: Request, k: int) -> Found:
+    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
         template = self._model.template
-        so_far = request.example.model_copy(update={"output": list(request.written)})
-        ids = [*template.gen_sequence(so_far, self.passages).input_ids[:-1], template.nsp]
-        pack = Pack.of([ids]).to(self._model.device)
-        with evaluation_mode(self._model):
-            row = torch.tensor([len(ids) - 1], device=self._model.device)
-            query = self._model.queries(self._model.hidden_states(pack), row)[0]
-        return self._index.retrieve(query, k)
+        sequences = []
+        for request in requests:
+            so_far = request.example.model_copy(update={"output": list(request.written)})
+            sequences.append([*template.gen_sequence(so_far, self.passages).input_ids[:-1], template.nsp])
+        return [*self._index.retrieve_all(embed_asking(self._model, sequences), k)]
 
 
 class DenseRetriever:
@@ -238,12 +241,12 @@ class DenseRetriever:
         texts = [self._template.format(title=p.title, text=p.text) for p in self._rows]
         return self._embed(texts, self._progress)
 
-    def retrieve(self, request: Request, k: int) -> Found:
-        return self._search([_so_far(request.example, request.written)], k)[0]
+    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
+        return self._search([_so_far(request.example, request.written) for request in requests], k)
 
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Found]:
+    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking]:
         texts = [_so_far(example, before) for example in examples for before, _ in asked(example)]
-        return self._search(texts, k) if texts else []
+        return [_ids(found) for found in self._search(texts, k)] if texts else []
 
     def _search(self, texts: list[str], k: int) -> list[Found]:
         queries = self._embed(texts, False)
@@ -277,16 +280,15 @@ class GoldRetriever:
             ValueError: naming it.
         """
         for example in examples:
-            self._gold(example)
+            self._gold(example, 0)
 
-    def retrieve(self, request: Request, k: int) -> Found:
-        gold = self._gold(request.example)
-        return [(gold[min(request.number, len(gold) - 1)], 1.0)]
+    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
+        return [[(self._gold(request.example, request.number), 1.0)] for request in requests]
 
     def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> None:
         return None
 
-    def _gold(self, example: Example) -> list[Passage]:
+    def _gold(self, example: Example, number: int) -> Passage:
         found = [self.passages[name] for name in example.gold if name in self.passages]
         pages = set(example.gold) - {passage.id for passage in found}
         if pages:  # the first paragraph of each page
@@ -297,7 +299,7 @@ class GoldRetriever:
                 f"example {example.id!r} has no gold passage in the corpus, which --system gold hands over: leave it "
                 "out, or add gold ids"
             )
-        return found
+        return found[min(number, len(found) - 1)]
 
 
 class RandomRetriever:
@@ -308,11 +310,11 @@ class RandomRetriever:
         self.origin = {"given": "random", "seed": seed, **_corpus(passages)}
         self._rows, self._seed = list(passages), seed
 
-    def retrieve(self, request: Request, k: int) -> Found:
-        return self._draw(request.example, request.number, k)
+    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
+        return [self._draw(request.example, request.number, k) for request in requests]
 
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Found]:
-        return [self._draw(example, number, k) for example in examples for number, _ in enumerate(asked(example))]
+    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking]:
+        return [_ids(self._draw(example, number, k)) for example in examples for number, _ in enumerate(asked(example))]
 
     def _draw(self, example: Example, number: int, k: int) -> Found:
         draw = random.Random(f"{self._seed} {example.dataset} {example.id} {number}")
@@ -321,10 +323,12 @@ class RandomRetriever:
 
 def _corpus(passages: Sequence[Passage]) -> dict[str, Any]:
     """The size and a digest of a corpus."""
-    digest = hashlib.sha256()
-    for passage in passages:
-        digest.update(json.dumps([passage.id, passage.title, passage.text]).encode())
-    return {"passages": len(passages), "corpus": digest.hexdigest()}
+    rows = passages if isinstance(passages, Passages) else Passages([passages])
+    return {"passages": len(rows), "corpus": rows.digest()}
+
+
+def _ids(found: Found) -> Ranking:
+    return [(passage.id, score) for passage, score in found]
 
 
 def _so_far(example: Example, written: Sequence[Segment]) -> str:

@@ -19,7 +19,7 @@ Source: Lee et al. 2024, arXiv 2403.09024, section 3.
 """
 
 from cosup_fast.generation.answer import Answer, AnswerSegment, Candidate, Retrieval
-from cosup_fast.generation.config import GenerationConfig, Request, Retrieve
+from cosup_fast.generation.config import Asked, GenerationConfig, Request, Retrieve, Searcher
 from cosup_fast.generation.decoder import Decoder, Ticket
 from cosup_fast.generation.generator import Generator
 from cosup_fast.generation.grammar import Grammar, State, choose
@@ -27,6 +27,7 @@ from cosup_fast.generation.grammar import Grammar, State, choose
 __all__ = [
     "Answer",
     "AnswerSegment",
+    "Asked",
     "Candidate",
     "Decoder",
     "GenerationConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "Request",
     "Retrieval",
     "Retrieve",
+    "Searcher",
     "State",
     "Ticket",
     "choose",

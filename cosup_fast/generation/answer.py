@@ -116,6 +116,11 @@ class Transcript:
             self._append(self._decoded())
             self._new = []
         self._send(len(self._text))
+        return self.segments
+
+    @property
+    def segments(self) -> tuple[AnswerSegment, ...]:
+        """Those up to the last whole character."""
         ends = [start for start, _ in self._starts[1:]] + [len(self._text)]
         return tuple(
             AnswerSegment(text=self._text[start:end], passage=passage)

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from cosup_fast.attention import attend, refuse_sinks
 
 CACHED_SDPA = "cached_sdpa"
 CALL_BYTES = 1 << 21  # a call of attention costs about as much as reading so many bytes of keys and values
@@ -170,9 +171,12 @@ def cached_sdpa(
     step: Step,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of a step's tokens to the tokens of their own requests, (1, T, H, d_v)."""
+    refuse_sinks(s_aux)
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = step.cache.write(int(module.layer_idx), step.rows, new_keys, new_values)  # type: ignore[arg-type]
     queries = query[0].transpose(0, 1)  # (T, H, d)
@@ -186,26 +190,27 @@ def cached_sdpa(
         q = queries[group.start : group.stop].reshape(len(group), key_heads, heads // key_heads, -1)
         first = 0 if sliding_window is None else max(0, min(chunk.end for chunk in chunks) - sliding_window)
         span = slice(first, max(chunk.end for chunk in chunks))
-        out = F.scaled_dot_product_attention(
+        out = attend(
             q,
             keys[slots, span].transpose(1, 2),
             values[slots, span].transpose(1, 2),
-            attn_mask=step.mask(group, sliding_window, first, q.dtype),
+            step.mask(group, sliding_window, first, q.dtype),
             scale=scaling,
+            softcap=softcap,
         )
         pieces.append(out.reshape(len(group), heads, -1))
     at = step.singles
     for i, chunk in enumerate(step.chunks[step.singles :], start=step.singles):
         whole = chunk.past == 0 and (sliding_window is None or chunk.end <= sliding_window)
         first = 0 if sliding_window is None else max(0, chunk.past + 1 - sliding_window)
-        out = F.scaled_dot_product_attention(
+        out = attend(
             query[:, :, at : at + len(chunk.tokens)],
             keys[None, chunk.slot, first : chunk.end].transpose(1, 2),
             values[None, chunk.slot, first : chunk.end].transpose(1, 2),
-            attn_mask=None if whole else step.mask(i, sliding_window, first, query.dtype),
-            is_causal=whole,
+            None if whole else step.mask(i, sliding_window, first, query.dtype),
+            causal=whole,
             scale=scaling,
-            enable_gqa=heads != key_heads,
+            softcap=softcap,
         )
         pieces.append(out[0].transpose(0, 1))
         at += len(chunk.tokens)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from cosup_fast.data.records import Passage
+from cosup_fast.generation.answer import AnswerSegment
 from cosup_fast.index import SequenceIndex
 
-Retrieve = Callable[[Tensor, int], Sequence[tuple[Passage, float]]]
-"""From a query (D,) and k to at most k passages with their scores, best first."""
+Found = Sequence[tuple[Passage, float]]
+"""Passages with their scores, best first."""
+
+Retrieve = Callable[[Tensor, int], Found]
+"""From a query (D,) and k to at most k passages."""
 
 
 class GenerationConfig(BaseModel):
@@ -69,7 +73,29 @@ class Request:
     instruction: str = ""
     config: GenerationConfig | None = None
     """How to write; None: as the generator does."""
-    index: SequenceIndex | Retrieve | None = None
+    index: SequenceIndex | Searcher | Retrieve | None = None
     """What to search, such as the question's own candidates; None: what the generator searches."""
     forced: Mapping[int, int] = field(default_factory=dict)
     """Tokens that are taken instead of chosen, by their place in the output: `ret_first` is {0: [NSP]}."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One [NSP] that Gen has written."""
+
+    request: Request
+    query: Tensor
+    """(D,) Gen's hidden state there."""
+    segments: tuple[AnswerSegment, ...]
+    """What it wrote before."""
+    retrievals: int
+    """How many there were before."""
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """Finds passages by more than a query, and for all requests that ask in a step at once."""
+
+    def search_all(self, asked: Sequence[Asked], k: int) -> Sequence[Found]:
+        """For each [NSP] at most k passages, at least one; an error is looked for by asking one by one again."""
+        ...

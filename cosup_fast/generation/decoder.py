@@ -20,10 +20,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from cosup_fast.data.records import Passage
 from cosup_fast.generation.answer import Answer, StopReason
 from cosup_fast.generation.cache import Chunk
-from cosup_fast.generation.config import GenerationConfig, Request, Retrieve
+from cosup_fast.generation.config import Asked, Found, GenerationConfig, Request, Retrieve, Searcher
 from cosup_fast.generation.grammar import Grammar, State, choose
 from cosup_fast.generation.runner import Runner, check_cache
 from cosup_fast.generation.task import Task
@@ -66,7 +65,7 @@ class Decoder:
 
     Args:
         model: Gen and Embseq.
-        index: the index that this model built, or any `retrieve(query, k)`.
+        index: the index that this model built, any `retrieve(query, k)`, or a `Searcher`.
         config: how to write, where a request does not say otherwise.
         max_batch: requests at once; the others wait.
         step_tokens: most tokens of prompts and passages that one step reads, which bounds how long requests that
@@ -80,7 +79,7 @@ class Decoder:
     def __init__(
         self,
         model: CoSupervisionModel,
-        index: SequenceIndex | Retrieve,
+        index: SequenceIndex | Searcher | Retrieve,
         config: GenerationConfig | None = None,
         *,
         max_batch: int = 16,
@@ -225,11 +224,13 @@ class Decoder:
         for rows in by_index.values():
             tasks = [self._running[ready[row][0]][1] for row in rows]
             wanted = max(task.config.candidates for task in tasks)
-            found: Sequence[Sequence[tuple[Passage, float]] | Exception]
+            asked = [task.asked(queries[row]) for row, task in zip(rows, tasks, strict=True)]
+            index = indexes[rows[0]]
+            found: Sequence[Found | Exception]
             try:
-                found = search(indexes[rows[0]], queries[rows], wanted)
+                found = _search(index, asked, wanted)
             except Exception:  # of one query perhaps: the others are to have their passages
-                found = [_search_one(indexes[row], queries[row], wanted) for row in rows]
+                found = [_search_one(index, one, wanted) for one in asked]
             for row, task, passages in zip(rows, tasks, found, strict=True):
                 try:
                     if isinstance(passages, Exception):
@@ -274,19 +275,19 @@ def _unwritten(reason: StopReason, error: str | None = None) -> Answer:
     )
 
 
-def search(index: SequenceIndex | Retrieve, queries: Tensor, k: int) -> list[Sequence[tuple[Passage, float]]]:
-    """For each query (N, D) at most k passages with their scores, best first: one search of an index."""
-    if not isinstance(index, SequenceIndex):
-        return [index(query, k) for query in queries]
-    scores, rows = index.search(queries, k)
-    return [
-        [(index.passages[row], score) for row, score in zip(*pair, strict=True) if row >= 0]
-        for pair in zip(rows.tolist(), scores.tolist(), strict=True)
-    ]
+def _search(index: SequenceIndex | Searcher | Retrieve, asked: Sequence[Asked], k: int) -> Sequence[Found]:
+    if isinstance(index, SequenceIndex):
+        return index.retrieve_all(torch.stack([one.query for one in asked]), k)
+    if isinstance(index, Searcher):
+        found = index.search_all(asked, k)
+        if len(found) != len(asked):
+            raise ValueError(f"search_all was asked {len(asked)} times and gave {len(found)} answers")
+        return found
+    return [index(one.query, k) for one in asked]
 
 
-def _search_one(index: SequenceIndex | Retrieve, query: Tensor, k: int) -> Sequence[tuple[Passage, float]] | Exception:
+def _search_one(index: SequenceIndex | Searcher | Retrieve, asked: Asked, k: int) -> Found | Exception:
     try:
-        return search(index, query[None], k)[0]
+        return _search(index, [asked], k)[0]
     except Exception as error:
         return error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosup_fast.generation.answer import Answer
 from cosup_fast.generation.cache import Chunk
-from cosup_fast.generation.config import GenerationConfig, Request, Retrieve
+from cosup_fast.generation.config import GenerationConfig, Request, Retrieve, Searcher
 from cosup_fast.generation.decoder import Decoder, Ticket
 from cosup_fast.generation.grammar import Grammar
 from cosup_fast.generation.runner import Runner
@@ -37,7 +37,7 @@ class Generator:
     def __init__(
         self,
         model: CoSupervisionModel,
-        index: SequenceIndex | Retrieve,
+        index: SequenceIndex | Searcher | Retrieve,
         config: GenerationConfig | None = None,
         *,
         max_batch: int = 16,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cosup_fast.attention import attending
 from cosup_fast.generation.cache import CACHED_SDPA, Chunk, SlotCache, Step
 from cosup_fast.linear import fast_linears, plain_linears
 
@@ -46,7 +47,7 @@ class Runner:
         self.cache.reserve(max(chunk.end for chunk in chunks))
         step = Step(self.cache, chunks, self.model.device)
         backbone: Any = self.model.gen.base_model
-        with self._evaluating(), _attention(backbone, CACHED_SDPA), fast_linears(self._linears):
+        with self._evaluating(), attending(backbone, CACHED_SDPA), fast_linears(self._linears):
             hidden = backbone(
                 input_ids=step.input_ids[None], position_ids=step.position_ids[None], use_cache=False, step=step
             ).last_hidden_state[0]
@@ -80,7 +81,7 @@ def check_cache(model: CoSupervisionModel) -> None:
     Raises:
         ValueError: Gen's attention is not the one that is cached here.
     """
-    from cosup_fast.backbone import agree
+    from cosup_fast.backbone import agree, alone
 
     runner = Runner(model, 2)
     first, second = _PROBES
@@ -94,20 +95,9 @@ def check_cache(model: CoSupervisionModel) -> None:
         raise ValueError(_uncached(model, f"{type(error).__name__}: {error}")) from error
     for ours, probe in zip(hidden, (second, first), strict=True):
         with torch.inference_mode(), runner._evaluating():
-            ids = torch.tensor([probe], device=model.device)
-            expected = model.gen.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+            expected = alone(model.gen.base_model, torch.tensor([probe], device=model.device))[0, -1]
         if not agree(ours, expected, model.gen.dtype):
             raise ValueError(_uncached(model, "tokens read in pieces give other hidden states than read at once"))
-
-
-@contextmanager
-def _attention(backbone: Any, implementation: str) -> Iterator[None]:
-    before = backbone.config._attn_implementation
-    backbone.config._attn_implementation = implementation
-    try:
-        yield
-    finally:
-        backbone.config._attn_implementation = before
 
 
 def _uncached(model: CoSupervisionModel, reason: str) -> str:

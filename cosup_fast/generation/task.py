@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from cosup_fast.data.records import Passage
 from cosup_fast.generation.answer import Answer, Candidate, Retrieval, StopReason, Transcript
-from cosup_fast.generation.config import GenerationConfig, Request
+from cosup_fast.generation.config import Asked, Found, GenerationConfig, Request
 from cosup_fast.generation.grammar import Grammar, State
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Task:
             stopped = self._transcript.text(token)
             if before is State.GROUNDED:
                 self._grounded.append(token)
-        elif before is State.GROUNDED:
+        else:
             stopped = self._transcript.close()
         if self.state is State.END:
             self.stop_reason = "end"
@@ -108,7 +108,11 @@ class Task:
         else:
             self.pending = [token]
 
-    def insert(self, found: Sequence[tuple[Passage, float]]) -> None:
+    def asked(self, query: Tensor) -> Asked:
+        """The [NSP] that was read last, with its query (D,)."""
+        return Asked(self.request, query, self._transcript.segments, len(self.retrievals))
+
+    def insert(self, found: Found) -> None:
         """The passages found for the [NSP] that was read last; the best is to be read now.
 
         Raises:

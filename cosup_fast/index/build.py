@@ -46,6 +46,7 @@ from cosup_fast.index.shards import (
     ROWS,
     VECTORS,
     PassageFile,
+    Passages,
     check_files,
     hash_ids,
     load_array,
@@ -257,7 +258,7 @@ class Build:
 
     def _check_ids(self) -> None:
         hashes = np.concatenate([load_array(self.work / name / ROWS)["id"] for name in self._ranges])
-        passages = _ReadSoFar(self.work, self._ranges)
+        passages = Passages([_passages(self.work / name) for name in self._ranges])
         if pair := repeated(passages, hashes):
             first, second = pair
             raise DataError(
@@ -268,8 +269,7 @@ class Build:
             return
         known: list[str] = []
         for name in self._ranges:
-            passages = _passages(self.work / name)
-            known += self._known(passage.id for passage in passages)
+            known += self._known(passage.id for passage in _passages(self.work / name))
         if len(known) == len(self._corpus):
             self.discard()
             raise DataError(f"{self._corpus.name}: all of its {len(known)} passages are in the index already")
@@ -320,20 +320,6 @@ def check_finite(vectors: np.ndarray, passages: Sequence[Passage]) -> None:
 
 def _passages(shard: Path) -> PassageFile:
     return PassageFile(shard / PASSAGES, load_array(shard / ROWS)["start"])
-
-
-class _ReadSoFar(Sequence[Passage]):
-    """The passages of all shards that were read, for the few that are looked at."""
-
-    def __init__(self, work: Path, ranges: dict[str, tuple[int, int]]):
-        self._work, self._ranges = work, ranges
-
-    def __len__(self) -> int:
-        return max(stop for _, stop in self._ranges.values())
-
-    def __getitem__(self, row: Any) -> Any:
-        name, start = next((name, start) for name, (start, stop) in self._ranges.items() if start <= row < stop)
-        return _passages(self._work / name)[row - start]
 
 
 class _Bar:

@@ -5,8 +5,9 @@ Shapes: N queries, M passages, D Gen's width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -99,7 +100,7 @@ def embed_sequences(
 def embed_queries(
     model: CoSupervisionModel,
     examples: Sequence[Example],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     *,
     batch_tokens: int | None = None,
     progress: bool = False,
@@ -116,7 +117,6 @@ def embed_queries(
     """
     template = model.template
     sequences: list[list[int]] = []
-    rows_of: list[list[int]] = []
     asked: list[tuple[int, str]] = []
     for number, example in enumerate(examples):
         sequence = template.gen_sequence(example, corpus)
@@ -126,17 +126,31 @@ def embed_queries(
             rows, wanted = [len(ids) - 1], example.gold[:1]
         if rows:
             sequences.append(ids[: rows[-1] + 1])
-            rows_of.append(list(range(len(asked), len(asked) + len(rows))))
             asked.extend((number, passage) for passage in wanted)
-    queries = torch.empty(len(asked), model.width)
+    return _queries(model, sequences, batch_tokens, progress), asked
+
+
+def embed_asking(model: CoSupervisionModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The query at the end of each of Gen's token sequences, which end in [NSP]: (N, D) fp32 on the CPU."""
+    ends = list(accumulate(sequence.count(model.template.nsp) for sequence in sequences))
+    return _queries(model, sequences, None, False)[[end - 1 for end in ends]]
+
+
+def _queries(
+    model: CoSupervisionModel, sequences: Sequence[Sequence[int]], batch_tokens: int | None, progress: bool
+) -> Tensor:
+    """The query at every [NSP] of Gen's token sequences, one after the other: (N, D) fp32 on the CPU."""
+    nsp = model.template.nsp
+    starts = list(accumulate((sequence.count(nsp) for sequence in sequences), initial=0))
+    queries = torch.empty(starts[-1], model.width)
     lengths = [len(sequence) for sequence in sequences]
     with evaluation_mode(model):
         for members in _packs(lengths, _budget(batch_tokens, model.device), "Embedding queries", progress):
             pack = Pack.of([sequences[member] for member in members]).to(model.device)
-            rows = (pack.input_ids == template.nsp).nonzero()[:, 0]
-            asking = [row for member in members for row in rows_of[member]]
+            rows = (pack.input_ids == nsp).nonzero()[:, 0]
+            asking = [row for member in members for row in range(starts[member], starts[member + 1])]
             queries[asking] = model.query_embeddings(pack, rows).float().cpu()
-    return queries, asked
+    return queries
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from cosup_fast.index.changes import Change, check_index, make_approximate, with
 from cosup_fast.index.embed import Precision, embed_passages
 from cosup_fast.index.origin import STAMP, Origin, Stamp
 from cosup_fast.index.search import Engine
-from cosup_fast.index.shards import RECORD, Passages, Shard, find_ids, hash_ids, repeated
+from cosup_fast.index.shards import RECORD, Passages, PassagesById, Shard, hash_ids, repeated
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
@@ -236,7 +236,8 @@ class SequenceIndex:
 
     def _set_shards(self, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
-        self.passages = Passages(self._shards)
+        self.passages = Passages([shard.passages for shard in self._shards])
+        self.by_id = PassagesById(self.passages, [shard.ids for shard in self._shards])
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._propose: nearest.Propose | None = None
         if self._approximate is None:
@@ -246,7 +247,7 @@ class SequenceIndex:
         return len(self.passages)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(find_ids(self._shards, [name]))
+        return name in self.by_id
 
     @property
     def dim(self) -> int:
@@ -291,9 +292,15 @@ class SequenceIndex:
 
     def retrieve(self, query: Tensor, k: int) -> list[tuple[Passage, float]]:
         """The k best passages for one query (D,) with their scores, best first; `search` says what is refused."""
-        scores, rows = self.search(query[None], k)
-        found = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
-        return [(self.passages[row], score) for row, score in found if row >= 0]
+        return self.retrieve_all(query[None], k)[0]
+
+    def retrieve_all(self, queries: Tensor, k: int) -> list[list[tuple[Passage, float]]]:
+        """`retrieve` for each of the queries (N, D), by one search."""
+        scores, rows = self.search(queries, k)
+        return [
+            [(self.passages[row], score) for row, score in zip(*found, strict=True) if row >= 0]
+            for found in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
 
     def _searcher(self) -> nearest.Propose:
         if self._approximate is not None:
@@ -348,11 +355,8 @@ class SequenceIndex:
             self._set_shards([Shard.of(both, np.concatenate([self._shards[0].vectors, vectors]))])
             return
         work = self.folder.with_name(f".{self.folder.name}.adding")
-
-        def known(ids: Iterable[str]) -> dict[str, int]:
-            return find_ids(self._shards, ids)
-
-        with Build(work, model, source, origin, options, known=known, context=str(self.folder)) as build:
+        known, context = self.by_id.rows, str(self.folder)
+        with Build(work, model, source, origin, options, known=known, context=context) as build:
             names = build.run()
             with build.ranks.together():
                 if build.ranks.leads:
@@ -370,7 +374,7 @@ class SequenceIndex:
             ValueError: an id is not there, or no passage would be left; the index is then as it was.
         """
         wanted = list(dict.fromkeys(ids))
-        found = find_ids(self._shards, wanted)
+        found = self.by_id.rows(wanted)
         if missing := [name for name in wanted if name not in found]:
             raise ValueError(
                 f"no passage has the id {missing[0]!r}"

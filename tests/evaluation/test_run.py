@@ -168,7 +168,7 @@ def test_a_rerun_does_nothing_twice(system, examples, tmp_path, monkeypatch):
     answered = []
     answer = System.answer
     monkeypatch.setattr(
-        System, "answer", lambda self, e, *a: answered.extend(x.question for x in e) or answer(self, e, *a)
+        System, "answer", lambda self, e, *a, **k: answered.extend(x.question for x in e) or answer(self, e, *a, **k)
     )
     assert evaluate(system, examples, CONFIG, judge=judge, folder=tmp_path / "out", progress=False) == first
     assert (answered, judge.asked) == ([], asked)
@@ -189,10 +189,10 @@ def test_a_question_that_fails_harms_no_other(model, passages, examples, tmp_pat
     retriever = RandomRetriever(passages)
     system, retrieve = System("random", model, retriever), retriever.retrieve
 
-    def broken(request, k):
-        if request.example.id == "e2":
+    def broken(requests, k):
+        if any(request.example.id == "e2" for request in requests):
             raise ValueError("passage 'x' is too long")
-        return retrieve(request, k)
+        return retrieve(requests, k)
 
     with monkeypatch.context() as patch:
         patch.setattr(retriever, "retrieve", broken)

@@ -108,9 +108,9 @@ def test_every_suite_names_metrics_that_exist(examples):
         check_metrics(["rouge-l"])
 
 
-def test_ranked_lists_of_an_example_with_two_queries(examples, corpus):
+def test_ranked_lists_of_an_example_with_two_queries(examples):
     def found(*names, scores=None):
-        return [(corpus[name], score) for name, score in zip(names, scores or range(0, -len(names), -1))]
+        return list(zip(names, scores or range(0, -len(names), -1)))
 
     lists = [
         found("rome", "paris"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cosup_fast.data.records import Example, Passage, Segment
+from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.evaluation import (
     DenseRetriever,
     GoldRetriever,
@@ -14,12 +14,14 @@ from cosup_fast.evaluation import (
     RandomRetriever,
     System,
     evaluate,
+    load_test_sets,
 )
 from cosup_fast.evaluation.command import open_system, output_folder, split_name
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
-from cosup_fast.evaluation.systems import Request, _Reading
-from cosup_fast.generation import Answer, GenerationConfig, Generator
+from cosup_fast.evaluation.systems import Request, _Question, _Searches
+from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
+from cosup_fast.index.shards import PassageFile
 
 CONFIG = GenerationConfig(ret_first=True, max_new_tokens=12, max_retrievals=2, candidates=3)
 
@@ -34,6 +36,15 @@ def answers_of(system: System, examples, config: GenerationConfig = CONFIG) -> l
 
 def ids(found) -> list[str]:
     return [passage.id for passage, _ in found]
+
+
+def names(ranking) -> list[str]:
+    return [name for name, _ in ranking]
+
+
+def asked_once(retriever, request: Request, k: int) -> list[str]:
+    (found,) = retriever.retrieve([request], k)
+    return ids(found)
 
 
 def request(example: Example, number: int = 0, *written: Segment) -> Request:
@@ -54,8 +65,29 @@ def test_ranked_lists_agree_with_the_ranks(system, model, index, examples):
     ranks = retrieval_ranks(model, examples, index)
     lists = system.retriever.rank(examples, 11, progress=False)
     gold = [next(iter(wanted)) for example in examples for _, wanted in asked(example)]
-    assert [ids(found).index(name) for found, name in zip(lists, gold, strict=True)] == ranks
+    assert [names(ranked).index(name) for ranked, name in zip(lists, gold, strict=True)] == ranks
     assert system.retriever.rank([Example(id="s", question="?", output=[])], 5, progress=False) == []
+
+
+def test_a_corpus_in_files_is_not_read_into_memory(model, examples, tmp_path, monkeypatch):
+    """Of an index in a folder, only the lines of what is ranked and of what Gen is given are read."""
+    many = [Passage(id=f"p{n}", title=f"Passage {n}", text=f"{n} is a number.") for n in range(700)]
+    index = SequenceIndex.build(model, many, tmp_path / "index", progress=False)
+    questions = [e.model_copy(update={"output": [], "gold": [f"p{n}"]}) for n, e in enumerate(examples)]
+    write_jsonl(tmp_path / "questions.jsonl", questions)
+    lines: list[int] = []
+    line = PassageFile.line
+    monkeypatch.setattr(PassageFile, "line", lambda self, row: lines.append(row) or line(self, row))
+    system = System("co-supervised", model, IndexRetriever(model, index))
+    tests = load_test_sets([str(tmp_path / "questions.jsonl")], system.passages)
+    report = evaluate(system, tests, CONFIG, progress=False)
+    assert len(lines) <= len(examples) * (100 + 2 * CONFIG.max_retrievals * (CONFIG.candidates + 3))
+    in_memory = IndexRetriever(model, SequenceIndex.build(model, many, progress=False))
+    assert in_memory.origin == report.settings["retriever"]
+    same = evaluate(System("co-supervised", model, in_memory), tests, CONFIG, progress=False)
+    assert same.questions == report.questions
+    assert dict(system.passages) == {passage.id: passage for passage in many}
+    assert "p700" not in system.passages
 
 
 def test_closed_book_never_retrieves(model, examples):
@@ -70,7 +102,7 @@ def test_closed_book_never_retrieves(model, examples):
 
 def test_gold_hands_over_the_gold_passages_in_order(model, passages, examples):
     retriever = GoldRetriever(passages)
-    assert [ids(retriever.retrieve(request(examples[1], n), 5)) for n in range(3)] == [["paris"], ["seine"], ["seine"]]
+    assert [asked_once(retriever, request(examples[1], n), 5) for n in range(3)] == [["paris"], ["seine"], ["seine"]]
     answers = answers_of(System("gold", model, retriever), examples)
     for example, answer in zip(examples, answers, strict=True):
         assert answer.retrievals[0].best.passage == example.gold[0]
@@ -86,20 +118,20 @@ def test_gold_pages_are_handed_over_by_their_first_paragraph():
     paragraphs = [Passage(id=f"{page}#{n}", title=page, text=f"{n}") for page in "ab" for n in range(2)]
     example = Example(id="x", question="?", output=[], gold=["b", "a#1", "a"])
     retriever = GoldRetriever(paragraphs)
-    assert [ids(retriever.retrieve(request(example, n), 1))[0] for n in range(3)] == ["a#1", "b#0", "a#0"]
+    assert [asked_once(retriever, request(example, n), 1)[0] for n in range(3)] == ["a#1", "b#0", "a#0"]
 
 
 def test_random_passages_depend_on_seed_question_and_number_alone(model, passages, examples):
     def drawn(seed):
         retriever = RandomRetriever(passages, seed)
-        return [ids(retriever.retrieve(request(e, n), 3)) for e in examples for n in range(2)]
+        return [asked_once(retriever, request(e, n), 3) for e in examples for n in range(2)]
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert len({tuple(names) for names in drawn(0)}) > 4
     assert all(len(set(names)) == 3 for names in drawn(0))
     lists = RandomRetriever(passages).rank(examples, 100, progress=False)
     assert [len(found) for found in lists] == [11] * 6
-    firsts = [ids(RandomRetriever(passages, seed).retrieve(request(examples[0]), 1))[0] for seed in range(300)]
+    firsts = [asked_once(RandomRetriever(passages, seed), request(examples[0]), 1)[0] for seed in range(300)]
     assert {firsts.count(passage.id) > 8 for passage in passages} == {True}  # 27 expected
 
 
@@ -114,38 +146,59 @@ def test_a_pair_retrieves_with_its_own_queries(make_model, model, passages, exam
     queries, _ = embed_queries(other, [example], corpus)
     written = tuple(example.output[:3])
     expected = [ids(index.retrieve(query, 11)) for query in queries]
-    assert ids(retriever.retrieve(request(example), 11)) != expected[0]  # before "First the city."
-    assert ids(retriever.retrieve(request(example, 0, example.output[0]), 11)) == expected[0]
-    assert ids(retriever.retrieve(request(example, 1, *written), 11)) == expected[1]
+    assert asked_once(retriever, request(example), 11) != expected[0]  # before "First the city."
+    assert asked_once(retriever, request(example, 0, example.output[0]), 11) == expected[0]
+    assert asked_once(retriever, request(example, 1, *written), 11) == expected[1]
     system = System("pair:other", model, retriever)
     for example, answer in zip(examples, answers_of(system, examples), strict=True):
-        best = retriever.retrieve(request(example), 3)
-        assert [c.passage for c in answer.retrievals[0].candidates] == ids(best)
+        assert [c.passage for c in answer.retrievals[0].candidates] == asked_once(retriever, request(example), 3)
     assert evaluate(system, examples, CONFIG, progress=False).settings["retriever"]["index"] == other.fingerprint()
 
 
 def test_what_was_written_reaches_the_retriever(trained, passages, examples):
-    requests = []
+    steps = []
 
     class Recording(GoldRetriever):
-        def retrieve(self, request, k):
-            requests.append(request)
-            return super().retrieve(request, k)
+        def retrieve(self, requests, k):
+            steps.append(requests)
+            return super().retrieve(requests, k)
 
     system = System("gold", trained, Recording(passages))
     answers = answers_of(system, examples, GenerationConfig())
     assert [answer.text for answer in answers] == ["".join(s.text for s in e.output) for e in examples]
-    requests.sort(key=lambda request: (request.example.id, request.number))
+    assert len(steps[0]) == 3  # all but e2 begin with [NSP]: they ask at once
+    requests = sorted((r for step in steps for r in step), key=lambda r: (r.example.id, r.number))
     assert [(r.example.id, r.number) for r in requests] == [
         ("e1", 0), ("e2", 0), ("e2", 1), ("e3", 0), ("e4", 0), ("e4", 1),
     ]  # fmt: skip
-    first, second = requests[1:3]
-    assert first.written == (Segment(text="First the city. "),)
-    grounded = Segment(text="Paris lies on the Seine. Then its length: ", passage="paris")
-    assert second.written == (Segment(text="First the city. "), grounded)
-    assert requests[5].written == (Segment(text="囲碁 👍", passage="go"),)
-    assert first.query.shape == (32,)
-    assert not torch.equal(first.query, second.query)
+    for request in requests:
+        at = [i for i, segment in enumerate(request.example.output) if segment.passage is not None][request.number]
+        assert request.written == tuple(request.example.output[:at])
+    assert requests[0].query.shape == (32,)
+    assert not torch.equal(requests[1].query, requests[2].query)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_every_baseline_answers_many_questions_at_once(make_model, model, passages, examples, encoder_folder, batch):
+    other = make_model(seed=7)
+    retrievers = {
+        "closed-book": None,
+        "gold": GoldRetriever(passages),
+        "random": RandomRetriever(passages),
+        "dense": DenseRetriever(encoder_folder, passages, "{title} :: {text}"),
+        "pair": PairRetriever(other, SequenceIndex.build(other, passages, progress=False)),
+    }
+    many = [e.model_copy(update={"id": f"{e.id}-{n}"}) for n in range(2) for e in examples]
+    config = CONFIG.model_copy(update={"ctx_truncate": True, "max_new_tokens": 20})
+    for name, retriever in retrievers.items():
+        rows: dict[int, Answer] = {}
+        System(name, model, retriever).answer(many, config, rows.__setitem__, batch=batch)
+        assert sorted(rows) == list(range(len(many)))
+        for row, example in enumerate(many):
+            (alone,) = answers_of(System(name, model, retriever), [example], config)
+            assert rows[row].segments == alone.segments
+            found, expected = ([[c.passage for c in r.candidates] for r in a.retrievals] for a in (rows[row], alone))
+            assert found == expected
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +235,9 @@ def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, pa
 
     example = examples[1]
     so_far = f"{example.question} First the city. Paris lies on the Seine. Then its length:"
-    assert ids(retriever.retrieve(request(example), 4)) == expected(example.question)[:4]
-    assert ids(retriever.retrieve(request(example, 1, *example.output[:3]), 11)) == expected(so_far)
-    assert ids(retriever.rank(examples, 11, progress=False)[2]) == expected(so_far)
+    assert asked_once(retriever, request(example), 4) == expected(example.question)[:4]
+    assert asked_once(retriever, request(example, 1, *example.output[:3]), 11) == expected(so_far)
+    assert names(retriever.rank(examples, 11, progress=False)[2]) == expected(so_far)
     system = System("dense:tiny", model, retriever)
     (answer,) = answers_of(system, [example])
     assert answer.retrievals[0].best.passage == expected(example.question)[0]
@@ -225,13 +278,18 @@ def test_names_of_systems(tmp_path, model, data_folder):
 
 
 def test_a_passage_that_nothing_was_written_on_is_still_read(model, passages, examples):
-    class Recording(GoldRetriever):
-        def retrieve(self, request, k):
-            assert request.written == tuple(
-                Segment.model_construct(text="", passage="paris") for _ in range(request.number)
-            )
-            return super().retrieve(request, k)
+    """[NSP] passage [Cs] [Ce] [NSP]: the grounded text between them is empty."""
+    template, requests = model.template, []
 
-    reading = _Reading(Recording(passages), examples[0])
-    for _ in range(3):
-        assert ids(reading.retrieve(torch.zeros(32), 1)) == ["paris"]
+    class Recording(GoldRetriever):
+        def retrieve(self, asked, k):
+            requests.extend(asked)
+            return super().retrieve(asked, k)
+
+    index = SequenceIndex.build(model, passages, progress=False)
+    script = [template.nsp, template.context_end, template.nsp, template.context_end, template.eos]
+    decoder = Decoder(model, _Searches(Recording(passages)))
+    decoder.submit(_Question("?", example=examples[0], forced=dict(enumerate(script))))
+    list(decoder.run())
+    assert [[(s.text, s.passage) for s in r.written] for r in requests] == [[], [("", "paris")]]
+    assert len(PairRetriever(model, index).retrieve(requests, 3)[1]) == 3

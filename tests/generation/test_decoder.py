@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plain_decoder import plain_decode
+from cosup_fast.attention import attending
 from cosup_fast.generation import Decoder, GenerationConfig, Generator, Request, Ticket
 from cosup_fast.index import SequenceIndex
 
@@ -33,16 +34,17 @@ def agree(model, retrieve, tickets: list[Ticket], *, text_only: bool = False) ->
     seen = Counter()
     for ticket in tickets:
         request, answer = ticket.request, ticket.result()
-        plain = plain_decode(
-            model,
-            retrieve,
-            request.config,
-            request.question,
-            request.instruction,
-            forced=request.forced,
-            text_only=text_only,
-            cache=False,
-        )
+        with attending(model.gen.base_model, "eager"):  # transformers' own definition
+            plain = plain_decode(
+                model,
+                retrieve,
+                request.config,
+                request.question,
+                request.instruction,
+                forced=request.forced,
+                text_only=text_only,
+                cache=False,
+            )
         assert (answer.stop_reason, answer.text) == (plain.stop, plain.text)
         assert answer.generated_tokens == len(plain.generated)
         assert (answer.prompt_tokens, answer.inserted_tokens) == (len(plain.prompt), plain.inserted)
@@ -80,6 +82,7 @@ ARCHITECTURES = {
     "gpt2": {},
     "mistral": {"sliding_window": 12},
     "gemma3_text": {"head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"head_dim": 8, "sliding_window": 9, "attn_logit_softcapping": 2.0},
     "phi": {},
     "qwen3": {"head_dim": 16},
 }

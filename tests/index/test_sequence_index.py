@@ -5,12 +5,14 @@ import os
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from cosup_fast.data.records import Passage
-from cosup_fast.index import Options, SequenceIndex, embed_passages
+from cosup_fast.index import Options, SequenceIndex, embed_passages, shards
 from cosup_fast.index import sequence_index as module
+from cosup_fast.index.shards import PassagesById
 
 MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
 SMALL = Options(shard_size=4, progress=False)
@@ -41,6 +43,18 @@ def _same(a: SequenceIndex, b: SequenceIndex) -> None:
     ours, theirs = a.search(queries, 5), b.search(queries, 5)
     assert torch.equal(ours[1], theirs[1])
     torch.testing.assert_close(ours[0], theirs[0])
+
+
+def test_passages_by_id_are_told_apart_where_hashes_collide(passages, monkeypatch):
+    monkeypatch.setattr(shards, "hash_ids", lambda ids: np.array([len(name) for name in ids], dtype="<u8"))
+    hashes = shards.hash_ids(passage.id for passage in passages)
+    by_id = PassagesById(passages, [hashes[:4], hashes[4:]])
+    assert len(set(hashes.tolist())) < len(passages)
+    assert dict(by_id) == {passage.id: passage for passage in passages}
+    assert by_id.rows(["nile", "rome", "atoll", "", "rome"]) == {"nile": 9, "rome": 1}
+    assert 7 not in by_id
+    with pytest.raises(KeyError, match="atoll"):
+        by_id["atoll"]
 
 
 def test_search_is_exact(index):
