@@ -6,7 +6,7 @@ Only questions are answered: is this on a GPU, of which capability? No kernel is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from unittest import mock
 
 import torch
@@ -30,6 +30,10 @@ def gpu() -> Iterator[None]:
     """Within, every tensor says that it is on a GPU of CAPABILITY."""
     # Imported within the interpreter, the compiler would keep the interpreter's min and max.
     import triton.compiler.code_generator  # noqa: F401
+
+    # And this, which peers import through peft, would look for the functions of a build for GPUs.
+    with suppress(ImportError):
+        import bitsandbytes  # noqa: F401  # pyright: ignore
 
     with ExitStack() as stack:
         for target, name, answer in (

@@ -108,7 +108,8 @@ def check(kind: type[Chunk], problem: tuple[Scores, Tensor, Tensor | None], tile
     if exact.columns is not None:
         assert ours.columns is not None
         near(ours.columns, exact.columns, 2.0**-20 * size)
-    if ranks and size < 100:  # scores of random operands are further apart than their rounding
+    # Scores of random operands are further apart than their rounding, unless a cap flattens them.
+    if ranks and size < (100 if s.softcap is None else 2 * s.softcap):
         assert torch.equal(ours.rank, exact.rank)
         assert torch.equal(ours.top1, exact.top1)
     tiny = torch.finfo(gradient.dtype).tiny * torch.finfo(gradient.dtype).eps + 2.0**-22
@@ -137,6 +138,7 @@ class Tiles:
                 shipped.SEVERAL_STORED,
                 shipped.SEVERAL_SYMMETRIC,
                 shipped.SINGLE,
+                shipped.SINGLE_SEVERAL,
             ):
                 stack.enter_context(mock.patch.dict(shapes, interpreter=product))
             stack.enter_context(mock.patch.object(shipped, "MERGE", Configuration({"BT": self.step, "BR": 32})))
