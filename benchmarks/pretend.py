@@ -11,6 +11,8 @@ from unittest import mock
 
 import torch
 
+from cosup_fast.environment import no_downloaded_kernels
+
 CAPABILITY = (9, 0)
 
 
@@ -32,7 +34,7 @@ def gpu() -> Iterator[None]:
     import triton.compiler.code_generator  # noqa: F401
 
     # And this, which peers import through peft, would look for the functions of a build for GPUs.
-    with suppress(ImportError):
+    with suppress(ImportError), no_downloaded_kernels():
         import bitsandbytes  # noqa: F401  # pyright: ignore
 
     with ExitStack() as stack:
