@@ -152,7 +152,7 @@ def test_gate_command(command, capsys, monkeypatch):
     from benchmarks import gate
 
     monkeypatch.setattr(gate, "measure", lambda: {"a": {"flops": 2}})
-    monkeypatch.setattr(gate, "load", lambda: ("2.13", {"a": {"flops": 1}}))
+    monkeypatch.setattr(gate, "load", lambda: ({"torch": "2.13", "triton": "3.7"}, {"a": {"flops": 1}}))
     assert command("gate") == 1
     printed = capsys.readouterr()
     assert "a: flops is 2, was 1" in printed.out
