@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, out
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, leads, out, say_once
 from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
 from cosup_fast.cli_convert import convert_app
@@ -44,10 +45,18 @@ def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:  # an argument, a file, a missing package; a bug keeps its trace
-        err.print("[red]error:[/] ", end="")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _of_peers(error):
+            raise  # a bug keeps its trace; else it is an argument, a file, a missing package, a lost rank
+        err.print("[red]error:[/] " if leads() else f"[red]error on rank {os.environ['RANK']}:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _of_peers(error: RuntimeError) -> bool:
+    from cosup_fast.peers import PeerError
+
+    return isinstance(error, PeerError)
 
 
 @app.command(epilog="Example: cosup-fast env")
@@ -109,7 +118,7 @@ def data_check(
 
 
 @app.command(
-    epilog="Examples: cosup-fast train run.yaml --resume | "
+    epilog="Examples: cosup-fast train run.yaml --resume | torchrun --nproc-per-node 8 -m cosup_fast train run.yaml | "
     "cosup-fast train training.lr=1e-4 nsp.weight=0.1 model.gen_layers=6 output=runs/six-layers"
 )
 def train(
@@ -122,7 +131,7 @@ def train(
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
 ) -> None:
-    """Train Gen and Embseq together."""
+    """Train Gen and Embseq together; torchrun shares every step among processes."""
     from cosup_fast.config import dump_config
 
     config = _config(arguments or [])
@@ -134,11 +143,11 @@ def train(
     try:
         checkpoint = run_training(config, resume=resume, console=err)
     except KeyboardInterrupt as interrupt:
-        err.print(
-            f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume", highlight=False, soft_wrap=True
-        )
+        if leads():
+            text = f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume"
+            err.print(text, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    _say(f"checkpoint: {checkpoint}")
+    say_once(f"checkpoint: {checkpoint}")
 
 
 @app.command(
@@ -261,9 +270,9 @@ def evaluate(
     report.json (everything) and report.html (to read).
     """
     from cosup_fast import evaluation
+    from cosup_fast.environment import choose_device
     from cosup_fast.evaluation import command
     from cosup_fast.evaluation.suites import check_metrics
-    from cosup_fast.training.trainer import choose_device
 
     check_metrics(metric or [])
     folder = command.output_folder(output, checkpoint, system, overwrite=overwrite)
@@ -413,18 +422,18 @@ def mine(
     if corpus is None and not (folder / STAMP).is_file():
         raise ValueError(f"{folder} is no index, it has no {STAMP}: give --corpus to build it, or another --index")
     model = _load_model(checkpoint, device)
-    if passages is not None and not (folder / STAMP).is_file():
-        SequenceIndex.build(model, passages, progress=True).save(folder)
-        _say(f"index: {folder} ({len(passages)} passages)")
-    loaded = SequenceIndex.load(folder, model, allow_stale=allow_stale)
-    if passages is not None and (
-        len(loaded) != len(passages) or any(a != b for a, b in zip(loaded.passages, passages))
-    ):
-        raise ValueError(
-            f"{folder} holds other passages than --corpus {corpus}: leave that out, or name another --index"
-        )
     journal = output.with_name(f".{output.name}.part")
     try:
+        if corpus is not None and not (folder / STAMP).is_file():
+            built = SequenceIndex.build(model, corpus, folder)  # shard by shard, so that a kill costs little
+            _say(f"index: {folder} ({len(built)} passages)")
+        loaded = SequenceIndex.load(folder, model, allow_stale=allow_stale)
+        if passages is not None and (
+            len(loaded) != len(passages) or any(a != b for a, b in zip(loaded.passages, passages))
+        ):
+            raise ValueError(
+                f"{folder} holds other passages than --corpus {corpus}: leave that out, or name another --index"
+            )
         mined = mine_negatives(model, loaded, chosen, config, journal=journal, progress=True)
     except KeyboardInterrupt:
         err.print("[yellow]interrupted:[/] the same command goes on where this one stopped", highlight=False)
