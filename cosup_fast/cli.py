@@ -342,7 +342,8 @@ def export(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
     what: Annotated[
-        str, typer.Option(help="retriever (both sides, for sentence-transformers), embseq (passages alone) or gen")
+        str,
+        typer.Option(help="retriever (both sides, for sentence-transformers), query or embseq (one of them), or gen"),
     ] = "retriever",
     licence: Annotated[str | None, typer.Option("--license", help="of the model, for its card, as apache-2.0")] = None,
     name: Annotated[str | None, typer.Option(help="title of the model card; default: the run's folder")] = None,
