@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +11,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, load_model, out, say
+from cosup_fast.cli_common import Checkpoint, Device, Stale, interruptible, load_model, out, say
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
@@ -63,7 +61,7 @@ def index_build(
         precision=precision,  # type: ignore[arg-type]  # Options says which there are
         restart=restart,
     )
-    with process_group(), _interruptible():
+    with process_group(), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, _device(device))
         index = SequenceIndex.build(model, corpus, output, factory=factory, parameters=parameters, options=options)
     _say_once(f"index: {output} ({len(index)} passages)")
@@ -83,7 +81,7 @@ def index_add(
     """Embed passages with the checkpoint that built the index, and append them."""
     from cosup_fast.index import Options, SequenceIndex, process_group
 
-    with process_group(), _interruptible():
+    with process_group(), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, _device(device))
         loaded = SequenceIndex.load(index or checkpoint / "index", model, verify=False)
         before = len(loaded)
@@ -198,13 +196,3 @@ def _device(device: str) -> str:
 def _say_once(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         say(text)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        text = str(interrupt) or "nothing was embedded so far"
-        err.print(f"[yellow]interrupted:[/] {escape(text)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
