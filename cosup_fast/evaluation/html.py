@@ -11,7 +11,7 @@ from typing import Any
 
 from cosup_fast.data.records import Example
 from cosup_fast.evaluation.metrics import answer_spans, is_gold, require
-from cosup_fast.evaluation.report import QuestionRecord, Report, shown
+from cosup_fast.evaluation.report import QuestionRecord, Report, figure, shown
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
 
 SHOWN = 1000
@@ -57,7 +57,7 @@ def _question(record: QuestionRecord, retrieval: str) -> dict[str, Any]:
         "segments": list(_segments(record)),
         "retrievals": list(_retrievals(record)),
         "answers": [*example.answers, *(" / ".join(answers) for answers in example.answer_sets)],
-        "scores": [(name, _number(name, value)) for name, value in scores.items()],
+        "scores": [(name, figure(name, value).removesuffix(".0")) for name, value in scores.items()],
         "retrieval": retrieval,
     }
 
@@ -105,7 +105,3 @@ def _marked(text: str, example: Example) -> list[tuple[str, bool]]:
         pieces += [(text[start:begin], False), (text[begin:end], True)]
         start = end
     return [(piece, marked) for piece, marked in [*pieces, (text[start:], False)] if piece]
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.1f}" if name in METRICS and METRICS[name].geometric else f"{100 * value:.0f}"

@@ -11,7 +11,7 @@ from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.compare import compare
 from cosup_fast.evaluation.html import render
 from cosup_fast.evaluation.judge import Verdict
-from cosup_fast.evaluation.report import QuestionRecord, Report
+from cosup_fast.evaluation.report import QuestionRecord, Report, figure
 from cosup_fast.evaluation.scoring import score
 from cosup_fast.evaluation.suites import METRICS, suite_of
 
@@ -98,10 +98,17 @@ def test_tables_hold_the_numbers(answer_of):
     text = render(report)
     for part in report.datasets:
         assert f"{100 * part.metrics['containment'].mean:.1f}" in text
-        assert f"{part.metrics['perplexity'].mean:.1f}" in text
+        assert figure("perplexity", part.metrics["perplexity"].mean) in text
     metrics = {name for part in report.datasets for name in part.metrics if name in METRICS}
     assert text.count("<tr>") == 3 + len(report.datasets) + len(report.averages) + len(metrics)
     assert list(report.averages) == ["all", "in-domain"]
+
+
+def test_numbers_are_short():
+    assert [figure("perplexity", value) for value in (1.04, 999.94, 12345.6, 5540547.0)] == [
+        "1.0", "999.9", "12,346", "5.5e+06",
+    ]  # fmt: skip
+    assert figure("recall@1", 0.12345) == "12.3"
 
 
 def test_many_questions_are_cut_and_the_page_says_so(answer_of, monkeypatch):
