@@ -93,6 +93,17 @@ def test_answers_are_marked_and_reasons_given(answer_of):
         assert words in " ".join(plain.split()), words
 
 
+def test_a_question_with_dozens_of_spellings_shows_some(answer_of):
+    report = make_report(answer_of)
+    answers = ["Paris", "paris!", "The Paris", *(f"Lutetia {n}" for n in range(9))]
+    example = report.questions[0].example.model_copy(update={"answers": answers})
+    question = report.questions[0].model_copy(update={"example": example})
+    text = render(report.model_copy(update={"questions": (question,)}))
+    assert "Paris · Lutetia 0 · " in text
+    assert "Lutetia 6 <small>and 2 more in report.json</small>" in text
+    assert "paris!" not in text
+
+
 def test_tables_hold_the_numbers(answer_of):
     report = make_report(answer_of, domain="in-domain")
     text = render(report)
