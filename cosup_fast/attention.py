@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -82,8 +81,8 @@ def packed_sdpa(
             query, key, value, attention_mask, causal=causal, scale=scaling, softcap=softcap, dropout=dropout
         )
         return whole.transpose(1, 2), None
-    if (recorded := _windows.get()) is not None:
-        recorded.applied.add(sliding_window)
+    for windows in _recorders:
+        windows.applied.add(sliding_window)
     runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths.lengths)]
     tokens = [length * count for length, count in runs]
     pieces = []
@@ -138,7 +137,7 @@ def refuse_sinks(s_aux: Tensor | None) -> None:
         raise ValueError("its layers attend with sinks (s_aux), which this implementation lacks")
 
 
-@dataclass
+@dataclass(eq=False)
 class Windows:
     """How far layers see: what their masks were asked for, and what attention was told."""
 
@@ -146,18 +145,18 @@ class Windows:
     applied: set[int | None] = field(default_factory=set)
 
 
-_windows: ContextVar[Windows | None] = ContextVar("windows", default=None)
+_recorders: list[Windows] = []
 
 
 @contextmanager
 def recorded_windows() -> Iterator[Windows]:
     """Records the windows of what runs inside: one in a mask alone is lost in a pack, which has no mask."""
     windows = Windows()
-    token = _windows.set(windows)
+    _recorders.append(windows)
     try:
         yield windows
     finally:
-        _windows.reset(token)
+        _recorders.remove(windows)
 
 
 @contextmanager
@@ -182,8 +181,8 @@ def _packed_mask(
     **kwargs: Any,
 ):
     """No mask for a pack nor where causality alone decides; else transformers' sdpa mask: a cache, a sliding window."""
-    if (recorded := _windows.get()) is not None:
-        recorded.asked.add(local_size)
+    for windows in _recorders:
+        windows.asked.add(local_size)
     # transformers forbids the skip for packs, whose sequences packed_sdpa keeps apart and inside the window.
     in_window = not allow_is_causal_skip or local_size is None or kv_length <= local_size
     if attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length and in_window:

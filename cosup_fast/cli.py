@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, leads, out, say_once
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, interruptible, leads, out, say_once
 from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
 from cosup_fast.cli_convert import convert_app
@@ -140,13 +139,8 @@ def train(
         return
     from cosup_fast.training.run import run_training
 
-    try:
+    with interruptible(then="; continue with --resume"):
         checkpoint = run_training(config, resume=resume, console=err)
-    except KeyboardInterrupt as interrupt:
-        if leads():
-            text = f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume"
-            err.print(text, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
     say_once(f"checkpoint: {checkpoint}")
 
 
@@ -209,11 +203,8 @@ def generate(
     model = _load_model(checkpoint, device)
     loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
     generator = Generator(model, loaded, config, max_batch=min(batch, len(asked)))
-    try:
+    with interruptible():
         failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
-    except KeyboardInterrupt as interrupt:
-        err.print(f"[yellow]interrupted:[/] {escape(str(interrupt))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
     if output is not None:
         err.print(f"answers: {output} ({len(asked)} questions)", markup=False, highlight=False, soft_wrap=True)
     if failed:
@@ -303,7 +294,7 @@ def evaluate(
     )
     where = choose_device(device)
     perplexed = command.fluency_model(fluency, checkpoint)
-    try:
+    with interruptible("what is answered is kept; the same command goes on from there"):
         report = evaluation.evaluate(
             opened,
             tests,
@@ -314,9 +305,6 @@ def evaluate(
             folder=folder,
             batch=batch,
         )
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted:[/] what is answered is kept; the same command goes on from there")
-        raise typer.Exit(130) from None
     out.print(report.table())
     _say(f"report: {folder / 'report.html'}")
 
@@ -351,7 +339,8 @@ def export(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
     what: Annotated[
-        str, typer.Option(help="retriever (both sides, for sentence-transformers), embseq (passages alone) or gen")
+        str,
+        typer.Option(help="retriever (both sides, for sentence-transformers), query or embseq (one of them), or gen"),
     ] = "retriever",
     licence: Annotated[str | None, typer.Option("--license", help="of the model, for its card, as apache-2.0")] = None,
     name: Annotated[str | None, typer.Option(help="title of the model card; default: the run's folder")] = None,
@@ -423,7 +412,7 @@ def mine(
         raise ValueError(f"{folder} is no index, it has no {STAMP}: give --corpus to build it, or another --index")
     model = _load_model(checkpoint, device)
     journal = output.with_name(f".{output.name}.part")
-    try:
+    with interruptible("the same command goes on where this one stopped"):
         if corpus is not None and not (folder / STAMP).is_file():
             built = SequenceIndex.build(model, corpus, folder)  # shard by shard, so that a kill costs little
             _say(f"index: {folder} ({len(built)} passages)")
@@ -435,9 +424,6 @@ def mine(
                 f"{folder} holds other passages than --corpus {corpus}: leave that out, or name another --index"
             )
         mined = mine_negatives(model, loaded, chosen, config, journal=journal, progress=True)
-    except KeyboardInterrupt:
-        err.print("[yellow]interrupted:[/] the same command goes on where this one stopped", highlight=False)
-        raise typer.Exit(130) from None
     write_jsonl(output, mined.examples)
     journal.unlink(missing_ok=True)
     reasons = ", ".join(f"{count} {PASSED_OVER[reason]}" for reason, count in sorted(mined.passed_over.items()))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
@@ -49,3 +52,20 @@ def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     if (folder / MANIFEST).is_file():
         verify(folder)
     return CoSupervisionModel.load(folder, device=choose_device(device))
+
+
+@contextmanager
+def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
+    """Ctrl-C inside ends the command with status 130, and says how far the work came.
+
+    Args:
+        otherwise: what is said where the work itself says nothing.
+        then: how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        text = (str(interrupt) or otherwise) + then
+        if leads():
+            err.print(f"[yellow]interrupted:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None

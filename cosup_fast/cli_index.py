@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +10,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, load_model, out, say, say_once
+from cosup_fast.cli_common import Checkpoint, Device, Stale, interruptible, load_model, out, say, say_once
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
@@ -62,7 +60,7 @@ def index_build(
         precision=precision,  # type: ignore[arg-type]  # Options says which there are
         restart=restart,
     )
-    with process_group(), _interruptible():
+    with process_group(), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
         index = SequenceIndex.build(model, corpus, output, factory=factory, parameters=parameters, options=options)
     say_once(f"index: {output} ({len(index)} passages)")
@@ -82,7 +80,7 @@ def index_add(
     """Embed passages with the checkpoint that built the index, and append them."""
     from cosup_fast.index import Options, SequenceIndex, process_group
 
-    with process_group(), _interruptible():
+    with process_group(), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
         loaded = SequenceIndex.load(index or checkpoint / "index", model, verify=False)
         before = len(loaded)
@@ -184,13 +182,3 @@ def _index(folder: Path) -> Path:
 
     within = folder / "index"
     return (within if not (folder / STAMP).is_file() and (within / STAMP).is_file() else folder).resolve()
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        text = str(interrupt) or "nothing was embedded so far"
-        err.print(f"[yellow]interrupted:[/] {escape(text)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None

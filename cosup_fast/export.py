@@ -2,7 +2,8 @@
 
 - `retriever`: both sides as one sentence-transformers model, whose `Router` sends queries to Gen and documents to
   Embseq: `encode_query` and `encode_document`, and the MTEB and BEIR tools that call them, need nothing else.
-- `embseq`: Embseq alone, for passages; it has no queries, a query being Gen's hidden state at [NSP].
+- `query` and `embseq`: one side each, for tools that take a model for queries and another one for documents (BEIR's
+  `SentenceBERT`). Embseq has no queries, a query being Gen's hidden state at [NSP].
 - `gen`: Gen as any causal LM, with its tokenizer.
 
 No folder needs trust_remote_code. Embseq reads `TextConfig.passage` filled in, and the end-of-sequence token behind it;
@@ -32,7 +33,7 @@ from cosup_fast.model_card import RunFacts, model_card
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
 
-Kind = Literal["retriever", "embseq", "gen"]
+Kind = Literal["retriever", "query", "embseq", "gen"]
 MARKER = "export.json"
 
 _MODULES = "sentence_transformers.models"
@@ -46,7 +47,7 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
     Args:
         model: the checkpoint.
         folder: where.
-        kind: `retriever`, `embseq` or `gen`.
+        kind: `retriever`, `query`, `embseq` or `gen`.
         facts: what the model card tells besides the model itself.
 
     Raises:
@@ -56,7 +57,12 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r}: choose from {', '.join(get_args(Kind))}")
     with replace_folder(folder, MARKER) as new, quiet_transformers():
-        {"retriever": _write_retriever, "embseq": _write_embseq, "gen": _write_gen}[kind](model, new)
+        if kind == "gen":
+            _write_gen(model, new)
+        elif kind == "retriever":
+            _write_retriever(model, new)
+        else:
+            _write_side(model, _query_side(model) if kind == "query" else _document_side(model), new)
         card = model_card(kind, model.template.config, model.nsp, facts or RunFacts())
         (new / "README.md").write_text(card, encoding="utf-8")
         _write_json(new / MARKER, {"kind": kind, "fingerprint": model.fingerprint()})
@@ -67,8 +73,8 @@ def _write_gen(model: CoSupervisionModel, folder: Path) -> None:
     model.template.tokenizer.save_pretrained(folder)
 
 
-def _write_embseq(model: CoSupervisionModel, folder: Path) -> None:
-    modules = _document_side(model).write(folder, lambda i, kind: f"{i}_{kind}" if i else "")
+def _write_side(model: CoSupervisionModel, side: _Side, folder: Path) -> None:
+    modules = side.write(folder, lambda i, kind: f"{i}_{kind}" if i else "")
     _write_json(
         folder / "modules.json",
         [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules.items())],

@@ -66,7 +66,7 @@ def model_card(kind: str, text: TextConfig, nsp: NSPConfig, facts: RunFacts) -> 
 def _front_matter(kind: str, facts: RunFacts) -> str:
     models = facts.config.get("model", {})
     gen, embseq = models.get("gen"), models.get("embseq") or models.get("gen")
-    bases = {"retriever": [gen, embseq], "embseq": [embseq], "gen": [gen]}[kind]
+    bases = {"retriever": [gen, embseq], "query": [gen], "embseq": [embseq], "gen": [gen]}[kind]
     known = [base for base in dict.fromkeys(bases) if base]
     licence = facts.licence or next((_licence(base) for base in known if _licence(base)), None)
     front: dict[str, Any] = {
@@ -144,6 +144,21 @@ scores = queries @ documents.T
 
 Documents were trained as `{passage}`, at most {limit} tokens; longer ones are cut. Give questions as they are: the
 tokenizer puts them into `{prompt}` (without an instruction) and `[NSP]` behind.
+""",
+    "query": """# {name}
+
+The queries' side of a model trained by semiparametric token-sequence co-supervision
+([Lee et al., ACL 2024](https://arxiv.org/abs/2403.09024)): the generator's (Gen's) last hidden state at `[NSP]` behind
+a question. Scores: {measure}.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+queries = SentenceTransformer("this-folder").encode(["Who wrote Hamlet?"])
+```
+
+They are compared with the embeddings of the sequence encoder (Embseq), which the export `embseq` holds; `retriever`
+holds both. The prompt `{prompt}` and `[NSP]` are put around a question by the tokenizer.
 """,
     "embseq": """# {name}
 

@@ -73,6 +73,19 @@ def test_retriever_as_sentence_transformer(pair, passages, tmp_path):
     _same(loaded.encode_query(QUESTIONS[0], convert_to_tensor=True), query)
 
 
+def test_both_sides_apart(pair, passages, tmp_path):
+    """As BEIR calls a pair of models: `encode` for both, passages as title, separator and text."""
+    for kind in ("query", "embseq"):
+        export(pair, tmp_path / kind, kind)
+    queries, documents = (SentenceTransformer(str(tmp_path / kind), device="cpu") for kind in ("query", "embseq"))
+    expected, _ = embed_queries(pair, [Example(id=q, question=q, output=[], gold=["p"]) for q in QUESTIONS], {})
+    options = {"prompt": None, "prompt_name": None, "convert_to_tensor": True}
+    _same(queries.encode(QUESTIONS, batch_size=16, **options), expected)
+    titled = [p.model_copy(update={"text": p.text.strip()}) for p in passages if p.title]
+    joined = [(passage.title + " :: " + passage.text).strip() for passage in titled]
+    _same(documents.encode(joined, batch_size=8, **options), embed_passages(pair, titled))
+
+
 def test_long_passages_are_cut_as_in_training(make_model, tmp_path):
     model = make_model(text={"max_passage_tokens": 9, "long_passages": "truncate"})
     long = Passage(id="p", title="Long", text="one two three " * 30)
@@ -96,7 +109,7 @@ def test_gen_as_causal_lm(pair, tmp_path):
     assert text.shape[1] > ids.shape[1]
 
 
-@pytest.mark.parametrize("kind", ["retriever", "embseq", "gen"])
+@pytest.mark.parametrize("kind", ["retriever", "query", "embseq", "gen"])
 def test_nothing_is_code_or_names_this_library(make_model, tmp_path, kind):
     export(make_model(), tmp_path / "out", kind)
     for path in (tmp_path / "out").rglob("*"):
@@ -115,7 +128,7 @@ def test_an_export_replaces_an_export_and_nothing_else(make_model, tmp_path):
     (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds something else, it has no export\.json"):
         export(model, tmp_path / "mine", "gen")
-    with pytest.raises(ValueError, match="kind='onnx': choose from retriever, embseq, gen"):
+    with pytest.raises(ValueError, match="kind='onnx': choose from retriever, query, embseq, gen"):
         export(model, tmp_path / "new", "onnx")  # type: ignore[arg-type]
 
 
@@ -147,7 +160,7 @@ def test_the_card_tells_what_the_run_knows(cosup, llama_folder, data_folder, tmp
     }
     status, _, err = cosup("train", *(f"{name}={value}" for name, value in fields.items()))
     assert status == 0, err
-    for kind in ("retriever", "embseq", "gen"):
+    for kind in ("retriever", "query", "embseq", "gen"):
         status, out, err = cosup(
             "export", tmp_path / "run", tmp_path / kind, "--what", kind, "--license", "MIT", "--name", "Ours"
         )
@@ -165,7 +178,7 @@ def test_the_card_tells_what_the_run_knows(cosup, llama_folder, data_folder, tmp
         config = yaml.safe_load(re.search(r"```yaml\n(.*?)```", body, re.DOTALL)[1])
         assert config["training"]["batch_size"] == 2
     status, _, err = cosup("export", tmp_path / "run", tmp_path / "x", "--what", "onnx")
-    assert (status, "choose from retriever, embseq, gen" in err) == (1, True)
+    assert (status, "choose from retriever, query, embseq, gen" in err) == (1, True)
 
 
 def test_the_card_of_a_bare_checkpoint_says_that_nothing_is_known(make_model, tmp_path):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from cosup_fast.evaluation.estimates import Estimate, Gain, compare_values
-from cosup_fast.evaluation.report import Report
+from cosup_fast.evaluation.report import Report, figure
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, check_metrics
 
 
@@ -56,8 +56,8 @@ class Comparison(BaseModel):
             table.add_row(
                 f"{title}\n{row.dataset} {row.domain}".strip(),
                 str(gain.count),
-                f"{scale * row.gain.before:.1f}",
-                f"{scale * row.gain.after:.1f}",
+                figure(row.metric, row.gain.before),
+                figure(row.metric, row.gain.after),
                 f"{scale * gain.mean:{sign}.2f}{interval}",
                 "-" if row.gain.p_value is None else f"{row.gain.p_value:.4f}",
             )

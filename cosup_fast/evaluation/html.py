@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from cosup_fast.data.records import Example
-from cosup_fast.evaluation.metrics import answer_spans, is_gold, require
-from cosup_fast.evaluation.report import QuestionRecord, Report, shown
+from cosup_fast.evaluation.metrics import answer_spans, is_gold, normalize, require
+from cosup_fast.evaluation.report import QuestionRecord, Report, figure, shown
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
 
 SHOWN = 1000
 """Most questions in the file; `report.json` has all."""
+
+
+ANSWERS = 8
+"""Most gold answers shown for a question: TriviaQA has dozens of spellings."""
 
 
 def render(report: Report) -> str:
@@ -47,6 +51,12 @@ def render(report: Report) -> str:
 def _question(record: QuestionRecord, retrieval: str) -> dict[str, Any]:
     example, scores = record.example, record.scores
     right = scores.get("correctness")
+    answers = [*example.answers, *(" / ".join(answers) for answers in example.answer_sets)]
+    if example.answer_type == "string":
+        spellings: dict[str, str] = {}
+        for answer in answers:
+            spellings.setdefault(normalize(answer) or answer, answer)
+        answers = list(spellings.values())
     return {
         "record": record,
         "example": example,
@@ -56,9 +66,10 @@ def _question(record: QuestionRecord, retrieval: str) -> dict[str, Any]:
         "filter": "unknown" if right is None else "right" if right >= 0.5 else "wrong",
         "segments": list(_segments(record)),
         "retrievals": list(_retrievals(record)),
-        "answers": [*example.answers, *(" / ".join(answers) for answers in example.answer_sets)],
-        "scores": [(name, _number(name, value)) for name, value in scores.items()],
-        "retrieval": retrieval,
+        "answers": answers[:ANSWERS],
+        "more_answers": len(answers[ANSWERS:]),
+        "scores": [(name, figure(name, value).removesuffix(".0")) for name, value in scores.items()],
+        "retrieval": METRICS[retrieval].title,
     }
 
 
@@ -105,7 +116,3 @@ def _marked(text: str, example: Example) -> list[tuple[str, bool]]:
         pieces += [(text[start:begin], False), (text[begin:end], True)]
         start = end
     return [(piece, marked) for piece, marked in [*pieces, (text[start:], False)] if piece]
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.1f}" if name in METRICS and METRICS[name].geometric else f"{100 * value:.0f}"

@@ -177,10 +177,9 @@ def _is_kilt(source: str) -> bool:
 def _known(wanted: Collection[str], corpus: Mapping[str, Passage]) -> set[str]:
     """Those of the wanted names that are ids of the corpus, or pages that one of its passages is a paragraph of."""
     known = {name for name in wanted if name in corpus}
-    # The corpus may be larger than memory, so nothing is made of it but this.
-    return (
-        known.union(page for name in corpus if (page := page_of(name)) in wanted) if len(known) < len(wanted) else known
-    )
+    if len(known) < len(wanted):  # one pass over a corpus that may be larger than memory
+        known |= {page for name in corpus if (page := page_of(name)) in wanted}
+    return known
 
 
 def _page(provenance: Mapping[str, Any]) -> tuple[str, str]:

@@ -183,12 +183,20 @@ def estimate(metric: str, values: Sequence[float]) -> Estimate:
 
 
 def shown(metric: str, value: Estimate | None) -> str:
-    """An estimate as text: percent, or the number itself for a geometric metric; its interval in a second line."""
+    """An estimate as text, in the unit of `figure`; its interval in a second line."""
     if value is None:
         return "-"
-    scale = 1 if metric in METRICS and METRICS[metric].geometric else 100
-    interval = "" if value.low is None or value.high is None else f"\n{scale * value.low:.1f}–{scale * value.high:.1f}"
-    return f"{scale * value.mean:.1f}{interval}"
+    interval = ""
+    if value.low is not None and value.high is not None:
+        interval = f"\n{figure(metric, value.low)}–{figure(metric, value.high)}"
+    return figure(metric, value.mean) + interval
+
+
+def figure(metric: str, value: float) -> str:
+    """A value as text: percent, or a geometric metric itself."""
+    if metric not in METRICS or not METRICS[metric].geometric:
+        return f"{100 * value:.1f}"
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _estimates(records: Sequence[QuestionRecord]) -> dict[str, Estimate]:

@@ -73,7 +73,7 @@ class Request:
     instruction: str = ""
     config: GenerationConfig | None = None
     """How to write; None: as the generator does."""
-    index: SequenceIndex | Searcher | Retrieve | None = None
+    index: Index | None = None
     """What to search, such as the question's own candidates; None: what the generator searches."""
     forced: Mapping[int, int] = field(default_factory=dict)
     """Tokens that are taken instead of chosen, by their place in the output: `ret_first` is {0: [NSP]}."""
@@ -99,3 +99,7 @@ class Searcher(Protocol):
     def search_all(self, asked: Sequence[Asked], k: int) -> Sequence[Found]:
         """For each [NSP] at most k passages, at least one; an error is looked for by asking one by one again."""
         ...
+
+
+Index = SequenceIndex | Searcher | Retrieve
+"""What a decoder searches."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cosup_fast.generation.answer import Answer, StopReason
 from cosup_fast.generation.cache import Chunk
-from cosup_fast.generation.config import Asked, Found, GenerationConfig, Request, Retrieve, Searcher
+from cosup_fast.generation.config import Asked, Found, GenerationConfig, Index, Request, Searcher
 from cosup_fast.generation.grammar import Grammar, State, choose
 from cosup_fast.generation.runner import Runner, check_cache
 from cosup_fast.generation.task import Task
@@ -79,7 +79,7 @@ class Decoder:
     def __init__(
         self,
         model: CoSupervisionModel,
-        index: SequenceIndex | Searcher | Retrieve,
+        index: Index,
         config: GenerationConfig | None = None,
         *,
         max_batch: int = 16,
@@ -275,7 +275,7 @@ def _unwritten(reason: StopReason, error: str | None = None) -> Answer:
     )
 
 
-def _search(index: SequenceIndex | Searcher | Retrieve, asked: Sequence[Asked], k: int) -> Sequence[Found]:
+def _search(index: Index, asked: Sequence[Asked], k: int) -> Sequence[Found]:
     if isinstance(index, SequenceIndex):
         return index.retrieve_all(torch.stack([one.query for one in asked]), k)
     if isinstance(index, Searcher):
@@ -286,7 +286,7 @@ def _search(index: SequenceIndex | Searcher | Retrieve, asked: Sequence[Asked], 
     return [index(one.query, k) for one in asked]
 
 
-def _search_one(index: SequenceIndex | Searcher | Retrieve, asked: Asked, k: int) -> Found | Exception:
+def _search_one(index: Index, asked: Asked, k: int) -> Found | Exception:
     try:
         return _search(index, [asked], k)[0]
     except Exception as error:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from cosup_fast.generation.answer import Answer
 from cosup_fast.generation.cache import Chunk
-from cosup_fast.generation.config import GenerationConfig, Request, Retrieve, Searcher
+from cosup_fast.generation.config import GenerationConfig, Index, Request
 from cosup_fast.generation.decoder import Decoder, Ticket
 from cosup_fast.generation.grammar import Grammar
 from cosup_fast.generation.runner import Runner
 from cosup_fast.generation.task import prompt_tokens
-from cosup_fast.index import SequenceIndex
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
@@ -37,7 +36,7 @@ class Generator:
     def __init__(
         self,
         model: CoSupervisionModel,
-        index: SequenceIndex | Searcher | Retrieve,
+        index: Index,
         config: GenerationConfig | None = None,
         *,
         max_batch: int = 16,

@@ -55,6 +55,8 @@ class SequenceIndex:
 
     origin: Origin
     folder: Path | None
+    passages: Passages
+    by_id: PassagesById
 
     def __init__(
         self,

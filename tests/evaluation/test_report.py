@@ -11,7 +11,7 @@ from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.compare import compare
 from cosup_fast.evaluation.html import render
 from cosup_fast.evaluation.judge import Verdict
-from cosup_fast.evaluation.report import QuestionRecord, Report
+from cosup_fast.evaluation.report import QuestionRecord, Report, figure
 from cosup_fast.evaluation.scoring import score
 from cosup_fast.evaluation.suites import METRICS, suite_of
 
@@ -93,15 +93,33 @@ def test_answers_are_marked_and_reasons_given(answer_of):
         assert words in " ".join(plain.split()), words
 
 
+def test_a_question_with_dozens_of_spellings_shows_some(answer_of):
+    report = make_report(answer_of)
+    answers = ["Paris", "paris!", "The Paris", *(f"Lutetia {n}" for n in range(9))]
+    example = report.questions[0].example.model_copy(update={"answers": answers})
+    question = report.questions[0].model_copy(update={"example": example})
+    text = render(report.model_copy(update={"questions": (question,)}))
+    assert "Paris · Lutetia 0 · " in text
+    assert "Lutetia 6 <small>and 2 more in report.json</small>" in text
+    assert "paris!" not in text
+
+
 def test_tables_hold_the_numbers(answer_of):
     report = make_report(answer_of, domain="in-domain")
     text = render(report)
     for part in report.datasets:
         assert f"{100 * part.metrics['containment'].mean:.1f}" in text
-        assert f"{part.metrics['perplexity'].mean:.1f}" in text
+        assert figure("perplexity", part.metrics["perplexity"].mean) in text
     metrics = {name for part in report.datasets for name in part.metrics if name in METRICS}
     assert text.count("<tr>") == 3 + len(report.datasets) + len(report.averages) + len(metrics)
     assert list(report.averages) == ["all", "in-domain"]
+
+
+def test_numbers_are_short():
+    assert [figure("perplexity", value) for value in (1.04, 999.94, 12345.6, 5540547.0)] == [
+        "1.0", "999.9", "12,346", "5.5e+06",
+    ]  # fmt: skip
+    assert figure("recall@1", 0.12345) == "12.3"
 
 
 def test_many_questions_are_cut_and_the_page_says_so(answer_of, monkeypatch):

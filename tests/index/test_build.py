@@ -23,13 +23,6 @@ from cosup_fast.index.build import default_shard_size
 SMALL = Options(shard_size=4, progress=False)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save(folder)
-    return folder
-
-
 @pytest.fixture
 def corpus(passages, tmp_path):
     path = tmp_path / "passages.jsonl"

@@ -10,15 +10,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from cosup_fast.data.records import Passage, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save(folder)
-    return folder
+from cosup_fast.index import SequenceIndex
 
 
 @pytest.fixture
@@ -124,3 +119,33 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(cosup, copied, tmp_path,
     assert "of 30 shards are there already" in err
     assert json.loads((tmp_path / "i" / "index.json").read_text())["count"] == 3000
     assert sorted(os.listdir(tmp_path)) == ["big.jsonl", "i", "run"]
+
+
+@pytest.mark.slow
+def test_torchrun_builds_what_one_process_builds(cosup, copied, data_folder, tmp_path):
+    """The real launcher; on an error it ends with the line that is broken, and leaves nothing."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+    def build(corpus, folder):
+        options = ["--corpus", corpus, "--output", folder, "--shard-size", 2, "--device", "cpu"]
+        command = [*launcher, "-m", "cosup_fast", "index", "build", copied, *options]
+        return subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=550, check=False
+        )
+
+    done = build(data_folder / "passages.jsonl", tmp_path / "shared")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("11 passages") == 1
+    status, _, err = cosup("index", "build", copied, "--corpus", data_folder / "passages.jsonl", "--shard-size", 2)
+    assert status == 0, err
+    shared, alone = (SequenceIndex.open(folder) for folder in (tmp_path / "shared", copied / "index"))
+    assert torch.equal(shared.embeddings, alone.embeddings)
+    assert list(shared.passages) == list(alone.passages)
+
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes((data_folder / "passages.jsonl").read_bytes() + b"{half\n")
+    done = build(broken, tmp_path / "half")
+    assert done.returncode != 0
+    assert "broken.jsonl:12: expected one JSON object" in " ".join(done.stderr.split())
+    assert not [path for path in tmp_path.iterdir() if "half" in path.name]
