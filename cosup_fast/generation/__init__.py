@@ -5,7 +5,7 @@
    taken from the nonparametric index.
 3. The passage and [Cs] are appended; Gen writes the grounded text and [Ce], perhaps another [NSP], or ends.
 
-config.py     settings, and a request
+config.py     settings, a request, and what is asked of an index
 grammar.py    which token may come next, and how one is chosen
 answer.py     answers, and tokens to text as they come in
 task.py       one request on its way

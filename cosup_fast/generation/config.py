@@ -1,4 +1,4 @@
-"""How Gen writes: the settings of an answer, and a question to be answered."""
+"""How Gen writes: the settings of an answer, a question to be answered, and what is asked of an index."""
 
 from __future__ import annotations
 

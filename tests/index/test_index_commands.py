@@ -124,7 +124,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(cosup, copied, tmp_path,
 @pytest.mark.slow
 def test_torchrun_builds_what_one_process_builds(cosup, copied, data_folder, tmp_path):
     """The real launcher; on an error it ends with the line that is broken, and leaves nothing."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
     def build(corpus, folder):
