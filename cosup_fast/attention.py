@@ -21,6 +21,13 @@ from transformers.masking_utils import sdpa_mask
 PACKED_SDPA = "packed_sdpa"
 
 
+class SequenceLengths:
+    """The lengths of a pack, opaque to torch.compile, which would compile anew for each pack."""
+
+    def __init__(self, lengths: tuple[int, ...]):
+        self.lengths = lengths
+
+
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The attention implementation for a pack: what was requested, or the best one that runs here.
 
@@ -51,7 +58,7 @@ def packed_sdpa(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sequence_lengths: tuple[int, ...] | None = None,
+    sequence_lengths: SequenceLengths | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -60,13 +67,14 @@ def packed_sdpa(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if sliding_window is not None and max(sequence_lengths) > sliding_window:
+    lengths = sequence_lengths.lengths
+    if sliding_window is not None and max(lengths) > sliding_window:
         raise ValueError(
-            f"a sequence of {max(sequence_lengths)} tokens is longer than the model's sliding window of "
+            f"a sequence of {max(lengths)} tokens is longer than the model's sliding window of "
             f"{sliding_window}, which packed_sdpa does not apply: set model.attention=flash_attention_2, or "
             "shorten the sequences"
         )
-    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths)]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     tokens = [length * count for length, count in runs]
     pieces = []
     for (length, count), *qkv in zip(runs, *(x[0].split(tokens, dim=1) for x in (query, key, value)), strict=True):

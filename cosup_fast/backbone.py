@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cosup_fast.attention import PACKED_SDPA
+from cosup_fast.attention import PACKED_SDPA, SequenceLengths
 from cosup_fast.data.packing import Pack
 from cosup_fast.functional import gather_last_hidden
 
@@ -44,7 +44,7 @@ def run_pack(backbone: Any, pack: Pack, without: FinalNorm | None = None) -> Ten
             "max_length_q": max(pack.lengths),
             "max_length_k": max(pack.lengths),
         },
-        PACKED_SDPA: {"sequence_lengths": pack.lengths},
+        PACKED_SDPA: {"sequence_lengths": SequenceLengths(pack.lengths)},
     }[backbone.config._attn_implementation]
     with bypassed(backbone, without):
         return backbone(

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
 from cosup_fast.generation import GenerationConfig
-from cosup_fast.modeling import ModelConfig, NSPConfig
+from cosup_fast.loading import ModelConfig
+from cosup_fast.modeling import NSPConfig
 from cosup_fast.training.trainer import TrainingConfig
 
 
@@ -62,6 +63,7 @@ class RunConfig(BaseModel):
     def _consistent(self) -> Self:
         model, nsp, training = self.model, self.nsp, self.training
         flash = model.attention == "flash_attention_2"
+        in_4_bits = [f for f in ("gen_lora", "embseq_lora") if getattr(model, f).quantize]
         for wrong, message in (
             (
                 model.dtype == "float64" and training.precision == "bfloat16",
@@ -80,6 +82,11 @@ class RunConfig(BaseModel):
                 flash and training.device.startswith("cpu"),
                 f"model.attention=flash_attention_2 runs on CUDA alone, not on training.device={training.device}: "
                 "set model.attention=auto",
+            ),
+            (
+                training.compile and bool(in_4_bits),
+                f"training.compile=true does not reach into 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: "
+                "change one of them",
             ),
         ):
             if wrong:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,7 +38,8 @@ _OPTIONAL = [
     ("rouge-score", "rouge_score", "ROUGE-L", "eval"),
     ("sentence-transformers", "sentence_transformers", "the dense retrieval baseline", "eval"),
     ("flash-attn", "flash_attn", "FlashAttention on a GPU", "gpu"),
-    ("bitsandbytes", "bitsandbytes", "8-bit optimizers", "gpu"),
+    ("peft", "peft", "LoRA adapters", "train"),
+    ("bitsandbytes", "bitsandbytes", "4-bit weights under adapters (QLoRA)", "gpu"),
 ]
 
 
@@ -68,9 +74,32 @@ def _optional(distribution: str, module: str, purpose: str, extra: str | None) -
     if module == "flash_attn" and not torch.cuda.is_available():
         return Part(distribution, False, f"{purpose}: {version} installed, but there is no CUDA device")
     try:
-        importlib.import_module(module)
+        with no_downloaded_kernels():
+            importlib.import_module(module)
     except Exception as error:  # a broken binary may raise anything
         return Part(distribution, False, f"{purpose}: {version} does not import ({type(error).__name__}: {error})")
     if module == "triton" and not torch.cuda.is_available():
         return Part(distribution, False, f"{purpose}: {version} imports, but there is no CUDA device")
     return Part(distribution, True, f"{purpose}: {version}")
+
+
+@contextmanager
+def no_downloaded_kernels() -> Iterator[None]:
+    """Around an import of bitsandbytes or peft: no binary is fetched and run.
+
+    On CPUs with bf16 instructions bitsandbytes would get one through the package `kernels`, where that is installed.
+    """
+    absent = object()
+    before: Any = sys.modules.get("kernels", absent)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails, which bitsandbytes allows for
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if before is absent:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = before

@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import Template
 from cosup_fast.files import replace_folder
+from cosup_fast.loading import quiet_transformers
 from cosup_fast.model_card import RunFacts, model_card
-from cosup_fast.modeling import quiet_transformers
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel

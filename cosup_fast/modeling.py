@@ -12,27 +12,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-import transformers
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from cosup_fast.attention import choose_attention
-from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack, unpackable
+from cosup_fast.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, save_adapters, unwrapped
+from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
-from cosup_fast.data.sources import resolve_model
-from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.data.template import Template, TextConfig
+from cosup_fast.decoder_layers import Recompute, compile_layers, recompute_activations
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.last_hidden import accumulator
 from cosup_fast.linear import linear
+from cosup_fast.loading import (
+    Attention,
+    Base,
+    ModelConfig,
+    check_adapters,
+    embed_special_tokens,
+    lm_head,
+    load_language_model,
+    load_template,
+    quiet_transformers,
+)
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
@@ -41,38 +49,6 @@ if TYPE_CHECKING:
     from cosup_fast.reference import Stats
 
 FORMAT_VERSION = 1
-
-Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
-
-
-class ModelConfig(BaseModel):
-    """Which two models, and how much of them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gen: str = Field(default="smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
-    embseq: str | None = Field(default=None, description="Embseq, likewise; null means the same model as gen")
-    shared: bool = Field(default=False, description="Embseq is Gen itself: one set of weights")
-    freeze_embseq: bool = Field(default=False, description="Embseq's weights stay as they are")
-    gen_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Gen")
-    embseq_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Embseq")
-    attention: Attention = Field(default="auto", description="auto: FlashAttention where it can run, else packed_sdpa")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.shared and (self.embseq not in (None, self.gen) or self.embseq_layers not in (None, self.gen_layers)):
-            raise ValueError(
-                f"model.shared=true uses Gen as Embseq, so model.embseq={self.embseq!r} and "
-                f"model.embseq_layers={self.embseq_layers} cannot differ from Gen's: leave them null"
-            )
-        if self.shared and self.freeze_embseq:
-            raise ValueError(
-                "model.shared=true with model.freeze_embseq=true would freeze Gen: set one of them to false"
-            )
-        if self.attention == "flash_attention_2" and self.dtype == "float64":
-            raise ValueError("model.attention=flash_attention_2 takes 16-bit inputs, not model.dtype=float64")
-        return self
 
 
 class NSPConfig(BaseModel):
@@ -122,6 +98,7 @@ class CoSupervisionModel(nn.Module):
         self.template = template
         self.nsp = nsp
         self.freeze_embseq = freeze_embseq
+        self._bases: dict[str, Base] = {}  # of the parts that have adapters
         self.width = gen.config.get_text_config().hidden_size
         embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
         # Orthogonal: a projection that keeps the angles between sequence embeddings is the neutral start.
@@ -163,32 +140,50 @@ class CoSupervisionModel(nn.Module):
         Raises:
             ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
                 weights that are no safetensors; a model that cannot run on packs, or whose logits are more than
-                `logits` knows.
+                `logits` knows; adapters for layers that it does not have.
         """
         device = torch.device(device)
-        template, new = _load_template(model, text or TextConfig())
-        gen = _load(model.gen, model, device, layers=model.gen_layers)
+        check_adapters(model)
+        template, new = load_template(model, text or TextConfig())
+        gen = load_language_model(model.gen, model, device, layers=model.gen_layers)
         if new:
-            _embed_special_tokens(gen, template)
+            embed_special_tokens(gen, template)
         gen.config.pad_token_id = template.pad
         embseq = None
         if not model.shared:
-            embseq = _load(model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False)
+            embseq = load_language_model(
+                model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False
+            )
         made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
         made._check_models(model.gen, model.embseq or model.gen)
+        if model.gen_lora.rank:
+            made._adapt("gen", Base.of(model.gen, model.gen_layers, model.gen_lora, new))
+        if model.embseq_lora.rank:
+            made._adapt("embseq", Base.of(model.embseq or model.gen, model.embseq_layers, model.embseq_lora))
         return made
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", attention: Attention = "auto") -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        attention: Attention = "auto",
+        merge: bool = True,
+    ) -> Self:
         """A checkpoint folder that `save` wrote.
 
+        Args:
+            merge: fold adapters into the weights, so that a plain model is what is left; False: to train them further.
+
         Raises:
-            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; or what
-                `from_pretrained` refuses of its models.
+            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; the
+                weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
         folder = Path(folder)
         try:
-            return cls._load_folder(folder, torch.device(device), attention)
+            model = cls._load_folder(folder, torch.device(device), attention)
+            return model.merge() if merge else model
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
 
@@ -203,10 +198,24 @@ class CoSupervisionModel(nn.Module):
             attention=attention,
             dtype=description["dtype"],
         )
+        bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
+        for name, base in bases.items():
+            base.check(folder / name)
         text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
-        template = load_template(parts, text)
-        gen = _load(parts.gen, parts, device)
-        embseq = None if parts.embseq is None else _load(parts.embseq, parts, device, head=False)
+        template, _ = load_template(parts, text)
+
+        def load_part(name: str, source: str, *, head: bool) -> Any:
+            base = bases.get(name)
+            if base is None:
+                return load_language_model(source, parts, device, head=head)
+            settings = parts.model_copy(update={f"{name}_lora": base.lora})
+            return load_language_model(base.name, settings, device, layers=base.layers, head=head)
+
+        gen = load_part("gen", parts.gen, head=True)
+        if "gen" in bases and bases["gen"].new_tokens:
+            embed_special_tokens(gen, template)
+        gen.config.pad_token_id = template.pad
+        embseq = None if parts.embseq is None else load_part("embseq", parts.embseq, head=False)
         model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
         if not (folder / "heads.safetensors").is_file():
             raise ValueError(f"{folder} is incomplete: heads.safetensors is missing")
@@ -217,28 +226,47 @@ class CoSupervisionModel(nn.Module):
             raise ValueError(f"{folder / 'heads.safetensors'} holds {sorted(heads)}, expected {sorted(expected)}")
         model.to(device)
         model._check_models(str(folder / "gen"), str(folder / "embseq"))
+        for name, base in bases.items():
+            model._adapt(name, base)
+            load_adapters(getattr(model, name), folder / name)
         return model
 
     def save(self, folder: str | Path) -> None:
-        """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder."""
+        """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder.
+
+        Of a model with adapters these alone are written, and where the weights under them come from.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        tokenizers = {"gen": self.template.tokenizer, "embseq": self.template.embseq_tokenizer}
         with quiet_transformers():
-            self.gen.save_pretrained(folder / "gen")
-            self.template.tokenizer.save_pretrained(folder / "gen")
-            if self.embseq is not None:
-                self.embseq.save_pretrained(folder / "embseq")
-                self.template.embseq_tokenizer.save_pretrained(folder / "embseq")
+            for name, part in self._parts():
+                if has_adapters(part):
+                    save_adapters(part, folder / name)
+                    part.config.save_pretrained(folder / name)
+                else:
+                    part.save_pretrained(folder / name)
+                tokenizers[name].save_pretrained(folder / name)
         save_file(self._head_state(), folder / "heads.safetensors")
         description = {
             "format_version": FORMAT_VERSION,
             "shared": self.embseq is None,
             "freeze_embseq": self.freeze_embseq,
-            "dtype": str(self.gen.dtype).removeprefix("torch."),
+            "dtype": str(unwrapped(self.gen.get_input_embeddings()).weight.dtype).removeprefix("torch."),
             "text": self.template.config.model_dump(),
             "nsp": self.nsp.model_dump(),
         }
+        if self._bases:
+            description["adapters"] = {name: base.model_dump() for name, base in self._bases.items()}
         (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    def merge(self) -> Self:
+        """Folds all adapters into the weights, for good; a model without any stays as it is."""
+        for name, part in self._parts():
+            if has_adapters(part):
+                merge_adapters(part)
+                del self._bases[name]
+        return self
 
     def forward(
         self, batch: CoSupervisionBatch, *, ntp_count: int | None = None, nsp_count: int | None = None
@@ -263,8 +291,8 @@ class CoSupervisionModel(nn.Module):
 
     def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
         """Next token prediction of supervised rows (n, D), which `gen_rows` gives, and their targets (n,)."""
-        head = _head(self.gen)
-        return self.criterion.ntp(hidden, head.weight, targets, bias=head.bias, count=count)
+        head = lm_head(self.gen)
+        return self.criterion.ntp(hidden, head.weight, targets, bias=unwrapped(head).bias, count=count)
 
     def nsp_loss(
         self, query: Tensor, keys: Tensor, batch: CoSupervisionBatch, *, count: int | None = None
@@ -311,12 +339,12 @@ class CoSupervisionModel(nn.Module):
 
         z = softcap tanh(a / softcap)    a = scale W h + b    with the scale and softcap that Gen's configuration names.
         """
-        head, ntp = _head(self.gen), self.criterion.ntp
+        head, ntp = lm_head(self.gen), self.criterion.ntp
         logits = linear(hidden, head.weight)
         if ntp.scale != 1:
             logits = logits * ntp.scale
-        if head.bias is not None:
-            logits = logits + head.bias
+        if (bias := unwrapped(head).bias) is not None:
+            logits = logits + bias
         return logits if ntp.softcap is None else ntp.softcap * torch.tanh(logits / ntp.softcap)
 
     def queries(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -356,7 +384,7 @@ class CoSupervisionModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """V, the rows of Gen's head."""
-        return len(_head(self.gen).weight)
+        return len(unwrapped(lm_head(self.gen)).weight)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
@@ -375,13 +403,25 @@ class CoSupervisionModel(nn.Module):
             self.embseq.eval()
         return self
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recomputes each decoder layer's activations in the backward pass instead of keeping them."""
-        for model in (self.gen, self.embseq):
-            if model is not None and not (model is self.embseq and self.freeze_embseq):
-                # transformers 5.10 knows it by the older name
-                newer = getattr(model, "activation_checkpointing_enable", None)
-                (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    def enable_activation_checkpointing(self, kind: Recompute = "full") -> None:
+        """Recomputes each decoder layer's activations in the backward pass instead of keeping them, all or some."""
+        for name, part in self._parts():
+            if not (name == "embseq" and self.freeze_embseq):
+                recompute_activations(part, kind)
+
+    def compile_layers(self, *, fixed_shapes: bool = False) -> None:
+        """Compiles the decoder layers of both models, when each first runs; see `decoder_layers.compile_layers`."""
+        for name, part in self._parts():
+            compile_layers(part, name.capitalize(), fixed_shapes=fixed_shapes)
+
+    def _parts(self) -> list[tuple[str, PreTrainedModel]]:
+        """Both models by name; one where they share weights."""
+        return [("gen", self.gen)] + ([] if self.embseq is None else [("embseq", self.embseq)])
+
+    def _adapt(self, name: str, base: Base) -> None:
+        t = self.template
+        add_adapters(getattr(self, name), base.lora, [t.nsp, t.context_start, t.context_end, t.pad] * (name == "gen"))
+        self._bases[name] = base
 
     @torch.no_grad()
     def _check_models(self, gen: str, embseq: str) -> None:
@@ -396,7 +436,7 @@ class CoSupervisionModel(nn.Module):
         ours, expected = self.logits(hidden), self.gen(input_ids=probe(self.device), use_cache=False).logits[0]
         ours, expected = (x - x.mean(dim=-1, keepdim=True) for x in (ours, expected))  # a shift changes no loss
         if not agree(ours, expected, self.gen.dtype):
-            name = next(name for name, module in self.gen.named_modules() if module is _head(self.gen))
+            name = next(name for name, module in self.gen.named_modules() if module is lm_head(self.gen))
             raise ValueError(
                 f"Gen {gen!r} ({type(self.gen).__name__}): its logits are not those of its head {name!r} with a bias, "
                 "logit_scale, logits_scaling or final_logit_softcapping, the only ones that NTP knows: choose another "
@@ -441,93 +481,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _head(gen: PreTrainedModel) -> nn.Linear:
-    """The LM head: weight (V, D), and a bias (V,) or None."""
-    head = gen.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{gen.name_or_path} ({type(gen).__name__}) has no LM head, so it cannot be Gen")
-    return cast(nn.Linear, head)
-
-
 def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:
     """What a configuration says of the logits: logit_scale (Cohere), logits_scaling (Granite), a soft cap (Gemma)."""
     config = gen.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
-
-
-def _load(
-    name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
-) -> Any:
-    source = resolve_model(name)
-    dtype = getattr(torch, settings.dtype)
-    config = AutoConfig.from_pretrained(source)
-    stack = config.get_text_config()
-    if layers is not None and layers > stack.num_hidden_layers:
-        raise ValueError(
-            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
-            "lower model.gen_layers or model.embseq_layers"
-        )
-    if layers is not None:
-        stack.num_hidden_layers = layers
-        if getattr(stack, "layer_types", None):
-            stack.layer_types = stack.layer_types[:layers]
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise ValueError(
-            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
-            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-        )
-    factory = AutoModelForCausalLM if head else AutoModel
-    attention = choose_attention(settings.attention, device, dtype)
-    try:
-        with quiet_transformers():
-            return factory.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
-            )
-    except (KeyError, ImportError, ValueError) as error:
-        if attention not in str(error) and "attention" not in str(error).lower():
-            raise
-        raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
-    logging = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def load_template(model: ModelConfig, text: TextConfig) -> Template:
-    """The template of two models, from their tokenizers and configurations alone: no weight is read."""
-    return _load_template(model, text)[0]
-
-
-def _load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]:
-    """The template, and whether Gen has yet to learn some of its special tokens."""
-    gen = resolve_model(model.gen)
-    embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
-    tokenizer = AutoTokenizer.from_pretrained(gen)
-    new = add_special_tokens(tokenizer) > 0
-    lengths = (AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings for source in (gen, embseq))
-    embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
-    return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
-
-
-@torch.no_grad()
-def _embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
-    """Gives Gen rows for the special tokens: the means of their descriptions' rows."""
-    tokenizer = template.tokenizer
-    gen.resize_token_embeddings(max(len(tokenizer), len(_head(gen).weight)), mean_resizing=False)
-    vocabulary = tokenizer.get_vocab()
-    head = _head(gen)
-    for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
-        for token, text in DESCRIPTIONS.items():
-            rows[vocabulary[token]] = rows[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(dim=0)

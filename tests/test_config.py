@@ -116,6 +116,14 @@ def test_the_examples_are_valid_configurations(path):
             ["model.attention=flash_attention_2", "training.precision=bfloat16", "training.device=cpu"],
             ["model.attention=flash_attention_2", "training.device=cpu"],
         ),
+        (
+            ["training.compile=true", "training.activation_checkpointing=selective"],
+            ["training.compile=true", "training.activation_checkpointing=selective"],
+        ),
+        (
+            ["training.compile=true", "model.embseq_lora.rank=4", "model.embseq_lora.quantize=nf4"],
+            ["training.compile=true", "model.embseq_lora.quantize"],
+        ),
         (["training.fixed_shapes=true"], ["training.fixed_shapes=true", "training.tokens_per_micro_batch"]),
     ],
 )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
-from cosup_fast.training.monitor import FailureMonitor
+import pytest
+
+from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
 
 
 def _run(losses, candidates=32):
@@ -73,3 +77,46 @@ def test_held_out_ntp_within_two_percent_of_its_best_has_not_risen():
     monitor = FailureMonitor(patience=2)
     held_out = [(2.0, 0.1), (2.03, 0.2), (2.03, 0.3), (2.03, 0.4)]
     assert [m for ntp, recall in held_out for m in monitor.evaluation(ntp, recall)] == []
+
+
+def _fed(losses, factor=10.0, window=20):
+    guard = SpikeGuard(factor, window)
+    for loss in losses:
+        guard.accept(loss, 2 * loss)
+    return guard
+
+
+def test_a_spike_is_measured_against_the_median_of_its_own_loss():
+    losses = [3.0 + 0.5 * random.Random(i).random() for i in range(20)]
+    guard = _fed(losses)
+    median = statistics.median(losses)
+    scale = 1.4826 * statistics.median(abs(x - median) for x in losses)
+    assert scale > SpikeGuard.FLOOR
+    assert list(guard.refuse(median + 9.9 * scale, 2 * (median + 9.9 * scale))) == []
+    (message,) = guard.refuse(median + 10.1 * scale, 7.0)
+    assert message.startswith("NTP loss")
+    assert "10 robust standard deviations above" in message
+    (message,) = guard.refuse(3.0, 2 * (median + 10.1 * scale))
+    assert message.startswith("NSP loss")
+
+
+def test_what_is_no_spike():
+    assert list(_fed([3.0] * 9).refuse(1e6, None)) == []  # too few to compare with
+    assert len(list(_fed([3.0] * 10).refuse(1e6, None))) == 1
+    assert list(_fed([3.0] * 20).refuse(0.0, 0.0)) == []  # a fall
+    assert list(_fed([1e-4] * 20).refuse(0.9, 0.9)) == []  # a loss of nearly nothing moves by less than ten floors
+    assert list(_fed([3.0] * 20, factor=None).refuse(1e6, 1e6)) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_from_the_first_step_and_forgotten(bad):
+    guard = SpikeGuard(None, 20)
+    (message,) = guard.refuse(1.0, bad)
+    assert message == f"NSP loss {bad}"
+    guard.accept(bad, bad)
+    assert list(guard.refuse(1.0, 1.0)) == []
+
+
+def test_one_spike_does_not_make_the_next_one_pass():
+    guard = _fed([3.0] * 19 + [1e6])
+    assert len(list(guard.refuse(1e6, None))) == 1

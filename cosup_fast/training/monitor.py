@@ -1,4 +1,4 @@
-"""Watches a run for the ways in which co-supervision is known to fail, and says the likely cause.
+"""Watches a run for the ways in which co-supervision is known to fail, says the likely cause, and stops a wild step.
 
 The signatures are those of Lee et al. 2024, section 6: NSP that stays high or diverges (the two spaces do not match,
 too few negatives), NTP that degrades (lambda too high), retrieval that does not improve (Embseq untrained, batch too
@@ -8,6 +8,7 @@ small).
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterator
 
@@ -83,3 +84,46 @@ class FailureMonitor:
         if signature not in self._warned:
             self._warned.add(signature)
             yield message
+
+
+class SpikeGuard:
+    """Tells a loss that jumps from one that moves, by its robust z-score among the steps before.
+
+        z = (loss - median) / max(1.4826 MAD, FLOOR)
+
+    MAD is the median distance from the median; 1.4826 makes it the standard deviation of a normal distribution. Only a
+    rise is a spike. A loss that is no finite number is always refused, and none is remembered.
+
+    Args:
+        factor: the largest z that passes; None: only what is not finite is refused.
+        window: steps that are remembered. The first half of it must be full before anything finite is refused.
+    """
+
+    FLOOR = 0.1  # nats: where a loss hardly moves at all, a small rise is no spike
+
+    def __init__(self, factor: float | None, window: int = 100):
+        self.factor = factor
+        self._losses = {name: deque[float](maxlen=window) for name in ("NTP", "NSP")}
+
+    def refuse(self, ntp: float, nsp: float | None) -> Iterator[str]:
+        """What is wrong with the losses of a step (nats; NSP is None where nothing was retrieved)."""
+        for name, loss in (("NTP", ntp), ("NSP", nsp)):
+            before = self._losses[name]
+            if loss is None:
+                continue
+            if not math.isfinite(loss):
+                yield f"{name} loss {loss}"
+            elif self.factor is not None and 2 * len(before) >= (before.maxlen or 0):
+                median = statistics.median(before)
+                scale = max(1.4826 * statistics.median(abs(x - median) for x in before), self.FLOOR)
+                if (z := (loss - median) / scale) > self.factor:
+                    yield (
+                        f"{name} loss {loss:.3g} is {z:.0f} robust standard deviations above {median:.3g}, the median "
+                        f"of the {len(before)} steps before"
+                    )
+
+    def accept(self, ntp: float, nsp: float | None) -> None:
+        """Remembers the losses of a step that was taken."""
+        for name, loss in (("NTP", ntp), ("NSP", nsp)):
+            if loss is not None and math.isfinite(loss):
+                self._losses[name].append(loss)

@@ -3,9 +3,10 @@
 output/config.yaml        what was run
 output/data.json          SHA-256 of the examples and passages that it reads
 output/checkpoints/       see `checkpoint.py`
-output/metrics.jsonl      one record a step or held-out evaluation
+output/metrics.jsonl      one record a step, diagnosis or held-out evaluation
 output/tensorboard/       the same for TensorBoard
 output/curves.png         losses and retrieval accuracy
+output/refused-step.json  the batch that ended the run, if one did
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
@@ -33,8 +35,10 @@ from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import Template
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.files import replace_file
-from cosup_fast.modeling import CoSupervisionModel, load_template
+from cosup_fast.loading import load_template
+from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints, verify
+from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.step import autocast
 from cosup_fast.training.trainer import (
     HeldOut,
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 RESUMABLE = {
     "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.device", "output",
+    "training.diagnose_every", "training.spike_factor", "training.spike_window",
     "data.allow_leaks",
 }  # fmt: skip
 
@@ -89,12 +94,12 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
                 console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
                 return checkpoint
         if checkpoint is None:
-            lengths = _measure(load_template(config.model, config.text), config, examples, corpus, console)
+            lengths = _measure(load_template(config.model, config.text)[0], config, examples, corpus, console)
             torch.manual_seed(config.training.seed)
             model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
         else:
             verify(checkpoint)
-            model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention)
+            model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention, merge=False)
             console.print(f"continuing behind {checkpoint}", markup=False)
             lengths = _measure(model.template, config, examples, corpus, console)
         with RunLog(output, console) as log:
@@ -185,6 +190,7 @@ class RunLog:
         self.output = output
         self.console = console
         self.path = output / "metrics.jsonl"
+        self.last: StepMetrics | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -217,8 +223,8 @@ class RunLog:
         self.progress.start()
         return kept
 
-    def metrics(self, metrics: StepMetrics | HeldOut) -> None:
-        """Records a step or an evaluation."""
+    def metrics(self, metrics: StepMetrics | Diagnosis | HeldOut) -> None:
+        """Records a step, a diagnosis or an evaluation."""
         record = as_record(metrics)
         self.file.write(json.dumps(record) + "\n")
         kind = record["kind"]
@@ -226,10 +232,13 @@ class RunLog:
             if isinstance(value, float):
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
         if isinstance(metrics, StepMetrics):
+            self.last = metrics
             status = f"NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  in-batch {metrics.in_batch_accuracy:.0%}"
             self.progress.update(self.task, completed=metrics.step, status=status)
             if not self.console.is_terminal and metrics.step % 10 == 0:
                 self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
+        elif isinstance(metrics, Diagnosis):
+            self.console.print(diagnosis_table(metrics, self.last))
         else:
             self.console.print(
                 f"held out after step {metrics.step}: NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  "
@@ -241,6 +250,34 @@ class RunLog:
         self.console.print(f"[yellow]warning:[/] {message}")
         with (self.output / "warnings.log").open("a") as file:
             file.write(message + "\n")
+
+
+def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
+    """What the losses do to Gen and to the space of sequences, with the speed and memory of the step before."""
+
+    def figure(value: float | None, form: str = ".3g") -> str:
+        return "-" if value is None else format(value, form)
+
+    table = Table(title=f"before step {found.step}", title_justify="left")
+    columns = {
+        "gradient of Gen: NTP": figure(found.ntp_grad_norm),
+        "lambda NSP": figure(found.nsp_grad_norm),
+        "cosine": figure(found.grad_cosine, "+.3f"),
+        "alignment": figure(found.alignment),
+        "uniformity: queries": figure(found.query_uniformity),
+        "passages": figure(found.passage_uniformity),
+    }
+    if last is not None:
+        columns |= {
+            "in-batch rank": figure(last.in_batch_rank),
+            "useful tokens": figure(last.useful_tokens, ".0%"),
+            "tokens/s": figure(last.tokens_per_second, ".0f"),
+            "peak GiB": figure(last.peak_memory_gib, ".2f"),
+        }
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_row(*columns.values())
+    return table
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

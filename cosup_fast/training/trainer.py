@@ -8,8 +8,10 @@ changes neither a loss nor a gradient.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +27,13 @@ from torch import Tensor, nn
 from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.decoder_layers import Recompute
+from cosup_fast.files import replace_file
 from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.training.checkpoint import load_trainer_state, save_checkpoint
-from cosup_fast.training.monitor import FailureMonitor
-from cosup_fast.training.step import accumulate_gradients
+from cosup_fast.training.checkpoint import CheckpointError, load_trainer_state, save_checkpoint
+from cosup_fast.training.diagnostics import Diagnosis, diagnose
+from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
+from cosup_fast.training.step import accumulate_gradients, autocast
 
 
 class TrainingConfig(BaseModel):
@@ -66,9 +71,23 @@ class TrainingConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: autocast, weights stay as is"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = Field(
+        default="none", description="computed again in the backward pass, for memory: selective keeps all products"
+    )
+    compile: bool = Field(default=False, description="torch.compile for every decoder layer")
     seed: int = 0
     log_every: int = Field(default=1, ge=1, description="steps between metrics")
+    diagnose_every: int | None = Field(
+        default=100,
+        ge=1,
+        description="steps between looks at the gradients of each loss, each as dear as a step; null: never",
+    )
+    spike_factor: float | None = Field(
+        default=20.0,
+        gt=0,
+        description="stop before a step whose loss is so many robust standard deviations above the median; null: never",
+    )
+    spike_window: int = Field(default=100, ge=4, description="steps that the median of spike_factor is taken over")
     eval_every: int | None = Field(default=100, ge=1, description="steps between held-out evaluations; null: never")
     checkpoint_every: int | None = Field(
         default=500, ge=1, description="steps between checkpoints; null: only at the end"
@@ -82,6 +101,11 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 "training.fixed_shapes=true needs a size to fill micro-batches up to: set "
                 "training.tokens_per_micro_batch, now null"
+            )
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"training.compile=true has no effect under training.activation_checkpointing="
+                f"{self.activation_checkpointing}, which runs its layers uncompiled: change one of them"
             )
         return self
 
@@ -105,11 +129,14 @@ class StepMetrics:
     ntp: float
     nsp: float
     in_batch_accuracy: float  # share of the queries whose own passage scores highest
+    in_batch_rank: float  # mean rank of a query's own passage, 1 is the highest; 0 without a query
     candidates: int
     gen_grad_norm: float  # before clipping, as the next one
     embseq_grad_norm: float  # of Embseq with its projection; 0 where Embseq is Gen itself
     lr: float
     tokens_per_second: float
+    useful_tokens: float  # share of the computed tokens that are no filler: 1 unless shapes are fixed
+    peak_memory_gib: float  # so far: allocated on the GPU, or resident in this process without one; 0 if not known
 
 
 @dataclass(frozen=True)
@@ -136,7 +163,7 @@ class Trainer:
         lengths: what `example_lengths` says of the examples, if it was asked already.
         evaluate: called every `eval_every` steps, before the first step and after the last, with the model and the
             step; returns a `HeldOut`.
-        on_metrics: called with every `StepMetrics` and `HeldOut`.
+        on_metrics: called with every `StepMetrics`, `Diagnosis` and `HeldOut`.
         on_warning: called with every message of the failure monitor.
         on_interrupt: called with what the first Ctrl-C does, when it is pressed.
 
@@ -154,7 +181,7 @@ class Trainer:
         *,
         lengths: Sequence[int] | None = None,
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
-        on_metrics: Callable[[StepMetrics | HeldOut], None] = lambda metrics: None,
+        on_metrics: Callable[[StepMetrics | Diagnosis | HeldOut], None] = lambda metrics: None,
         on_warning: Callable[[str], None] = lambda message: None,
         on_interrupt: Callable[[str], None] = lambda message: None,
     ):
@@ -162,12 +189,14 @@ class Trainer:
         self.config = config
         self.examples = examples
         self.corpus = corpus
+        self.output = output
         self.checkpoints = output / "checkpoints"
         self.evaluate = evaluate
         self.on_metrics = on_metrics
         self.on_warning = on_warning
         self.on_interrupt = on_interrupt
         self.monitor = FailureMonitor()
+        self.guard = SpikeGuard(config.spike_factor, config.spike_window)
         self.step = 0
         self.last_checkpoint: Path | None = None
         self._saved_step = self._evaluated_step = -1
@@ -179,8 +208,9 @@ class Trainer:
             balanced=config.balance_lengths,
         )
         self._next: tuple[int, CoSupervisionBatch] | None = None
-        if config.activation_checkpointing:
-            model.enable_activation_checkpointing()
+        model.enable_activation_checkpointing(config.activation_checkpointing)
+        if config.compile:
+            model.compile_layers(fixed_shapes=config.fixed_shapes)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [  # decay would pull norms and the learnt scale towards 0, not towards a simpler model
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -201,9 +231,11 @@ class Trainer:
     def replay(self, records: Iterable[dict[str, Any]]) -> None:
         """Shows the failure monitor the records (see `as_record`) of the part before; it has warned of them then."""
         for record in records:
+            messages: Iterable[str] = ()
             if record["kind"] == "step":
                 messages = self.monitor.step(record["nsp"], record["candidates"])
-            else:
+                self.guard.accept(record["ntp"], record["nsp"] if record["candidates"] else None)
+            elif record["kind"] == "held-out":
                 messages = self.monitor.evaluation(record["ntp"], record["recall_at_5"])
                 self._evaluated_step = record["step"]
             for _ in messages:
@@ -213,7 +245,8 @@ class Trainer:
         """Runs to the end and returns the last checkpoint.
 
         Raises:
-            TrainingError: the loss or a gradient is not finite.
+            TrainingError: a loss or a gradient is not finite, or a loss spikes. The step is not taken, its batch is
+                described in `output/refused-step.json`, and the weights before it are saved.
             KeyboardInterrupt: Ctrl-C; the current step has been finished and saved. A second one stops at once.
         """
         config = self.config
@@ -240,11 +273,15 @@ class Trainer:
         assert self.last_checkpoint is not None
         return self.last_checkpoint
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the current step, unless this trainer wrote it or came from it."""
+    def save(self, *, extra: int = 0) -> Path:
+        """Writes a checkpoint of the current step, unless this trainer wrote it or came from it.
+
+        Args:
+            extra: how many checkpoints more than `keep_checkpoints` stay.
+        """
         if self.last_checkpoint is None or self._saved_step != self.step:
             self.last_checkpoint = save_checkpoint(
-                self.checkpoints, self.step, self.model, self.optimizer, keep=self.config.keep_checkpoints
+                self.checkpoints, self.step, self.model, self.optimizer, keep=self.config.keep_checkpoints + extra
             )
             self._saved_step = self.step
         return self.last_checkpoint
@@ -260,27 +297,36 @@ class Trainer:
 
     def _step(self) -> StepMetrics:
         config, model = self.config, self.model
-        start = time.perf_counter()
         number, batch = self._next or (-1, None)
         if batch is None or number != self.step:
             batch = self.batch(self.step)
+        if config.diagnose_every and (self.step + 1) % config.diagnose_every == 0:
+            self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision))
+        start, random = time.perf_counter(), _random_state()
         out = accumulate_gradients(model, batch, precision=config.precision)
         # The device is still busy with this step; what follows waits for it.
         self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None
-        hits = out.loss.new_zeros(()) if out.stats is None else (out.stats.rank == 0).sum()
-        loss, ntp, nsp, hits = torch.stack([out.loss, out.ntp, out.nsp, hits]).tolist()
+        hits, ranks = (
+            (out.loss.new_zeros(()),) * 2
+            if out.stats is None
+            else ((out.stats.rank == 0).sum(), (out.stats.rank + 1).sum())
+        )
+        loss, ntp, nsp, hits, ranks = torch.stack([out.loss, out.ntp, out.nsp, hits, ranks]).tolist()
         gen_norm, embseq_norm, total_norm = self._clip()
-        if not math.isfinite(loss) or not math.isfinite(total_norm):
-            chosen = self.batch_examples(self.step)
-            raise TrainingError(
-                f"step {self.step + 1}: loss {loss}, gradient norms {gen_norm} (Gen) and {embseq_norm} (Embseq); "
-                f"its examples: {', '.join(e.id for e in chosen[:8])}{', …' if len(chosen) > 8 else ''}. The weights "
-                f"were not changed by it. Last good checkpoint: {self.last_checkpoint or 'none'}; "
-                "lower training.lr, or look at these examples"
+        watched = ntp, nsp if batch.nsp_count and model.nsp.weight else None
+        problems = list(self.guard.refuse(*watched))
+        if not math.isfinite(total_norm):
+            problems.append(f"gradient norms {gen_norm:.3g} (Gen) and {embseq_norm:.3g} (Embseq)")
+        if problems:
+            raise self._refused(
+                problems,
+                random,
+                {"ntp": ntp, "nsp": nsp, "gen_grad_norm": gen_norm, "embseq_grad_norm": embseq_norm},
             )
         lr = self._schedule()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.accept(*watched)
         self.step += 1
         return StepMetrics(
             step=self.step,
@@ -289,12 +335,47 @@ class Trainer:
             ntp=ntp,
             nsp=nsp,
             in_batch_accuracy=hits / max(1, batch.nsp_count),
+            in_batch_rank=ranks / max(1, batch.nsp_count),
             candidates=len(batch.key_ids),
             gen_grad_norm=gen_norm,
             embseq_grad_norm=embseq_norm,
             lr=lr,
             tokens_per_second=batch.tokens / (time.perf_counter() - start),
+            useful_tokens=batch.tokens / sum(len(pack.input_ids) for pack in batch.packs),
+            peak_memory_gib=_peak_memory(model.device) / 2**30,
         )
+
+    def _refused(self, problems: list[str], random: list[Tensor], figures: dict[str, float]) -> TrainingError:
+        """Puts everything back to where it was before a step and saves that; the error to raise."""
+        self.optimizer.zero_grad(set_to_none=True)
+        chosen = self.batch_examples(self.step)
+        losses = {example.id: self._ntp_alone(example) for example in chosen}
+        _set_random_state(random)
+        worst = max(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+        kept = f"last good checkpoint: {self.last_checkpoint or 'none'}"
+        if self.step and all(bool(p.isfinite().all()) for p in self.model.parameters() if p.is_floating_point()):
+            try:
+                kept = f"saved as they were before it: {self.save(extra=1)}"
+            except CheckpointError as error:
+                kept += f" ({error})"
+        description = self.output / "refused-step.json"
+        record = {"step": self.step + 1, "problems": problems, **figures, "ntp_of_examples": losses}
+        self.output.mkdir(parents=True, exist_ok=True)
+        with replace_file(description) as file:
+            json.dump(_without_nan(record), file, indent=1)
+        names = f"{', '.join(example.id for example in chosen[:8])}{', …' if len(chosen) > 8 else ''}"
+        return TrainingError(
+            f"step {self.step + 1}: {'; '.join(problems)}. Its examples: {names}; the highest NTP loss alone has "
+            f"{worst} ({losses[worst]:.3g}); all of them: {description}. The weights were not changed by it; {kept}. "
+            "Look at these examples, or lower training.lr; --resume with training.spike_factor=null lets a spike pass"
+        )
+
+    @torch.no_grad()
+    def _ntp_alone(self, example: Example) -> float:
+        """NTP of one example, nats per token."""
+        part = make_batch([example], self.corpus, self.model.template).to(self.model.device).gen[0]
+        with autocast(self.model.device, self.config.precision):
+            return float(self.model.ntp_loss(self.model.gen_rows(part)[0], part.targets))
 
     def _clip(self) -> tuple[float, float, float]:
         """Clips the global norm; returns what it was of Gen, of Embseq with its projection, and of everything."""
@@ -362,9 +443,10 @@ def choose_device(requested: str) -> torch.device:
     return device
 
 
-def as_record(metrics: StepMetrics | HeldOut) -> dict[str, Any]:
+def as_record(metrics: StepMetrics | Diagnosis | HeldOut) -> dict[str, Any]:
     """Metrics as one flat record, `kind` telling which."""
-    return {"kind": "step" if isinstance(metrics, StepMetrics) else "held-out", **asdict(metrics)}
+    kind = {StepMetrics: "step", Diagnosis: "diagnosis", HeldOut: "held-out"}[type(metrics)]
+    return {"kind": kind, **asdict(metrics)}
 
 
 @torch.no_grad()
@@ -377,6 +459,34 @@ def _lost_in_rounding(model: CoSupervisionModel, lr: float) -> Iterator[str]:
             f"model.dtype=bfloat16: a step of training.lr={lr:g} is rounded away on {stuck:.0%} of the weights, which "
             "then barely move: use model.dtype=float32 with training.precision=bfloat16"
         )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch had allocated on a GPU, or that was resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+def _without_nan(value: Any) -> Any:
+    """The same for JSON, which has no NaN: as text."""
+    if isinstance(value, dict):
+        return {key: _without_nan(x) for key, x in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 
 from cosup_fast.data.packing import Pack
+from cosup_fast.data.records import Segment
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
+from cosup_fast.training.diagnostics import Diagnosis
+from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import HeldOut, StepMetrics, Trainer, TrainingConfig, TrainingError, as_record
 
 VARIANTS = {
@@ -188,11 +192,12 @@ def test_a_resumed_run_gives_the_same_bits(variant, make_model, make_trainer, tm
         assert torch.equal(a, b), name
 
 
-def test_activation_checkpointing_changes_no_gradient(make_trainer, tmp_path):
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_activation_checkpointing_changes_no_gradient(kind, make_trainer, tmp_path):
     runs = []
-    for on in (False, True):
+    for recompute in ("none", kind):
         seen: list[StepMetrics] = []
-        make_trainer(output=tmp_path / str(on), seen=seen, steps=3, activation_checkpointing=on).train()
+        make_trainer(output=tmp_path / recompute, seen=seen, steps=3, activation_checkpointing=recompute).train()
         runs.append(_losses(seen))
     for kept, recomputed in zip(*runs, strict=True):
         assert kept == pytest.approx(recomputed, rel=1e-5)
@@ -205,12 +210,101 @@ def test_a_loss_that_is_no_number_stops_with_names_and_leaves_the_weights(make_t
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(TrainingError, match=r"step 2: loss nan") as error:
+    with pytest.raises(TrainingError, match=r"step 2: NTP loss nan") as error:
         trainer._step()
     assert str(good) in str(error.value)
     assert any(example.id in str(error.value) for example in examples)
     for p, q in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(p, q) or q.isnan().any()
+
+
+def test_clipping_takes_embseqs_gradient_into_account(make_trainer, corpus):
+    """The published code clips Gen alone; a step in which Embseq's gradient is the larger one shows it."""
+    trainer = make_trainer(clip=0.5, lr=1e-9)
+    model = trainer.model
+    accumulate_gradients(model, trainer.batch(0))
+    for p in model.embseq.parameters():
+        if p.grad is not None:
+            p.grad *= 100
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gen, embseq, total = trainer._clip()
+    assert embseq > 10 * gen > 0.5
+    assert total == pytest.approx(math.hypot(gen, embseq))
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, before[name] * 0.5 / total, msg=name)
+
+
+def test_a_diagnosis_comes_at_its_interval_and_changes_no_step(make_model, make_trainer, gpt2_folder, tmp_path):
+    runs = []
+    for every in (None, 2):
+        seen = []
+        model = make_model(embseq=gpt2_folder)  # GPT-2 has dropout
+        make_trainer(model, tmp_path / str(every), seen, steps=5, diagnose_every=every).train()
+        runs.append(_losses(m for m in seen if isinstance(m, StepMetrics)))
+    assert runs[0] == runs[1]
+    found = [m for m in seen if isinstance(m, Diagnosis)]
+    assert [m.step for m in found] == [2, 4]
+
+
+def test_the_gradient_of_a_step_is_the_sum_of_those_diagnosed(make_trainer):
+    seen = []
+    make_trainer(seen=seen, steps=2, diagnose_every=2).train()
+    found = next(m for m in seen if isinstance(m, Diagnosis))
+    a, b, cosine = found.ntp_grad_norm, found.nsp_grad_norm, found.grad_cosine
+    step = next(m for m in seen if isinstance(m, StepMetrics) and m.step == 2)
+    assert math.sqrt(a * a + b * b + 2 * a * b * cosine) == pytest.approx(step.gen_grad_norm, rel=1e-4)
+
+
+def test_figures_of_a_step(make_trainer, corpus):
+    trainer = make_trainer(batch_size=4, tokens_per_micro_batch=300, fixed_shapes=True, lr=1e-9)
+    batch = trainer.batch(0)
+    found = trainer._step()
+    stats = trainer.model(batch).stats
+    assert found.in_batch_rank == pytest.approx(float(stats.rank.double().mean()) + 1)
+    assert found.in_batch_rank > 1
+    assert found.useful_tokens == batch.tokens / (300 * len(batch.packs)) < 1
+    assert make_trainer()._step().useful_tokens == 1.0
+    assert 0.1 < found.peak_memory_gib < 100
+
+
+@pytest.fixture
+def planted(examples):
+    """Enough examples for a window, the last of which no trained model foresees."""
+    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(12)]
+    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
+    return [*plain, examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})]
+
+
+def test_a_bad_example_ends_the_run_before_it_does_harm(make_model, make_trainer, planted, tmp_path):
+    """A real run: it learns plain examples until the planted one's loss jumps."""
+    from cosup_fast.modeling import CoSupervisionModel
+
+    fields = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,
+              "spike_window": 16, "spike_factor": 10.0, "checkpoint_every": 4, "keep_checkpoints": 1}  # fmt: skip
+    seen: list[StepMetrics] = []
+    trainer = make_trainer(make_model(), chosen=planted, seen=seen, **fields)
+    with pytest.raises(TrainingError, match=r"step \d+: NTP loss .* robust standard deviations above") as error:
+        trainer.train()
+    bad = len(seen) + 1
+    assert [e.id for e in trainer.batch_examples(bad - 1)] == ["planted"]
+    assert "the highest NTP loss alone has planted" in str(error.value)
+    record = json.loads((tmp_path / "refused-step.json").read_text())
+    assert record["step"] == bad
+    assert record["ntp"] == pytest.approx(record["ntp_of_examples"]["planted"], rel=1e-4)
+    *before, saved = checkpoints(tmp_path / "checkpoints")
+    assert saved.name == f"step-{bad - 1:06d}"
+    assert str(saved) in str(error.value)
+    assert len(before) == 1  # the one that was there is kept besides
+    for p, q in zip(trainer.model.parameters(), CoSupervisionModel.load(saved).parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.grad is None
+    rest: list[StepMetrics] = []
+    resumed = make_trainer(CoSupervisionModel.load(saved), chosen=planted, seen=rest, **fields | {"spike_factor": None})
+    resumed.resume(saved)
+    resumed.train()
+    assert [m.step for m in rest] == list(range(bad, 61))
+    assert rest[0].ntp == pytest.approx(record["ntp"], rel=1e-6)
 
 
 def test_evaluations_come_first_last_and_between_and_warnings_arrive(make_trainer, examples):

@@ -1,0 +1,228 @@
+"""The two language models and their template, from folders or the hub: what is asked for, checked, and read.
+
+Weights are safetensors alone; nothing that could run code is read or fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from cosup_fast.adapters import LoRAConfig, check_targets, keep_layout, quantization
+from cosup_fast.attention import choose_attention
+from cosup_fast.backbone import unpackable
+from cosup_fast.data.sources import resolve_model
+from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.environment import no_downloaded_kernels
+from cosup_fast.files import sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
+
+
+class ModelConfig(BaseModel):
+    """Which two models, and how much of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gen: str = Field(default="smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
+    embseq: str | None = Field(default=None, description="Embseq, likewise; null means the same model as gen")
+    shared: bool = Field(default=False, description="Embseq is Gen itself: one set of weights")
+    freeze_embseq: bool = Field(default=False, description="Embseq's weights stay as they are")
+    gen_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Gen")
+    embseq_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Embseq")
+    attention: Attention = Field(default="auto", description="auto: FlashAttention where it can run, else packed_sdpa")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
+    gen_lora: LoRAConfig = Field(default=LoRAConfig(), description="train adapters of Gen instead of its weights")
+    embseq_lora: LoRAConfig = Field(default=LoRAConfig(), description="likewise of Embseq")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.shared and (self.embseq not in (None, self.gen) or self.embseq_layers not in (None, self.gen_layers)):
+            raise ValueError(
+                f"model.shared=true uses Gen as Embseq, so model.embseq={self.embseq!r} and "
+                f"model.embseq_layers={self.embseq_layers} cannot differ from Gen's: leave them null"
+            )
+        if self.shared and self.freeze_embseq:
+            raise ValueError(
+                "model.shared=true with model.freeze_embseq=true would freeze Gen: set one of them to false"
+            )
+        for other in ("shared", "freeze_embseq"):
+            if getattr(self, other) and self.embseq_lora.rank:
+                raise ValueError(
+                    f"model.{other}=true leaves Embseq no weights of its own to train, so model.embseq_lora.rank="
+                    f"{self.embseq_lora.rank} has nothing to adapt: set rank=0"
+                    + (", or adapt Gen with model.gen_lora.rank" if other == "shared" else f", or {other}=false")
+                )
+        for field in ("gen_lora", "embseq_lora"):
+            lora: LoRAConfig = getattr(self, field)
+            if lora.quantize and not lora.rank:
+                raise ValueError(
+                    f"model.{field}.quantize={lora.quantize} keeps weights in 4 bits, which cannot be trained, and "
+                    f"model.{field}.rank=0 adds nothing that can: set a rank, such as 16, or quantize=null"
+                )
+            if lora.quantize and self.dtype == "float64":
+                raise ValueError(
+                    f"model.{field}.quantize={lora.quantize} has no products in model.dtype=float64: set "
+                    "model.dtype=float32 or bfloat16"
+                )
+        if self.attention == "flash_attention_2" and self.dtype == "float64":
+            raise ValueError("model.attention=flash_attention_2 takes 16-bit inputs, not model.dtype=float64")
+        return self
+
+
+class Base(BaseModel):
+    """Where the weights under adapters come from; a checkpoint holds this and the adapters."""
+
+    name: str
+    layers: int | None
+    lora: LoRAConfig
+    sha256: dict[str, str]  # of the safetensors files
+    new_tokens: bool = False  # whether rows for the special tokens are added
+
+    @classmethod
+    def of(cls, name: str, layers: int | None, lora: LoRAConfig, new_tokens: bool = False) -> Self:
+        """That of a model by its name or folder, which is then found from any working directory."""
+        name = str(Path(name).resolve()) if Path(resolve_model(name)) == Path(name) and Path(name).is_dir() else name
+        return cls(name=name, layers=layers, lora=lora, sha256=_digests(name), new_tokens=new_tokens)
+
+    def check(self, folder: Path) -> None:
+        """Refuses weights that are not those that the adapters in a folder were trained over.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if (found := _digests(self.name)) != self.sha256:
+            raise ValueError(
+                f"the adapters in {folder} belong to other weights of {self.name!r} than there are now "
+                f"(sha256 {_first(self.sha256)} then, {_first(found)} now): restore them"
+            )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_language_model(
+    name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
+) -> Any:
+    """A pretrained causal LM with its head, as Gen, or without, as Embseq.
+
+    Args:
+        name: a prepared name, a local folder or a Hugging Face name.
+        settings: dtype, attention, and whether the weights are kept in 4 bits.
+        device: where 4-bit weights go at once.
+        layers: keep only the first ones.
+        head: with the head.
+
+    Raises:
+        ValueError: what `CoSupervisionModel.from_pretrained` says of a single model.
+    """
+    source = resolve_model(name)
+    dtype = getattr(torch, settings.dtype)
+    config = AutoConfig.from_pretrained(source)
+    stack = config.get_text_config()
+    if layers is not None and layers > stack.num_hidden_layers:
+        raise ValueError(
+            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
+            "lower model.gen_layers or model.embseq_layers"
+        )
+    if layers is not None:
+        stack.num_hidden_layers = layers
+        if getattr(stack, "layer_types", None):
+            stack.layer_types = stack.layer_types[:layers]
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise ValueError(
+            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
+            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    factory = AutoModelForCausalLM if head else AutoModel
+    field = "gen_lora" if head else "embseq_lora"
+    options: dict[str, Any] = {}
+    if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
+        options = {"quantization_config": quantized, "device_map": {"": device}}
+    attention = choose_attention(settings.attention, device, dtype)
+    try:
+        with quiet_transformers(), no_downloaded_kernels():
+            model = factory.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
+            )
+    except (KeyError, ImportError, ValueError) as error:
+        if attention not in str(error) and "attention" not in str(error).lower():
+            raise
+        raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
+    if options:
+        keep_layout(model)
+    return model
+
+
+def load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]:
+    """The template of two models, and whether Gen has yet to learn some of its special tokens; no weight is read."""
+    gen = resolve_model(model.gen)
+    embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
+    tokenizer = AutoTokenizer.from_pretrained(gen)
+    new = add_special_tokens(tokenizer) > 0
+    lengths = (AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings for source in (gen, embseq))
+    embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
+    return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
+
+
+def lm_head(gen: PreTrainedModel) -> nn.Linear:
+    """The LM head: weight (V, D), and a bias (V,) or None."""
+    head = gen.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{gen.name_or_path} ({type(gen).__name__}) has no LM head, so it cannot be Gen")
+    return cast(nn.Linear, head)
+
+
+@torch.no_grad()
+def embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
+    """Gives Gen rows for the special tokens: the means of their descriptions' rows."""
+    tokenizer = template.tokenizer
+    gen.resize_token_embeddings(max(len(tokenizer), len(lm_head(gen).weight)), mean_resizing=False)
+    vocabulary = tokenizer.get_vocab()
+    head = lm_head(gen)
+    for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
+        for token, text in DESCRIPTIONS.items():
+            rows[vocabulary[token]] = rows[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(dim=0)
+
+
+def check_adapters(model: ModelConfig) -> None:
+    """Refuses adapters that cannot be, before any weight is read."""
+    for field, name in (("gen_lora", model.gen), ("embseq_lora", model.embseq or model.gen)):
+        lora: LoRAConfig = getattr(model, field)
+        quantization(lora, f"model.{field}", getattr(torch, model.dtype))
+        if lora.rank:
+            check_targets(lora, f"model.{field}", AutoConfig.from_pretrained(resolve_model(name)))
+
+
+def _digests(name: str) -> dict[str, str]:
+    """SHA-256 of the weights of a model by file name."""
+    folder = Path(str(cached_file(resolve_model(name), "config.json"))).parent
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _first(digests: dict[str, str]) -> str:
+    return f"{min(digests.values(), default='none')[:12]}…"

@@ -1,0 +1,140 @@
+"""What the two losses do to each other and to the space of sequences, looked at every so many steps.
+
+    g_NTP = d NTP / d Gen,  g_NSP = d (lambda NSP) / d Gen,  cosine = g_NTP . g_NSP / (|g_NTP| |g_NSP|)
+    alignment = E |q - k+|^2                    of queries and their own passages
+    uniformity = log E exp(-2 |x - y|^2)        of pairs of different queries, and of different passages
+
+A cosine near -1 says that the losses pull Gen apart, near 0 that they do not meet. Alignment and uniformity are those
+of L2-normalised embeddings (Wang & Isola 2020, arXiv 2005.10242): lower is better, a uniformity near 0 is a collapse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cosup_fast.data.packing import CoSupervisionBatch
+from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.training.step import autocast
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Of the batch of a step and the weights before it. None: the batch has too few queries, or lambda is 0."""
+
+    step: int
+    ntp_grad_norm: float  # |g_NTP|
+    nsp_grad_norm: float | None  # |g_NSP|
+    grad_cosine: float | None
+    alignment: float | None
+    query_uniformity: float | None
+    passage_uniformity: float | None
+
+
+def diagnose(model: CoSupervisionModel, batch: CoSupervisionBatch, step: int, *, precision: str) -> Diagnosis:
+    """Two extra backward passes over a step's batch; parameters, gradients and random numbers stay as they are.
+
+    Needs the memory of one more gradient of Gen. Gradients that the parameters have already are not kept.
+    """
+    passes = _Passes(model, precision)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        query, keys = passes.embeddings(batch)
+        nsp = passes.nsp_gradients(batch, query, keys) if len(query) and model.nsp.weight else None
+        ntp = passes.ntp_gradients(batch)
+    nsp_norm = cosine = None
+    ntp_norm = math.sqrt(_dot(ntp, ntp))
+    if nsp is not None:
+        nsp_norm = math.sqrt(_dot(nsp, nsp))
+        product = ntp_norm * nsp_norm
+        cosine = _dot(ntp, nsp) / product if product else None
+    q, k = (normalize(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (query, keys))
+    aligned = float((q - k[batch.positive]).square().sum(dim=-1).mean()) if len(q) else None
+    return Diagnosis(step, ntp_norm, nsp_norm, cosine, aligned, uniformity(q), uniformity(k))
+
+
+@torch.no_grad()
+def uniformity(x: Tensor) -> float | None:
+    """log E exp(-2 |x_i - x_j|^2) over i < j of the first 4,096 unit vectors (N, D); None where there is no pair."""
+    x = x[:4096]
+    return float(torch.pdist(x).square().mul(-2).exp().mean().log()) if len(x) > 1 else None
+
+
+class _Passes:
+    """Forwards of packs, each with random numbers of its own: the same whenever the pack is run again."""
+
+    def __init__(self, model: CoSupervisionModel, precision: str):
+        self.model = model
+        self.precision = precision
+        self.seed = torch.initial_seed() >> 1
+        self.gen = [p for p in model.gen.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def embeddings(self, batch: CoSupervisionBatch) -> tuple[Tensor, Tensor]:
+        """Queries (N, D) and passages (M, D) of a batch."""
+        queries = [self._run(self.model.gen_rows, part, i)[1] for i, part in enumerate(batch.gen)]
+        states = [self._passage(part, i) for i, part in enumerate(batch.passages)]
+        query = torch.cat(queries)
+        with autocast(self.model.device, self.precision):
+            return query, self.model.project(torch.cat(states)) if states else query[:0]
+
+    def nsp_gradients(self, batch: CoSupervisionBatch, query: Tensor, keys: Tensor) -> list[Tensor | None]:
+        """d (lambda NSP) / d Gen; where Gen is Embseq too, through its passages as well."""
+        shared = self.model.embseq is None
+        query.requires_grad_()
+        keys.requires_grad_(shared)
+        with autocast(self.model.device, self.precision):
+            loss, _ = self.model.nsp_loss(query, keys, batch, count=batch.nsp_count)
+        inputs = [query, keys] if shared else [query]
+        d_query, *d_keys = torch.autograd.grad(self.model.nsp.weight * loss, inputs)
+        with self._gradients() as found:
+            rows = [len(part.query_rows) for part in batch.gen]
+            for i, (part, gradient) in enumerate(zip(batch.gen, d_query.split(rows), strict=True)):
+                if len(gradient):
+                    self._run(self.model.gen_rows, part, i)[1].backward(gradient)
+            if shared:
+                counts = [part.count for part in batch.passages]
+                for i, (part, gradient) in enumerate(zip(batch.passages, d_keys[0].split(counts), strict=True)):
+                    self._passage(part, i).backward(gradient)
+        return found
+
+    def ntp_gradients(self, batch: CoSupervisionBatch) -> list[Tensor | None]:
+        """d NTP / d Gen."""
+        with self._gradients() as found:
+            for i, part in enumerate(batch.gen):
+                hidden = self._run(self.model.gen_rows, part, i)[0]
+                with autocast(self.model.device, self.precision):
+                    self.model.ntp_loss(hidden, part.targets, count=batch.ntp_count).backward()
+        return found
+
+    def _passage(self, part: Any, i: int) -> Tensor:
+        return self._run(self.model.sequence_states, part, -1 - i)
+
+    def _run(self, forward: Callable[[Any], Any], part: Any, number: int) -> Any:
+        torch.manual_seed((self.seed + number) % 2**63)
+        with autocast(self.model.device, self.precision):
+            return forward(part)
+
+    @contextlib.contextmanager
+    def _gradients(self) -> Iterator[list[Tensor | None]]:
+        """A list that holds, after the block, what its backward passes left in Gen; the model is left without any."""
+        found: list[Tensor | None] = []
+        self.model.zero_grad(set_to_none=True)
+        yield found
+        found += [p.grad for p in self.gen]
+        self.model.zero_grad(set_to_none=True)
+
+
+def _dot(a: list[Tensor | None], b: list[Tensor | None]) -> float:
+    """The inner product of two gradients, in fp32 at least and summed in fp64; what has none is 0."""
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            total += torch.sum(x * y.to(torch.promote_types(y.dtype, torch.float32)), dtype=torch.float64)
+    return float(total)
