@@ -1,4 +1,4 @@
-"""The `cosup-fast` command: data, train, index, generate, evaluate, compare, mine, demo, bench, env.
+"""The `cosup-fast` command: data, plan, train, index, generate, evaluate, compare, mine, demo, bench, env.
 
 Heavy packages are imported inside the commands, so that `--help` answers at once.
 """
@@ -19,6 +19,7 @@ from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
 from cosup_fast.cli_convert import convert_app
 from cosup_fast.cli_index import index_app
+from cosup_fast.cli_plan import plan
 
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
@@ -36,6 +37,11 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models 
 app.add_typer(data_app, name="data")
 data_app.add_typer(convert_app, name="convert")
 app.add_typer(index_app, name="index")
+app.command(
+    "plan",
+    epilog="Examples: cosup-fast plan --preset llama2-7b-8x80g | cosup-fast plan run.yaml --gpus 8 --gpu-memory 80 | "
+    "cosup-fast plan model.gen=llama2-7b training.sharding=fsdp --gpus 4 --gpu-memory 48 --nsp-batch 1024 --json",
+)(plan)
 
 PASSED_OVER = {"gold": "gold", "answer": "bear an answer", "score": "score too near the positive"}
 

@@ -14,6 +14,7 @@ from cosup_fast.data.template import TextConfig
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.loading import ModelConfig
 from cosup_fast.modeling import NSPConfig
+from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.trainer import TrainingConfig
 
 
@@ -88,9 +89,25 @@ class RunConfig(BaseModel):
                 f"training.compile=true does not reach into 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: "
                 "change one of them",
             ),
+            (
+                model.dtype == "float64" and training.optimizer != "adamw",
+                f"training.optimizer={training.optimizer} steps no weights of model.dtype=float64: use adamw",
+            ),
+            (
+                training.optimizer_in_backward and model.shared,
+                "training.optimizer_in_backward=true steps after one backward pass, and model.shared=true has two, as "
+                "Embseq and as Gen: set one of them to false",
+            ),
+            (
+                training.sharding == "fsdp" and bool(model.gen_lora.quantize or model.embseq_lora.quantize),
+                "training.sharding=fsdp cannot share out 4-bit weights (model.gen_lora.quantize, "
+                "model.embseq_lora.quantize): use training.sharding=ddp, or quantize=null",
+            ),
         ):
             if wrong:
                 raise ValueError(message)
+        trains_weights = not (model.gen_lora.rank and (model.embseq_lora.rank or model.shared or model.freeze_embseq))
+        check_available(training.optimizer, rounded=model.dtype == "bfloat16" and trains_weights)
         return self
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from cosup_fast.reference import Stats
 
 FORMAT_VERSION = 1
+
+R = TypeVar("R")
 
 
 class NSPConfig(BaseModel):
@@ -280,17 +283,17 @@ class CoSupervisionModel(nn.Module):
             ntp_count: supervised tokens of the whole step, when this batch is a part of it.
             nsp_count: queries of the whole step, likewise.
         """
-        hidden, query = map(torch.cat, zip(*(self.gen_rows(part) for part in batch.gen), strict=True))
+        ntp_count = batch.ntp_count if ntp_count is None else ntp_count
+        losses, queries = zip(*(self.gen_losses(part, ntp_count) for part in batch.gen), strict=True)
+        ntp, query = torch.stack(losses).sum(), torch.cat(queries)
         with self.nsp_gradient():
             states = [self.sequence_states(part) for part in batch.passages]
             keys = self.project(torch.cat(states)) if states else query[:0]
-        targets = torch.cat([part.targets for part in batch.gen])
-        ntp = self.ntp_loss(hidden, targets, count=ntp_count)
         nsp, stats = self.nsp_loss(query, keys, batch, count=nsp_count)
         return CoSupervisionOutput(ntp + self.nsp.weight * nsp if self.nsp.weight else ntp, ntp, nsp, stats)
 
     def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
-        """Next token prediction of supervised rows (n, D), which `gen_rows` gives, and their targets (n,)."""
+        """Next token prediction of supervised rows (n, D), after the final norm, and their targets (n,)."""
         head = lm_head(self.gen)
         return self.criterion.ntp(hidden, head.weight, targets, bias=unwrapped(head).bias, count=count)
 
@@ -321,18 +324,22 @@ class CoSupervisionModel(nn.Module):
 
     def hidden_states(self, pack: Pack) -> Tensor:
         """Gen's hidden states after the final norm, (T, D)."""
-        return run_pack(self.gen.base_model, pack)
+        return self._inside(self.gen, lambda: run_pack(self.gen.base_model, pack))
 
-    def gen_rows(self, part: GenPack) -> tuple[Tensor, Tensor]:
-        """What the losses read of a pack of Gen's: hidden states (n, D) of the supervised rows, queries (N, D)."""
-        states = self._gen_states(part.pack)
-        with self.nsp_gradient():
-            query = self._at(states, part.query_rows, normalize=self.nsp.similarity == "cosine")
-        return self._at(states, part.supervised_rows), query
+    def gen_losses(self, part: GenPack, count: int) -> tuple[Tensor, Tensor]:
+        """What a pack of Gen's brings to a step: the sum of NTP over `count`, and its queries (N, D)."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            states = self._gen_states(part.pack)
+            return self.ntp_loss(self._at(states, part.supervised_rows), part.targets, count=count), self._queries(
+                states, part.query_rows
+            )
+
+        return self._inside(self.gen, run)
 
     def query_embeddings(self, pack: Pack, rows: Tensor) -> Tensor:
         """Query embeddings (N, D) of the rows of [NSP] (N,) in a pack of Gen's."""
-        return self._at(self._gen_states(pack), rows, normalize=self.nsp.similarity == "cosine")
+        return self._inside(self.gen, lambda: self._queries(self._gen_states(pack), rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Gen's logits (..., V) of hidden states (..., D), those that NTP is the cross-entropy of.
@@ -359,9 +366,13 @@ class CoSupervisionModel(nn.Module):
         """What Embseq itself makes of the passages of a pack, (S, D_e), to go through `project`."""
         model = self.gen.base_model if self.embseq is None else self.embseq
         unit = self.projection is None and self.nsp.similarity == "cosine"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
+
+        def run() -> Tensor:
             hidden = run_pack(model, pack, self._embseq_norm)
             return norm_rows(model, hidden, pack.last_rows, self._embseq_norm, normalize=unit)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
+            return self._inside(self.gen if self.embseq is None else self.embseq, run)
 
     def project(self, states: Tensor) -> Tensor:
         """Sequence embeddings (S, D) from `sequence_states`: the same, but where the widths of the models differ."""
@@ -369,6 +380,14 @@ class CoSupervisionModel(nn.Module):
             return states
         embedding = self.projection(states)
         return nn.functional.normalize(embedding, dim=-1) if self.nsp.similarity == "cosine" else embedding
+
+    def _queries(self, states: Tensor, rows: Tensor) -> Tensor:
+        with self.nsp_gradient():
+            return self._at(states, rows, normalize=self.nsp.similarity == "cosine")
+
+    def _inside(self, part: PreTrainedModel, run: Callable[[], R]) -> R:
+        """Runs what reads a model's weights; of a sharded one they are whole only inside (see `training.sharding`)."""
+        return getattr(part, "run_inside", _call)(run)
 
     def _gen_states(self, pack: Pack) -> Tensor:
         return run_pack(self.gen.base_model, pack, self._gen_norm)
@@ -456,6 +475,10 @@ class CoSupervisionModel(nn.Module):
             for name, tensor in self.state_dict().items()
             if name.startswith(("criterion.", "projection."))
         }
+
+
+def _call(run: Callable[[], R]) -> R:
+    return run()
 
 
 def read_description(folder: Path) -> dict[str, Any]:

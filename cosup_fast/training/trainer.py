@@ -33,6 +33,8 @@ from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, load_trainer_state, save_checkpoint
 from cosup_fast.training.diagnostics import Diagnosis, diagnose
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
+from cosup_fast.training.optimizers import OptimizerName
+from cosup_fast.training.sharding import Sharding
 from cosup_fast.training.step import accumulate_gradients, autocast
 
 
@@ -75,6 +77,16 @@ class TrainingConfig(BaseModel):
         default="none", description="computed again in the backward pass, for memory: selective keeps all products"
     )
     compile: bool = Field(default=False, description="torch.compile for every decoder layer")
+    sharding: Sharding = Field(
+        default="none",
+        description="fsdp: ranks share out weights, gradients and optimizer states; ddp: each has all of them",
+    )
+    optimizer: OptimizerName = Field(
+        default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"
+    )
+    optimizer_in_backward: bool = Field(
+        default=False, description="step each weight in the backward pass and keep no gradients; one GPU, one pack"
+    )
     seed: int = 0
     log_every: int = Field(default=1, ge=1, description="steps between metrics")
     diagnose_every: int | None = Field(
@@ -107,6 +119,24 @@ class TrainingConfig(BaseModel):
                 f"training.compile=true has no effect under training.activation_checkpointing="
                 f"{self.activation_checkpointing}, which runs its layers uncompiled: change one of them"
             )
+        for wrong, field in (
+            (
+                self.clip is not None,
+                f"training.clip={self.clip}, which needs the norm of all gradients: set it to null",
+            ),
+            (
+                self.tokens_per_micro_batch is not None or self.micro_batch_size is not None,
+                f"training.tokens_per_micro_batch={self.tokens_per_micro_batch} and training.micro_batch_size="
+                f"{self.micro_batch_size}, which add gradients up over packs: set both to null",
+            ),
+            (self.sharding != "none", f"training.sharding={self.sharding}, which sums gradients first: set it to none"),
+            (
+                self.spike_factor is not None,
+                f"training.spike_factor={self.spike_factor}, which refuses a step before it is taken: set it to null",
+            ),
+        ):
+            if self.optimizer_in_backward and wrong:
+                raise ValueError(f"training.optimizer_in_backward=true cannot be had with {field}")
         return self
 
     @property
@@ -375,7 +405,7 @@ class Trainer:
         """NTP of one example, nats per token."""
         part = make_batch([example], self.corpus, self.model.template).to(self.model.device).gen[0]
         with autocast(self.model.device, self.config.precision):
-            return float(self.model.ntp_loss(self.model.gen_rows(part)[0], part.targets))
+            return float(self.model.gen_losses(part, len(part.targets))[0])
 
     def _clip(self) -> tuple[float, float, float]:
         """Clips the global norm; returns what it was of Gen, of Embseq with its projection, and of everything."""
