@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import batch_memory, machine, report, run, train_step
 from benchmarks import gate as gates
-from benchmarks import machine, report, run, train_step
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.providers import Provider, chosen
 from cosup_fast.kernels.softmax_xent_torch import multiplies_bf16
@@ -293,6 +293,42 @@ def train_step_command(
     out.print(text, markup=False, highlight=False, soft_wrap=True)
     report.write(folder, {"README.md": text, "rounds.csv": report.csv_text(train_step.records(rows))}, overwrite)
     err.print(f"written: {folder}", soft_wrap=True)
+
+
+@app.command(
+    "batch-memory",
+    epilog="Examples: python -m benchmarks batch-memory --size 256 --size 4096 --limit-gib 12 | python -m benchmarks "
+    "batch-memory --size 16 --size 256 --layers 2 --passage-tokens 64",
+)
+def batch_memory_command(
+    size: Annotated[list[int], typer.Option(min=1, help="examples of a step; repeat the option for several")],
+    limit_gib: Annotated[float | None, typer.Option(help="exit status 1 where a peak is above it")] = None,
+    model: Annotated[str, typer.Option(help="of Gen and Embseq")] = batch_memory.Setting.model,
+    layers: Annotated[int | None, typer.Option(min=1, help="keep so many of each model")] = None,
+    examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
+    corpus: str = batch_memory.Setting.corpus,
+    passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = batch_memory.Setting.passage_tokens,
+    tokens_per_micro_batch: Annotated[int, typer.Option(min=1)] = batch_memory.Setting.tokens_per_micro_batch,
+    checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
+    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """How much memory does a training step take whose negatives are a large batch's?"""
+    setting = batch_memory.Setting(
+        model, layers, corpus, tuple(examples or batch_memory.Setting.examples), passage_tokens, tokens_per_micro_batch,
+        checkpointing, threads,
+    )  # fmt: skip
+    folder = output or report.ROOT / machine.folder() / "batch-memory"
+    report.writable(folder, overwrite)
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}\n\nLoad of the machine before: {machine.load()}"
+    rows = batch_memory.measure(setting, size, say=lambda text: print(text, file=sys.stderr, flush=True))
+    text = batch_memory.page(rows, setting, command)
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    report.write(folder, {"README.md": text, "sizes.csv": report.csv_text(batch_memory.records(rows))}, overwrite)
+    err.print(f"written: {folder}", soft_wrap=True)
+    if limit_gib is not None and (most := max(row.peak_bytes for row in rows)) > limit_gib * 2**30:
+        raise ValueError(f"the peak is {report.size(most)}, above --limit-gib {limit_gib:g}")
 
 
 @app.command("list", epilog="Example: python -m benchmarks list --shape 512x512x256 --dtype bf16")

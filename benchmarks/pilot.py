@@ -20,7 +20,8 @@ from rich.console import Console
 
 from cosup_fast.config import load_config
 from cosup_fast.files import replace_file
-from cosup_fast.training.run import read_metrics, run_training
+from cosup_fast.training.log import read_metrics
+from cosup_fast.training.run import run_training
 
 # Gen is whole, because lambda and the learning rate are about what happens to a pretrained LM; Embseq is cut to its
 # first six layers to keep a setting at a few minutes on two cores.

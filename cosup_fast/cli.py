@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, out
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, leads, out, say_once
 from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
 from cosup_fast.cli_convert import convert_app
@@ -50,10 +51,18 @@ def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:  # an argument, a file, a missing package; a bug keeps its trace
-        err.print("[red]error:[/] ", end="")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _of_peers(error):
+            raise  # a bug keeps its trace; else it is an argument, a file, a missing package, a lost rank
+        err.print("[red]error:[/] " if leads() else f"[red]error on rank {os.environ['RANK']}:[/] ", end="")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _of_peers(error: RuntimeError) -> bool:
+    from cosup_fast.peers import PeerError
+
+    return isinstance(error, PeerError)
 
 
 @app.command(epilog="Example: cosup-fast env")
@@ -115,7 +124,7 @@ def data_check(
 
 
 @app.command(
-    epilog="Examples: cosup-fast train run.yaml --resume | "
+    epilog="Examples: cosup-fast train run.yaml --resume | torchrun --nproc-per-node 8 -m cosup_fast train run.yaml | "
     "cosup-fast train training.lr=1e-4 nsp.weight=0.1 model.gen_layers=6 output=runs/six-layers"
 )
 def train(
@@ -128,7 +137,7 @@ def train(
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
 ) -> None:
-    """Train Gen and Embseq together."""
+    """Train Gen and Embseq together; torchrun shares every step among processes."""
     from cosup_fast.config import dump_config
 
     config = _config(arguments or [])
@@ -140,11 +149,11 @@ def train(
     try:
         checkpoint = run_training(config, resume=resume, console=err)
     except KeyboardInterrupt as interrupt:
-        err.print(
-            f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume", highlight=False, soft_wrap=True
-        )
+        if leads():
+            text = f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume"
+            err.print(text, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    _say(f"checkpoint: {checkpoint}")
+    say_once(f"checkpoint: {checkpoint}")
 
 
 @app.command(
@@ -265,9 +274,9 @@ def evaluate(
     report.json (everything) and report.html (to read).
     """
     from cosup_fast import evaluation
+    from cosup_fast.environment import choose_device
     from cosup_fast.evaluation import command
     from cosup_fast.evaluation.suites import check_metrics
-    from cosup_fast.training.trainer import choose_device
 
     check_metrics(metric or [])
     folder = command.output_folder(output, checkpoint, system, overwrite=overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,11 +28,22 @@ def say(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_once(text: str) -> None:
+    """Prints a line as it is, on rank 0 alone."""
+    if leads():
+        say(text)
+
+
+def leads() -> bool:
+    """Whether this process is rank 0 of those that torchrun started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     """The model of a checkpoint or of a run's newest one, its files verified first."""
+    from cosup_fast.environment import choose_device
     from cosup_fast.modeling import CoSupervisionModel
     from cosup_fast.training.checkpoint import MANIFEST, newest, verify
-    from cosup_fast.training.trainer import choose_device
 
     folder = newest(checkpoint)
     if (folder / MANIFEST).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, load_model, out, say
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, load_model, out, say, say_once
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
@@ -64,9 +63,9 @@ def index_build(
         restart=restart,
     )
     with process_group(), _interruptible():
-        model = load_model(checkpoint, _device(device))
+        model = load_model(checkpoint, device)
         index = SequenceIndex.build(model, corpus, output, factory=factory, parameters=parameters, options=options)
-    _say_once(f"index: {output} ({len(index)} passages)")
+    say_once(f"index: {output} ({len(index)} passages)")
 
 
 @index_app.command(
@@ -84,12 +83,12 @@ def index_add(
     from cosup_fast.index import Options, SequenceIndex, process_group
 
     with process_group(), _interruptible():
-        model = load_model(checkpoint, _device(device))
+        model = load_model(checkpoint, device)
         loaded = SequenceIndex.load(index or checkpoint / "index", model, verify=False)
         before = len(loaded)
         options = Options(batch_tokens=batch_tokens, precision=loaded.precision, restart=restart)
         loaded.add(model, corpus, options=options)
-    _say_once(f"added {len(loaded) - before} passages: {loaded.folder} ({len(loaded)} passages)")
+    say_once(f"added {len(loaded) - before} passages: {loaded.folder} ({len(loaded)} passages)")
 
 
 @index_app.command(
@@ -185,19 +184,6 @@ def _index(folder: Path) -> Path:
 
     within = folder / "index"
     return (within if not (folder / STAMP).is_file() and (within / STAMP).is_file() else folder).resolve()
-
-
-def _device(device: str) -> str:
-    """Under torchrun a GPU for each process."""
-    import torch
-
-    several = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-    return f"cuda:{os.environ['LOCAL_RANK']}" if several and device in ("auto", "cuda") else device
-
-
-def _say_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        say(text)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from cosup_fast.data.template import TextConfig
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.loading import ModelConfig
 from cosup_fast.modeling import NSPConfig
+from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.optimizers import check_available
-from cosup_fast.training.trainer import TrainingConfig
 
 
 class ConfigError(ValueError):

@@ -318,13 +318,16 @@ def info_nce(
     ranks: bool,
     key_grad: str,
     impl: str,
-    check: Callable[[None, Tensor | None, Tensor | None, int], None],
+    elsewhere: bool,
+    keep_duplicates: bool,
+    check: Callable[[Tensor | None, Tensor | None, Tensor | None, int], None],
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """This rank's share of the loss and, with `ranks`, lse, positive logit, rank and top-1 of its queries.
 
     For users there is `functional.info_nce(group=...)`, which checks what it is given, but for positives that may be
-    keys of any rank: those `check` sees. `options` are further fields of `Scores`.
+    keys of any rank, those of ids and, where `elsewhere`, those of `target`: `check` sees them. `options` are further
+    fields of `Scores`.
     """
     learnt = isinstance(scale, Tensor)
     same = {
@@ -335,13 +338,17 @@ def info_nce(
         "label_smoothing": options["label_smoothing"],
         "reduction": reduction,
         "key_grad": key_grad,
+        "positive_rows": "group" if elsewhere else "rank",
         "impl": impl,
     }
     pool = Pool.of(peers, query, keys, (scale, private), key_ids, same)
-    if target is None:
-        check(None, pool.ids, positive_ids, pool.size)
+    if target is None or elsewhere:
+        check(target, pool.ids, positive_ids, pool.size)
     else:
         target = target + pool.offset
+    if elsewhere and target is not None and pool.ids is not None and not keep_duplicates:
+        given = options["query_ids"]
+        options["query_ids"] = pool.ids[target] if given is None else given
     options |= {"target": target, "positive_ids": positive_ids}
     inputs = query, keys, scale if learnt else None, private
     problem = _Problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -103,3 +104,27 @@ def no_downloaded_kernels() -> Iterator[None]:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = before
+
+
+def choose_device(requested: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU; under torchrun `cuda` is the GPU of this rank.
+
+    Raises:
+        ValueError: there is no such device, or not one for each rank.
+    """
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    if requested == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        requested = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise ValueError(f"training.device={requested!r}: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"training.device={requested!r}: this torch sees no CUDA device; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no {device}, this machine has {torch.cuda.device_count()} GPUs: name another device, or "
+            "start fewer ranks (torchrun --nproc-per-node)"
+        )
+    return device

@@ -43,6 +43,7 @@ Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
 Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
 KeyGrad = Literal["global", "local"]
+PositiveRows = Literal["rank", "group"]
 
 
 def info_nce(
@@ -64,6 +65,7 @@ def info_nce(
     impl: Impl = "auto",
     group: ProcessGroup | Peers | None = None,
     key_grad: KeyGrad = "global",
+    positive_rows: PositiveRows = "rank",
 ) -> Any:
     """InfoNCE of queries against keys, every key a candidate of every query.
 
@@ -103,6 +105,8 @@ def info_nce(
             Gradients of shared parameters are to be SUMMED over ranks: see `cosup_fast.distributed`.
         key_grad: "global", each key has its gradient from the queries of all ranks; "local", from those of its own rank
             alone, as in the published code.
+        positive_rows: with a group, what `positive` counts: "rank", this rank's keys; "group", those of all ranks in
+            rank order, so that the key that answers a query may be another rank's.
 
     Returns:
         The loss, or (loss, Stats). With N = 0 the loss is 0 (or empty) and every gradient is 0.
@@ -131,6 +135,7 @@ def info_nce(
             _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
         _choice("duplicates", duplicates, Duplicates)
         _choice("key_grad", key_grad, KeyGrad)
+        _choice("positive_rows", positive_rows, PositiveRows)
         _common(query, scale, label_smoothing, reduction, impl)
         for name, ids, shape in (
             ("positive", positive, (n,)),
@@ -148,13 +153,15 @@ def info_nce(
             if m < n:
                 raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
             positive = torch.arange(n, device=query.device)
+            positive_rows = "rank"
+        elsewhere = peers is not None and positive_rows == "group"
         if symmetric and positive is None:
             raise ValueError(
                 "symmetric=True with positive_ids leaves open which key answers a query; pass positive too"
             )
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
-        if peers is None or positive is not None:
+        if peers is None or (positive is not None and not elsewhere):
             _check_positives(positive, key_ids, positive_ids, m)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     if n == 0 and peers is None:
@@ -176,7 +183,7 @@ def info_nce(
             **options,
         )
     else:
-        if query_ids is None and key_ids is not None and positive is not None:
+        if query_ids is None and key_ids is not None and positive is not None and not elsewhere:
             query_ids = key_ids[positive]
         options |= {
             "scale": scale,
@@ -200,6 +207,8 @@ def info_nce(
                 target=positive,
                 key_ids=key_ids,
                 key_grad=key_grad,
+                elsewhere=elsewhere,
+                keep_duplicates=duplicates == "keep",
                 check=_check_positives,
                 **options,
             )

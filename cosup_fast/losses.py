@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cosup_fast.functional import Duplicates, Impl, KeyGrad, Reduction, Stats, info_nce, linear_cross_entropy
+from cosup_fast.functional import (
+    Duplicates,
+    Impl,
+    KeyGrad,
+    PositiveRows,
+    Reduction,
+    Stats,
+    info_nce,
+    linear_cross_entropy,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,6 +109,7 @@ class InfoNCELoss(nn.Module):
         private_negatives: Tensor | None = None,
         count: int | Tensor | None = None,
         group: ProcessGroup | Peers | None = None,
+        positive_rows: PositiveRows = "rank",
         return_stats: bool = False,
     ) -> Any:
         """The loss, or (loss, Stats). With `count` it is the sum over these queries divided by max(count, 1).
@@ -128,6 +138,7 @@ class InfoNCELoss(nn.Module):
             impl=self.impl,
             group=group,
             key_grad=self.key_grad,
+            positive_rows=positive_rows,
         )
         return _over(result, count)
 

@@ -39,7 +39,7 @@ class RunFacts:
         """What stands in the folder of the run that a checkpoint is of; little where it is of none."""
         from cosup_fast.config import load_config
         from cosup_fast.training.checkpoint import newest
-        from cosup_fast.training.run import read_metrics
+        from cosup_fast.training.log import read_metrics
 
         checkpoint = newest(checkpoint)
         run = checkpoint.parent.parent

@@ -47,6 +47,7 @@ from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELos
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cosup_fast.peers import Peers
     from cosup_fast.reference import Stats
 
 FORMAT_VERSION = 1
@@ -85,6 +86,8 @@ class CoSupervisionModel(nn.Module):
     gen: PreTrainedModel
     embseq: PreTrainedModel | None
     projection: nn.Linear | None
+    sharded = False
+    """Whether ranks have shared out the weights (`training.sharding.shard`)."""
 
     def __init__(
         self,
@@ -103,12 +106,12 @@ class CoSupervisionModel(nn.Module):
         self.freeze_embseq = freeze_embseq
         self._bases: dict[str, Base] = {}  # of the parts that have adapters
         self.width = gen.config.get_text_config().hidden_size
-        embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
+        self.embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
         # Orthogonal: a projection that keeps the angles between sequence embeddings is the neutral start.
         self.projection = None
-        if embseq_width != self.width:
-            weight = nn.init.orthogonal_(torch.empty(self.width, embseq_width))
-            self.projection = nn.Linear(embseq_width, self.width, bias=False).to(gen.dtype)
+        if self.embseq_width != self.width:
+            weight = nn.init.orthogonal_(torch.empty(self.width, self.embseq_width))
+            self.projection = nn.Linear(self.embseq_width, self.width, bias=False).to(gen.dtype)
             self.projection.weight.data.copy_(weight)
         self.criterion = CoSupervisionLoss(
             nsp_weight=nsp.weight,
@@ -255,7 +258,7 @@ class CoSupervisionModel(nn.Module):
             "format_version": FORMAT_VERSION,
             "shared": self.embseq is None,
             "freeze_embseq": self.freeze_embseq,
-            "dtype": str(unwrapped(self.gen.get_input_embeddings()).weight.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "text": self.template.config.model_dump(),
             "nsp": self.nsp.model_dump(),
         }
@@ -298,13 +301,20 @@ class CoSupervisionModel(nn.Module):
         return self.criterion.ntp(hidden, head.weight, targets, bias=unwrapped(head).bias, count=count)
 
     def nsp_loss(
-        self, query: Tensor, keys: Tensor, batch: CoSupervisionBatch, *, count: int | None = None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        batch: CoSupervisionBatch,
+        *,
+        count: int | None = None,
+        group: Peers | None = None,
     ) -> tuple[Tensor, Stats | None]:
         """Next sequence prediction of all queries (N, D) of a step against all its passages (M, D), and its statistics.
 
-        Without queries it is a constant 0.
+        With `group` it is this rank's share, and every rank calls it, if with (0, D). Without queries in the whole step
+        it is a constant 0 and nobody is asked.
         """
-        if not len(query):
+        if not batch.step.nsp:
             return query.new_zeros((), dtype=accumulator(query.dtype)), None
         with self.nsp_gradient():
             return self.criterion.nsp(
@@ -315,6 +325,8 @@ class CoSupervisionModel(nn.Module):
                 key_ids=None if batch.positive_ids is None else batch.key_ids,
                 positive_ids=batch.positive_ids,
                 count=count,
+                group=group,
+                positive_rows="group",
                 return_stats=True,
             )
 
@@ -399,6 +411,11 @@ class CoSupervisionModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.gen.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, those in 4 bits and adapters aside."""
+        return unwrapped(self.gen.get_input_embeddings()).weight.dtype
 
     @property
     def vocabulary(self) -> int:

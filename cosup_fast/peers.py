@@ -142,14 +142,17 @@ class Peers:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks."""
+        return self.sum_(x.detach().clone(memory_format=torch.contiguous_format))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place of a contiguous tensor."""
         return self._all_reduce(x, dist.ReduceOp.SUM)
 
     def max(self, x: Tensor) -> Tensor:
         """The maximum over ranks."""
-        return self._all_reduce(x, dist.ReduceOp.MAX)
+        return self._all_reduce(x.detach().clone(memory_format=torch.contiguous_format), dist.ReduceOp.MAX)
 
     def _all_reduce(self, x: Tensor, op: Any) -> Tensor:
-        x = x.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1 and x.numel():
             self._run("all-reduce", x, lambda: dist.all_reduce(x, op, group=self.group, async_op=True))
         return x

@@ -13,7 +13,9 @@ from cosup_fast.config import ConfigError, load_config
 from cosup_fast.data.packing import Pack, PackLimits, make_batch
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints
-from cosup_fast.training.trainer import StepMetrics, Trainer, TrainingConfig
+from cosup_fast.training.config import TrainingConfig
+from cosup_fast.training.metrics import StepMetrics
+from cosup_fast.training.trainer import Trainer
 
 LORA = {"rank": 4, "dropout": 0.1}
 VARIANTS = {

@@ -17,7 +17,7 @@ import pytest
 
 from cosup_fast.data.records import read_examples, write_jsonl
 from cosup_fast.training.checkpoint import checkpoints
-from cosup_fast.training.run import read_metrics
+from cosup_fast.training.log import read_metrics
 
 
 @pytest.fixture

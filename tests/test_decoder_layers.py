@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosup_fast.data.packing import PackLimits, make_batch
+from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.step import accumulate_gradients
-from cosup_fast.training.trainer import Trainer, TrainingConfig
+from cosup_fast.training.trainer import Trainer
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 

@@ -17,7 +17,7 @@ from cosup_fast.export import export
 from cosup_fast.generation import Generator
 from cosup_fast.index import embed_passages, embed_queries
 from cosup_fast.model_card import RunFacts
-from cosup_fast.training.run import read_metrics
+from cosup_fast.training.log import read_metrics
 
 QUESTIONS = ["What is the capital of France?", "  two  spaces, 囲碁 👩‍👧?", "[NSP] or </s>?", "a\nb\n", "e\u0301"]
 

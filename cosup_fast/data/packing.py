@@ -1,7 +1,8 @@
 """Examples to packs: sequences laid end to end, with where each one ends, and who asks for which passage.
 
-A batch is what one step contrasts. It is cut into packs, the micro-batches of Gen and, apart from them, of Embseq: one
-pack each, or as many as keep within `PackLimits`. How it is cut changes no loss and no gradient.
+A batch is what one step contrasts, or one rank's part of that. It is cut into packs, the micro-batches of Gen and,
+apart from them, of Embseq: one pack each, or as many as keep within `PackLimits`. How it is cut changes no loss and no
+gradient.
 
 Shapes: T tokens of a pack, S sequences in it, N queries ([NSP] tokens) and M distinct passages of the batch.
 """
@@ -73,6 +74,11 @@ class Pack:
             count=len(lengths),
         )
 
+    @classmethod
+    def nothing(cls, size: int | None, longest: int) -> Self:
+        """A pack of filler alone: one token, or `size` tokens in pieces no longer than `longest`."""
+        return replace(cls.of([[0] * (1 if size is None else min(size, longest))], size), count=0)
+
     @property
     def last_rows(self) -> Tensor:
         """The row of each sequence's last token: (count,) int64."""
@@ -111,24 +117,40 @@ class GenPack:
         queries = [start + row for start, s in zip(starts, sequences, strict=True) for row in s.query_rows]
         return cls(Pack.of([s.input_ids for s in sequences], size), *map(_int64, (rows, targets, queries)))
 
+    @classmethod
+    def of_nothing(cls, pack: Pack) -> Self:
+        """A pack of filler, from which nothing is learnt."""
+        return cls(pack, *map(_int64, ([], [], [])))
+
     def to(self, device: torch.device) -> Self:
         """The pack with its tensors on `device`."""
         return _moved(self, device)
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """What a whole step holds, over all ranks."""
+
+    ntp: int  # supervised tokens
+    nsp: int  # queries
+    passages: int
+    tokens: int  # of both models
+
+
+@dataclass(frozen=True)
 class CoSupervisionBatch:
-    """What one training step reads. Passages with the same tokens are one passage, encoded once.
+    """What one training step reads, or a rank's part of it. Passages with the same tokens are one, encoded once.
 
     Queries count over the packs of Gen in order, passages over those of Embseq: those that the queries ask for, and the
-    hard negatives of the examples.
+    hard negatives of the examples. The passage that answers a query may be one of another rank.
     """
 
-    gen: tuple[GenPack, ...]
+    gen: tuple[GenPack, ...]  # none where there are more ranks than examples
     passages: tuple[Pack, ...]  # for Embseq; none when no example has a retrieval
-    positive: Tensor  # (N,) int64, the row among the passages that answers each query
+    positive: Tensor  # (N,) int64, the row that answers each query among the passages of all ranks, in rank order
     key_ids: Tensor  # (M,) int64, an id of each passage made from its tokens: the same in every process
-    positive_ids: Tensor | None = None  # (N, P) int64, ids of the further positives of each query, then -1
+    positive_ids: Tensor | None  # (N, P) int64, ids of the further positives of each query, then -1
+    step: StepCounts
 
     @property
     def ntp_count(self) -> int:
@@ -156,13 +178,32 @@ class CoSupervisionBatch:
 
 
 def make_batch(
-    examples: Sequence[Example], corpus: dict[str, Passage], template: Template, limits: PackLimits | None = None
+    examples: Sequence[Example],
+    corpus: dict[str, Passage],
+    template: Template,
+    limits: PackLimits | None = None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    even: bool = False,
 ) -> CoSupervisionBatch:
     """Tokenizes and packs examples with the passages they ask for and with their hard negatives.
 
     Every passage is a candidate of every query: one example's hard negative is every query's. A passage that is known
     to answer a query is no negative of it: the positives of a query are the passage that its [NSP] asks for and those
     of `Example.gold` in the batch that no other [NSP] of the example asks for.
+
+    Ranks share the examples so that each has nearly as many tokens, and the passages so that each is encoded once, by
+    one of the ranks whose examples name it. All of them tokenize everything, and so know of one another without a word.
+
+    Args:
+        examples: those of the whole step.
+        corpus: passages by id.
+        template: the text template.
+        limits: of the packs.
+        rank: whose part this is.
+        ranks: how many there are.
+        even: give every rank as many packs as any, if with packs that hold nothing.
 
     Raises:
         ValueError: no example, what `Template.gen_sequence` and `Template.sequence` refuse, or a sequence that is
@@ -172,39 +213,80 @@ def make_batch(
         raise ValueError("a batch needs at least one example")
     limits = limits or PackLimits()
     size = limits.tokens if limits.fixed else None
-    unordered = [template.gen_sequence(example, corpus) for example in examples]
-    for example, s in zip(examples, unordered, strict=True):
+    sequences = [template.gen_sequence(example, corpus) for example in examples]
+    for example, s in zip(examples, sequences, strict=True):
         check_fits(f"example {example.id!r}", len(s.input_ids), limits)
-    gen_plan = plan_packs([len(s.input_ids) for s in unordered], limits)
-    order = [member for pack in gen_plan for member in pack]
-    sequences = [unordered[member] for member in order]
-    wanted = [corpus[name] for s in sequences for name in s.query_passages]
+    gen_lengths = [len(s.input_ids) for s in sequences]
+    gen_plans = [_plan(share, gen_lengths, limits) for share in share_out(gen_lengths, ranks)]
+    orders = [[member for pack in plan for member in pack] for plan in gen_plans]
+    named = [(r, corpus[name]) for r, order in enumerate(orders) for i in order for name in sequences[i].query_passages]
+    if named:
+        named += [(r, corpus[name]) for r, order in enumerate(orders) for i in order for name in examples[i].negatives]
     of_tokens: dict[tuple[int, ...], int] = {}
     of_content: dict[tuple[str, str], int] = {}  # two ids may stand for the same text
-    hard = [corpus[name] for member in order for name in examples[member].negatives] if wanted else []
-    for passage in [*wanted, *hard]:
+    askers: list[set[int]] = []
+    for asker, passage in named:
         if _content(passage) not in of_content:
             tokens = tuple(template.sequence(passage))
             check_fits(f"passage {passage.id!r}", len(tokens), limits)
             of_content[_content(passage)] = of_tokens.setdefault(tokens, len(of_tokens))
+            askers += [set() for _ in range(len(of_tokens) - len(askers))]
+        askers[of_content[_content(passage)]].add(asker)
     distinct = list(of_tokens)
-    passage_plan = plan_packs([len(tokens) for tokens in distinct], limits)
-    row_of = {member: row for row, member in enumerate(member for pack in passage_plan for member in pack)}
-    ids = [_content_id(distinct[member]) for member in row_of]
-    further: list[list[int]] = []
-    for member in order:
+    lengths = [len(tokens) for tokens in distinct]
+    plans = [_plan(share, lengths, limits) for share in share_out(lengths, ranks, askers)]
+    row_of = {member: row for row, member in enumerate(member for plan in plans for pack in plan for member in pack)}
+
+    def further(member: int) -> list[int]:
+        """Rows of the passages that answer an example without being asked for."""
         gold = {of_content.get(_content(corpus[name])) for name in examples[member].gold if name in corpus}
-        asked = {of_content[_content(corpus[name])] for name in unordered[member].query_passages}
-        rows = sorted(row_of[found] for found in gold - asked if found is not None)
-        further += [[ids[row] for row in rows]] * len(unordered[member].query_passages)
-    most = max(map(len, further), default=0)
+        asked = {of_content[_content(corpus[name])] for name in sequences[member].query_passages}
+        return sorted(row_of[found] for found in gold - asked if found is not None)
+
+    rows = [[further(member) for member in order] for order in orders]
+    most = max((len(found) for of_rank in rows for found in of_rank), default=0)
+    member_at = list(row_of)
+    ids = [
+        [_content_id(distinct[member_at[row]]) for row in found] + [-1] * (most - len(found))
+        for member, found in zip(orders[rank], rows[rank], strict=True)
+        for _ in sequences[member].query_passages
+    ]
+    own = [passage for asker, passage in named[: sum(len(s.query_passages) for s in sequences)] if asker == rank]
+    gen = [GenPack.of([sequences[member] for member in pack], size) for pack in gen_plans[rank]]
+    passages = [Pack.of([distinct[member] for member in pack], size) for pack in plans[rank]]
+    if even:
+        nothing = Pack.nothing(size, max(gen_lengths))
+        gen += [GenPack.of_nothing(nothing)] * (max(map(len, gen_plans)) - len(gen))
+        passages += [nothing] * (max(map(len, plans)) - len(passages))
     return CoSupervisionBatch(
-        gen=tuple(GenPack.of([unordered[member] for member in pack], size) for pack in gen_plan),
-        passages=tuple(Pack.of([distinct[member] for member in pack], size) for pack in passage_plan),
-        positive=_int64([row_of[of_content[_content(passage)]] for passage in wanted]),
-        key_ids=_int64(ids),
-        positive_ids=_int64([found + [-1] * (most - len(found)) for found in further]) if most else None,
+        gen=tuple(gen),
+        passages=tuple(passages),
+        positive=_int64([row_of[of_content[_content(passage)]] for passage in own]),
+        key_ids=_int64([_content_id(distinct[member]) for pack in plans[rank] for member in pack]),
+        positive_ids=_int64(ids).view(len(ids), most) if most else None,
+        step=StepCounts(
+            sum(label != IGNORE for s in sequences for label in s.labels),
+            sum(len(s.query_passages) for s in sequences),
+            len(distinct),
+            sum(gen_lengths) + sum(lengths),
+        ),
     )
+
+
+def share_out(lengths: Sequence[int], ranks: int, allowed: Sequence[set[int]] | None = None) -> list[list[int]]:
+    """The members of each rank: the longest goes first, each to the rank with the fewest tokens of those allowed."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(ranks) if allowed is None else allowed[i], key=lambda rank: (tokens[rank], rank))
+        shares[rank].append(i)
+        tokens[rank] += lengths[i]
+    return [sorted(share) for share in shares]
+
+
+def _plan(members: Sequence[int], lengths: Sequence[int], limits: PackLimits) -> list[list[int]]:
+    """`plan_packs` of some of the sequences."""
+    return [[members[i] for i in pack] for pack in plan_packs([lengths[i] for i in members], limits)]
 
 
 def plan_packs(lengths: Sequence[int], limits: PackLimits) -> list[list[int]]:

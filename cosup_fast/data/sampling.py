@@ -83,18 +83,17 @@ def example_lengths(
     limits = limits or PackLimits()
     of_passage: dict[str, int] = {}
     lengths: list[int] = []
-    if not examples:
-        raise ValueError("there is no training example: data.train names an empty set")
     supervised = 0
     for example in track(examples):
         sequence = template.gen_sequence(example, corpus)
         check_fits(f"example {example.id!r}", len(sequence.input_ids), limits)
-        for name in sequence.query_passages:
+        passages = {*sequence.query_passages, *example.negatives}
+        for name in passages:
             if name not in of_passage:
                 of_passage[name] = len(template.sequence(corpus[name]))
                 check_fits(f"passage {name!r}", of_passage[name], limits)
         supervised += sum(label != IGNORE for label in sequence.labels)
-        lengths.append(len(sequence.input_ids) + sum(of_passage[name] for name in set(sequence.query_passages)))
+        lengths.append(len(sequence.input_ids) + sum(of_passage[name] for name in passages))
     if not supervised:
         raise ValueError(
             f"none of the {len(examples)} examples of data.train has a supervised token, so NTP has nothing to learn: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.index import SequenceIndex, embed_passages, embed_queries
@@ -33,6 +34,7 @@ def retrieval_ranks(
     examples: Sequence[Example],
     index: SequenceIndex | Sequence[Passage],
     *,
+    embeddings: Tensor | None = None,
     batch_tokens: int = 4096,
     progress: bool = False,
 ) -> list[int]:
@@ -45,6 +47,7 @@ def retrieval_ranks(
         model: Gen and Embseq.
         examples: an example that retrieves nothing and names no gold passage has no ranks.
         index: what to search, or the passages to embed first (which needs no faiss).
+        embeddings: of the passages, (M, D), if they are made already.
         batch_tokens: most tokens in one pack.
         progress: show progress bars on stderr.
 
@@ -54,7 +57,9 @@ def retrieval_ranks(
     if isinstance(index, SequenceIndex):
         passages, embeddings = index.passages, index.embeddings
     else:
-        passages, embeddings = index, embed_passages(model, index, batch_tokens=batch_tokens, progress=progress)
+        passages = index
+        if embeddings is None:
+            embeddings = embed_passages(model, index, batch_tokens=batch_tokens, progress=progress)
     row_of = {passage.id: row for row, passage in enumerate(passages)}
     corpus = {passage.id: passage for passage in passages}
     queries, origins = embed_queries(model, examples, corpus, batch_tokens=batch_tokens, progress=progress)

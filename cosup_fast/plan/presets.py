@@ -30,6 +30,7 @@ PRESETS = {
             "training.optimizer_in_backward": True,
             "training.clip": None,
             "training.spike_factor": None,
+            "training.diagnose_every": None,
         },
     ),
     "tinyllama-1x24g": Preset(1, 24, {**_LLAMA2, **_EIGHT_BIT, "model.gen": "tinyllama-1.1b"}),

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from cosup_fast import backbone, functional, modeling
 from cosup_fast.adapters import add_adapters
 from cosup_fast.attention import PACKED_SDPA
-from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
+from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCounts
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
 from cosup_fast.modeling import CoSupervisionModel, NSPConfig
@@ -180,8 +180,14 @@ def _make_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisio
         for times in shares(request.embseq_packs, passage_packs)
     )
     keys = request.embseq_sequences * request.embseq_packs
+    asked = queries * request.gen_packs
     return CoSupervisionBatch(
-        gen, passages, torch.zeros(queries * request.gen_packs, dtype=torch.int64), torch.zeros(keys, dtype=torch.int64)
+        gen,
+        passages,
+        positive=torch.zeros(asked, dtype=torch.int64),
+        key_ids=torch.zeros(keys, dtype=torch.int64),
+        positive_ids=None,
+        step=StepCounts(rows * request.gen_packs, asked, keys, rows),
     )
 
 
@@ -208,7 +214,7 @@ def _follow(model: CoSupervisionModel, memory: LiveMemory, request: PlanRequest)
         return
     alone = model.nsp_loss
 
-    def nsp_loss(query: Tensor, keys: Tensor, batch: CoSupervisionBatch, *, count: int | None = None) -> Any:
+    def nsp_loss(query: Tensor, keys: Tensor, batch: CoSupervisionBatch, *, count: int, group: None) -> Any:
         others = keys.new_empty((request.gpus - 1) * len(keys), keys.shape[1])
         return alone(query, torch.cat([keys, others]), batch, count=count)
 

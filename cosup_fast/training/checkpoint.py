@@ -3,7 +3,7 @@
     step-000100/
       gen/ embseq/            Hugging Face folders: configuration, safetensors, tokenizer
       cosup.json heads.safetensors   what joins them (`CoSupervisionModel.save`)
-      trainer.json trainer.safetensors   step, optimizer state, random number generators
+      trainer.json trainer.safetensors   step, optimizer state, random number generators of every rank
       manifest.json           size and SHA-256 of every other file
 
 Nothing here is a pickle.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,34 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    root: Path, step: int, model: CoSupervisionModel, optimizer: torch.optim.Optimizer, *, keep: int = 2
+    root: Path,
+    step: int,
+    model: CoSupervisionModel,
+    optimizer: torch.optim.Optimizer,
+    random: Sequence[dict[str, Tensor]] = (),
+    *,
+    keep: int = 2,
 ) -> Path:
     """Writes `root/step-NNNNNN` and removes all but the `keep` newest.
+
+    Args:
+        root: where the checkpoints are.
+        step, model, optimizer: what is written.
+        random: what `random_state` says on every rank.
+        keep: how many stay.
 
     Raises:
         CheckpointError: the disk is full or not writable, or there is a whole checkpoint of that step already. The
             checkpoints already there are untouched.
     """
-    final = root / f"{_PREFIX}{step:06d}"
+    final = checkpoint_folder(root, step)
     if (final / MANIFEST).is_file():
         raise CheckpointError(f"{final} is there already, from another run: choose another output, or remove it")
     remove_unfinished(root, f"{_PREFIX}*")
     try:
         with replace_folder(final, "cosup.json") as folder:
             model.save(folder)
-            _save_trainer_state(folder, step, model, optimizer)
+            _save_trainer_state(folder, step, model, optimizer, random or [random_state(model.device)])
             _write_manifest(folder)
     except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
         raise CheckpointError(
@@ -64,6 +77,11 @@ def save_checkpoint(
         (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
         shutil.rmtree(old)
     return final
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"{_PREFIX}{step:06d}"
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -107,8 +125,24 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): {REMEDY}")
 
 
-def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch.optim.Optimizer) -> int:
-    """Restores optimizer and random number generators into place; returns the step. The model is loaded already."""
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random number generators that training draws from, by name."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Goes back to what `random_state` said."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
+    """Restores optimizer and random number generators into place; returns the step. The model is loaded already.
+
+    A checkpoint of fewer ranks has no random numbers for `rank`: those stay as they are.
+    """
     description = json.loads((folder / "trainer.json").read_text())
     tensors = load_file(folder / "trainer.safetensors")
     random = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}
@@ -124,18 +158,22 @@ def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch
         state,
         options=StateDictOptions(flatten_optimizer_state_dict=True),
     )
-    torch.set_rng_state(random["rng.cpu"])
-    for device in range(torch.cuda.device_count()):
-        if f"rng.cuda{device}" in random:
-            torch.cuda.set_rng_state(random[f"rng.cuda{device}"], device)
+    prefix = f"rng.{rank}."
+    if own := {name.removeprefix(prefix): x for name, x in random.items() if name.startswith(prefix)}:
+        set_random_state(own, model.device)
     return description["step"]
 
 
-def _save_trainer_state(folder: Path, step: int, model: CoSupervisionModel, optimizer: torch.optim.Optimizer) -> None:
+def _save_trainer_state(
+    folder: Path,
+    step: int,
+    model: CoSupervisionModel,
+    optimizer: torch.optim.Optimizer,
+    random: Sequence[dict[str, Tensor]],
+) -> None:
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items() if isinstance(x, Tensor)}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    tensors |= {f"rng.cuda{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    tensors |= {f"rng.{rank}.{name}": x for rank, one in enumerate(random) for name, x in one.items()}
     save_file(tensors, folder / "trainer.safetensors")
     scalars: dict[str, Any] = {name: x for name, x in state.items() if not isinstance(x, Tensor)}
     (folder / "trainer.json").write_text(json.dumps({"step": step, "optimizer": scalars}, indent=1) + "\n")

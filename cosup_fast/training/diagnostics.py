@@ -22,7 +22,9 @@ from torch.nn.functional import normalize
 
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack
 from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.training.step import autocast
+from cosup_fast.peers import Peers
+from cosup_fast.training.ranks import reduce_gradients
+from cosup_fast.training.step import autocast, rows
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,18 @@ class Diagnosis:
     passage_uniformity: float | None
 
 
-def diagnose(model: CoSupervisionModel, batch: CoSupervisionBatch, step: int, *, precision: str) -> Diagnosis:
-    """Two extra backward passes over a step's batch; parameters, gradients and random numbers stay as they are.
+def diagnose(
+    model: CoSupervisionModel, batch: CoSupervisionBatch, step: int, *, precision: str, peers: Peers | None = None
+) -> Diagnosis:
+    """Two extra backward passes over a step's batch; parameters and random numbers stay as they are.
 
-    Needs the memory of one more gradient of Gen. Gradients that the parameters have already are not kept.
+    Needs the memory of one more gradient of Gen. Gradients that the parameters have already are not kept. Ranks that
+    share the step all call this, and all have the same answer.
     """
-    passes = _Passes(model, precision)
+    passes = _Passes(model, precision, peers)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         query, keys = passes.embeddings(batch)
-        nsp = passes.nsp_gradients(batch, query, keys) if len(query) and model.nsp.weight else None
+        nsp = passes.nsp_gradients(batch, query, keys) if batch.step.nsp and model.nsp.weight else None
         ntp = passes.ntp_gradients(batch)
     nsp_norm = cosine = None
     ntp_norm = math.sqrt(_dot(ntp, ntp))
@@ -55,7 +60,12 @@ def diagnose(model: CoSupervisionModel, batch: CoSupervisionBatch, step: int, *,
         product = ntp_norm * nsp_norm
         cosine = _dot(ntp, nsp) / product if product else None
     q, k = (normalize(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (query, keys))
-    aligned = float((q - k[batch.positive]).square().sum(dim=-1).mean()) if len(q) else None
+    positive = batch.positive
+    if peers is not None:
+        counts = peers.counts(len(q))
+        q, positive = peers.gather(q, counts), peers.gather(positive, counts)
+        k = peers.gather(k, peers.counts(len(k)))
+    aligned = float((q - k[positive]).square().sum(dim=-1).mean()) if len(q) else None
     return Diagnosis(step, ntp_norm, nsp_norm, cosine, aligned, uniformity(q), uniformity(k))
 
 
@@ -69,9 +79,10 @@ def uniformity(x: Tensor) -> float | None:
 class _Passes:
     """Forwards of packs, each with random numbers of its own: the same whenever the pack is run again."""
 
-    def __init__(self, model: CoSupervisionModel, precision: str):
+    def __init__(self, model: CoSupervisionModel, precision: str, peers: Peers | None):
         self.model = model
         self.precision = precision
+        self.peers = peers
         self.seed = torch.initial_seed() >> 1
         self.gen = [p for p in model.gen.parameters() if p.requires_grad]
 
@@ -80,9 +91,9 @@ class _Passes:
         """Queries (N, D) and passages (M, D) of a batch."""
         queries = [self._query(part, i) for i, part in enumerate(batch.gen)]
         states = [self._passage(part, i) for i, part in enumerate(batch.passages)]
-        query = torch.cat(queries)
         with autocast(self.model.device, self.precision):
-            return query, self.model.project(torch.cat(states)) if states else query[:0]
+            keys = self.model.project(rows(states, self.model.embseq_width, self.model))
+        return rows(queries, self.model.width, self.model), keys
 
     def nsp_gradients(self, batch: CoSupervisionBatch, query: Tensor, keys: Tensor) -> list[Tensor | None]:
         """d (lambda NSP) / d Gen; where Gen is Embseq too, through its passages as well."""
@@ -90,17 +101,17 @@ class _Passes:
         query.requires_grad_()
         keys.requires_grad_(shared)
         with autocast(self.model.device, self.precision):
-            loss, _ = self.model.nsp_loss(query, keys, batch, count=batch.nsp_count)
+            loss, _ = self.model.nsp_loss(query, keys, batch, count=batch.step.nsp, group=self.peers)
         inputs = [query, keys] if shared else [query]
         d_query, *d_keys = torch.autograd.grad(self.model.nsp.weight * loss, inputs)
         with self._gradients() as found:
-            rows = [len(part.query_rows) for part in batch.gen]
-            for i, (part, gradient) in enumerate(zip(batch.gen, d_query.split(rows), strict=True)):
+            asked = [len(part.query_rows) for part in batch.gen]
+            for i, (part, gradient) in enumerate(zip(batch.gen, _split(d_query, asked), strict=True)):
                 if len(gradient):
                     self._query(part, i).backward(gradient)
             if shared:
                 counts = [part.count for part in batch.passages]
-                for i, (part, gradient) in enumerate(zip(batch.passages, d_keys[0].split(counts), strict=True)):
+                for i, (part, gradient) in enumerate(zip(batch.passages, _split(d_keys[0], counts), strict=True)):
                     self._passage(part, i).backward(gradient)
         return found
 
@@ -108,7 +119,7 @@ class _Passes:
         """d NTP / d Gen."""
         with self._gradients() as found:
             for i, part in enumerate(batch.gen):
-                self._run(lambda part: self.model.gen_losses(part, batch.ntp_count)[0], part, i).backward()
+                self._run(lambda part: self.model.gen_losses(part, batch.step.ntp)[0], part, i).backward()
         return found
 
     def _query(self, part: GenPack, i: int) -> Tensor:
@@ -124,12 +135,17 @@ class _Passes:
 
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[list[Tensor | None]]:
-        """A list that holds, after the block, what its backward passes left in Gen; the model is left without any."""
+        """A list that holds, after the block, what its backward passes on all ranks left in Gen; the model has none."""
         found: list[Tensor | None] = []
         self.model.zero_grad(set_to_none=True)
         yield found
+        reduce_gradients(self.model, self.peers)
         found += [p.grad for p in self.gen]
         self.model.zero_grad(set_to_none=True)
+
+
+def _split(gradient: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    return gradient.split(counts) if counts else ()
 
 
 def _dot(a: list[Tensor | None], b: list[Tensor | None]) -> float:

@@ -18,13 +18,12 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
+from rich.progress import Progress
+from torch import Tensor
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
 from cosup_fast.data.packing import make_batch
@@ -33,31 +32,26 @@ from cosup_fast.data.sampling import example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import Template
+from cosup_fast.environment import choose_device
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.files import replace_file
+from cosup_fast.index import embed_passages
 from cosup_fast.loading import load_template
 from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.peers import PeerError, Peers
 from cosup_fast.training.checkpoint import checkpoints, verify
-from cosup_fast.training.diagnostics import Diagnosis
+from cosup_fast.training.config import TrainingConfig, count_steps
+from cosup_fast.training.log import RunLog, Silence, read_metrics
+from cosup_fast.training.metrics import HeldOut
+from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.step import autocast
-from cosup_fast.training.trainer import (
-    HeldOut,
-    StepMetrics,
-    Trainer,
-    TrainingConfig,
-    as_record,
-    choose_device,
-    count_steps,
-)
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from cosup_fast.training.trainer import Trainer
 
 # What may change between the parts of one run: none of it touches a step already taken or the order of the data.
 RESUMABLE = {
     "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.device", "output",
-    "training.diagnose_every", "training.spike_factor", "training.spike_window",
+    "training.diagnose_every", "training.spike_factor", "training.spike_window", "training.rank_timeout",
     "data.allow_leaks",
 }  # fmt: skip
 
@@ -65,61 +59,75 @@ RESUMABLE = {
 def run_training(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
+    Processes that torchrun started share every step; rank 0 alone writes and prints.
+
     Args:
         config: the run.
         resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none. A run
-            that has ended is left as it is.
+            that has ended is left as it is. The number of ranks may be another one.
         console: where progress goes; standard error by default.
 
     Raises:
         ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
         DataError: see `load_data`; or the data differ from those of the run being resumed.
+        ValueError: see `training_ranks`; or another rank has another configuration, other data or other weights.
         CheckpointError, TrainingError: see there.
+        PeerError: a rank was lost, or did not come in time; it names the rank and what is saved.
         KeyboardInterrupt: Ctrl-C; it says what was saved.
     """
-    console = console or Console(stderr=True)
     output = Path(config.output)
-    with _interruption_explained(output):
-        checkpoint = _checkpoint_to_resume(config, output, resume)
-        device = choose_device(config.training.device)
-        corpus, examples, held_out = load_data(config)
-        evaluator = HeldOutEvaluator(held_out, corpus, config) if held_out else None
-        digests = {
-            "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
-            "held-out": _digest(held_out, evaluator.pool if evaluator else []),
-        }
+    with _endings_explained(output), training_ranks(config.training) as peers:
+        leads = peers is None or peers.rank == 0
+        console = (console or Console(stderr=True)) if leads else Console(quiet=True)
+        return _run(config, output, resume, console, peers)
+
+
+def _run(config: RunConfig, output: Path, resume: bool, console: Console, peers: Peers | None) -> Path:
+    checkpoint = _checkpoint_to_resume(config, output, resume)
+    device = choose_device(config.training.device)
+    corpus, examples, held_out = load_data(config)
+    evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
+    digests = {
+        "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
+        "held-out": _digest(held_out, evaluator.pool if evaluator else []),
+    }
+    if checkpoint is not None:
+        _check_same_data(output, digests)
+        if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
+            console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
+            return checkpoint
+    if checkpoint is None:
+        lengths = _measure(load_template(config.model, config.text)[0], config, examples, corpus, console)
+        torch.manual_seed(config.training.seed)
+        model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
+    else:
+        verify(checkpoint)
+        model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention, merge=False)
+        console.print(f"continuing behind {checkpoint}", markup=False)
+        lengths = _measure(model.template, config, examples, corpus, console)
+    if peers is not None:
+        _check_same_run(peers, config, digests, checkpoint, model)
+    leads = peers is None or peers.rank == 0
+    with RunLog(output, console) if leads else Silence(output) as log:
+        trainer = Trainer(
+            model,
+            config.training,
+            examples,
+            corpus,
+            output,
+            lengths=lengths,
+            peers=peers,
+            evaluate=evaluator,
+            on_metrics=log.metrics,
+            on_warning=log.warning,
+            on_interrupt=console.print,
+        )
         if checkpoint is not None:
-            _check_same_data(output, digests)
-            if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
-                console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
-                return checkpoint
-        if checkpoint is None:
-            lengths = _measure(load_template(config.model, config.text)[0], config, examples, corpus, console)
-            torch.manual_seed(config.training.seed)
-            model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
-        else:
-            verify(checkpoint)
-            model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention, merge=False)
-            console.print(f"continuing behind {checkpoint}", markup=False)
-            lengths = _measure(model.template, config, examples, corpus, console)
-        with RunLog(output, console) as log:
-            trainer = Trainer(
-                model,
-                config.training,
-                examples,
-                corpus,
-                output,
-                lengths=lengths,
-                evaluate=evaluator,
-                on_metrics=log.metrics,
-                on_warning=log.warning,
-                on_interrupt=console.print,
-            )
-            if checkpoint is not None:
-                trainer.resume(checkpoint)
+            trainer.resume(checkpoint)
+        if leads:
             _write_description(output, config, digests)
-            trainer.replay(log.start(trainer.step, trainer.total_steps))
-            return trainer.train()
+        trainer.replay(log.start(trainer.step, trainer.total_steps))
+        return trainer.train()
 
 
 def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], list[Example]]:
@@ -156,9 +164,16 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
 class HeldOutEvaluator:
     """Losses and retrieval on held-out examples, among a fixed pool of passages that holds their gold ones."""
 
-    def __init__(self, examples: Sequence[Example], corpus: dict[str, Passage], config: RunConfig):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        corpus: dict[str, Passage],
+        config: RunConfig,
+        peers: Peers | None = None,
+    ):
         self.examples = examples
         self.corpus = corpus
+        self.peers = peers
         self.training: TrainingConfig = config.training
         gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
         others = sorted(corpus.keys() - set(gold))
@@ -168,165 +183,33 @@ class HeldOutEvaluator:
 
     @torch.no_grad()
     def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:
+        """The figures, the same on all ranks, which share the work."""
         model.eval()
-        ntp = nsp = 0.0
-        tokens = queries = 0
+        rank, ranks = (0, 1) if self.peers is None else (self.peers.rank, self.peers.size)
+        sums = torch.zeros(8, dtype=torch.float64)  # NTP, tokens, NSP, queries; retrievals, and those within 1, 5, 20
+        size = self.training.batch_size
         with autocast(model.device, self.training.precision):
-            for i in range(0, len(self.examples), self.training.batch_size):
-                chosen = self.examples[i : i + self.training.batch_size]
+            for i in range(rank * size, len(self.examples), ranks * size):
+                chosen = self.examples[i : i + size]
                 batch = make_batch(chosen, self.corpus, model.template, self.training.pack_limits).to(model.device)
                 out = model(batch, ntp_count=1, nsp_count=1)  # sums over the batch
-                ntp, nsp = ntp + float(out.ntp), nsp + float(out.nsp)
-                tokens, queries = tokens + batch.ntp_count, queries + batch.nsp_count
-            ranks = retrieval_ranks(model, self.examples, self.pool)
-        recall = [sum(rank < k for rank in ranks) / max(1, len(ranks)) for k in (1, 5, 20)]
-        return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *recall)
+                found = [float(out.ntp), batch.ntp_count, float(out.nsp), batch.nsp_count]
+                sums[:4] += torch.tensor(found, dtype=torch.float64)
+            pool, embeddings = self._embedded(model, rank, ranks)
+            places = retrieval_ranks(model, self.examples[rank::ranks], pool, embeddings=embeddings)
+        sums[4:] = torch.tensor([len(places), *(sum(place < k for place in places) for k in (1, 5, 20))])
+        if self.peers is not None:
+            sums = self.peers.sum_(sums.to(model.device))
+        ntp, tokens, nsp, queries, retrievals, *hits = sums.tolist()
+        return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *(n / max(1, retrievals) for n in hits))
 
-
-class RunLog:
-    """Metrics to JSONL, TensorBoard, a progress bar and, at every evaluation, a plot."""
-
-    def __init__(self, output: Path, console: Console):
-        self.output = output
-        self.console = console
-        self.path = output / "metrics.jsonl"
-        self.last: StepMetrics | None = None
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-        )
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if hasattr(self, "file"):
-            self.progress.stop()
-            self.file.close()
-            self.tensorboard.close()
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
-                plot_curves(read_metrics(self.path), self.output / "curves.png")
-
-    def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """Opens the files and returns the records so far; those behind `step`, of a part run again, are dropped."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if step else []
-        with replace_file(self.path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file: TextIO = self.path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
-        self.task = self.progress.add_task("training", total=total, completed=step, status="")
-        self.progress.start()
-        return kept
-
-    def metrics(self, metrics: StepMetrics | Diagnosis | HeldOut) -> None:
-        """Records a step, a diagnosis or an evaluation."""
-        record = as_record(metrics)
-        self.file.write(json.dumps(record) + "\n")
-        kind = record["kind"]
-        for name, value in record.items():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
-        if isinstance(metrics, StepMetrics):
-            self.last = metrics
-            status = f"NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  in-batch {metrics.in_batch_accuracy:.0%}"
-            self.progress.update(self.task, completed=metrics.step, status=status)
-            if not self.console.is_terminal and metrics.step % 10 == 0:
-                self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
-        elif isinstance(metrics, Diagnosis):
-            self.console.print(diagnosis_table(metrics, self.last))
-        else:
-            self.console.print(
-                f"held out after step {metrics.step}: NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  "
-                f"R@1 {metrics.recall_at_1:.1%}  R@5 {metrics.recall_at_5:.1%}  R@20 {metrics.recall_at_20:.1%}"
-            )
-
-    def warning(self, message: str) -> None:
-        """Shows a warning of the failure monitor and keeps it with the metrics."""
-        self.console.print(f"[yellow]warning:[/] {message}")
-        with (self.output / "warnings.log").open("a") as file:
-            file.write(message + "\n")
-
-
-def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
-    """What the losses do to Gen and to the space of sequences, with the speed and memory of the step before."""
-
-    def figure(value: float | None, form: str = ".3g") -> str:
-        return "-" if value is None else format(value, form)
-
-    table = Table(title=f"before step {found.step}", title_justify="left")
-    columns = {
-        "gradient of Gen: NTP": figure(found.ntp_grad_norm),
-        "lambda NSP": figure(found.nsp_grad_norm),
-        "cosine": figure(found.grad_cosine, "+.3f"),
-        "alignment": figure(found.alignment),
-        "uniformity: queries": figure(found.query_uniformity),
-        "passages": figure(found.passage_uniformity),
-    }
-    if last is not None:
-        columns |= {
-            "in-batch rank": figure(last.in_batch_rank),
-            "useful tokens": figure(last.useful_tokens, ".0%"),
-            "tokens/s": figure(last.tokens_per_second, ".0f"),
-            "peak GiB": figure(last.peak_memory_gib, ".2f"),
-        }
-    for name in columns:
-        table.add_column(name, justify="right")
-    table.add_row(*columns.values())
-    return table
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws losses and retrieval accuracy over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [r for r in records if r["kind"] == "step"]
-    held_out = [r for r in records if r["kind"] == "held-out"]
-    figure, (losses, retrieval) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, color in (("ntp", "tab:blue"), ("nsp", "tab:orange")):
-        losses.plot(
-            [r["step"] for r in steps], [r[name] for r in steps], color=color, alpha=0.5, label=f"{name.upper()}"
-        )
-        losses.plot(
-            [r["step"] for r in held_out],
-            [r[name] for r in held_out],
-            "o-",
-            color=color,
-            label=f"{name.upper()} held out",
-        )
-    losses.set(xlabel="step", ylabel="loss (nats)", title="losses")
-    retrieval.plot(
-        [r["step"] for r in steps],
-        [r["in_batch_accuracy"] for r in steps],
-        color="tab:gray",
-        alpha=0.5,
-        label="in batch",
-    )
-    for k in (1, 5, 20):
-        retrieval.plot(
-            [r["step"] for r in held_out], [r[f"recall_at_{k}"] for r in held_out], "o-", label=f"R@{k} held out"
-        )
-    retrieval.set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="retrieval")
-    for axes in (losses, retrieval):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    def _embedded(self, model: CoSupervisionModel, rank: int, ranks: int) -> tuple[list[Passage], Tensor]:
+        """The pool in the order of ranks, and its embeddings."""
+        parts = [self.pool[i::ranks] for i in range(ranks)]
+        embeddings = embed_passages(model, parts[rank])
+        if self.peers is not None:
+            embeddings = self.peers.gather(embeddings, [len(part) for part in parts])
+        return [passage for part in parts for passage in part], embeddings
 
 
 def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path | None:
@@ -364,11 +247,11 @@ def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
 def _check_same_data(output: Path, digests: dict[str, str]) -> None:
     path = output / "data.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
-    for name, digest in digests.items():
-        if (then := before.get(name, digest)) != digest:
+    for name, now in digests.items():
+        if (then := before.get(name, now)) != now:
             raise DataError(
                 f"--resume: the {name} examples or their passages are not those that the run in {str(output)!r} was "
-                f"started with (sha256 {then[:12]}… then, {digest[:12]}… now): restore the files, or start a new run "
+                f"started with (sha256 {then[:12]}… then, {now[:12]}… now): restore the files, or start a new run "
                 "in another output"
             )
 
@@ -383,17 +266,38 @@ def _has_ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated:
     return shown or not evaluated or config.training.eval_every is None
 
 
+def _check_same_run(
+    peers: Peers, config: RunConfig, digests: dict[str, str], checkpoint: Path | None, model: CoSupervisionModel
+) -> None:
+    """Refuses ranks that would train something else; none of them has written anything yet."""
+    note = {
+        "configuration": config.model_dump(mode="json"),
+        "data": digests,
+        "checkpoint to resume": checkpoint and checkpoint.name,
+        "weights": digest(model),
+    }
+    for rank, other in zip(peers.names, peers.meet("the same run", note), strict=True):
+        for name, value in note.items():
+            if other[name] != value:
+                raise ValueError(
+                    f"rank {rank} has another {name} than rank {peers.names[peers.rank]} "
+                    f"({str(other[name])[:60]} there, {str(value)[:60]} here): start all ranks with the same files"
+                )
+
+
 @contextlib.contextmanager
-def _interruption_explained(output: Path) -> Iterator[None]:
-    """Gives a `KeyboardInterrupt` that says nothing a text: what there is to continue behind."""
+def _endings_explained(output: Path) -> Iterator[None]:
+    """Says, where a `KeyboardInterrupt` or a lost rank ends the run, what there is to continue behind."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        if interrupt.args:
+    except (KeyboardInterrupt, PeerError) as ending:
+        if isinstance(ending, KeyboardInterrupt) and ending.args:
             raise
         found = checkpoints(output / "checkpoints")
         left = f"last checkpoint: {found[-1]}" if found else "nothing was saved so far"
-        raise KeyboardInterrupt(f"stopped at once; {left}") from None
+        if isinstance(ending, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped at once; {left}") from None
+        raise PeerError(f"{ending}; {left}") from ending
 
 
 def _write_description(output: Path, config: RunConfig, digests: dict[str, str]) -> None:

@@ -61,11 +61,7 @@ def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> Non
                 unit.set_force_sum_reduction_for_comms(True)
         setattr(part, "run_inside", types.MethodType(_run, part))  # noqa: B010  no attribute of its class
         register_fsdp_forward_method(part, "run_inside")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was here."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    model.sharded = True
 
 
 def local(t: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ pack costs as much as 4 forwards instead of 3 (5 instead of 4 with activation ch
 so that a step of one pack each is the plain one. Pass 3 draws the random numbers of pass 1 again: dropout is the same
 in both. Nothing is computed that nobody reads: a pack without [NSP] has no pass 1, one of a frozen Embseq no pass 3.
 
+Ranks that share a step (`make_batch(rank=, ranks=)`) each do this with their own packs; in 2 the queries of each meet
+the passages of all. The losses are then shares, and the gradients parts, of those of the step: both add up over ranks.
+
 Source: Gao et al. 2021, arXiv 2101.06983 (GradCache); here a query's sequence carries a token loss of its own.
 """
 
@@ -24,6 +27,7 @@ from torch import Tensor
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack
 from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.peers import Peers
 from cosup_fast.reference import Stats
 
 T = TypeVar("T")
@@ -36,20 +40,22 @@ def accumulate_gradients(
     precision: str = "float32",
     ntp_count: int | None = None,
     nsp_count: int | None = None,
+    group: Peers | None = None,
 ) -> CoSupervisionOutput:
     """Adds the gradients of `model(batch).loss` to the parameters: those of its backward, but for rounding.
 
     Args:
         batch: what the step contrasts, cut into packs by `make_batch`, on the model's device.
         precision: "bfloat16" runs the forwards under autocast.
-        ntp_count: what the sum of NTP is divided by; the supervised tokens of the batch by default.
-        nsp_count: what the sum of NSP is divided by; the queries of the batch by default.
+        ntp_count: what the sum of NTP is divided by; the supervised tokens of the step by default.
+        nsp_count: what the sum of NSP is divided by; the queries of the step by default.
+        group: the ranks that the step is shared by; all of them call this.
 
     Returns:
         The losses, without a graph, and the statistics of the queries.
     """
-    ntp_count = batch.ntp_count if ntp_count is None else ntp_count
-    nsp_count = batch.nsp_count if nsp_count is None else nsp_count
+    ntp_count = batch.step.ntp if ntp_count is None else ntp_count
+    nsp_count = batch.step.nsp if nsp_count is None else nsp_count
     weight, device = model.nsp.weight, model.device
     gen = [_GenPasses(model, part, precision, ntp_count) for part in batch.gen]
     embseq = [_EmbseqPasses(model, pack, precision) for pack in batch.passages]
@@ -57,15 +63,17 @@ def accumulate_gradients(
 
     def nsp_loss(query: Tensor, state: Tensor) -> tuple[Tensor, Stats | None]:
         with autocast(device, precision):
-            return model.nsp_loss(query, model.project(state), batch, count=nsp_count)
+            return model.nsp_loss(query, model.project(state), batch, count=nsp_count, group=group)
 
-    asking = [one for one in gen if len(one.pack.query_rows)]
+    # Ranks that share out weights gather them in every pass, so all of them make the same passes.
+    asking = [one for one in gen if model.sharded or len(one.pack.query_rows)]
     queries = [one.first(keep=one is asking[-1])[1].detach() for one in asking] if weight else []
     states = [one.first(keep=learning and one is embseq[-1]).detach() for one in embseq]
     nsp, stats = torch.zeros((), device=device), None
     d_queries: list[Tensor] = []
-    if queries:
-        query, state = torch.cat(queries).requires_grad_(), torch.cat(states).requires_grad_(learning)
+    if weight and batch.step.nsp:
+        query = rows(queries, model.width, model).requires_grad_()
+        state = rows(states, model.embseq_width, model).requires_grad_(learning)
         nsp, stats = nsp_loss(query, state)
         (weight * nsp).backward()
         d_queries = _split_like(query.grad, queries)
@@ -77,12 +85,12 @@ def accumulate_gradients(
     for one in reversed(gen):
         loss, query = one.second()
         ntp += loss.detach()
-        asks = weight > 0 and len(one.pack.query_rows) > 0
+        asks = weight > 0 and one in asking and len(d_queries) > 0
         torch.autograd.backward([loss, query] if asks else [loss], [None, d_queries.pop()] if asks else None)
         if not weight:
             queries.insert(0, query)
-    if asking and not weight:
-        nsp, stats = nsp_loss(torch.cat(queries), torch.cat(states))
+    if batch.step.nsp and not weight:
+        nsp, stats = nsp_loss(rows(queries, model.width, model), rows(states, model.embseq_width, model))
     nsp = nsp.detach()
     return CoSupervisionOutput(ntp + weight * nsp if weight else ntp, ntp, nsp, stats)
 
@@ -157,6 +165,13 @@ def _random_state(device: torch.device) -> tuple[Tensor, ...]:
     return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
 
 
+def rows(parts: list[Tensor], width: int, model: CoSupervisionModel) -> Tensor:
+    """The parts (n, width) as one tensor, also where there is none."""
+    return torch.cat(parts) if parts else torch.empty(0, width, dtype=model.dtype, device=model.device)
+
+
 def _split_like(gradient: Tensor | None, parts: list[Tensor]) -> list[Tensor]:
+    if not parts:
+        return []
     assert gradient is not None
     return list(gradient.split([len(part) for part in parts]))

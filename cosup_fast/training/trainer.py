@@ -1,8 +1,9 @@
 """The training loop: batches in a fixed order, one joint step, held-out figures, checkpoints, exact continuation.
 
 Epoch e reads the training set in an order that depends on (seed, e) alone, so the position of a run is its step
-number. All examples of a step are contrasted with each other; how the step is cut into micro-batches (`step.py`)
-changes neither a loss nor a gradient.
+number. All examples of a step are contrasted with each other; how the step is cut into micro-batches (`step.py`) and
+shared by ranks (`ranks.py`) changes neither a loss nor a gradient. Ranks meet before each step, so that all of them
+stop together and one that is lost is named; rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -15,170 +16,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
+from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
-from cosup_fast.decoder_layers import Recompute
 from cosup_fast.files import replace_file
+from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.training.checkpoint import CheckpointError, load_trainer_state, save_checkpoint
+from cosup_fast.peers import Peers
+from cosup_fast.training.checkpoint import (
+    CheckpointError,
+    checkpoint_folder,
+    load_trainer_state,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from cosup_fast.training.config import TrainingConfig, count_steps, learning_rate_factor
 from cosup_fast.training.diagnostics import Diagnosis, diagnose
+from cosup_fast.training.metrics import HeldOut, StepMetrics
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
-from cosup_fast.training.optimizers import OptimizerName
-from cosup_fast.training.sharding import Sharding
+from cosup_fast.training.ranks import reduce_gradients
 from cosup_fast.training.step import accumulate_gradients, autocast
-
-
-class TrainingConfig(BaseModel):
-    """The optimisation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(default=3, ge=1, description="passes over the training set, unless steps is given")
-    steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")
-    max_minutes: float | None = Field(default=None, gt=0, description="stop after so many minutes, with a checkpoint")
-    batch_size: int = Field(default=32, ge=1, description="examples of a step: all their passages are its negatives")
-    micro_batch_size: int | None = Field(
-        default=None, ge=1, description="most sequences in one forward of a model, for memory; null: all of the step"
-    )
-    tokens_per_micro_batch: int | None = Field(
-        default=None, ge=1, description="most tokens in one forward of a model, for memory; null: all of the step"
-    )
-    fixed_shapes: bool = Field(
-        default=False, description="fill every micro-batch up to tokens_per_micro_batch, so that no shape ever changes"
-    )
-    balance_lengths: bool = Field(
-        default=True, description="give every step short and long examples alike; false: a plain permutation"
-    )
-    lr: float = Field(default=2e-5, gt=0)
-    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_decay: float = Field(
-        default=1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)"
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="of matrices; norms, biases and scales have none")
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = Field(
-        default=1.0, gt=0, description="global gradient norm over both models; null: no clipping"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="bfloat16: autocast, weights stay as is"
-    )
-    activation_checkpointing: Recompute = Field(
-        default="none", description="computed again in the backward pass, for memory: selective keeps all products"
-    )
-    compile: bool = Field(default=False, description="torch.compile for every decoder layer")
-    sharding: Sharding = Field(
-        default="none",
-        description="fsdp: ranks share out weights, gradients and optimizer states; ddp: each has all of them",
-    )
-    optimizer: OptimizerName = Field(
-        default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"
-    )
-    optimizer_in_backward: bool = Field(
-        default=False, description="step each weight in the backward pass and keep no gradients; one GPU, one pack"
-    )
-    seed: int = 0
-    log_every: int = Field(default=1, ge=1, description="steps between metrics")
-    diagnose_every: int | None = Field(
-        default=100,
-        ge=1,
-        description="steps between looks at the gradients of each loss, each as dear as a step; null: never",
-    )
-    spike_factor: float | None = Field(
-        default=20.0,
-        gt=0,
-        description="stop before a step whose loss is so many robust standard deviations above the median; null: never",
-    )
-    spike_window: int = Field(default=100, ge=4, description="steps that the median of spike_factor is taken over")
-    eval_every: int | None = Field(default=100, ge=1, description="steps between held-out evaluations; null: never")
-    checkpoint_every: int | None = Field(
-        default=500, ge=1, description="steps between checkpoints; null: only at the end"
-    )
-    keep_checkpoints: int = Field(default=2, ge=1)
-    device: str = Field(default="auto", description="auto: cuda when there is one, else cpu")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.fixed_shapes and self.tokens_per_micro_batch is None:
-            raise ValueError(
-                "training.fixed_shapes=true needs a size to fill micro-batches up to: set "
-                "training.tokens_per_micro_batch, now null"
-            )
-        if self.compile and self.activation_checkpointing != "none":
-            raise ValueError(
-                f"training.compile=true has no effect under training.activation_checkpointing="
-                f"{self.activation_checkpointing}, which runs its layers uncompiled: change one of them"
-            )
-        for wrong, field in (
-            (
-                self.clip is not None,
-                f"training.clip={self.clip}, which needs the norm of all gradients: set it to null",
-            ),
-            (
-                self.tokens_per_micro_batch is not None or self.micro_batch_size is not None,
-                f"training.tokens_per_micro_batch={self.tokens_per_micro_batch} and training.micro_batch_size="
-                f"{self.micro_batch_size}, which add gradients up over packs: set both to null",
-            ),
-            (self.sharding != "none", f"training.sharding={self.sharding}, which sums gradients first: set it to none"),
-            (
-                self.spike_factor is not None,
-                f"training.spike_factor={self.spike_factor}, which refuses a step before it is taken: set it to null",
-            ),
-        ):
-            if self.optimizer_in_backward and wrong:
-                raise ValueError(f"training.optimizer_in_backward=true cannot be had with {field}")
-        return self
-
-    @property
-    def pack_limits(self) -> PackLimits:
-        """What goes into a micro-batch."""
-        return PackLimits(self.tokens_per_micro_batch, self.micro_batch_size, self.fixed_shapes)
 
 
 class TrainingError(ValueError):
     """Training cannot go on; the message names the step, the cause and the last good checkpoint."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one step tells. Losses are in nats; tokens are those of both models, none of them a pad token."""
-
-    step: int
-    epoch: float
-    loss: float
-    ntp: float
-    nsp: float
-    in_batch_accuracy: float  # share of the queries whose own passage scores highest
-    in_batch_rank: float  # mean rank of a query's own passage, 1 is the highest; 0 without a query
-    candidates: int
-    gen_grad_norm: float  # before clipping, as the next one
-    embseq_grad_norm: float  # of Embseq with its projection; 0 where Embseq is Gen itself
-    lr: float
-    tokens_per_second: float
-    useful_tokens: float  # share of the computed tokens that are no filler: 1 unless shapes are fixed
-    peak_memory_gib: float  # so far: allocated on the GPU, or resident in this process without one; 0 if not known
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Figures on examples that are not trained on."""
-
-    step: int
-    ntp: float  # nats per supervised token
-    nsp: float  # nats per query, within batches of training.batch_size
-    recall_at_1: float
-    recall_at_5: float
-    recall_at_20: float
 
 
 class Trainer:
@@ -191,8 +60,9 @@ class Trainer:
         corpus: passages by id; every passage that an example asks for is in it.
         output: the run's folder; checkpoints go into `output/checkpoints`.
         lengths: what `example_lengths` says of the examples, if it was asked already.
+        peers: the ranks that share every step; all of them have the same weights and arguments.
         evaluate: called every `eval_every` steps, before the first step and after the last, with the model and the
-            step; returns a `HeldOut`.
+            step, on every rank; returns a `HeldOut`.
         on_metrics: called with every `StepMetrics`, `Diagnosis` and `HeldOut`.
         on_warning: called with every message of the failure monitor.
         on_interrupt: called with what the first Ctrl-C does, when it is pressed.
@@ -210,6 +80,7 @@ class Trainer:
         output: Path,
         *,
         lengths: Sequence[int] | None = None,
+        peers: Peers | None = None,
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
         on_metrics: Callable[[StepMetrics | Diagnosis | HeldOut], None] = lambda metrics: None,
         on_warning: Callable[[str], None] = lambda message: None,
@@ -220,6 +91,8 @@ class Trainer:
         self.examples = examples
         self.corpus = corpus
         self.output = output
+        self.peers = peers
+        self.rank, self.ranks = (0, 1) if peers is None else (peers.rank, peers.size)
         self.checkpoints = output / "checkpoints"
         self.evaluate = evaluate
         self.on_metrics = on_metrics
@@ -238,6 +111,7 @@ class Trainer:
             balanced=config.balance_lengths,
         )
         self._next: tuple[int, CoSupervisionBatch] | None = None
+        model.criterion.nsp.key_grad = config.key_grad
         model.enable_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             model.compile_layers(fixed_shapes=config.fixed_shapes)
@@ -255,7 +129,8 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continues behind a checkpoint whose model is loaded already."""
-        self.step = self._saved_step = load_trainer_state(checkpoint, self.model, self.optimizer)
+        self._seed()  # where the checkpoint is one of fewer ranks
+        self.step = self._saved_step = load_trainer_state(checkpoint, self.model, self.optimizer, self.rank)
         self.last_checkpoint = checkpoint
 
     def replay(self, records: Iterable[dict[str, Any]]) -> None:
@@ -283,11 +158,11 @@ class Trainer:
         deadline = time.monotonic() + 60 * (config.max_minutes or math.inf)
         self.model.train()
         if self.step == 0:
-            torch.manual_seed(config.seed)
+            self._seed()
             self._warn(_lost_in_rounding(self.model, config.lr))
             self._evaluate()
         with _interruptible(self.on_interrupt) as interrupted:
-            while self.step < self.total_steps and time.monotonic() < deadline and not interrupted.is_set():
+            while self.step < self.total_steps and not self._agree(time.monotonic() >= deadline, interrupted):
                 metrics = self._step()
                 if self.step % config.log_every == 0:
                     self.on_metrics(metrics)
@@ -303,27 +178,59 @@ class Trainer:
         assert self.last_checkpoint is not None
         return self.last_checkpoint
 
+    def _seed(self) -> None:
+        """Random numbers of dropout, other ones on every rank."""
+        torch.manual_seed(self.config.seed + (self.rank << 32))
+
+    def _agree(self, late: bool, interrupted: threading.Event) -> bool:
+        """Whether to stop, which all ranks do where one does; an interrupted one interrupts all."""
+        if self.peers is not None:
+            note = {"step": self.step, "late": late, "interrupted": interrupted.is_set()}
+            notes = self.peers.meet(f"step {self.step + 1}", note)
+            late = any(one["late"] for one in notes)
+            if any(one["interrupted"] for one in notes):
+                interrupted.set()
+        return late or interrupted.is_set()
+
     def save(self, *, extra: int = 0) -> Path:
         """Writes a checkpoint of the current step, unless this trainer wrote it or came from it.
 
         Args:
             extra: how many checkpoints more than `keep_checkpoints` stay.
         """
-        if self.last_checkpoint is None or self._saved_step != self.step:
-            self.last_checkpoint = save_checkpoint(
-                self.checkpoints, self.step, self.model, self.optimizer, keep=self.config.keep_checkpoints + extra
-            )
-            self._saved_step = self.step
+        if self.last_checkpoint is not None and self._saved_step == self.step:
+            return self.last_checkpoint
+        states = self._random_states()
+        if self.rank == 0:
+            keep = self.config.keep_checkpoints + extra
+            with contextlib.nullcontext() if self.peers is None else self.peers.reporting("checkpoint"):
+                save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, states, keep=keep)
+        if self.peers is not None:
+            try:
+                self.peers.meet("checkpoint")
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+        self.last_checkpoint, self._saved_step = checkpoint_folder(self.checkpoints, self.step), self.step
         return self.last_checkpoint
+
+    def _random_states(self) -> list[dict[str, Tensor]]:
+        """Those of every rank."""
+        state = random_state(self.model.device)
+        if self.peers is None:
+            return [state]
+        found = {name: self.peers.gather(x[None], [1] * self.ranks) for name, x in state.items()}
+        return [{name: x[rank].clone() for name, x in found.items()} for rank in range(self.ranks)]
 
     def batch_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0."""
         return [self.examples[i] for i in self.sampler[step]]
 
     def batch(self, step: int) -> CoSupervisionBatch:
-        """What a step reads, on the model's device."""
+        """What this rank reads of a step, on the model's device."""
         chosen = self.batch_examples(step)
-        return make_batch(chosen, self.corpus, self.model.template, self.config.pack_limits).to(self.model.device)
+        limits = self.config.pack_limits
+        batch = make_batch(chosen, self.corpus, self.model.template, limits, rank=self.rank, ranks=self.ranks)
+        return batch.to(self.model.device)
 
     def _step(self) -> StepMetrics:
         config, model = self.config, self.model
@@ -331,19 +238,15 @@ class Trainer:
         if batch is None or number != self.step:
             batch = self.batch(self.step)
         if config.diagnose_every and (self.step + 1) % config.diagnose_every == 0:
-            self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision))
-        start, random = time.perf_counter(), _random_state()
-        out = accumulate_gradients(model, batch, precision=config.precision)
+            self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision, peers=self.peers))
+        start, random = time.perf_counter(), random_state(model.device)
+        out = accumulate_gradients(model, batch, precision=config.precision, group=self.peers)
         # The device is still busy with this step; what follows waits for it.
         self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None
-        hits, ranks = (
-            (out.loss.new_zeros(()),) * 2
-            if out.stats is None
-            else ((out.stats.rank == 0).sum(), (out.stats.rank + 1).sum())
-        )
-        loss, ntp, nsp, hits, ranks = torch.stack([out.loss, out.ntp, out.nsp, hits, ranks]).tolist()
+        reduce_gradients(model, self.peers)
+        loss, ntp, nsp, hits, ranks, computed, *peaks = self._totals(batch, out)
         gen_norm, embseq_norm, total_norm = self._clip()
-        watched = ntp, nsp if batch.nsp_count and model.nsp.weight else None
+        watched = ntp, nsp if batch.step.nsp and model.nsp.weight else None
         problems = list(self.guard.refuse(*watched))
         if not math.isfinite(total_norm):
             problems.append(f"gradient norms {gen_norm:.3g} (Gen) and {embseq_norm:.3g} (Embseq)")
@@ -364,35 +267,48 @@ class Trainer:
             loss=loss,
             ntp=ntp,
             nsp=nsp,
-            in_batch_accuracy=hits / max(1, batch.nsp_count),
-            in_batch_rank=ranks / max(1, batch.nsp_count),
-            candidates=len(batch.key_ids),
+            in_batch_accuracy=hits / max(1, batch.step.nsp),
+            in_batch_rank=ranks / max(1, batch.step.nsp),
+            candidates=batch.step.passages,
             gen_grad_norm=gen_norm,
             embseq_grad_norm=embseq_norm,
             lr=lr,
-            tokens_per_second=batch.tokens / (time.perf_counter() - start),
-            useful_tokens=batch.tokens / sum(len(pack.input_ids) for pack in batch.packs),
-            peak_memory_gib=_peak_memory(model.device) / 2**30,
+            tokens_per_second=batch.step.tokens / (time.perf_counter() - start),
+            useful_tokens=batch.step.tokens / computed,
+            peak_memory_gib=max(peaks),
         )
 
-    def _refused(self, problems: list[str], random: list[Tensor], figures: dict[str, float]) -> TrainingError:
+    def _totals(self, batch: CoSupervisionBatch, out: CoSupervisionOutput) -> list[float]:
+        """Losses, hits, ranks and computed tokens, summed over ranks, and the peak memory of each in GiB."""
+        hits, places = out.loss.new_zeros(()), out.loss.new_zeros(())
+        if out.stats is not None:
+            hits, places = (out.stats.rank == 0).sum(), (out.stats.rank + 1).sum()
+        peaks = [0.0] * self.ranks
+        peaks[self.rank] = _peak_memory(self.model.device) / 2**30
+        known = torch.tensor([sum(len(pack.input_ids) for pack in batch.packs), *peaks], dtype=torch.float64)
+        found = torch.stack([x.double() for x in (out.loss, out.ntp, out.nsp, hits, places)])
+        figures = torch.cat([found, known.to(found.device)])
+        return (figures if self.peers is None else self.peers.sum_(figures)).tolist()
+
+    def _refused(self, problems: list[str], random: dict[str, Tensor], figures: dict[str, float]) -> TrainingError:
         """Puts everything back to where it was before a step and saves that; the error to raise."""
         self.optimizer.zero_grad(set_to_none=True)
         chosen = self.batch_examples(self.step)
         losses = {example.id: self._ntp_alone(example) for example in chosen}
-        _set_random_state(random)
+        set_random_state(random, self.model.device)
         worst = max(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+        description = self.output / "refused-step.json"
+        if self.rank == 0:
+            record = {"step": self.step + 1, "problems": problems, **figures, "ntp_of_examples": losses}
+            self.output.mkdir(parents=True, exist_ok=True)
+            with replace_file(description) as file:
+                json.dump(_without_nan(record), file, indent=1)
         kept = f"last good checkpoint: {self.last_checkpoint or 'none'}"
         if self.step and all(bool(p.isfinite().all()) for p in self.model.parameters() if p.is_floating_point()):
             try:
                 kept = f"saved as they were before it: {self.save(extra=1)}"
             except CheckpointError as error:
                 kept += f" ({error})"
-        description = self.output / "refused-step.json"
-        record = {"step": self.step + 1, "problems": problems, **figures, "ntp_of_examples": losses}
-        self.output.mkdir(parents=True, exist_ok=True)
-        with replace_file(description) as file:
-            json.dump(_without_nan(record), file, indent=1)
         names = f"{', '.join(example.id for example in chosen[:8])}{', …' if len(chosen) > 8 else ''}"
         return TrainingError(
             f"step {self.step + 1}: {'; '.join(problems)}. Its examples: {names}; the highest NTP loss alone has "
@@ -441,44 +357,6 @@ class Trainer:
             self.on_warning(message)
 
 
-def count_steps(config: TrainingConfig, examples: int) -> tuple[int, int]:
-    """The steps of an epoch over so many examples, and those of the run."""
-    per_epoch = math.ceil(examples / config.batch_size)
-    return per_epoch, config.steps or config.epochs * per_epoch
-
-
-def learning_rate_factor(config: TrainingConfig, step: int, total: int, steps_per_epoch: int) -> float:
-    """The factor on `lr` at a step counted from 0: warm-up, then the schedule, times the decay per epoch."""
-    warmup = round(config.warmup * total)
-    decay = config.lr_decay ** (step // steps_per_epoch)
-    if step < warmup:
-        return decay * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return (
-        decay
-        * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
-    )
-
-
-def choose_device(requested: str) -> torch.device:
-    """`auto` is CUDA when there is one, else the CPU."""
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError as error:
-        raise ValueError(f"training.device={requested!r}: {error}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"training.device={requested!r}: this torch sees no CUDA device; use auto or cpu")
-    return device
-
-
-def as_record(metrics: StepMetrics | Diagnosis | HeldOut) -> dict[str, Any]:
-    """Metrics as one flat record, `kind` telling which."""
-    kind = {StepMetrics: "step", Diagnosis: "diagnosis", HeldOut: "held-out"}[type(metrics)]
-    return {"kind": kind, **asdict(metrics)}
-
-
 @torch.no_grad()
 def _lost_in_rounding(model: CoSupervisionModel, lr: float) -> Iterator[str]:
     """A warning when many bfloat16 weights are further apart than a step of AdamW, about `lr`, can bridge."""
@@ -500,16 +378,6 @@ def _peak_memory(device: torch.device) -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])
 
 
 def _without_nan(value: Any) -> Any:

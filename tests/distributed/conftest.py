@@ -19,8 +19,8 @@ class World:
 
     def __init__(self, size: int):
         context = multiprocessing.get_context("forkserver")
-        # torch is imported once, by the server.
-        context.set_forkserver_preload(["torch", "cosup_fast.distributed", "cosup_fast.losses"])
+        # torch and transformers are imported once, by the server.
+        context.set_forkserver_preload(["torch", "cosup_fast.training.trainer"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -71,6 +71,13 @@ class World:
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     made = World(SIZE)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def small_world() -> Iterator[World]:
+    made = World(4)
     yield made
     made.close()
 

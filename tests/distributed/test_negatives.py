@@ -132,6 +132,24 @@ def test_equal_to_one_process(world, size, options):
     check(world, parts, options.pop("scale", None), upstream, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"symmetric": True, "label_smoothing": 0.1}, {"ids": True}, {"ids": True, "several": 2, "symmetric": True}],
+    ids=str,
+)
+def test_the_key_that_answers_a_query_may_be_another_ranks(world, options):
+    made = {k: v for k, v in options.items() if k in MAKE}
+    options = {k: v for k, v in options.items() if k not in MAKE}
+    parts = make_parts(RAGGED[:5], **made)
+    batch = whole(parts)
+    counts = [len(part["query"]) for part in parts]
+    batch["positive"] = torch.randperm(len(batch["keys"]))[: sum(counts)]
+    for part, positive in zip(parts, batch["positive"].split(counts)):
+        part["positive"] = positive
+    ours = together(world.run("info_nce", parts, positive_rows="group", **options))
+    assert_equal(ours, expected(batch, **options))
+
+
 def test_equal_with_many_chunks(world):
     for options in ({}, {"symmetric": True}, {"symmetric": True, "reduction": "none"}):
         parts = make_parts([(7, 9), (0, 3), (11, 11)])

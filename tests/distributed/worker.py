@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import json
 import os
 import signal
 import time
@@ -140,6 +142,77 @@ def grad_cache(size: int, part: dict[str, Tensor], weight: Tensor, rows: int) ->
         for x, g in zip(part[name].split(rows), leaf.grad.split(rows)):
             (x @ weight.T).backward(g)
     return Peers(groups[size]).sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+
+
+@functools.cache
+def co_supervised(settings: str) -> Any:
+    """The model of a JSON text: sections model, text, nsp."""
+    from cosup_fast.data.template import TextConfig
+    from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
+
+    sections = json.loads(settings)
+    torch.manual_seed(0)
+    return CoSupervisionModel.from_pretrained(
+        ModelConfig(**sections["model"]), TextConfig(**sections.get("text", {})), NSPConfig(**sections.get("nsp", {}))
+    ).eval()
+
+
+def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, **options: Any) -> dict:
+    """The gradients of a step that ranks share, their losses, and what is counted."""
+    from cosup_fast.data.packing import PackLimits, make_batch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from cosup_fast.training.ranks import reduce_gradients
+    from cosup_fast.training.sharding import shard
+    from cosup_fast.training.step import accumulate_gradients
+
+    peers, sharded = Peers(groups[size]), options.pop("sharded", False)
+    model = co_supervised.__wrapped__(settings) if sharded else co_supervised(settings)
+    if sharded:
+        shard(model, DeviceMesh.from_group(peers.group, "cpu"), precision="float32")
+        model.enable_activation_checkpointing(options.pop("recompute", "none"))
+        model.train()
+    model.criterion.nsp.key_grad = options.pop("key_grad", "global")
+    model.zero_grad(set_to_none=True)
+    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
+    out = accumulate_gradients(model, batch, group=peers, **options)
+    reduce_gradients(model, peers)
+    losses = {name: peers.sum(getattr(out, name)) for name in ("loss", "ntp", "nsp")}
+    gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    counts = {"packs": len(batch.gen), "passages": batch.key_ids.tolist(), "tokens": batch.tokens, "step": batch.step}
+    hits = 0 if out.stats is None else int((out.stats.rank == 0).sum())
+    return {"gradients": gradients | losses, "hits": hits, **counts}
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple) -> Any:
+    from cosup_fast.data.packing import PackLimits, make_batch
+    from cosup_fast.training.diagnostics import diagnose
+
+    model = co_supervised(settings)
+    model.criterion.nsp.key_grad = "global"
+    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size)
+    return diagnose(model, batch, 7, precision="float32", peers=Peers(groups[size]))
+
+
+def same_run(size: int, part: tuple[Any, dict], settings: str) -> str:
+    """What is said of ranks with such configurations and data."""
+    from cosup_fast.training.run import _check_same_run
+
+    try:
+        _check_same_run(Peers(groups[size]), *part, None, co_supervised(settings))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def held_out(size: int, rank: int, settings: str, examples: list, corpus: dict, config: Any) -> Any:
+    from cosup_fast.training.run import HeldOutEvaluator
+
+    return HeldOutEvaluator(examples, corpus, config, Peers(groups[size]))(co_supervised(settings), 7)
 
 
 def primitives(size: int, part: Tensor) -> dict:

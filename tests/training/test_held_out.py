@@ -89,7 +89,7 @@ def test_figures_are_those_computed_by_hand(precision, error, make_model, gpt2_f
 
 def test_recall_counts_ranks_from_zero(make_model, examples, corpus, monkeypatch):
     evaluator = HeldOutEvaluator(examples, corpus, _config())
-    monkeypatch.setattr(run, "retrieval_ranks", lambda model, examples, pool: [0, 1, 4, 5, 19, 20])
+    monkeypatch.setattr(run, "retrieval_ranks", lambda model, examples, pool, embeddings: [0, 1, 4, 5, 19, 20])
     found = evaluator(make_model(), 0)
     assert (found.recall_at_1, found.recall_at_5, found.recall_at_20) == (1 / 6, 3 / 6, 5 / 6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cosup_fast.training.trainer import TrainingConfig, learning_rate_factor
+from cosup_fast.training.config import TrainingConfig, learning_rate_factor
 
 
 def _factors(total, steps_per_epoch=1000, **fields):

@@ -12,9 +12,11 @@ import torch
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Segment
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
+from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.diagnostics import Diagnosis
+from cosup_fast.training.metrics import HeldOut, StepMetrics, as_record
 from cosup_fast.training.step import accumulate_gradients
-from cosup_fast.training.trainer import HeldOut, StepMetrics, Trainer, TrainingConfig, TrainingError, as_record
+from cosup_fast.training.trainer import Trainer, TrainingError
 
 VARIANTS = {
     "pair": {},

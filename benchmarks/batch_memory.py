@@ -1,0 +1,135 @@
+"""How much memory does a step take whose NSP batch is large? Peak resident set of a process of its own.
+
+What is measured is `Trainer`'s own step, with clipping and AdamW: embeddings of the whole batch first, then one
+micro-batch after the other (`training/step.py`). A small step before it makes the optimizer's state, so that nothing of
+what a long run holds is missing. The peak is the process's: weights, gradients, optimizer, data and libraries included.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, peak, report
+from cosup_fast.data.packing import make_batch
+from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.template import TextConfig
+from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.training.config import TrainingConfig
+from cosup_fast.training.step import accumulate_gradients
+from cosup_fast.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which models and data, and how a step is cut."""
+
+    model: str = "smollm2-135m"
+    layers: int | None = None
+    corpus: str = "wiki-leads"
+    examples: tuple[str, ...] = ("cloze/train", "questions/train")
+    passage_tokens: int = 512
+    tokens_per_micro_batch: int = 2048
+    checkpointing: bool = True
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one batch size."""
+
+    size: int  # examples
+    queries: int
+    passages: int
+    micro_batches: int
+    nsp: float
+    peak_bytes: int
+    seconds: float
+
+
+def measure(setting: Setting, sizes: list[int], *, say: Callable[[str], None] = print) -> list[Row]:
+    """One row a size, each from a process of its own.
+
+    Raises:
+        RuntimeError: a process failed; its last words.
+    """
+    rows = []
+    for size in sizes:
+        say(f"a batch of {size}")
+        command = [sys.executable, "-m", "benchmarks.batch_memory", json.dumps(asdict(setting)), str(size)]
+        done = subprocess.run(command, cwd=peak.ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise RuntimeError(f"a batch of {size}: {last}")
+        rows.append(Row(**json.loads(done.stdout.splitlines()[-1])))
+    return rows
+
+
+def here(setting: Setting, size: int) -> Row:
+    """The same in this process, which should do nothing else.
+
+    Raises:
+        ValueError: there are fewer examples than that.
+    """
+    torch.set_num_threads(setting.threads)
+    corpus = {passage.id: passage for passage in load_corpus(setting.corpus)}
+    examples = [example for name in setting.examples for example in load_examples(name, corpus)]
+    if size > len(examples):
+        raise ValueError(f"size={size}: there are {len(examples)} examples in {', '.join(setting.examples)}")
+    text = TextConfig(max_passage_tokens=setting.passage_tokens, long_passages="truncate")
+    parts = ModelConfig(gen=setting.model, gen_layers=setting.layers, embseq_layers=setting.layers)
+    config = TrainingConfig(
+        steps=1,
+        batch_size=size,
+        tokens_per_micro_batch=setting.tokens_per_micro_batch,
+        activation_checkpointing="full" if setting.checkpointing else "none",
+        diagnose_every=None,
+        eval_every=None,
+        checkpoint_every=None,
+        device="cpu",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model = CoSupervisionModel.from_pretrained(parts, text).train()
+        trainer = Trainer(model, config, examples, corpus, Path(folder))
+        accumulate_gradients(model, make_batch(examples[:2], corpus, model.template, config.pack_limits))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        batch = trainer.batch(0)
+        counts = {"queries": batch.step.nsp, "passages": batch.step.passages, "micro_batches": len(batch.packs)}
+        del batch
+        begin = time.perf_counter()
+        metrics = trainer._step()
+        seconds = time.perf_counter() - begin
+    return Row(size, **counts, nsp=metrics.nsp, peak_bytes=peak.status("VmHWM"), seconds=seconds)
+
+
+def page(rows: list[Row], setting: Setting, command: str) -> str:
+    """Markdown."""
+    lines = [
+        [str(row.size), str(row.queries), str(row.passages), str(row.micro_batches), report.size(row.peak_bytes),
+         f"{row.peak_bytes / rows[0].peak_bytes:.3f}", f"{row.nsp:.3f}", f"{row.seconds:.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = "examples | queries | passages | micro-batches | peak resident set | x the first | NSP | seconds"
+    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
+    title = "Memory of a step by the size of its NSP batch"
+    return f"# {title}\n\n{machine.line()}\n\n    {command}\n\n{fields}\n\n{report.table(header, lines)}\n"
+
+
+def records(rows: list[Row]) -> list[dict[str, Any]]:
+    """Lines of a CSV."""
+    return [asdict(row) for row in rows]
+
+
+if __name__ == "__main__":
+    _fields = json.loads(sys.argv[1])
+    print(json.dumps(asdict(here(Setting(**{**_fields, "examples": tuple(_fields["examples"])}), int(sys.argv[2])))))

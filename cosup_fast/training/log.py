@@ -1,0 +1,197 @@
+"""What a run tells while it goes on: metrics as JSONL and for TensorBoard, a progress bar, plots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from cosup_fast.files import replace_file
+from cosup_fast.training.diagnostics import Diagnosis
+from cosup_fast.training.metrics import HeldOut, StepMetrics, as_record
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class Silence:
+    """The log of a rank that does not lead: it keeps nothing and shows nothing."""
+
+    def __init__(self, output: Path):
+        self.output = output
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def start(self, step: int, total: int) -> list[dict[str, Any]]:
+        """The records so far."""
+        return (
+            [record for record in read_metrics(self.output / "metrics.jsonl") if record["step"] <= step] if step else []
+        )
+
+    def metrics(self, metrics: StepMetrics | Diagnosis | HeldOut) -> None:
+        """Nothing."""
+
+    def warning(self, message: str) -> None:
+        """Nothing."""
+
+
+class RunLog:
+    """Metrics to JSONL, TensorBoard, a progress bar and, at every evaluation, a plot."""
+
+    def __init__(self, output: Path, console: Console):
+        self.output = output
+        self.console = console
+        self.path = output / "metrics.jsonl"
+        self.last: StepMetrics | None = None
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if hasattr(self, "file"):
+            self.progress.stop()
+            self.file.close()
+            self.tensorboard.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
+                plot_curves(read_metrics(self.path), self.output / "curves.png")
+
+    def start(self, step: int, total: int) -> list[dict[str, Any]]:
+        """Opens the files and returns the records so far; those behind `step`, of a part run again, are dropped."""
+        kept = records_until(step, self.path)
+        with replace_file(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+        self.file: TextIO = self.path.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
+        self.task = self.progress.add_task("training", total=total, completed=step, status="")
+        self.progress.start()
+        return kept
+
+    def metrics(self, metrics: StepMetrics | Diagnosis | HeldOut) -> None:
+        """Records a step, a diagnosis or an evaluation."""
+        record = as_record(metrics)
+        self.file.write(json.dumps(record) + "\n")
+        kind = record["kind"]
+        for name, value in record.items():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
+        if isinstance(metrics, StepMetrics):
+            self.last = metrics
+            status = f"NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  in-batch {metrics.in_batch_accuracy:.0%}"
+            self.progress.update(self.task, completed=metrics.step, status=status)
+            if not self.console.is_terminal and metrics.step % 10 == 0:
+                self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
+        elif isinstance(metrics, Diagnosis):
+            self.console.print(diagnosis_table(metrics, self.last))
+        else:
+            self.console.print(
+                f"held out after step {metrics.step}: NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  "
+                f"R@1 {metrics.recall_at_1:.1%}  R@5 {metrics.recall_at_5:.1%}  R@20 {metrics.recall_at_20:.1%}"
+            )
+
+    def warning(self, message: str) -> None:
+        """Shows a warning of the failure monitor and keeps it with the metrics."""
+        self.console.print(f"[yellow]warning:[/] {message}")
+        with (self.output / "warnings.log").open("a") as file:
+            file.write(message + "\n")
+
+
+def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
+    """What the losses do to Gen and to the space of sequences, with the speed and memory of the step before."""
+
+    def figure(value: float | None, form: str = ".3g") -> str:
+        return "-" if value is None else format(value, form)
+
+    table = Table(title=f"before step {found.step}", title_justify="left")
+    columns = {
+        "gradient of Gen: NTP": figure(found.ntp_grad_norm),
+        "lambda NSP": figure(found.nsp_grad_norm),
+        "cosine": figure(found.grad_cosine, "+.3f"),
+        "alignment": figure(found.alignment),
+        "uniformity: queries": figure(found.query_uniformity),
+        "passages": figure(found.passage_uniformity),
+    }
+    if last is not None:
+        columns |= {
+            "in-batch rank": figure(last.in_batch_rank),
+            "useful tokens": figure(last.useful_tokens, ".0%"),
+            "tokens/s": figure(last.tokens_per_second, ".0f"),
+            "peak GiB": figure(last.peak_memory_gib, ".2f"),
+        }
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_row(*columns.values())
+    return table
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def records_until(step: int, path: Path) -> list[dict[str, Any]]:
+    """Those up to a step."""
+    return [record for record in read_metrics(path) if record["step"] <= step] if step else []
+
+
+def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws losses and retrieval accuracy over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in records if r["kind"] == "step"]
+    held_out = [r for r in records if r["kind"] == "held-out"]
+    figure, (losses, retrieval) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, color in (("ntp", "tab:blue"), ("nsp", "tab:orange")):
+        losses.plot(
+            [r["step"] for r in steps], [r[name] for r in steps], color=color, alpha=0.5, label=f"{name.upper()}"
+        )
+        losses.plot(
+            [r["step"] for r in held_out],
+            [r[name] for r in held_out],
+            "o-",
+            color=color,
+            label=f"{name.upper()} held out",
+        )
+    losses.set(xlabel="step", ylabel="loss (nats)", title="losses")
+    retrieval.plot(
+        [r["step"] for r in steps],
+        [r["in_batch_accuracy"] for r in steps],
+        color="tab:gray",
+        alpha=0.5,
+        label="in batch",
+    )
+    for k in (1, 5, 20):
+        retrieval.plot(
+            [r["step"] for r in held_out], [r[f"recall_at_{k}"] for r in held_out], "o-", label=f"R@{k} held out"
+        )
+    retrieval.set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="retrieval")
+    for axes in (losses, retrieval):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,112 @@
+"""The ranks of a training run: each holds all the weights and takes a part of every step.
+
+    g = sum over ranks of g_r        the gradient of the step, on every rank (`reduce_gradients`)
+
+Losses are sums over global counts, so nothing is averaged and no result depends on how many ranks there are. What is
+done with gradients between the backward passes and the optimizer stands in `reduce_gradients` alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cosup_fast.environment import choose_device
+from cosup_fast.kernels.last_hidden import accumulator
+from cosup_fast.peers import Peers
+from cosup_fast.training.config import TrainingConfig
+from cosup_fast.training.sharding import unsharded_parameters
+
+BUCKET = 1 << 24
+"""Elements that travel at once, or one parameter if that is larger."""
+
+
+@contextmanager
+def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
+    """The processes that torchrun started; None where this is the only one.
+
+    Raises:
+        ValueError: more ranks than examples in a step, or than GPUs; one GPU named for several ranks.
+        PeerError: a rank did not come.
+    """
+    size, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if size == 1:
+        yield None
+        return
+    if config.batch_size < size:
+        raise ValueError(
+            f"training.batch_size={config.batch_size} leaves some of the {size} ranks (torchrun --nproc-per-node) "
+            "without an example: raise it, or start fewer ranks"
+        )
+    device = choose_device(config.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and config.device not in ("auto", "cuda"):
+        raise ValueError(
+            f"training.device={config.device} names one GPU for the {here} ranks of this machine "
+            "(torchrun --nproc-per-node): use training.device=cuda"
+        )
+    if on_gpu:
+        torch.cuda.set_device(device)
+    patience = datetime.timedelta(seconds=config.rank_timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+    try:
+        peers = Peers(timeout=config.rank_timeout)
+        peers.meet("start")
+        yield peers
+    finally:
+        dist.destroy_process_group()
+
+
+def reduce_gradients(model: nn.Module, peers: Peers | None) -> None:
+    """Sums the gradients of the trained parameters over ranks, in fp32 at least; each rank has the same then.
+
+    Those of sharded parameters are sums already.
+
+    A parameter that no rank has a gradient of keeps none, as in one process.
+    """
+    if peers is None:
+        return
+    trained = [p for p in unsharded_parameters(model) if p.requires_grad]
+    if not trained:
+        return
+    device = trained[0].device
+    present = peers.max(torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=device))
+    waiting: list[nn.Parameter] = []
+    for p, somewhere in zip(trained, present.tolist(), strict=True):
+        if not somewhere:
+            continue
+        same = not waiting or accumulator(waiting[0].dtype) == accumulator(p.dtype)
+        if waiting and not (same and sum(q.numel() for q in waiting) + p.numel() <= BUCKET):
+            _reduce(waiting, peers)
+            waiting = []
+        waiting.append(p)
+    if waiting:
+        _reduce(waiting, peers)
+
+
+def _reduce(parameters: list[nn.Parameter], peers: Peers) -> None:
+    dtype = accumulator(parameters[0].dtype)
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().to(dtype) for p in parameters]
+    flat = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+    peers.sum_(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p).to(p.dtype)
+
+
+def digest(model: nn.Module) -> int:
+    """A number that depends on every bit of the weights and not on the machine, in one pass over them."""
+    total = 0
+    for i, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+        total += (i + 1) * int(_bits(tensor).sum(dtype=torch.int64))
+    return total % 2**53
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(kinds[tensor.element_size()])

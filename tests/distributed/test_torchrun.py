@@ -1,0 +1,180 @@
+"""`cosup-fast train` under torchrun: the run of one process, continued, stopped, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from cosup_fast.config import load_config
+from cosup_fast.data.records import write_jsonl
+from cosup_fast.training.checkpoint import checkpoints
+from cosup_fast.training.config import TrainingConfig
+from cosup_fast.training.log import read_metrics
+from cosup_fast.training.ranks import training_ranks
+from cosup_fast.training.run import run_training
+
+
+@pytest.fixture
+def arguments(tmp_path, passages, examples, llama_folder):
+    """A function that gives the arguments of a tiny run."""
+    many = [
+        e.model_copy(update={"id": f"{e.id}-{i}", "question": f"{e.question} {i}"}) for i in range(4) for e in examples
+    ]
+    for name, records in (("passages", passages), ("train", many), ("dev", examples)):
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+
+    def make(output: str, **changes) -> list[str]:
+        fields = {
+            "output": str(tmp_path / output),
+            "model.gen": llama_folder,
+            "data.corpus": str(tmp_path / "passages.jsonl"),
+            "data.train": [str(tmp_path / "train.jsonl")],
+            "data.dev": [str(tmp_path / "dev.jsonl")],
+            "data.allow_leaks": True,
+            "training.batch_size": 6,
+            "training.tokens_per_micro_batch": 400,
+            "training.steps": 4,
+            "training.eval_every": 2,
+            "training.checkpoint_every": 2,
+            "training.diagnose_every": 3,
+            "training.lr": 1e-3,
+            "training.device": "cpu",
+        }
+        fields |= {name.replace("__", "."): value for name, value in changes.items()}
+        return [f"{name}={json.dumps(value)}" for name, value in fields.items()]
+
+    return make
+
+
+def start(ranks: int, arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [*command, "-m", "cosup_fast", "train", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )  # fmt: skip
+
+
+def torchrun(ranks: int, arguments: list[str]) -> tuple[int, str, str]:
+    """Exit status, standard output, and standard error on one line."""
+    process = start(ranks, arguments)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, " ".join(err.split())
+
+
+def records(output: Path, *kinds: str) -> list[dict]:
+    """What was recorded, but for what a clock says."""
+    timed = ("tokens_per_second", "peak_memory_gib")
+    found = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] in kinds]
+    return [{key: value for key, value in r.items() if key not in timed} for r in found]
+
+
+def assert_close(ours: list[dict], expected: list[dict], rel: float):
+    assert len(ours) == len(expected)
+    for a, b in zip(ours, expected, strict=True):
+        assert a["kind"] == b["kind"]
+        assert {**a, "kind": 0} == pytest.approx({**b, "kind": 0}, rel=rel, abs=1e-6)
+
+
+def weights(checkpoint: Path) -> dict:
+    return {
+        f"{part}.{n}": x
+        for part in ("gen", "embseq")
+        for n, x in load_file(checkpoint / part / "model.safetensors").items()
+    }
+
+
+def test_two_ranks_are_one_process(arguments, tmp_path):
+    status, out, err = torchrun(2, arguments("two"))
+    assert status == 0, err
+    assert out.count("checkpoint:") == 1
+    assert err.count("held out after step 2") == 1
+    alone = run_training(load_config(None, arguments("one")))
+    kinds = ("step", "held-out", "diagnosis")
+    assert_close(records(tmp_path / "two", *kinds), records(tmp_path / "one", *kinds), rel=1e-3)
+    ours, expected = weights(checkpoints(tmp_path / "two" / "checkpoints")[-1]), weights(alone)
+    for name, x in expected.items():
+        assert (ours[name] - x).abs().max() <= 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [2, 1, 3])
+def test_a_run_goes_on_with_any_number_of_ranks(then, arguments, tmp_path, gpt2_folder):
+    """With as many ranks as before to the bit, dropout included."""
+    dropout = {"model__embseq": gpt2_folder} if then == 2 else {}
+    status, _, err = torchrun(2, arguments("whole", training__steps=6, **dropout))
+    assert status == 0, err
+    torchrun(2, arguments("parts", training__steps=4, **dropout))
+    status, _, err = torchrun(then, [*arguments("parts", training__steps=6, **dropout), "--resume"])
+    assert status == 0, err
+    whole, parts = (records(tmp_path / name, "step") for name in ("whole", "parts"))
+    if then == 2:
+        assert whole == parts
+    assert_close(parts, whole, rel=1e-3)
+    ours, expected = (weights(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("parts", "whole"))
+    for name, x in expected.items():
+        assert (ours[name] - x).abs().max() <= (0 if then == 2 else 1e-5), name
+
+
+def wait_for(output: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(records(output, "step")) < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers(process: subprocess.Popen) -> dict[int, int]:
+    """Process ids by rank."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        found |= {int(v.removeprefix("RANK=")): int(pid) for v in variables if v.startswith("RANK=")}
+    return found
+
+
+@pytest.mark.slow
+def test_a_rank_that_answers_no_more_is_named_in_time(arguments, tmp_path):
+    process = start(3, arguments("run", training__steps=100000, training__rank_timeout=8, training__eval_every=None))
+    wait_for(tmp_path / "run", 3)
+    stopped = workers(process)[2]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        _, err = process.communicate(timeout=90)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert process.returncode != 0
+    err = " ".join(err.split())
+    assert "rank 2 did not come within 8 s" in err or "rank 2 answered no more" in err
+    assert "last checkpoint:" in err
+    assert 'Traceback (most recent call last): File "/work' not in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_once_and_ends_all(arguments, tmp_path):
+    process = start(2, arguments("run", training__steps=100000, training__eval_every=None))
+    wait_for(tmp_path / "run", 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    err = " ".join(err.split())
+    assert err.count("interrupted: stopped after step") == 1
+    steps = len(records(tmp_path / "run", "step"))
+    saved = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert saved.name == f"step-{steps:06d}"
+
+
+def test_fewer_examples_than_ranks_are_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with (
+        pytest.raises(ValueError, match=r"training\.batch_size=3 leaves some of the 4 ranks .*nproc-per-node"),
+        training_ranks(TrainingConfig(batch_size=3)),
+    ):
+        pass
