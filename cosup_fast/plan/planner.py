@@ -24,6 +24,10 @@ FEW = (3, 6)
 """Decoder layers of the two simulations that a straight line goes through."""
 
 
+class PlanError(ValueError):
+    """A step that cannot be simulated."""
+
+
 @dataclass(frozen=True)
 class Switch:
     """A change of the configuration and the peak with it."""
@@ -48,7 +52,7 @@ class MemoryPlan:
     exact: bool
     """Whether every layer was simulated, or a few and the rest by a straight line."""
     largest_batch: int | None
-    """Times that the sequences of every pack fit; None where not asked for or not even once."""
+    """Times that the sequences of every pack fit, or nearly so many; None where not asked for or not even once."""
     advice: tuple[Switch, ...]
     step_time: StepTime | None
 
@@ -71,7 +75,7 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
         quick: a few layers stand for all; nothing else is asked.
 
     Raises:
-        RuntimeError: a simulation failed; the message ends with its last words.
+        PlanError: a simulation failed; the message ends with its last words.
     """
     layers = max(_layers(request))
     few = [None] if layers <= FEW[1] else list(FEW)
@@ -94,27 +98,27 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
 
     largest = _largest(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
     advice = [
-        Switch(setting, round((peak + correction) / GIB, 2)) for setting, peak in zip(changed, peaks[2:], strict=True)
+        Switch(setting, round((peak + correction) / GIB, 3)) for setting, peak in zip(changed, peaks[2:], strict=True)
     ]
-    helpful = sorted((s for s in advice if s.peak_gib < answer["peak"] / GIB - 0.05), key=lambda s: s.peak_gib)
+    helpful = sorted((s for s in advice if s.peak_gib < 0.99 * answer["peak"] / GIB), key=lambda s: s.peak_gib)
     return _plan(request, gpu_memory_gib, answer, exact=True, largest=largest, advice=helpful)
 
 
 def _largest(room: float, known: dict[int, int], peak: Callable[[int], int]) -> int | None:
-    """The most times that fits, given two peaks: by secants, as the peak is a convex function of the times."""
-    if known[1] > room:
-        return None
-    for _ in range(3):
+    """Nearly the most times that fit, given two peaks. The peak is convex in the times, so that secants fall short."""
+    fitting = max((times for times, found in known.items() if found <= room), default=None)
+    for _ in range(2):
+        if fitting is None:
+            return None
         low, high = sorted(known)[-2:]
         slope = max(1.0, (known[high] - known[low]) / (high - low))
         guess = int(low + (room - known[low]) // slope)
-        fitting = max(times for times, found in known.items() if found <= room)
-        if guess in known or guess <= fitting:
-            return fitting
+        if guess <= fitting:
+            break
         known = {fitting: known[fitting], guess: peak(guess)}
         if known[guess] <= room:
             return guess
-    return min(known)
+    return fitting
 
 
 def run_simulations(asked: Sequence[tuple[PlanRequest, int | None]]) -> list[dict[str, Any]]:
@@ -133,7 +137,7 @@ def run_simulations(asked: Sequence[tuple[PlanRequest, int | None]]) -> list[dic
     )
     if found.returncode:
         words = found.stderr.strip().splitlines()[-1:] or [f"exit status {found.returncode}"]
-        raise RuntimeError(f"the simulation of this step failed: {words[0]}")
+        raise PlanError(f"the simulation of this step failed: {words[0]}")
     return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
 

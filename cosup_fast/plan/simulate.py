@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch._dynamo.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -259,7 +258,12 @@ def _patched(request: PlanRequest) -> Iterator[None]:
             setattr(owner, name, value)
 
         replace(modeling, "find_final_norm", _named_norm)
-        replace(torch._dynamo.config, "disable", True)
+        if request.gen_lora.rank or request.embseq_lora.rank:
+            with no_downloaded_kernels():
+                from peft.tuners.tuners_utils import BaseTunerLayer
+
+            # Adapters are where they belong, and fake parameters cannot be moved in place.
+            replace(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *args, **kwargs: None)
         if request.optimizer == "adamw-8bit":
             with no_downloaded_kernels():
                 from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -273,7 +277,7 @@ def _patched(request: PlanRequest) -> Iterator[None]:
                 from torchao.optim import adam, subclass_8bit
             subclass_8bit.get_qmap_signed()  # their values are kept
             subclass_8bit.get_qmap_unsigned()
-            replace(adam, "single_param_adam", _compiled_step)
+            replace(adam._AdamBase, "step", _compiled_step)
         yield
 
 
@@ -286,10 +290,18 @@ def _named_norm(model: nn.Module) -> backbone.FinalNorm | None:
     return None
 
 
-def _compiled_step(p: Tensor, gradient: Tensor, *args: Any) -> None:
+@torch.no_grad()
+def _compiled_step(self: Any) -> None:
     """torchao's step, which is compiled: both moments in fp32 are all that may leave a kernel."""
-    moments = torch.empty_like(p, dtype=torch.float32), torch.empty_like(p, dtype=torch.float32)
-    del moments
+    for group in self.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                buffers = {name: self._new_buffer(p, name == "exp_avg") for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p].update(step=torch.tensor(0.0), **buffers)
+            moments = [torch.empty_like(p, dtype=torch.float32) for _ in range(2)]
+            del moments
 
 
 def _reduce(parameters: list[nn.Parameter]) -> None:

@@ -20,7 +20,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,13 @@ class LocalOptimizer:
         for p in (*self.parameters.values(), *self.locals.values()):
             p.grad = None
 
+    def owner(self, name: str) -> torch.optim.Optimizer | None:
+        """The optimizer that steps a parameter; None where this rank has no part of that."""
+        p = self.locals[name]
+        if not p.numel():
+            return None
+        return next(o for o in self.inner for group in o.param_groups if any(q is p for q in group["params"]))
+
     def states(self) -> dict[str, dict[str, Any]]:
         """The state of every parameter that has taken a step, by its name: what the library keeps of its shard.
 
@@ -125,7 +132,7 @@ class LocalOptimizer:
         for name, p in self.locals.items():
             for optimizer in self.inner:
                 if state := optimizer.state.get(p):
-                    found[name] = cast(dict[str, Any], state)
+                    found[name] = state
         if self.name != "adamw":
             for name, state in found.items():
                 if self.locals[name].numel() >= SMALL:

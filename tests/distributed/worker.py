@@ -159,9 +159,9 @@ def co_supervised(settings: str) -> Any:
 
 def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, **options: Any) -> dict:
     """The gradients of a step that ranks share, their losses, and what is counted."""
-    from cosup_fast.data.packing import PackLimits, make_batch
     from torch.distributed.device_mesh import DeviceMesh
 
+    from cosup_fast.data.packing import PackLimits, make_batch
     from cosup_fast.training.ranks import reduce_gradients
     from cosup_fast.training.sharding import shard
     from cosup_fast.training.step import accumulate_gradients
@@ -171,7 +171,10 @@ def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limi
     if sharded:
         shard(model, DeviceMesh.from_group(peers.group, "cpu"), precision="float32")
         model.enable_activation_checkpointing(options.pop("recompute", "none"))
-        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.train()  # activations are recomputed in training alone
     model.criterion.nsp.key_grad = options.pop("key_grad", "global")
     model.zero_grad(set_to_none=True)
     batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)

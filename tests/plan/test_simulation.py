@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from cosup_fast.config import load_config
 from cosup_fast.functional import release_workspace
 from cosup_fast.plan import simulate
 from cosup_fast.plan.planner import run_simulations
+from cosup_fast.plan.presets import PRESETS
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.step import accumulate_gradients
@@ -23,6 +25,51 @@ def request(**fields) -> PlanRequest:
     here = {"gpus": 1, "sharding": "none", "device": "cpu", "precision": "float32", "activation_checkpointing": "none"}
     packs = {"gen_sequences": 2, "gen_length": 256, "embseq_sequences": 4, "embseq_length": 96}
     return PlanRequest(**{"gen": SMALL, **here, **packs, **fields})
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    """MiB of every control, simulated in one process."""
+    controls = {
+        "plain": {},
+        "recomputed": {"activation_checkpointing": "full"},
+        "partly recomputed": {"activation_checkpointing": "selective"},
+        "half of the sequences": {"gen_sequences": 1, "embseq_sequences": 2},
+        "8-bit": {"optimizer": "adamw-8bit"},
+        "shared out": {"sharding": "fsdp", "gpus": 4},
+        "frozen": {"freeze_embseq": True},
+        "adapters": {"gen_lora": {"rank": 4}, "embseq_lora": {"rank": 4}},
+        "two packs": {"gen_packs": 2, "embseq_packs": 2},
+        "eight packs": {"gen_packs": 8, "embseq_packs": 8},
+    }
+    return dict(zip(controls, simulated(*(request(**fields) for fields in controls.values())), strict=True))
+
+
+def test_what_takes_more_memory_is_simulated_to(peaks):
+    assert peaks["plain"] > peaks["partly recomputed"] > peaks["recomputed"]
+    for less in ("half of the sequences", "8-bit", "shared out", "frozen", "adapters"):
+        assert peaks["plain"] > 1.05 * peaks[less], less
+
+
+def test_more_packs_cost_their_embeddings_alone(peaks):
+    """Of 6 packs with 2 x 4 queries and 4 passages: the vectors and gradients of each, in fp32."""
+    added = peaks["eight packs"] - peaks["two packs"]
+    vectors = 6 * (8 + 4) * SMALL["hidden_size"] * 4 / 2**20
+    assert 0 < added < 8 * vectors
+
+
+def test_logits_of_every_token_would_show(monkeypatch):
+    """The control of the controls: a head that forms all logits."""
+    from cosup_fast.losses import LinearCrossEntropyLoss
+
+    fused = simulate.simulate(request()).peak
+
+    def forward(self, hidden, weight, target, *, bias=None, count=None):
+        return torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+
+    monkeypatch.setattr(LinearCrossEntropyLoss, "forward", forward)
+    logits = 2 * 256 * SMALL["vocab_size"] * 4
+    assert simulate.simulate(request()).peak > fused + logits
 
 
 def simulated(*asked: PlanRequest) -> list[float]:
@@ -73,3 +120,30 @@ def test_a_simulated_step_takes_what_a_real_one_does(fields):
     asked = request(**fields)
     (ours,), real = simulated(asked), measured(asked)
     assert ours == pytest.approx(real, rel=0.02)
+
+
+def test_8_bit_states_are_counted_as_they_are():
+    asked = request(optimizer="adamw-8bit")
+    answer = simulate.simulate(asked)
+    assert answer.breakdown["optimizer states"] == pytest.approx(2 * answer.trained, rel=0.05)
+    assert answer.breakdown["parameters"] == pytest.approx(4 * answer.parameters, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "packs", "most"),
+    [
+        ("llama2-7b-8x80g", 1, 28.5),
+        ("llama2-7b-8x80g-8bit", 1, 19.5),
+        ("llama2-7b-8x80g-bf16", 1, 13.5),
+        ("llama2-7b-1x80g", 1, 55.0),
+        ("llama2-7b-8x80g", 32, 35.0),
+    ],
+)
+def test_two_7b_models_fit(preset, packs, most):
+    chosen = PRESETS[preset]
+    config = load_config(None, [f"{name}={json.dumps(value)}" for name, value in chosen.settings.items()])
+    asked = PlanRequest.of(config, gpus=chosen.gpus, gen_packs=packs, embseq_packs=packs)
+    (answer,) = run_simulations([(asked, None)])
+    assert answer["parameters"] * chosen.gpus == pytest.approx(13.35e9, rel=0.01) or chosen.gpus == 1
+    assert 0.9 * most < answer["peak"] / 2**30 <= most
