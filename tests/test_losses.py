@@ -92,9 +92,9 @@ def test_options_reach_the_operators(monkeypatch):
     nce = {"normalize": True, "symmetric": True, "label_smoothing": 0.1, "duplicates": "keep", "reduction": "sum"}
     nce["key_grad"] = "local"
     ids = {name: torch.zeros(1) for name in ("query_ids", "key_ids", "positive_ids", "private_negatives")}
-    group = object()
-    InfoNCELoss(scale=2.0, impl="stored", **nce)(rand(1, 1), rand(1, 1), **ids, group=group, return_stats=True)
-    assert seen["info_nce"] == {**nce, **ids, "scale": 2.0, "impl": "stored", "group": group, "return_stats": True}
+    given = {"group": object(), "positive_rows": "group", "return_stats": True}
+    InfoNCELoss(scale=2.0, impl="stored", **nce)(rand(1, 1), rand(1, 1), **ids, **given)
+    assert seen["info_nce"] == {**nce, **ids, "scale": 2.0, "impl": "stored", **given}
     lce = {"ignore_index": 3, "scale": 2.0, "softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1, "reduction": "none"}
     bias = torch.zeros(1)
     LinearCrossEntropyLoss(impl="reference", **lce)(rand(1, 1), rand(1, 1), torch.zeros(1), bias=bias)

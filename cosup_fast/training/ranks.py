@@ -29,13 +29,14 @@ BUCKET = 1 << 24
 
 @contextmanager
 def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
-    """The processes that torchrun started; None where this is the only one.
+    """The processes that torchrun started, or that are joined already; None where this is the only one.
 
     Raises:
         ValueError: more ranks than examples in a step, or than GPUs; one GPU named for several ranks.
         PeerError: a rank did not come.
     """
-    size, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    joined = dist.is_available() and dist.is_initialized()
+    size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield None
         return
@@ -48,19 +49,21 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
     on_gpu = device.type == "cuda"
     if on_gpu and config.device not in ("auto", "cuda"):
         raise ValueError(
-            f"training.device={config.device} names one GPU for the {here} ranks of this machine "
-            "(torchrun --nproc-per-node): use training.device=cuda"
+            f"training.device={config.device} names one GPU for {size} ranks (torchrun --nproc-per-node): use "
+            "training.device=cuda"
         )
     if on_gpu:
         torch.cuda.set_device(device)
-    patience = datetime.timedelta(seconds=config.rank_timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+    if not joined:
+        patience = datetime.timedelta(seconds=config.rank_timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     try:
         peers = Peers(timeout=config.rank_timeout)
         peers.meet("start")
         yield peers
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def reduce_gradients(model: nn.Module, peers: Peers | None) -> None:

@@ -162,7 +162,7 @@ class Trainer:
             self._warn(_lost_in_rounding(self.model, config.lr))
             self._evaluate()
         with _interruptible(self.on_interrupt) as interrupted:
-            while self.step < self.total_steps and not self._agree(time.monotonic() >= deadline, interrupted):
+            while self.step < self.total_steps and not self._stop(interrupted, late=time.monotonic() >= deadline):
                 metrics = self._step()
                 if self.step % config.log_every == 0:
                     self.on_metrics(metrics)
@@ -172,7 +172,7 @@ class Trainer:
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                     self.save()
             self.save()
-            if interrupted.is_set():
+            if self._stop(interrupted):
                 raise KeyboardInterrupt(f"stopped after step {self.step}; saved {self.last_checkpoint}")
         self._evaluate()
         assert self.last_checkpoint is not None
@@ -182,15 +182,12 @@ class Trainer:
         """Random numbers of dropout, other ones on every rank."""
         torch.manual_seed(self.config.seed + (self.rank << 32))
 
-    def _agree(self, late: bool, interrupted: threading.Event) -> bool:
-        """Whether to stop, which all ranks do where one does; an interrupted one interrupts all."""
-        if self.peers is not None:
-            note = {"step": self.step, "late": late, "interrupted": interrupted.is_set()}
-            notes = self.peers.meet(f"step {self.step + 1}", note)
-            late = any(one["late"] for one in notes)
-            if any(one["interrupted"] for one in notes):
-                interrupted.set()
-        return late or interrupted.is_set()
+    def _stop(self, interrupted: threading.Event, *, late: bool = False) -> bool:
+        """Whether this rank, or any other, was interrupted or is late."""
+        stop = interrupted.is_set() or late
+        if self.peers is None:
+            return stop
+        return any(one["stop"] for one in self.peers.meet(f"step {self.step + 1}", {"step": self.step, "stop": stop}))
 
     def save(self, *, extra: int = 0) -> Path:
         """Writes a checkpoint of the current step, unless this trainer wrote it or came from it.

@@ -7,10 +7,18 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cosup_fast.data.packing import CoSupervisionBatch, Pack, PackLimits, make_batch, plan_packs
+from cosup_fast.data.packing import (
+    CoSupervisionBatch,
+    Pack,
+    PackLimits,
+    StepCounts,
+    make_batch,
+    plan_packs,
+    share_out,
+)
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.template import IGNORE
 
@@ -145,6 +153,47 @@ def test_a_batch_in_packs_is_the_same_batch(limits, model, examples, corpus):
         assert pack.tokens <= (limits.tokens or 1 << 40)
         assert not limits.fixed or len(pack.input_ids) == limits.tokens
         assert pack.count <= (limits.sequences or 1 << 40)
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+def test_ranks_share_a_batch(data, model, examples, corpus):
+    """Every sequence and passage once, each passage with a rank that names it; positives count over all ranks."""
+    hard = Example(id="hard", question="?", output=[Segment(text="a", passage="rome")], negatives=["seine", "nile"])
+    chosen = data.draw(st.lists(st.sampled_from([*examples, hard]), min_size=1, max_size=7))
+    ranks = data.draw(st.integers(1, 4))
+    cut = data.draw(st.sampled_from([PackLimits(), PackLimits(250), PackLimits(sequences=2)]))
+    whole = make_batch(chosen, corpus, model.template)
+    parts = [make_batch(chosen, corpus, model.template, cut, rank=rank, ranks=ranks) for rank in range(ranks)]
+    passages = [p for part in parts for p in encoded_passages(part)]
+    assert sorted(s for part in parts for s in gen_sequences(part)) == sorted(gen_sequences(whole))
+    assert sorted(passages) == sorted(encoded_passages(whole))
+    assert all(part.step == whole.step for part in parts)
+    assert whole.step == StepCounts(whole.ntp_count, whole.nsp_count, len(whole.key_ids), whole.tokens)
+
+    def asked(batch, passages):
+        """The passage that answers each query, by the [NSP] of the sequence that asks."""
+        nsp = [(tuple(ids), at) for ids in gen_sequences(batch) for at, t in enumerate(ids) if t == model.template.nsp]
+        ids = batch.positive_ids
+        further = [set()] * len(nsp) if ids is None else [set(row) - {-1} for row in ids.tolist()]
+        return [(*q, passages[p], tuple(sorted(f))) for q, p, f in zip(nsp, batch.positive, further, strict=True)]
+
+    ours = [one for part in parts for one in asked(part, passages)]
+    assert sorted(ours) == sorted(asked(whole, encoded_passages(whole)))
+    by_text = {tuple(model.template.sequence(p)): p.id for p in corpus.values()}
+    for part in parts:
+        sequences = list(map(tuple, gen_sequences(part)))
+        own = [e for e in chosen if tuple(model.template.gen_sequence(e, corpus).input_ids) in sequences]
+        named = {name for e in own for name in (*e.cited, *e.negatives)}
+        assert {by_text[tuple(p)] for p in encoded_passages(part)} <= named
+
+
+@given(lengths, st.integers(1, 5))
+def test_shares_are_even(lengths, ranks):
+    shares = share_out(lengths, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
 
 
 @pytest.mark.parametrize(("size", "what"), [(60, "example 'e2'"), (8, "example 'e1'")])

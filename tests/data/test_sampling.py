@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosup_fast.data.packing import PackLimits
-from cosup_fast.data.records import Example, Segment
+from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.sampling import StepSampler, example_lengths
 
 
@@ -74,6 +74,17 @@ def test_lengths_are_the_tokens_of_both_models(model, examples, corpus):
         asked = {s.passage for s in example.output if s.passage}
         passages = sum(len(template.sequence(corpus[name])) for name in asked)
         assert length == len(template.gen_sequence(example, corpus).input_ids) + passages
+
+
+def test_hard_negatives_are_counted_and_checked(model, examples, corpus):
+    plain = examples[0]
+    hard = plain.model_copy(update={"negatives": ["nile", "long"]})
+    known = corpus | {"long": Passage(id="long", title="Long", text="very " * 60)}
+    more = sum(len(model.template.sequence(known[name])) for name in hard.negatives)
+    (alone,), (together,) = (example_lengths([e], known, model.template) for e in (plain, hard))
+    assert together == alone + more
+    with pytest.raises(ValueError, match=r"passage 'long' has \d+ tokens, more than the 200 of a micro-batch"):
+        example_lengths([hard], known, model.template, PackLimits(200))
 
 
 def test_what_does_not_fit_is_named(model, examples, corpus):

@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from cosup_fast.config import load_config
-from cosup_fast.data.records import write_jsonl
-from cosup_fast.training.checkpoint import checkpoints
+from cosup_fast.data.records import Segment, write_jsonl
+from cosup_fast.training.checkpoint import checkpoints, verify
 from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.ranks import training_ranks
@@ -169,6 +169,24 @@ def test_ctrl_c_saves_once_and_ends_all(arguments, tmp_path):
     steps = len(records(tmp_path / "run", "step"))
     saved = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert saved.name == f"step-{steps:06d}"
+
+
+@pytest.mark.slow
+def test_a_wild_step_is_refused_by_all_and_saved_once(arguments, tmp_path, examples):
+    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(24)]
+    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
+    planted = examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})
+    write_jsonl(tmp_path / "train.jsonl", [*plain, planted])
+    fields = {"batch_size": 2, "steps": 60, "lr": 3e-3, "warmup": 0.0, "spike_window": 8, "spike_factor": 10.0,
+              "balance_lengths": False, "seed": 3, "eval_every": None, "checkpoint_every": None}  # fmt: skip
+    status, _, err = torchrun(2, arguments("run", **{f"training__{name}": x for name, x in fields.items()}))
+    assert status != 0
+    assert "the highest NTP loss alone has planted" in err
+    refused = json.loads((tmp_path / "run" / "refused-step.json").read_text())
+    assert "planted" in refused["ntp_of_examples"]
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step-{refused['step'] - 1:06d}"
+    verify(saved)
 
 
 def test_fewer_examples_than_ranks_are_refused_before_anything_is_loaded(monkeypatch):
