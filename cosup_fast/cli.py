@@ -135,6 +135,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue behind the newest checkpoint in the output.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although the plan says that it does not fit.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
 ) -> None:
     """Train Gen and Embseq together; torchrun shares every step among processes."""
@@ -147,7 +148,7 @@ def train(
     from cosup_fast.training.run import run_training
 
     try:
-        checkpoint = run_training(config, resume=resume, console=err)
+        checkpoint = run_training(config, resume=resume, force=force, console=err)
     except KeyboardInterrupt as interrupt:
         if leads():
             text = f"[yellow]interrupted:[/] {escape(str(interrupt))}; continue with --resume"

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,7 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosup_fast.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, save_adapters, unwrapped
+from cosup_fast.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from cosup_fast.adapters import (
+    adapter_state,
+    add_adapters,
+    has_adapters,
+    load_adapters,
+    merge_adapters,
+    save_adapter_config,
+    unwrapped,
+)
 from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.template import Template, TextConfig
@@ -237,22 +246,30 @@ class CoSupervisionModel(nn.Module):
             load_adapters(getattr(model, name), folder / name)
         return model
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, weights: bool = True) -> None:
         """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder.
 
         Of a model with adapters these alone are written, and where the weights under them come from.
+
+        Args:
+            folder: where to.
+            weights: with those files that `copied_weights` names; nobody else writes them then.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizers = {"gen": self.template.tokenizer, "embseq": self.template.embseq_tokenizer}
         with quiet_transformers():
             for name, part in self._parts():
+                part.config.architectures = [type(part).__name__.removeprefix("FSDP")]
+                part.config.dtype = str(self.dtype).removeprefix("torch.")
+                part.config.save_pretrained(folder / name)
                 if has_adapters(part):
-                    save_adapters(part, folder / name)
-                    part.config.save_pretrained(folder / name)
-                else:
-                    part.save_pretrained(folder / name)
+                    save_adapter_config(part, folder / name)
+                elif part.can_generate() and part.generation_config is not None:
+                    part.generation_config.save_pretrained(folder / name)
                 tokenizers[name].save_pretrained(folder / name)
+        for name, tensors in self.copied_weights().items() if weights else ():
+            save_file(tensors, folder / name, metadata={"format": "pt"})
         save_file(self._head_state(), folder / "heads.safetensors")
         description = {
             "format_version": FORMAT_VERSION,
@@ -265,6 +282,30 @@ class CoSupervisionModel(nn.Module):
         if self._bases:
             description["adapters"] = {name: base.model_dump() for name, base in self._bases.items()}
         (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    def copied_weights(self, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
+        """Copies of the trained weights in the CPU's memory, by the file of a checkpoint that they go into.
+
+        Ranks that have shared them out share the writing, too: weights are gathered for it, so that every rank calls
+        this. Of others, rank 0 writes everything.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, part in self._parts():
+            if has_adapters(part):
+                file, writers = f"{name}/{ADAPTER_WEIGHTS}", 1
+                tensors = {f"base_model.model.{key}": x for key, x in adapter_state(part).items()}
+            else:
+                file, writers = f"{name}/model.safetensors", ranks if self.sharded else 1
+                if writers > 1:
+                    file = f"{name}/model-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+                shared = {key for key, _ in part.named_parameters(remove_duplicate=False)}
+                tensors: dict[str, Tensor] = dict(part.named_parameters())
+                tensors |= {key: x for key, x in part.state_dict().items() if key not in shared}
+            for i, (key, x) in enumerate(tensors.items()):
+                whole = cast(Any, x).full_tensor() if hasattr(x, "full_tensor") else x
+                if i % writers == rank:
+                    found.setdefault(file, {})[key] = whole.detach().to("cpu", copy=True).contiguous()
+        return found
 
     def merge(self) -> Self:
         """Folds all adapters into the weights, for good; a model without any stays as it is."""

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 TIMEOUT = 600.0
@@ -99,6 +100,10 @@ class Peers:
             if one["purpose"] != purpose:
                 raise PeerError(f"{purpose}: rank {name} is at {one['purpose']!r}; every rank makes the same calls")
         return found
+
+    def mesh(self, device: str) -> DeviceMesh:
+        """The ranks as a mesh of this type of device."""
+        return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
 
     @contextmanager
     def reporting(self, purpose: str) -> Iterator[None]:

@@ -106,7 +106,7 @@ def simulate(request: PlanRequest, *, layers: int | None = None) -> Simulated:
                     accumulate_gradients(
                         model,
                         batch,
-                        precision="float32" if request.sharding == "fsdp" else request.precision,
+                        precision=request.precision,
                         ntp_count=1,
                         nsp_count=1,
                     )
@@ -259,11 +259,7 @@ def _patched(request: PlanRequest) -> Iterator[None]:
 
         replace(modeling, "find_final_norm", _named_norm)
         if request.gen_lora.rank or request.embseq_lora.rank:
-            with no_downloaded_kernels():
-                from peft.tuners.tuners_utils import BaseTunerLayer
-
-            # Adapters are where they belong, and fake parameters cannot be moved in place.
-            replace(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *args, **kwargs: None)
+            replace(nn.Module, "to", lambda self, *args, **kwargs: self)  # fake parameters cannot be moved in place
         if request.optimizer == "adamw-8bit":
             with no_downloaded_kernels():
                 from bitsandbytes.optim.optimizer import Optimizer8bit

@@ -53,6 +53,11 @@ def estimate_step(request: PlanRequest, *, tflops: float = DENSE_TFLOPS) -> Step
     return StepTime(round(flop / rate, 2), round(request.gpus * flop / 1e15, 3), tflops, UTILIZATION)
 
 
+def count_weights(config: dict[str, Any]) -> float:
+    """About all weights of a model: those of products, and embeddings with a head."""
+    return _weights(config) + 2 * _value(config, "hidden_size", "n_embd") * _value(config, "vocab_size")
+
+
 def _weights(config: dict[str, Any]) -> float:
     """Weights of the decoder layers' products."""
     layers, width = _value(config, "num_hidden_layers", "n_layer"), _value(config, "hidden_size", "n_embd")

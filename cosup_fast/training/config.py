@@ -54,8 +54,8 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(default=False, description="torch.compile for every decoder layer")
     sharding: Sharding = Field(
         default="ddp",
-        description="of ranks under torchrun. fsdp: they share out weights, gradients and optimizer states; ddp: each has "
-        "all of them; none: there is one process",
+        description="of ranks under torchrun. fsdp: they share out weights, gradients and optimizer states; ddp: each "
+        "has all of them; none: there is one process",
     )
     optimizer: OptimizerName = Field(
         default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"

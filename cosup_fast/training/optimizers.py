@@ -15,6 +15,7 @@ parameters that share memory with the local shards.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -201,9 +202,7 @@ def _make(name: str, groups: list[Any], lr: float, betas: tuple[float, float], r
             import bitsandbytes
 
             return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
-        import torchao.optim
-
-        optim: Any = torchao.optim
+        optim: Any = importlib.import_module("torchao.optim")
 
         factory = optim.AdamW8bit if name == "adamw-8bit-torchao" else optim._AdamW
         return factory(groups, lr=lr, betas=betas, bf16_stochastic_round=rounded)

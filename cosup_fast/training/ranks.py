@@ -40,6 +40,12 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
     if size == 1:
         yield None
         return
+    if config.sharding == "none" or config.optimizer_in_backward:
+        field = "training.sharding=none" if config.sharding == "none" else "training.optimizer_in_backward=true"
+        raise ValueError(
+            f"{field} is a run of one process, and torchrun started {size}: use training.sharding=ddp or fsdp"
+            f"{'' if config.sharding == 'none' else ' without it'}, or start one"
+        )
     if config.batch_size < size:
         raise ValueError(
             f"training.batch_size={config.batch_size} leaves some of the {size} ranks (torchrun --nproc-per-node) "

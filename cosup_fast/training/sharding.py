@@ -61,7 +61,17 @@ def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> Non
                 unit.set_force_sum_reduction_for_comms(True)
         setattr(part, "run_inside", types.MethodType(_run, part))  # noqa: B010  no attribute of its class
         register_fsdp_forward_method(part, "run_inside")
+    for rest in (model.projection, model.criterion):
+        if rest is not None:
+            rest.to(model.gen.device)
     model.sharded = True
+
+
+def reshard(model: CoSupervisionModel) -> None:
+    """Frees the weights that forwards without a backward pass left whole, and puts the sharded ones in their place."""
+    for module in model.modules() if model.sharded else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(t: Tensor) -> Tensor:

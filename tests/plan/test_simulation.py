@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -68,8 +70,8 @@ def test_logits_of_every_token_would_show(monkeypatch):
         return torch.nn.functional.cross_entropy(hidden @ weight.T, target)
 
     monkeypatch.setattr(LinearCrossEntropyLoss, "forward", forward)
-    logits = 2 * 256 * SMALL["vocab_size"] * 4
-    assert simulate.simulate(request()).peak > fused + logits
+    logits = 2 * 256 * SMALL["vocab_size"] * 4  # of which the fused loss keeps a chunk of the same size, but once
+    assert simulate.simulate(request()).peak > fused + logits / 2
 
 
 def simulated(*asked: PlanRequest) -> list[float]:
