@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -165,11 +165,27 @@ class Peers:
     def _run(self, what: str, out: Tensor, start: Callable[[], Any]) -> None:
         """A collective; where it fails, the ranks that answer no more are named."""
         on_host = out.device.type == "cpu"
-        try:
+        with self._naming(what, everything=on_host):
             work = start()
             self._wait(work) if on_host else work.wait()
+
+    def naming(self, what: str) -> AbstractContextManager[None]:
+        """Names the ranks that answer no more where a collective of somebody else's, inside, has failed for it.
+
+        Raises:
+            PeerError: in place of the failure.
+        """
+        return self._naming(what, everything=False)
+
+    @contextmanager
+    def _naming(self, what: str, *, everything: bool) -> Iterator[None]:
+        try:
+            yield
+        except PeerError:
+            raise
         except RuntimeError as error:
-            if not on_host and not isinstance(error, dist.DistError):
+            # gloo reports a lost connection as any other error.
+            if not (everything or isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             try:
                 silent = [self.names[i] for i in self._channel.silent(self.rank, self.size)]

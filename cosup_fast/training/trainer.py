@@ -249,7 +249,8 @@ class Trainer:
             self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision, peers=self.peers))
         start, random = time.perf_counter(), random_state(model.device)
         lr = self._schedule()
-        out = accumulate_gradients(model, batch, precision=config.precision, group=self.peers)
+        with contextlib.nullcontext() if self.peers is None else self.peers.naming(f"step {self.step + 1}"):
+            out = accumulate_gradients(model, batch, precision=config.precision, group=self.peers)
         # The device is still busy with this step; what follows waits for it.
         self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None
         reduce_gradients(model, self.peers)
