@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ PASSED_OVER = {"gold": "gold", "answer": "bear an answer", "score": "score too n
 
 def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
+    for noisy in ("torch.utils._pytree", "torchao"):  # of kernels for other machines, at import
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from cosup_fast.generation import GenerationConfig
 from cosup_fast.loading import ModelConfig
 from cosup_fast.modeling import NSPConfig
 from cosup_fast.training.config import TrainingConfig
-from cosup_fast.training.optimizers import check_available
+from cosup_fast.training.optimizers import check_rounding
 
 
 class ConfigError(ValueError):
@@ -106,9 +106,15 @@ class RunConfig(BaseModel):
         ):
             if wrong:
                 raise ValueError(message)
-        trains_weights = not (model.gen_lora.rank and (model.embseq_lora.rank or model.shared or model.freeze_embseq))
-        check_available(training.optimizer, rounded=model.dtype == "bfloat16" and trains_weights)
+        check_rounding(training.optimizer, rounded=self.rounds)
         return self
+
+    @property
+    def rounds(self) -> bool:
+        """Whether trained weights are in bf16; adapters never are."""
+        model = self.model
+        adapters_alone = model.gen_lora.rank and (model.embseq_lora.rank or model.shared or model.freeze_embseq)
+        return model.dtype == "bfloat16" and not adapters_alone
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

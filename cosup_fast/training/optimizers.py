@@ -148,8 +148,8 @@ class LocalOptimizer:
         return step
 
 
-def check_available(name: str, *, rounded: bool) -> None:
-    """Refuses an optimizer that is not installed, or that loses its steps in bf16 weights (`rounded`).
+def check_rounding(name: str, *, rounded: bool) -> None:
+    """Refuses an optimizer that loses its steps in bf16 weights (`rounded`).
 
     Raises:
         ValueError: naming the fields and the remedy.
@@ -159,6 +159,15 @@ def check_available(name: str, *, rounded: bool) -> None:
             "training.optimizer=adamw-8bit rounds steps to the nearest weight, and with model.dtype=bfloat16 most of "
             "them are lost: use adamw-8bit-torchao, which rounds stochastically, or model.dtype=float32"
         )
+
+
+def check_available(name: str, *, rounded: bool) -> None:
+    """Refuses what `check_rounding` does, and an optimizer that is not installed.
+
+    Raises:
+        ValueError: naming the fields and the remedy.
+    """
+    check_rounding(name, rounded=rounded)
     package = {"adamw": "torchao" if rounded else "", "adamw-8bit": "bitsandbytes"}.get(name, "torchao")
     if package and importlib.util.find_spec(package) is None:
         field = f"training.optimizer={name}" + (" with model.dtype=bfloat16" if rounded else "")

@@ -45,6 +45,7 @@ from cosup_fast.training.config import TrainingConfig, count_steps
 from cosup_fast.training.fits import check_fits
 from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.metrics import HeldOut
+from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.step import autocast
 from cosup_fast.training.trainer import Trainer
@@ -91,6 +92,7 @@ def run_training(
 def _run(config: RunConfig, output: Path, resume: bool, force: bool, console: Console, peers: Peers | None) -> Path:
     checkpoint = _checkpoint_to_resume(config, output, resume)
     device = choose_device(config.training.device)
+    check_available(config.training.optimizer, rounded=config.rounds)
     corpus, examples, held_out = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
