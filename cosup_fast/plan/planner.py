@@ -7,14 +7,16 @@ stays in the same phase. Both run in processes of their own, next to each other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import StepTime, estimate_step
@@ -79,24 +81,27 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
     """
     layers = max(_layers(request))
     few = [None] if layers <= FEW[1] else list(FEW)
-    with ThreadPoolExecutor(2) as pool:
+
+    def lines(simulator: Simulator, asked: Iterable[PlanRequest]) -> list[dict[str, Any]]:
+        return [_line([simulator.ask(one, n) for n in few], few, layers) for one in asked]
+
+    with Simulator() as others:
         if quick:
-            answers = run_simulations([(request, n) for n in few])
-            return _plan(request, gpu_memory_gib, _line(answers, few, layers), exact=len(few) == 1)
-        whole = pool.submit(run_simulations, [(request, None)])
+            return _plan(request, gpu_memory_gib, lines(others, [request])[0], exact=len(few) == 1)
         changed = _alternatives(request)
-        asked = [request, _larger(request, 2), *changed.values()]
-        others = pool.submit(run_simulations, [(one, n) for one in asked for n in few])
-        (answer,), rest = whole.result(), others.result()
-    peaks = [_line(rest[i : i + len(few)], few, layers)["peak"] for i in range(0, len(rest), len(few))]
-    correction = answer["peak"] - peaks[0]  # the line is not the truth; what it says of a change is
-    room = (gpu_memory_gib - margin(gpu_memory_gib)) * GIB
+        with ThreadPoolExecutor(1) as pool, Simulator() as whole:
+            waiting = pool.submit(whole.ask, request)
+            guesses = lines(others, [request, _larger(request, 2), *changed.values()])
+            answer = waiting.result()
+        _check(answer)
+        peaks = [guess.get("peak", sys.maxsize) for guess in guesses]  # what cannot be simulated helps nobody
+        correction = answer["peak"] - peaks[0]  # the line is not the truth; what it says of a change is
+        room = (gpu_memory_gib - margin(gpu_memory_gib)) * GIB
 
-    def grown(times: int) -> int:
-        found = run_simulations([(_larger(request, times), n) for n in few])
-        return _line(found, few, layers)["peak"] + correction
+        def grown(times: int) -> int:
+            return lines(others, [_larger(request, times)])[0].get("peak", sys.maxsize) + correction
 
-    largest = _largest(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
+        largest = _largest(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
     advice = [
         Switch(setting, round((peak + correction) / GIB, 3)) for setting, peak in zip(changed, peaks[2:], strict=True)
     ]
@@ -121,24 +126,51 @@ def _largest(room: float, known: dict[int, int], peak: Callable[[int], int]) -> 
     return fitting
 
 
-def run_simulations(asked: Sequence[tuple[PlanRequest, int | None]]) -> list[dict[str, Any]]:
-    """The answers of `simulate.py`, in a process of its own."""
-    lines = [json.dumps({"request": request.model_dump(), "layers": layers}) for request, layers in asked]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    found = subprocess.run(
-        [sys.executable, "-m", "cosup_fast.plan.simulate"],
-        input="\n".join(lines) + "\n",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if found.returncode:
-        words = found.stderr.strip().splitlines()[-1:] or [f"exit status {found.returncode}"]
+class Simulator:
+    """A process of `simulate.py` that answers one request after the other."""
+
+    def __enter__(self) -> Self:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        self._words = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cosup_fast.plan.simulate"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            env=environment,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._words.close()
+
+    def ask(self, request: PlanRequest, layers: int | None = None) -> dict[str, Any]:
+        """The fields of `Simulated`; {"error": ...} for what could not be simulated.
+
+        Raises:
+            PlanError: the process ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"request": request.model_dump(), "layers": layers}) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self._words.seek(0)
+        words = self._words.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
         raise PlanError(f"the simulation of this step failed: {words[0]}")
-    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+
+
+def _check(answer: dict[str, Any]) -> None:
+    if "error" in answer:
+        raise PlanError(f"the simulation of this step failed: {answer['error']}")
 
 
 def _plan(
@@ -150,6 +182,7 @@ def _plan(
     largest: int | None = None,
     advice: Iterable[Switch] = (),
 ) -> MemoryPlan:
+    _check(answer)
     peak = answer["peak"] / GIB
     return MemoryPlan(
         peak_gib=round(peak, 3),
@@ -169,6 +202,8 @@ def _plan(
 
 def _line(answers: Sequence[dict[str, Any]], few: Sequence[int | None], layers: int) -> dict[str, Any]:
     """The answer for all layers from those for a few."""
+    if failed := next((one for one in answers if "error" in one), None):
+        return failed
     if len(answers) == 1:
         return answers[0]
     (a, b), (low, high) = answers, few

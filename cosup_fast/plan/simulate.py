@@ -326,11 +326,15 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    """Reads requests, one a line: {"request": ..., "layers": null}; writes answers."""
+    """Reads requests, one a line: {"request": ..., "layers": null}; writes answers, or {"error": ...}."""
     for line in sys.stdin:
         asked = json.loads(line)
-        answer = simulate(PlanRequest.model_validate(asked["request"]), layers=asked.get("layers"))
-        print(json.dumps(asdict(answer)), flush=True)
+        try:
+            answer = asdict(simulate(PlanRequest.model_validate(asked["request"]), layers=asked.get("layers")))
+        except Exception as error:  # of a configuration that cannot work, or that cannot be simulated; others may
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            answer = {"error": words[0]}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

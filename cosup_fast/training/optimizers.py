@@ -208,9 +208,7 @@ def _make(name: str, groups: list[Any], lr: float, betas: tuple[float, float], r
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, foreach=None if fused else False)
     with no_downloaded_kernels(), quiet_torchao():
         if name == "adamw-8bit":
-            import bitsandbytes
-
-            return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
+            return importlib.import_module("bitsandbytes.optim").AdamW8bit(groups, lr=lr, betas=betas)
         optim: Any = importlib.import_module("torchao.optim")
 
         factory = optim.AdamW8bit if name == "adamw-8bit-torchao" else optim._AdamW

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from cosup_fast.config import load_config
 from cosup_fast.functional import release_workspace
 from cosup_fast.plan import simulate
-from cosup_fast.plan.planner import run_simulations
+from cosup_fast.plan.planner import Simulator
 from cosup_fast.plan.presets import PRESETS
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.training.optimizers import LocalOptimizer
@@ -31,7 +31,7 @@ def request(**fields) -> PlanRequest:
 
 @pytest.fixture(scope="module")
 def peaks():
-    """MiB of every control, simulated in one process."""
+    """MiB of every control."""
     controls = {
         "plain": {},
         "recomputed": {"activation_checkpointing": "full"},
@@ -75,7 +75,7 @@ def test_logits_of_every_token_would_show(monkeypatch):
 
 
 def simulated(*asked: PlanRequest) -> list[float]:
-    return [answer["peak"] / 2**20 for answer in run_simulations([(one, None) for one in asked])]
+    return [simulate.simulate(one).peak / 2**20 for one in asked]
 
 
 def measured(asked: PlanRequest) -> float:
@@ -146,6 +146,7 @@ def test_two_7b_models_fit(preset, packs, most):
     chosen = PRESETS[preset]
     config = load_config(None, [f"{name}={json.dumps(value)}" for name, value in chosen.settings.items()])
     asked = PlanRequest.of(config, gpus=chosen.gpus, gen_packs=packs, embseq_packs=packs)
-    (answer,) = run_simulations([(asked, None)])
+    with Simulator() as simulator:
+        answer = simulator.ask(asked)
     assert answer["parameters"] * chosen.gpus == pytest.approx(13.35e9, rel=0.01) or chosen.gpus == 1
     assert 0.9 * most < answer["peak"] / 2**30 <= most

@@ -143,12 +143,13 @@ def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(start,
 
 def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path):
     output = tmp_path / "lost"
-    processes = start(overrides("lost", **{"training.sharding": "fsdp", "training.steps": 3000}), 2)
+    fields = {"training.sharding": "fsdp", "training.steps": 3000, "training.rank_timeout": 10}
+    processes = start(overrides("lost", **fields), 2)
     end = time.monotonic() + 90
     while not list(output.glob("checkpoints/step-*")) and time.monotonic() < end:
         time.sleep(0.01)
     os.kill(processes[1].pid, signal.SIGKILL)
-    processes[0].join(60)
+    processes[0].join(90)
     assert processes[0].exitcode == 1
     said = (tmp_path / "lost.error-0").read_text()
     assert said.startswith("PeerError: step ")
