@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -129,16 +129,14 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=_NAME)
 
 
-def save_adapters(model: Any, folder: Path) -> None:
-    """Writes them as peft does: adapter_config.json and adapter_model.safetensors."""
+def save_adapter_config(model: Any, folder: Path) -> None:
+    """Writes adapter_config.json as peft does; adapter_model.safetensors holds `adapter_state` behind a prefix."""
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[_NAME].save_pretrained(str(folder))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    save_file({f"base_model.model.{name}": tensor for name, tensor in state.items()}, folder / WEIGHTS)
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Fills the adapters of a model, which are there already, from what `save_adapters` wrote.
+    """Fills the adapters of a model, which are there already, from a checkpoint's adapter_model.safetensors.
 
     Raises:
         ValueError: the file is missing, or holds other tensors.

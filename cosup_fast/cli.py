@@ -1,10 +1,11 @@
-"""The `cosup-fast` command: data, train, index, generate, evaluate, compare, mine, demo, bench, env.
+"""The `cosup-fast` command: data, plan, train, index, generate, evaluate, compare, mine, demo, bench, env.
 
 Heavy packages are imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
 from cosup_fast.cli_convert import convert_app
 from cosup_fast.cli_index import index_app
+from cosup_fast.cli_plan import plan
 
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
@@ -36,12 +38,19 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models 
 app.add_typer(data_app, name="data")
 data_app.add_typer(convert_app, name="convert")
 app.add_typer(index_app, name="index")
+app.command(
+    "plan",
+    epilog="Examples: cosup-fast plan --preset llama2-7b-8x80g | cosup-fast plan run.yaml --gpus 8 --gpu-memory 80 | "
+    "cosup-fast plan model.gen=llama2-7b training.sharding=fsdp --gpus 4 --gpu-memory 48 --nsp-batch 1024 --json",
+)(plan)
 
 PASSED_OVER = {"gold": "gold", "answer": "bear an answer", "score": "score too near the positive"}
 
 
 def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
+    for noisy in ("torch.utils._pytree", "torchao"):  # of kernels for other machines, at import
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -128,6 +137,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue behind the newest checkpoint in the output.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although the plan says that it does not fit.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
 ) -> None:
     """Train Gen and Embseq together; torchrun shares every step among processes."""
@@ -140,7 +150,7 @@ def train(
     from cosup_fast.training.run import run_training
 
     with interruptible(then="; continue with --resume"):
-        checkpoint = run_training(config, resume=resume, console=err)
+        checkpoint = run_training(config, resume=resume, force=force, console=err)
     say_once(f"checkpoint: {checkpoint}")
 
 

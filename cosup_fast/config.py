@@ -15,6 +15,7 @@ from cosup_fast.generation import GenerationConfig
 from cosup_fast.loading import ModelConfig
 from cosup_fast.modeling import NSPConfig
 from cosup_fast.training.config import TrainingConfig
+from cosup_fast.training.optimizers import check_rounding
 
 
 class ConfigError(ValueError):
@@ -88,10 +89,32 @@ class RunConfig(BaseModel):
                 f"training.compile=true does not reach into 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: "
                 "change one of them",
             ),
+            (
+                model.dtype == "float64" and training.optimizer != "adamw",
+                f"training.optimizer={training.optimizer} steps no weights of model.dtype=float64: use adamw",
+            ),
+            (
+                training.optimizer_in_backward and model.shared,
+                "training.optimizer_in_backward=true steps after one backward pass, and model.shared=true has two, as "
+                "Embseq and as Gen: set one of them to false",
+            ),
+            (
+                training.sharding == "fsdp" and bool(model.gen_lora.quantize or model.embseq_lora.quantize),
+                "training.sharding=fsdp cannot share out 4-bit weights (model.gen_lora.quantize, "
+                "model.embseq_lora.quantize): use training.sharding=ddp, or quantize=null",
+            ),
         ):
             if wrong:
                 raise ValueError(message)
+        check_rounding(training.optimizer, rounded=self.rounds)
         return self
+
+    @property
+    def rounds(self) -> bool:
+        """Whether trained weights are in bf16; adapters never are."""
+        model = self.model
+        adapters_alone = model.gen_lora.rank and (model.embseq_lora.rank or model.shared or model.freeze_embseq)
+        return model.dtype == "bfloat16" and not adapters_alone
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -40,7 +40,8 @@ _OPTIONAL = [
     ("sentence-transformers", "sentence_transformers", "the dense retrieval baseline", "eval"),
     ("flash-attn", "flash_attn", "FlashAttention on a GPU", "gpu"),
     ("peft", "peft", "LoRA adapters", "train"),
-    ("bitsandbytes", "bitsandbytes", "4-bit weights under adapters (QLoRA)", "gpu"),
+    ("bitsandbytes", "bitsandbytes", "8-bit optimizer states, 4-bit weights under adapters (QLoRA)", "gpu"),
+    ("torchao", "torchao", "bf16 weights with stochastic rounding, 8-bit optimizer states", "gpu"),
 ]
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosup_fast.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, save_adapters, unwrapped
+from cosup_fast.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from cosup_fast.adapters import (
+    adapter_state,
+    add_adapters,
+    has_adapters,
+    load_adapters,
+    merge_adapters,
+    save_adapter_config,
+    unwrapped,
+)
 from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.template import Template, TextConfig
@@ -50,6 +60,8 @@ if TYPE_CHECKING:
     from cosup_fast.reference import Stats
 
 FORMAT_VERSION = 1
+
+R = TypeVar("R")
 
 
 class NSPConfig(BaseModel):
@@ -83,6 +95,8 @@ class CoSupervisionModel(nn.Module):
     gen: PreTrainedModel
     embseq: PreTrainedModel | None
     projection: nn.Linear | None
+    sharded = False
+    """Whether ranks have shared out the weights (`training.sharding.shard`)."""
 
     def __init__(
         self,
@@ -232,22 +246,30 @@ class CoSupervisionModel(nn.Module):
             load_adapters(getattr(model, name), folder / name)
         return model
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, weights: bool = True) -> None:
         """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder.
 
         Of a model with adapters these alone are written, and where the weights under them come from.
+
+        Args:
+            folder: where to.
+            weights: with those files that `copied_weights` names; nobody else writes them then.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizers = {"gen": self.template.tokenizer, "embseq": self.template.embseq_tokenizer}
         with quiet_transformers():
             for name, part in self._parts():
+                part.config.architectures = [type(part).__name__.removeprefix("FSDP")]
+                part.config.dtype = str(self.dtype).removeprefix("torch.")
+                part.config.save_pretrained(folder / name)
                 if has_adapters(part):
-                    save_adapters(part, folder / name)
-                    part.config.save_pretrained(folder / name)
-                else:
-                    part.save_pretrained(folder / name)
+                    save_adapter_config(part, folder / name)
+                elif part.can_generate() and part.generation_config is not None:
+                    part.generation_config.save_pretrained(folder / name)
                 tokenizers[name].save_pretrained(folder / name)
+        for name, tensors in self.copied_weights().items() if weights else ():
+            save_file(tensors, folder / name, metadata={"format": "pt"})
         save_file(self._head_state(), folder / "heads.safetensors")
         description = {
             "format_version": FORMAT_VERSION,
@@ -260,6 +282,30 @@ class CoSupervisionModel(nn.Module):
         if self._bases:
             description["adapters"] = {name: base.model_dump() for name, base in self._bases.items()}
         (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    def copied_weights(self, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
+        """Copies of the trained weights in the CPU's memory, by the file of a checkpoint that they go into.
+
+        Ranks that have shared them out share the writing, too: weights are gathered for it, so that every rank calls
+        this. Of others, rank 0 writes everything.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, part in self._parts():
+            if has_adapters(part):
+                file, writers = f"{name}/{ADAPTER_WEIGHTS}", 1
+                tensors = {f"base_model.model.{key}": x for key, x in adapter_state(part).items()}
+            else:
+                file, writers = f"{name}/model.safetensors", ranks if self.sharded else 1
+                if writers > 1:
+                    file = f"{name}/model-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+                shared = {key for key, _ in part.named_parameters(remove_duplicate=False)}
+                tensors: dict[str, Tensor] = dict(part.named_parameters())
+                tensors |= {key: x for key, x in part.state_dict().items() if key not in shared}
+            for i, (key, x) in enumerate(tensors.items()):
+                whole = cast(Any, x).full_tensor() if hasattr(x, "full_tensor") else x
+                if i % writers == rank:
+                    found.setdefault(file, {})[key] = whole.detach().to("cpu", copy=True).contiguous()
+        return found
 
     def merge(self) -> Self:
         """Folds all adapters into the weights, for good; a model without any stays as it is."""
@@ -281,17 +327,17 @@ class CoSupervisionModel(nn.Module):
             ntp_count: supervised tokens of the whole step, when this batch is a part of it.
             nsp_count: queries of the whole step, likewise.
         """
-        hidden, query = map(torch.cat, zip(*(self.gen_rows(part) for part in batch.gen), strict=True))
+        ntp_count = batch.ntp_count if ntp_count is None else ntp_count
+        losses, queries = zip(*(self.gen_losses(part, ntp_count) for part in batch.gen), strict=True)
+        ntp, query = torch.stack(losses).sum(), torch.cat(queries)
         with self.nsp_gradient():
             states = [self.sequence_states(part) for part in batch.passages]
             keys = self.project(torch.cat(states)) if states else query[:0]
-        targets = torch.cat([part.targets for part in batch.gen])
-        ntp = self.ntp_loss(hidden, targets, count=ntp_count)
         nsp, stats = self.nsp_loss(query, keys, batch, count=nsp_count)
         return CoSupervisionOutput(ntp + self.nsp.weight * nsp if self.nsp.weight else ntp, ntp, nsp, stats)
 
     def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
-        """Next token prediction of supervised rows (n, D), which `gen_rows` gives, and their targets (n,)."""
+        """Next token prediction of supervised rows (n, D), after the final norm, and their targets (n,)."""
         head = lm_head(self.gen)
         return self.criterion.ntp(hidden, head.weight, targets, bias=unwrapped(head).bias, count=count)
 
@@ -331,18 +377,22 @@ class CoSupervisionModel(nn.Module):
 
     def hidden_states(self, pack: Pack) -> Tensor:
         """Gen's hidden states after the final norm, (T, D)."""
-        return run_pack(self.gen.base_model, pack)
+        return self._inside(self.gen, lambda: run_pack(self.gen.base_model, pack))
 
-    def gen_rows(self, part: GenPack) -> tuple[Tensor, Tensor]:
-        """What the losses read of a pack of Gen's: hidden states (n, D) of the supervised rows, queries (N, D)."""
-        states = self._gen_states(part.pack)
-        with self.nsp_gradient():
-            query = self._at(states, part.query_rows, normalize=self.nsp.similarity == "cosine")
-        return self._at(states, part.supervised_rows), query
+    def gen_losses(self, part: GenPack, count: int) -> tuple[Tensor, Tensor]:
+        """What a pack of Gen's brings to a step: the sum of NTP over `count`, and its queries (N, D)."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            states = self._gen_states(part.pack)
+            return self.ntp_loss(self._at(states, part.supervised_rows), part.targets, count=count), self._queries(
+                states, part.query_rows
+            )
+
+        return self._inside(self.gen, run)
 
     def query_embeddings(self, pack: Pack, rows: Tensor) -> Tensor:
         """Query embeddings (N, D) of the rows of [NSP] (N,) in a pack of Gen's."""
-        return self._at(self._gen_states(pack), rows, normalize=self.nsp.similarity == "cosine")
+        return self._inside(self.gen, lambda: self._queries(self._gen_states(pack), rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Gen's logits (..., V) of hidden states (..., D), those that NTP is the cross-entropy of.
@@ -369,9 +419,13 @@ class CoSupervisionModel(nn.Module):
         """What Embseq itself makes of the passages of a pack, (S, D_e), to go through `project`."""
         model = self.gen.base_model if self.embseq is None else self.embseq
         unit = self.projection is None and self.nsp.similarity == "cosine"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
+
+        def run() -> Tensor:
             hidden = run_pack(model, pack, self._embseq_norm)
             return norm_rows(model, hidden, pack.last_rows, self._embseq_norm, normalize=unit)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
+            return self._inside(self.gen if self.embseq is None else self.embseq, run)
 
     def project(self, states: Tensor) -> Tensor:
         """Sequence embeddings (S, D) from `sequence_states`: the same, but where the widths of the models differ."""
@@ -379,6 +433,14 @@ class CoSupervisionModel(nn.Module):
             return states
         embedding = self.projection(states)
         return nn.functional.normalize(embedding, dim=-1) if self.nsp.similarity == "cosine" else embedding
+
+    def _queries(self, states: Tensor, rows: Tensor) -> Tensor:
+        with self.nsp_gradient():
+            return self._at(states, rows, normalize=self.nsp.similarity == "cosine")
+
+    def _inside(self, part: PreTrainedModel, run: Callable[[], R]) -> R:
+        """Runs what reads a model's weights; of a sharded one they are whole only inside (see `training.sharding`)."""
+        return getattr(part, "run_inside", _call)(run)
 
     def _gen_states(self, pack: Pack) -> Tensor:
         return run_pack(self.gen.base_model, pack, self._gen_norm)
@@ -471,6 +533,10 @@ class CoSupervisionModel(nn.Module):
             for name, tensor in self.state_dict().items()
             if name.startswith(("criterion.", "projection."))
         }
+
+
+def _call(run: Callable[[], R]) -> R:
+    return run()
 
 
 def read_description(folder: Path) -> dict[str, Any]:

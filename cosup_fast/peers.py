@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 TIMEOUT = 600.0
@@ -108,6 +109,10 @@ class Peers:
                 raise PeerError(f"{purpose}: rank {name} is at {one['purpose']!r}; every rank makes the same calls")
         return found
 
+    def mesh(self, device: str) -> DeviceMesh:
+        """The ranks as a mesh of this type of device."""
+        return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
+
     @contextmanager
     def reporting(self, purpose: str) -> Iterator[None]:
         """Tells the others, at their next meeting, of a user error inside; they would wait for this rank in vain."""
@@ -168,11 +173,27 @@ class Peers:
     def _run(self, what: str, out: Tensor, start: Callable[[], Any]) -> None:
         """A collective; where it fails, the ranks that answer no more are named."""
         on_host = out.device.type == "cpu"
-        try:
+        with self._naming(what, everything=on_host):
             work = start()
             self._wait(work) if on_host else work.wait()
+
+    def naming(self, what: str) -> AbstractContextManager[None]:
+        """Names the ranks that answer no more where a collective of somebody else's, inside, has failed for it.
+
+        Raises:
+            PeerError: in place of the failure.
+        """
+        return self._naming(what, everything=False)
+
+    @contextmanager
+    def _naming(self, what: str, *, everything: bool) -> Iterator[None]:
+        try:
+            yield
+        except PeerError:
+            raise
         except RuntimeError as error:
-            if not on_host and not isinstance(error, dist.DistError):
+            # gloo reports a lost connection as any other error.
+            if not (everything or isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             try:
                 silent = [self.names[i] for i in self._channel.silent(self.rank, self.size)]

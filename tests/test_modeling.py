@@ -562,7 +562,7 @@ def test_hard_negatives_reach_the_loss_and_embseq(make_model, corpus):
     batch = make_batch([hard, other], corpus, model.template)
     names = ["paris", "nile", "rome", "seine"]
     alone = [make_batch([example], corpus, model.template) for example in (plain, other)]
-    query = torch.cat([model.gen_rows(one.gen[0])[1] for one in alone])
+    query = torch.cat([model.query_embeddings(one.gen[0].pack, one.gen[0].query_rows) for one in alone])
     keys = torch.cat([model.embed(Pack.of([model.template.sequence(corpus[name])])) for name in names])
     scores = query @ keys.T / model.nsp.temperature
     expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1]))

@@ -29,7 +29,7 @@ def test_the_python_blocks_run_one_after_the_other():
     assert float(names["out"].loss.detach()) > 0
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/negatives.md", 2)])
+@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/negatives.md", 2), ("docs/single-node.md", 2)])
 def test_every_command_is_understood(page, least):
     """Each line is parsed by the command line itself, down to its options, without being run."""
     blocks = _blocks("", (ROOT / page).read_text(encoding="utf-8"))

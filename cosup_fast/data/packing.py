@@ -74,6 +74,11 @@ class Pack:
             count=len(lengths),
         )
 
+    @classmethod
+    def nothing(cls, size: int | None, longest: int) -> Self:
+        """A pack of filler alone: one token, or `size` tokens in pieces no longer than `longest`."""
+        return replace(cls.of([[0] * (1 if size is None else min(size, longest))], size), count=0)
+
     @property
     def last_rows(self) -> Tensor:
         """The row of each sequence's last token: (count,) int64."""
@@ -111,6 +116,11 @@ class GenPack:
         rows, targets = zip(*labelled, strict=True) if labelled else ((), ())
         queries = [start + row for start, s in zip(starts, sequences, strict=True) for row in s.query_rows]
         return cls(Pack.of([s.input_ids for s in sequences], size), *map(_int64, (rows, targets, queries)))
+
+    @classmethod
+    def of_nothing(cls, pack: Pack) -> Self:
+        """A pack of filler, from which nothing is learnt."""
+        return cls(pack, *map(_int64, ([], [], [])))
 
     def to(self, device: torch.device) -> Self:
         """The pack with its tensors on `device`."""
@@ -175,6 +185,7 @@ def make_batch(
     *,
     rank: int = 0,
     ranks: int = 1,
+    even: bool = False,
 ) -> CoSupervisionBatch:
     """Tokenizes and packs examples with the passages they ask for and with their hard negatives.
 
@@ -192,6 +203,7 @@ def make_batch(
         limits: of the packs.
         rank: whose part this is.
         ranks: how many there are.
+        even: give every rank as many packs as any, if with packs that hold nothing.
 
     Raises:
         ValueError: no example, what `Template.gen_sequence` and `Template.sequence` refuse, or a sequence that is
@@ -240,9 +252,15 @@ def make_batch(
         for _ in sequences[member].query_passages
     ]
     own = [passage for asker, passage in named[: sum(len(s.query_passages) for s in sequences)] if asker == rank]
+    gen = [GenPack.of([sequences[member] for member in pack], size) for pack in gen_plans[rank]]
+    passages = [Pack.of([distinct[member] for member in pack], size) for pack in plans[rank]]
+    if even:
+        nothing = Pack.nothing(size, max(gen_lengths))
+        gen += [GenPack.of_nothing(nothing)] * (max(map(len, gen_plans)) - len(gen))
+        passages += [nothing] * (max(map(len, plans)) - len(passages))
     return CoSupervisionBatch(
-        gen=tuple(GenPack.of([sequences[member] for member in pack], size) for pack in gen_plans[rank]),
-        passages=tuple(Pack.of([distinct[member] for member in pack], size) for pack in plans[rank]),
+        gen=tuple(gen),
+        passages=tuple(passages),
         positive=_int64([row_of[of_content[_content(passage)]] for passage in own]),
         key_ids=_int64([_content_id(distinct[member]) for pack in plans[rank] for member in pack]),
         positive_ids=_int64(ids).view(len(ids), most) if most else None,

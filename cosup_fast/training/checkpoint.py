@@ -3,31 +3,33 @@
     step-000100/
       gen/ embseq/            Hugging Face folders: configuration, safetensors, tokenizer
       cosup.json heads.safetensors   what joins them (`CoSupervisionModel.save`)
-      trainer.json trainer.safetensors   step, optimizer state, random number generators of every rank
+      optimizer/rank-00000.safetensors   its states and random number generators, one file a rank
+      trainer.json            step, ranks, and what the tensors of each rank are
       manifest.json           size and SHA-256 of every other file
 
-Nothing here is a pickle.
+Nothing here is a pickle. Weights that ranks have shared out are gathered one by one, and each rank writes some of them:
+a checkpoint is a Hugging Face folder at once, and knows no number of ranks. Copies are made before training goes on;
+files are written beside it, by a thread of each rank. When all are done, rank 0 gives the folder its name.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
-from cosup_fast.files import remove_unfinished, replace_folder, sha256
+from cosup_fast.files import install_folder, remove_unfinished, sha256, sync
 from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.peers import Peers
+from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
+from cosup_fast.training.optimizers import LocalOptimizer
 
 MANIFEST = "manifest.json"
 REMEDY = "remove this checkpoint, then --resume continues behind the one before"
@@ -38,45 +40,146 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    model: CoSupervisionModel,
-    optimizer: torch.optim.Optimizer,
-    random: Sequence[dict[str, Tensor]] = (),
-    *,
-    keep: int = 2,
-) -> Path:
-    """Writes `root/step-NNNNNN` and removes all but the `keep` newest.
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, while training goes on.
+
+    Every method but `busy` is a collective of the ranks.
 
     Args:
-        root: where the checkpoints are.
-        step, model, optimizer: what is written.
-        random: what `random_state` says on every rank.
+        root: where the checkpoints are; one folder for all ranks.
         keep: how many stay.
-
-    Raises:
-        CheckpointError: the disk is full or not writable, or there is a whole checkpoint of that step already. The
-            checkpoints already there are untouched.
+        peers: the ranks that train.
     """
-    final = checkpoint_folder(root, step)
-    if (final / MANIFEST).is_file():
-        raise CheckpointError(f"{final} is there already, from another run: choose another output, or remove it")
-    remove_unfinished(root, f"{_PREFIX}*")
-    try:
-        with replace_folder(final, "cosup.json") as folder:
-            model.save(folder)
-            _save_trainer_state(folder, step, model, optimizer, random or [random_state(model.device)])
-            _write_manifest(folder)
-    except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
-        raise CheckpointError(
-            f"checkpoint {final} was not written ({error}): free some space, or choose another output; "
-            "earlier checkpoints are whole"
-        ) from error
-    for old in checkpoints(root)[:-keep]:
-        (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-        shutil.rmtree(old)
-    return final
+
+    def __init__(self, root: Path, keep: int, peers: Peers | None = None):
+        self.root, self.keep, self.peers = root, keep, peers
+        self.rank, self.ranks = (0, 1) if peers is None else (peers.rank, peers.size)
+        self.pending: int | None = None
+        """The step whose checkpoint is being written."""
+        self._extra = 0
+        self._thread: threading.Thread | None = None
+        self._files: dict[str, dict[str, Any]] = {}
+        self._error: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, step: int, model: CoSupervisionModel, optimizer: LocalOptimizer, *, extra: int = 0) -> None:
+        """Copies everything and begins to write; `finish` must follow.
+
+        Args:
+            step, model, optimizer: what is written.
+            extra: how many checkpoints more than `keep` stay.
+
+        Raises:
+            CheckpointError: the disk is full or not writable, or there is a whole checkpoint of that step already. The
+                checkpoints already there are untouched.
+        """
+        assert self.pending is None
+        final, folder = checkpoint_folder(self.root, step), self._folder(step)
+        problem = None
+        if self.rank == 0:
+            problem = self._prepare(final, folder, model)
+        self._agree(final, problem)
+        random = {f"random/{name}": x for name, x in random_state(model.device).items()}
+        states = save_states(optimizer, self.rank, self.ranks)
+        weights = model.copied_weights(self.rank, self.ranks)
+        described = self._gathered({"step": step, "parameters": states.parameters})
+
+        def write() -> None:
+            try:
+                files = {f"optimizer/rank-{self.rank:05d}.safetensors": {**states.tensors, **random}, **weights}
+                for name, tensors in files.items():
+                    save_file(tensors, folder / name, metadata={"format": "pt"})
+                    self._finished(folder, name)
+            except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
+                self._error = str(error)
+
+        if self.rank == 0:
+            (folder / "trainer.json").write_text(
+                json.dumps({"step": step, "ranks": [one["parameters"] for one in described]}) + "\n"
+            )
+        self.pending, self._extra, self._files, self._error = step, extra, {}, None
+        self._thread = threading.Thread(target=write, daemon=True, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def finish(self) -> Path:
+        """Waits for the files, gives the folder its name and removes the oldest checkpoints.
+
+        Raises:
+            CheckpointError: a file could not be written, on any rank.
+        """
+        assert self._thread is not None
+        assert self.pending is not None
+        self._thread.join()
+        step, self.pending = self.pending, None
+        final, folder = checkpoint_folder(self.root, step), self._folder(step)
+        files = self._gathered({"files": self._files, "problem": self._error})
+        problem = next((one["problem"] for one in files if one["problem"]), None)
+        if self.rank == 0 and problem is None:
+            problem = self._install(final, folder, {k: v for one in files for k, v in one["files"].items()})
+        self._agree(final, problem)
+        return final
+
+    def _folder(self, step: int) -> Path:
+        final = checkpoint_folder(self.root, step)
+        return final.with_name(f".{final.name}.new")
+
+    def _prepare(self, final: Path, folder: Path, model: CoSupervisionModel) -> str | None:
+        if (final / MANIFEST).is_file():
+            return "is there already, from another run: choose another output, or remove it"
+        try:
+            remove_unfinished(self.root, f"{_PREFIX}*")
+            (folder / "optimizer").mkdir(parents=True)
+            model.save(folder, weights=False)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            return _not_written(error)
+        return None
+
+    def _install(self, final: Path, folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+        """By rank 0: the manifest, and the name that makes a folder a checkpoint."""
+        try:
+            _index_weights(folder, files)
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and path.relative_to(folder).as_posix() not in files:
+                    self._files = files
+                    self._finished(folder, path.relative_to(folder).as_posix())
+            (folder / MANIFEST).write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
+            for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir())):
+                sync(path)
+            install_folder(folder, final, "cosup.json")
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            return _not_written(error)
+        for old in checkpoints(self.root)[: -self.keep - self._extra]:
+            (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+            shutil.rmtree(old)
+        return None
+
+    def _finished(self, folder: Path, name: str) -> None:
+        path = folder / name
+        sync(path)
+        self._files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def _gathered(self, note: dict[str, Any]) -> list[dict[str, Any]]:
+        return [note] if self.peers is None else self.peers.meet("checkpoint", note)
+
+    def _agree(self, final: Path, problem: str | None) -> None:
+        problem = next((one["problem"] for one in self._gathered({"problem": problem}) if one["problem"]), None)
+        if problem is not None:
+            raise CheckpointError(f"checkpoint {final} {problem}")
+
+
+def save_checkpoint(
+    root: Path, step: int, model: CoSupervisionModel, optimizer: LocalOptimizer, *, keep: int = 2
+) -> Path:
+    """Writes `root/step-NNNNNN` in one process, waits for it, and removes all but the `keep` newest."""
+    writer = CheckpointWriter(root, keep)
+    writer.start(step, model, optimizer)
+    return writer.finish()
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -138,51 +241,65 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def load_trainer_state(folder: Path, model: CoSupervisionModel, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
+def load_trainer_state(
+    folder: Path,
+    model: CoSupervisionModel,
+    optimizer: LocalOptimizer,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    warn: Callable[[str], None] = lambda message: None,
+) -> int:
     """Restores optimizer and random number generators into place; returns the step. The model is loaded already.
 
     A checkpoint of fewer ranks has no random numbers for `rank`: those stay as they are.
+
+    Args:
+        folder: the checkpoint.
+        model, optimizer: as the run was started.
+        rank, ranks: of this process, and how many there are now.
+        warn: told of what is no longer the same to the bit.
+
+    Raises:
+        CheckpointError: it has no trainer's state, or that of other parameters.
     """
-    description = json.loads((folder / "trainer.json").read_text())
-    tensors = load_file(folder / "trainer.safetensors")
-    random = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}
-    state: dict[str, Any] = {**description["optimizer"], **tensors}
-    for name, p in model.named_parameters():
-        if p.requires_grad and f"state.{name}.step" not in state:  # no gradient so far: the state AdamW starts from
-            state[f"state.{name}.step"] = torch.zeros(())
-            state[f"state.{name}.exp_avg"] = torch.zeros_like(p)
-            state[f"state.{name}.exp_avg_sq"] = torch.zeros_like(p)
-    set_optimizer_state_dict(
-        model,
-        optimizer,
-        state,
-        options=StateDictOptions(flatten_optimizer_state_dict=True),
-    )
-    prefix = f"rng.{rank}."
-    if own := {name.removeprefix(prefix): x for name, x in random.items() if name.startswith(prefix)}:
-        set_random_state(own, model.device)
+    try:
+        description = json.loads((folder / "trainer.json").read_text())
+        files = [folder / "optimizer" / f"rank-{r:05d}.safetensors" for r in range(len(description["ranks"]))]
+        read = [load_file(path) for path in files]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} has no state of a trainer that can be read ({error}): {REMEDY}") from None
+    random = [{n: x.pop(n) for n in list(x) if n.startswith("random/")} for x in read]
+    saved = [SavedStates(x, parameters) for x, parameters in zip(read, description["ranks"], strict=True)]
+    try:
+        anew = load_states(optimizer, saved, rank, ranks)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    if len(saved) != ranks:
+        same = "8-bit optimizer states were quantized anew" if anew else "weights and optimizer states are the same"
+        warn(f"continuing with {ranks} ranks what {len(saved)} began: {same}, sums are rounded in another order")
+    if rank < len(random):
+        set_random_state({name.removeprefix("random/"): x for name, x in random[rank].items()}, model.device)
     return description["step"]
 
 
-def _save_trainer_state(
-    folder: Path,
-    step: int,
-    model: CoSupervisionModel,
-    optimizer: torch.optim.Optimizer,
-    random: Sequence[dict[str, Tensor]],
-) -> None:
-    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items() if isinstance(x, Tensor)}
-    tensors |= {f"rng.{rank}.{name}": x for rank, one in enumerate(random) for name, x in one.items()}
-    save_file(tensors, folder / "trainer.safetensors")
-    scalars: dict[str, Any] = {name: x for name, x in state.items() if not isinstance(x, Tensor)}
-    (folder / "trainer.json").write_text(json.dumps({"step": step, "optimizer": scalars}, indent=1) + "\n")
+def _index_weights(folder: Path, files: dict[str, Any]) -> None:
+    """The index that Hugging Face reads where a model's weights stand in several files."""
+    for part in ("gen", "embseq"):
+        shards = sorted(name for name in files if name.startswith(f"{part}/model-"))
+        if not shards:
+            continue
+        where: dict[str, str] = {}
+        total = 0
+        for name in shards:
+            with open(folder / name, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header.pop("__metadata__", None)
+            where |= dict.fromkeys(header, Path(name).name)
+            total += sum(x["data_offsets"][1] - x["data_offsets"][0] for x in header.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+def _not_written(error: Exception) -> str:
+    return f"was not written ({error}): free some space, or choose another output; earlier checkpoints are whole"

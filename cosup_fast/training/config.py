@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cosup_fast.data.packing import PackLimits
 from cosup_fast.decoder_layers import Recompute
+from cosup_fast.training.optimizers import OptimizerName
+from cosup_fast.training.sharding import Sharding
 
 
 class TrainingConfig(BaseModel):
@@ -50,6 +52,17 @@ class TrainingConfig(BaseModel):
         default="none", description="computed again in the backward pass, for memory: selective keeps all products"
     )
     compile: bool = Field(default=False, description="torch.compile for every decoder layer")
+    sharding: Sharding = Field(
+        default="ddp",
+        description="of ranks under torchrun. fsdp: they share out weights, gradients and optimizer states; ddp: each "
+        "has all of them; none: there is one process",
+    )
+    optimizer: OptimizerName = Field(
+        default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"
+    )
+    optimizer_in_backward: bool = Field(
+        default=False, description="step each weight in the backward pass and keep no gradients; one GPU, one pack"
+    )
     key_grad: Literal["global", "local"] = Field(
         default="global",
         description="under torchrun, whose queries a passage learns from: those of all ranks, or of its own alone",
@@ -89,6 +102,26 @@ class TrainingConfig(BaseModel):
                 f"training.compile=true has no effect under training.activation_checkpointing="
                 f"{self.activation_checkpointing}, which runs its layers uncompiled: change one of them"
             )
+        for wrong, field in (
+            (self.clip is not None, f"training.clip={self.clip}, which needs all gradients at once: set it to null"),
+            (
+                self.tokens_per_micro_batch is not None or self.micro_batch_size is not None,
+                f"training.tokens_per_micro_batch={self.tokens_per_micro_batch} and training.micro_batch_size="
+                f"{self.micro_batch_size}, which add gradients up over packs: set both to null",
+            ),
+            (self.sharding == "fsdp", "training.sharding=fsdp, which sums gradients over ranks first: use none"),
+            (
+                self.spike_factor is not None,
+                f"training.spike_factor={self.spike_factor}, which refuses a step before it is taken: set it to null",
+            ),
+            (
+                self.diagnose_every is not None,
+                f"training.diagnose_every={self.diagnose_every}, which runs backward passes that must not step: set it "
+                "to null",
+            ),
+        ):
+            if self.optimizer_in_backward and wrong:
+                raise ValueError(f"training.optimizer_in_backward=true cannot be had with {field}")
         return self
 
     @property

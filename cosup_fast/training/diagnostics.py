@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cosup_fast.data.packing import CoSupervisionBatch
+from cosup_fast.data.packing import CoSupervisionBatch, GenPack
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import Peers
 from cosup_fast.training.ranks import reduce_gradients
@@ -89,7 +89,7 @@ class _Passes:
     @torch.no_grad()
     def embeddings(self, batch: CoSupervisionBatch) -> tuple[Tensor, Tensor]:
         """Queries (N, D) and passages (M, D) of a batch."""
-        queries = [self._run(self.model.gen_rows, part, i)[1] for i, part in enumerate(batch.gen)]
+        queries = [self._query(part, i) for i, part in enumerate(batch.gen)]
         states = [self._passage(part, i) for i, part in enumerate(batch.passages)]
         with autocast(self.model.device, self.precision):
             keys = self.model.project(rows(states, self.model.embseq_width, self.model))
@@ -108,7 +108,7 @@ class _Passes:
             asked = [len(part.query_rows) for part in batch.gen]
             for i, (part, gradient) in enumerate(zip(batch.gen, _split(d_query, asked), strict=True)):
                 if len(gradient):
-                    self._run(self.model.gen_rows, part, i)[1].backward(gradient)
+                    self._query(part, i).backward(gradient)
             if shared:
                 counts = [part.count for part in batch.passages]
                 for i, (part, gradient) in enumerate(zip(batch.passages, _split(d_keys[0], counts), strict=True)):
@@ -119,10 +119,11 @@ class _Passes:
         """d NTP / d Gen."""
         with self._gradients() as found:
             for i, part in enumerate(batch.gen):
-                hidden = self._run(self.model.gen_rows, part, i)[0]
-                with autocast(self.model.device, self.precision):
-                    self.model.ntp_loss(hidden, part.targets, count=batch.step.ntp).backward()
+                self._run(lambda part: self.model.gen_losses(part, batch.step.ntp)[0], part, i).backward()
         return found
+
+    def _query(self, part: GenPack, i: int) -> Tensor:
+        return self._run(lambda part: self.model.query_embeddings(part.pack, part.query_rows), part, i)
 
     def _passage(self, part: Any, i: int) -> Tensor:
         return self._run(self.model.sequence_states, part, -1 - i)

@@ -21,6 +21,7 @@ from cosup_fast.environment import choose_device
 from cosup_fast.kernels.last_hidden import accumulator
 from cosup_fast.peers import Peers
 from cosup_fast.training.config import TrainingConfig
+from cosup_fast.training.sharding import unsharded_parameters
 
 BUCKET = 1 << 24
 """Elements that travel at once, or one parameter if that is larger."""
@@ -39,6 +40,12 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
     if size == 1:
         yield None
         return
+    if config.sharding == "none" or config.optimizer_in_backward:
+        field = "training.sharding=none" if config.sharding == "none" else "training.optimizer_in_backward=true"
+        raise ValueError(
+            f"{field} is a run of one process, and torchrun started {size}: use training.sharding=ddp or fsdp"
+            f"{'' if config.sharding == 'none' else ' without it'}, or start one"
+        )
     if config.batch_size < size:
         raise ValueError(
             f"training.batch_size={config.batch_size} leaves some of the {size} ranks (torchrun --nproc-per-node) "
@@ -68,11 +75,15 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
 def reduce_gradients(model: nn.Module, peers: Peers | None) -> None:
     """Sums the gradients of the trained parameters over ranks, in fp32 at least; each rank has the same then.
 
+    Those of sharded parameters are sums already.
+
     A parameter that no rank has a gradient of keeps none, as in one process.
     """
     if peers is None:
         return
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in unsharded_parameters(model) if p.requires_grad]
+    if not trained:
+        return
     device = trained[0].device
     present = peers.max(torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=device))
     waiting: list[nn.Parameter] = []

@@ -24,12 +24,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from transformers import AutoConfig
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import DataError, Example, Passage
-from cosup_fast.data.sampling import example_lengths
-from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.data.sources import load_corpus, load_examples, resolve_model
 from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import Template
 from cosup_fast.environment import choose_device
@@ -41,8 +42,10 @@ from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import PeerError, Peers
 from cosup_fast.training.checkpoint import checkpoints, verify
 from cosup_fast.training.config import TrainingConfig, count_steps
+from cosup_fast.training.fits import check_fits
 from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.metrics import HeldOut
+from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.step import autocast
 from cosup_fast.training.trainer import Trainer
@@ -52,11 +55,13 @@ RESUMABLE = {
     "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
     "training.checkpoint_every", "training.keep_checkpoints", "training.device", "output",
     "training.diagnose_every", "training.spike_factor", "training.spike_window", "training.rank_timeout",
-    "data.allow_leaks",
+    "training.sharding", "data.allow_leaks",
 }  # fmt: skip
 
 
-def run_training(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Path:
+def run_training(
+    config: RunConfig, *, resume: bool = False, force: bool = False, console: Console | None = None
+) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
     Processes that torchrun started share every step; rank 0 alone writes and prints.
@@ -65,10 +70,12 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
         config: the run.
         resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
+        force: start also what does not fit into memory by simulation.
         console: where progress goes; standard error by default.
 
     Raises:
-        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
+        ConfigError: the output folder holds another run, the configuration differs from the one being resumed, or a
+            step does not fit into memory.
         DataError: see `load_data`; or the data differ from those of the run being resumed.
         ValueError: see `training_ranks`; or another rank has another configuration, other data or other weights.
         CheckpointError, TrainingError: see there.
@@ -79,12 +86,13 @@ def run_training(config: RunConfig, *, resume: bool = False, console: Console | 
     with _endings_explained(output), training_ranks(config.training) as peers:
         leads = peers is None or peers.rank == 0
         console = (console or Console(stderr=True)) if leads else Console(quiet=True)
-        return _run(config, output, resume, console, peers)
+        return _run(config, output, resume, force, console, peers)
 
 
-def _run(config: RunConfig, output: Path, resume: bool, console: Console, peers: Peers | None) -> Path:
+def _run(config: RunConfig, output: Path, resume: bool, force: bool, console: Console, peers: Peers | None) -> Path:
     checkpoint = _checkpoint_to_resume(config, output, resume)
     device = choose_device(config.training.device)
+    check_available(config.training.optimizer, rounded=config.rounds)
     corpus, examples, held_out = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
@@ -96,13 +104,19 @@ def _run(config: RunConfig, output: Path, resume: bool, console: Console, peers:
         if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
             console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
             return checkpoint
+    # Shards go to the device one layer at a time; the whole model would not fit there.
+    load_on = torch.device("cpu") if config.training.sharding == "fsdp" and peers is not None else device
     if checkpoint is None:
-        lengths = _measure(load_template(config.model, config.text)[0], config, examples, corpus, console)
+        template = load_template(config.model, config.text)[0]
+        lengths = _measure(template, config, examples, corpus, console)
+        if not force:
+            _check_memory(config, template, examples, corpus, lengths, device, console, peers)
         torch.manual_seed(config.training.seed)
-        model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=device)
+        model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
     else:
+        _check_architecture(config, checkpoint)
         verify(checkpoint)
-        model = CoSupervisionModel.load(checkpoint, device=device, attention=config.model.attention, merge=False)
+        model = CoSupervisionModel.load(checkpoint, device=load_on, attention=config.model.attention, merge=False)
         console.print(f"continuing behind {checkpoint}", markup=False)
         lengths = _measure(model.template, config, examples, corpus, console)
     if peers is not None:
@@ -117,6 +131,7 @@ def _run(config: RunConfig, output: Path, resume: bool, console: Console, peers:
             output,
             lengths=lengths,
             peers=peers,
+            device=device,
             evaluate=evaluator,
             on_metrics=log.metrics,
             on_warning=log.warning,
@@ -185,7 +200,9 @@ class HeldOutEvaluator:
     def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:
         """The figures, the same on all ranks, which share the work."""
         model.eval()
-        rank, ranks = (0, 1) if self.peers is None else (self.peers.rank, self.peers.size)
+        # Ranks that share out the weights make the same passes, so each of them does all the work.
+        peers = None if model.sharded else self.peers
+        rank, ranks = (0, 1) if peers is None else (peers.rank, peers.size)
         sums = torch.zeros(8, dtype=torch.float64)  # NTP, tokens, NSP, queries; retrievals, and those within 1, 5, 20
         size = self.training.batch_size
         with autocast(model.device, self.training.precision):
@@ -198,8 +215,8 @@ class HeldOutEvaluator:
             pool, embeddings = self._embedded(model, rank, ranks)
             places = retrieval_ranks(model, self.examples[rank::ranks], pool, embeddings=embeddings)
         sums[4:] = torch.tensor([len(places), *(sum(place < k for place in places) for k in (1, 5, 20))])
-        if self.peers is not None:
-            sums = self.peers.sum_(sums.to(model.device))
+        if peers is not None:
+            sums = peers.sum_(sums.to(model.device))
         ntp, tokens, nsp, queries, retrievals, *hits = sums.tolist()
         return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *(n / max(1, retrievals) for n in hits))
 
@@ -207,7 +224,7 @@ class HeldOutEvaluator:
         """The pool in the order of ranks, and its embeddings."""
         parts = [self.pool[i::ranks] for i in range(ranks)]
         embeddings = embed_passages(model, parts[rank])
-        if self.peers is not None:
+        if self.peers is not None and ranks > 1:
             embeddings = self.peers.gather(embeddings, [len(part) for part in parts])
         return [passage for part in parts for passage in part], embeddings
 
@@ -230,6 +247,47 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
             ": give the same value, or start a new run in another output"
         )
     return found[-1]
+
+
+def _check_memory(
+    config: RunConfig,
+    template: Template,
+    examples: Sequence[Example],
+    corpus: dict[str, Passage],
+    lengths: Sequence[int],
+    device: torch.device,
+    console: Console,
+    peers: Peers | None,
+) -> None:
+    """Refuses a run whose first steps would not fit; rank 0 looks, for all."""
+    training, ranks = config.training, 1 if peers is None else peers.size
+    steps = StepSampler(lengths, training.batch_size, training.seed, balanced=training.balance_lengths)
+    if peers is None or peers.rank == 0:
+        with contextlib.nullcontext() if peers is None else peers.reporting("memory"):
+            batches = [
+                make_batch([examples[i] for i in steps[step]], corpus, template, training.pack_limits, ranks=ranks)
+                for step in range(min(3, steps.steps_per_epoch))
+            ]
+            if told := check_fits(config, batches, ranks, device):
+                console.print(f"memory: {told}", markup=False)
+    if peers is not None:
+        peers.meet("memory")
+
+
+def _check_architecture(config: RunConfig, checkpoint: Path) -> None:
+    """Refuses a checkpoint of other models than the run's, whose configuration may have been changed by hand."""
+    for field, part in (("gen", "gen"), ("embseq", "embseq")):
+        name = getattr(config.model, field) or config.model.gen
+        if not (checkpoint / part).is_dir():
+            continue
+        there = AutoConfig.from_pretrained(checkpoint / part).get_text_config()
+        here = AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+        for key in ("model_type", "hidden_size", "num_attention_heads"):
+            if getattr(there, key) != getattr(here, key):
+                raise ConfigError(
+                    f"{checkpoint / part} is of another architecture than model.{field}={name!r}: {key} is "
+                    f"{getattr(there, key)} there and {getattr(here, key)} here; name the model that the run began with"
+                )
 
 
 def _passages(examples: Iterable[Example]) -> list[str]:

@@ -3,7 +3,7 @@
     1. each pack forward without a graph, only the last one of each model with it: queries q (N, D), passages k (M, D)
     2. NSP of q against k: dq = d(lambda NSP) / dq, dk = d(lambda NSP) / dk
     3. one pack after the other, the last first: forward again, with a graph, unless it has one already; backward from
-       dk through Embseq, and through Gen from dq and from NTP, which is formed only now
+       dk through Embseq, and through Gen from dq and from NTP, which is part of that forward
 
 Nothing but q and k outlives a pack: memory is that of the largest pack of each model, however large N and M are. A
 pack costs as much as 4 forwards instead of 3 (5 instead of 4 with activation checkpointing), the last of each model 3,
@@ -19,13 +19,12 @@ Source: Gao et al. 2021, arXiv 2101.06983 (GradCache); here a query's sequence c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from cosup_fast.data.packing import CoSupervisionBatch
+from cosup_fast.data.packing import CoSupervisionBatch, GenPack
 from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import Peers
@@ -58,15 +57,16 @@ def accumulate_gradients(
     ntp_count = batch.step.ntp if ntp_count is None else ntp_count
     nsp_count = batch.step.nsp if nsp_count is None else nsp_count
     weight, device = model.nsp.weight, model.device
-    gen = [_Passes(model.gen_rows, part, device, precision) for part in batch.gen]
-    embseq = [_Passes(model.sequence_states, pack, device, precision) for pack in batch.passages]
+    gen = [_GenPasses(model, part, precision, ntp_count) for part in batch.gen]
+    embseq = [_EmbseqPasses(model, pack, precision) for pack in batch.passages]
     learning = weight > 0 and not model.freeze_embseq
 
     def nsp_loss(query: Tensor, state: Tensor) -> tuple[Tensor, Stats | None]:
         with autocast(device, precision):
             return model.nsp_loss(query, model.project(state), batch, count=nsp_count, group=group)
 
-    asking = [one for one in gen if len(one.pack.query_rows)]
+    # Ranks that share out weights gather them in every pass, so all of them make the same passes.
+    asking = [one for one in gen if model.sharded or len(one.pack.query_rows)]
     queries = [one.first(keep=one is asking[-1])[1].detach() for one in asking] if weight else []
     states = [one.first(keep=learning and one is embseq[-1]).detach() for one in embseq]
     nsp, stats = torch.zeros((), device=device), None
@@ -83,11 +83,9 @@ def accumulate_gradients(
 
     ntp = torch.zeros((), device=device)
     for one in reversed(gen):
-        hidden, query = one.second()
-        with autocast(device, precision):
-            loss = model.ntp_loss(hidden, one.pack.targets, count=ntp_count)
+        loss, query = one.second()
         ntp += loss.detach()
-        asks = weight > 0 and len(one.pack.query_rows) > 0
+        asks = weight > 0 and one in asking and len(d_queries) > 0
         torch.autograd.backward([loss, query] if asks else [loss], [None, d_queries.pop()] if asks else None)
         if not weight:
             queries.insert(0, query)
@@ -105,16 +103,21 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 class _Passes(Generic[T]):
     """One forward, run without a graph and then, on the same random numbers, with one."""
 
-    def __init__(self, forward: Callable[[Any], T], pack: Any, device: torch.device, precision: str):
-        self.forward, self.pack, self.device, self.precision = forward, pack, device, precision
+    def __init__(self, model: CoSupervisionModel, pack: Any, precision: str):
+        self.model, self.pack, self.precision = model, pack, precision
+        self.device = model.device
         self.kept: T | None = None
         self.random: tuple[Tensor, ...] | None = None
+
+    def forward(self, *, whole: bool) -> T:
+        """The forward; `whole`: with what only pass 3 reads."""
+        raise NotImplementedError
 
     def first(self, *, keep: bool) -> T:
         """Pass 1; with `keep` it has a graph and is pass 3 too."""
         self.random = _random_state(self.device)
         with torch.set_grad_enabled(keep):
-            out = self._run()
+            out = self._run(whole=keep)
         self.kept = out if keep else None
         return out
 
@@ -124,16 +127,37 @@ class _Passes(Generic[T]):
             out, self.kept = self.kept, None
             return out
         if self.random is None:
-            return self._run()
+            return self._run(whole=True)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.set_rng_state(self.random[0])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(self.random[1], self.device)
-            return self._run()
+            return self._run(whole=True)
 
-    def _run(self) -> T:
+    def _run(self, *, whole: bool) -> T:
         with autocast(self.device, self.precision):  # each its own: autocast's copies of weights know one grad mode
-            return self.forward(self.pack)
+            return self.forward(whole=whole)
+
+
+class _GenPasses(_Passes[tuple[Tensor, Tensor]]):
+    """NTP and queries of a pack of Gen's; NTP in pass 3 alone."""
+
+    def __init__(self, model: CoSupervisionModel, pack: GenPack, precision: str, ntp_count: int):
+        super().__init__(model, pack, precision)
+        self.ntp_count = ntp_count
+
+    def forward(self, *, whole: bool) -> tuple[Tensor, Tensor]:
+        if whole:
+            return self.model.gen_losses(self.pack, self.ntp_count)
+        query = self.model.query_embeddings(self.pack.pack, self.pack.query_rows)
+        return query.new_zeros(()), query
+
+
+class _EmbseqPasses(_Passes[Tensor]):
+    """What Embseq makes of a pack of passages."""
+
+    def forward(self, *, whole: bool) -> Tensor:
+        return self.model.sequence_states(self.pack)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:

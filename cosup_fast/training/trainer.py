@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
@@ -32,17 +33,18 @@ from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import Peers
 from cosup_fast.training.checkpoint import (
     CheckpointError,
-    checkpoint_folder,
+    CheckpointWriter,
     load_trainer_state,
     random_state,
-    save_checkpoint,
     set_random_state,
 )
 from cosup_fast.training.config import TrainingConfig, count_steps, learning_rate_factor
 from cosup_fast.training.diagnostics import Diagnosis, diagnose
 from cosup_fast.training.metrics import HeldOut, StepMetrics
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
+from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.ranks import reduce_gradients
+from cosup_fast.training.sharding import local, reshard, shard
 from cosup_fast.training.step import accumulate_gradients, autocast
 
 
@@ -61,6 +63,7 @@ class Trainer:
         output: the run's folder; checkpoints go into `output/checkpoints`.
         lengths: what `example_lengths` says of the examples, if it was asked already.
         peers: the ranks that share every step; all of them have the same weights and arguments.
+        device: where it is trained, if that is not where the model is: shards go there one by one.
         evaluate: called every `eval_every` steps, before the first step and after the last, with the model and the
             step, on every rank; returns a `HeldOut`.
         on_metrics: called with every `StepMetrics`, `Diagnosis` and `HeldOut`.
@@ -81,6 +84,7 @@ class Trainer:
         *,
         lengths: Sequence[int] | None = None,
         peers: Peers | None = None,
+        device: torch.device | None = None,
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
         on_metrics: Callable[[StepMetrics | Diagnosis | HeldOut], None] = lambda metrics: None,
         on_warning: Callable[[str], None] = lambda message: None,
@@ -93,7 +97,7 @@ class Trainer:
         self.output = output
         self.peers = peers
         self.rank, self.ranks = (0, 1) if peers is None else (peers.rank, peers.size)
-        self.checkpoints = output / "checkpoints"
+        self.writer = CheckpointWriter(output / "checkpoints", config.keep_checkpoints, peers)
         self.evaluate = evaluate
         self.on_metrics = on_metrics
         self.on_warning = on_warning
@@ -103,6 +107,7 @@ class Trainer:
         self.step = 0
         self.last_checkpoint: Path | None = None
         self._saved_step = self._evaluated_step = -1
+        self._written = False
         self.steps_per_epoch, self.total_steps = count_steps(config, len(examples))
         self.sampler = StepSampler(
             lengths or example_lengths(examples, corpus, model.template, config.pack_limits),
@@ -111,26 +116,28 @@ class Trainer:
             balanced=config.balance_lengths,
         )
         self._next: tuple[int, CoSupervisionBatch] | None = None
+        device = model.device if device is None else device
         model.criterion.nsp.key_grad = config.key_grad
         model.enable_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
             model.compile_layers(fixed_shapes=config.fixed_shapes)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [  # decay would pull norms and the learnt scale towards 0, not towards a simpler model
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+        if config.sharding == "fsdp" and peers is not None:
+            shard(model, peers.mesh(device.type), precision=config.precision)
+        self.optimizer = LocalOptimizer(
+            model.named_parameters(),
+            config.optimizer,
             lr=config.lr,
             betas=config.betas,
-            fused=model.device.type in ("cpu", "cuda"),
+            weight_decay=config.weight_decay,
+            in_backward=config.optimizer_in_backward,
         )
 
     def resume(self, checkpoint: Path) -> None:
         """Continues behind a checkpoint whose model is loaded already."""
         self._seed()  # where the checkpoint is one of fewer ranks
-        self.step = self._saved_step = load_trainer_state(checkpoint, self.model, self.optimizer, self.rank)
+        self.step = self._saved_step = load_trainer_state(
+            checkpoint, self.model, self.optimizer, self.rank, self.ranks, warn=self.on_warning
+        )
         self.last_checkpoint = checkpoint
 
     def replay(self, records: Iterable[dict[str, Any]]) -> None:
@@ -159,10 +166,11 @@ class Trainer:
         self.model.train()
         if self.step == 0:
             self._seed()
-            self._warn(_lost_in_rounding(self.model, config.lr))
             self._evaluate()
-        with _interruptible(self.on_interrupt) as interrupted:
+        with self._nothing_lost(), _interruptible(self.on_interrupt) as interrupted:
             while self.step < self.total_steps and not self._stop(interrupted, late=time.monotonic() >= deadline):
+                if self.writer.pending is not None and self._written:
+                    self.last_checkpoint = self.writer.finish()
                 metrics = self._step()
                 if self.step % config.log_every == 0:
                     self.on_metrics(metrics)
@@ -170,7 +178,7 @@ class Trainer:
                 if config.eval_every and self.step % config.eval_every == 0 and self.step < self.total_steps:
                     self._evaluate()
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                    self.save()
+                    self._begin_save()
             self.save()
             if self._stop(interrupted):
                 raise KeyboardInterrupt(f"stopped after step {self.step}; saved {self.last_checkpoint}")
@@ -178,16 +186,26 @@ class Trainer:
         assert self.last_checkpoint is not None
         return self.last_checkpoint
 
+    @contextlib.contextmanager
+    def _nothing_lost(self) -> Iterator[None]:
+        """Where this process is stopped at once, what it has begun to save is still saved."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.writer.pending is not None and self.peers is None:
+                self.writer.finish()
+            raise
+
     def _seed(self) -> None:
         """Random numbers of dropout, other ones on every rank."""
         torch.manual_seed(self.config.seed + (self.rank << 32))
 
     def _stop(self, interrupted: threading.Event, *, late: bool = False) -> bool:
         """Whether this rank, or any other, was interrupted or is late."""
-        stop = interrupted.is_set() or late
-        if self.peers is None:
-            return stop
-        return any(one["stop"] for one in self.peers.meet(f"step {self.step + 1}", {"step": self.step, "stop": stop}))
+        note = {"step": self.step, "stop": interrupted.is_set() or late, "written": not self.writer.busy}
+        notes = [note] if self.peers is None else self.peers.meet(f"step {self.step + 1}", note)
+        self._written = all(one["written"] for one in notes)
+        return any(one["stop"] for one in notes)
 
     def save(self, *, extra: int = 0) -> Path:
         """Writes a checkpoint of the current step, unless this trainer wrote it or came from it.
@@ -195,28 +213,20 @@ class Trainer:
         Args:
             extra: how many checkpoints more than `keep_checkpoints` stay.
         """
-        if self.last_checkpoint is not None and self._saved_step == self.step:
-            return self.last_checkpoint
-        states = self._random_states()
-        if self.rank == 0:
-            keep = self.config.keep_checkpoints + extra
-            with contextlib.nullcontext() if self.peers is None else self.peers.reporting("checkpoint"):
-                save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, states, keep=keep)
-        if self.peers is not None:
-            try:
-                self.peers.meet("checkpoint")
-            except ValueError as error:
-                raise CheckpointError(str(error)) from error
-        self.last_checkpoint, self._saved_step = checkpoint_folder(self.checkpoints, self.step), self.step
+        self._begin_save(extra=extra)
+        if self.writer.pending is not None:
+            self.last_checkpoint = self.writer.finish()
+        assert self.last_checkpoint is not None
         return self.last_checkpoint
 
-    def _random_states(self) -> list[dict[str, Tensor]]:
-        """Those of every rank."""
-        state = random_state(self.model.device)
-        if self.peers is None:
-            return [state]
-        found = {name: self.peers.gather(x[None], [1] * self.ranks) for name, x in state.items()}
-        return [{name: x[rank].clone() for name, x in found.items()} for rank in range(self.ranks)]
+    def _begin_save(self, *, extra: int = 0) -> None:
+        """Copies the state of this step; the files are written while training goes on."""
+        if self._saved_step == self.step:
+            return
+        if self.writer.pending is not None:
+            self.last_checkpoint = self.writer.finish()
+        self.writer.start(self.step, self.model, self.optimizer, extra=extra)
+        self._saved_step = self.step
 
     def batch_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0."""
@@ -226,7 +236,8 @@ class Trainer:
         """What this rank reads of a step, on the model's device."""
         chosen = self.batch_examples(step)
         limits = self.config.pack_limits
-        batch = make_batch(chosen, self.corpus, self.model.template, limits, rank=self.rank, ranks=self.ranks)
+        template, even = self.model.template, self.model.sharded
+        batch = make_batch(chosen, self.corpus, template, limits, rank=self.rank, ranks=self.ranks, even=even)
         return batch.to(self.model.device)
 
     def _step(self) -> StepMetrics:
@@ -234,10 +245,12 @@ class Trainer:
         number, batch = self._next or (-1, None)
         if batch is None or number != self.step:
             batch = self.batch(self.step)
-        if config.diagnose_every and (self.step + 1) % config.diagnose_every == 0:
+        if config.diagnose_every and (self.step + 1) % config.diagnose_every == 0 and not model.sharded:
             self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision, peers=self.peers))
         start, random = time.perf_counter(), random_state(model.device)
-        out = accumulate_gradients(model, batch, precision=config.precision, group=self.peers)
+        lr = self._schedule()
+        with contextlib.nullcontext() if self.peers is None else self.peers.naming(f"step {self.step + 1}"):
+            out = accumulate_gradients(model, batch, precision=config.precision, group=self.peers)
         # The device is still busy with this step; what follows waits for it.
         self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None
         reduce_gradients(model, self.peers)
@@ -253,9 +266,8 @@ class Trainer:
                 random,
                 {"ntp": ntp, "nsp": nsp, "gen_grad_norm": gen_norm, "embseq_grad_norm": embseq_norm},
             )
-        lr = self._schedule()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.guard.accept(*watched)
         self.step += 1
         return StepMetrics(
@@ -289,7 +301,7 @@ class Trainer:
 
     def _refused(self, problems: list[str], random: dict[str, Tensor], figures: dict[str, float]) -> TrainingError:
         """Puts everything back to where it was before a step and saves that; the error to raise."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         chosen = self.batch_examples(self.step)
         losses = {example.id: self._ntp_alone(example) for example in chosen}
         set_random_state(random, self.model.device)
@@ -301,7 +313,9 @@ class Trainer:
             with replace_file(description) as file:
                 json.dump(_without_nan(record), file, indent=1)
         kept = f"last good checkpoint: {self.last_checkpoint or 'none'}"
-        if self.step and all(bool(p.isfinite().all()) for p in self.model.parameters() if p.is_floating_point()):
+        changed = self.config.optimizer_in_backward
+        state = "changed" if changed else "not changed"
+        if self.step and not changed and self._finite():
             try:
                 kept = f"saved as they were before it: {self.save(extra=1)}"
             except CheckpointError as error:
@@ -309,16 +323,24 @@ class Trainer:
         names = f"{', '.join(example.id for example in chosen[:8])}{', …' if len(chosen) > 8 else ''}"
         return TrainingError(
             f"step {self.step + 1}: {'; '.join(problems)}. Its examples: {names}; the highest NTP loss alone has "
-            f"{worst} ({losses[worst]:.3g}); all of them: {description}. The weights were not changed by it; {kept}. "
+            f"{worst} ({losses[worst]:.3g}); all of them: {description}. The weights were {state} by it; "
+            f"{kept}. "
             "Look at these examples, or lower training.lr; --resume with training.spike_factor=null lets a spike pass"
         )
+
+    def _finite(self) -> bool:
+        """Whether all weights are finite, on every rank."""
+        reshard(self.model)
+        weights = (local(p) for p in self.model.parameters() if p.is_floating_point())
+        wrong = torch.tensor(float(not all(bool(p.isfinite().all()) for p in weights)), device=self.model.device)
+        return not bool(wrong if self.peers is None else self.peers.max(wrong))
 
     @torch.no_grad()
     def _ntp_alone(self, example: Example) -> float:
         """NTP of one example, nats per token."""
         part = make_batch([example], self.corpus, self.model.template).to(self.model.device).gen[0]
         with autocast(self.model.device, self.config.precision):
-            return float(self.model.ntp_loss(self.model.gen_rows(part)[0], part.targets))
+            return float(self.model.gen_losses(part, len(part.targets))[0])
 
     def _clip(self) -> tuple[float, float, float]:
         """Clips the global norm; returns what it was of Gen, of Embseq with its projection, and of everything."""
@@ -327,16 +349,26 @@ class Trainer:
             if p.grad is not None:
                 part = name.partition(".")[0]
                 gradients["embseq" if part == "projection" else part].append(p.grad)
-        norms = [nn.utils.get_total_norm(group).to(self.model.device) for group in gradients.values()]
+        norms = [self._norm(group) for group in gradients.values()]
         total = torch.linalg.vector_norm(torch.stack(norms))
         if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, total)
+            factor = (self.config.clip / (total + 1e-6)).clamp(max=1.0)
+            for gradient in (g for group in gradients.values() for g in group):
+                local(gradient).mul_(factor)
         return float(norms[0]), float(norms[1]), float(total)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of gradients; a sharded one has its parts on all ranks."""
+        norm = nn.utils.get_total_norm([local(g) for g in gradients if not isinstance(g, DTensor)])
+        norm = norm.to(self.model.device)
+        if not self.model.sharded or self.peers is None:
+            return norm
+        parts = nn.utils.get_total_norm([local(g) for g in gradients if isinstance(g, DTensor)])
+        return (self.peers.sum(parts.to(norm).square()) + norm.square()).sqrt()
 
     def _schedule(self) -> float:
         lr = self.config.lr * learning_rate_factor(self.config, self.step, self.total_steps, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr)
         return lr
 
     def _evaluate(self) -> None:
@@ -345,6 +377,7 @@ class Trainer:
         self._evaluated_step = self.step
         with _rng_untouched():
             held_out = self.evaluate(self.model, self.step)
+        reshard(self.model)
         self.model.train()
         self.on_metrics(held_out)
         self._warn(self.monitor.evaluation(held_out.ntp, held_out.recall_at_5))
@@ -352,18 +385,6 @@ class Trainer:
     def _warn(self, messages: Iterator[str]) -> None:
         for message in messages:
             self.on_warning(message)
-
-
-@torch.no_grad()
-def _lost_in_rounding(model: CoSupervisionModel, lr: float) -> Iterator[str]:
-    """A warning when many bfloat16 weights are further apart than a step of AdamW, about `lr`, can bridge."""
-    trained = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
-    stuck = sum(float((p + lr == p).sum()) for p in trained) / max(1, sum(p.numel() for p in trained))
-    if stuck > 0.1:
-        yield (
-            f"model.dtype=bfloat16: a step of training.lr={lr:g} is rounded away on {stuck:.0%} of the weights, which "
-            "then barely move: use model.dtype=float32 with training.precision=bfloat16"
-        )
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -72,9 +72,9 @@ def assert_equal(ours, expected, tolerance=1e-9):
         assert (ours[name] - b).abs().max() <= tolerance * b.abs().max() + 1e-12, name
 
 
-def check(world, settings, size, limits, examples, corpus):
+def check(world, settings, size, limits, examples, corpus, **options):
     expected, hits = in_one_process(load(settings), examples, corpus)
-    answers = world.run("step", list(range(size)), settings, examples, corpus, tuple(limits))
+    answers = world.run("step", list(range(size)), settings, examples, corpus, tuple(limits), **options)
     for answer in answers:
         # transformers computes rotations in fp32
         assert_equal(answer["gradients"], expected, 1e-6)
@@ -88,6 +88,16 @@ def check(world, settings, size, limits, examples, corpus):
 def test_three_ranks_are_one_process(variant, small_world, settings, step_examples, corpus):
     answers = check(small_world, settings(variant), 3, PACKS, step_examples, corpus)
     assert max(answer["packs"] for answer in answers) > 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("limits", "recompute"), [(ONE_PACK, "none"), (PACKS, "full")], ids=["one pack", "packs"])
+def test_ranks_that_share_out_the_weights_are_one_process(
+    variant, limits, recompute, small_world, settings, step_examples, corpus
+):
+    """Also where they have unequal numbers of packs, which others fill up with empty ones."""
+    options = {"sharded": True, "recompute": recompute}
+    check(small_world, settings(variant), 3, limits, step_examples, corpus, **options)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -159,21 +159,36 @@ def co_supervised(settings: str) -> Any:
 
 def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, **options: Any) -> dict:
     """The gradients of a step that ranks share, their losses, and what is counted."""
+    from torch.distributed.device_mesh import DeviceMesh
+
     from cosup_fast.data.packing import PackLimits, make_batch
     from cosup_fast.training.ranks import reduce_gradients
+    from cosup_fast.training.sharding import shard
     from cosup_fast.training.step import accumulate_gradients
 
-    model, peers = co_supervised(settings), Peers(groups[size])
+    peers, sharded = Peers(groups[size]), options.pop("sharded", False)
+    model = co_supervised.__wrapped__(settings) if sharded else co_supervised(settings)
+    if sharded:
+        shard(model, DeviceMesh.from_group(peers.group, "cpu"), precision="float32")
+        model.enable_activation_checkpointing(options.pop("recompute", "none"))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.train()  # activations are recomputed in training alone
     model.criterion.nsp.key_grad = options.pop("key_grad", "global")
     model.zero_grad(set_to_none=True)
-    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size)
+    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
     out = accumulate_gradients(model, batch, group=peers, **options)
     reduce_gradients(model, peers)
     losses = {name: peers.sum(getattr(out, name)) for name in ("loss", "ntp", "nsp")}
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
     counts = {"packs": len(batch.gen), "passages": batch.key_ids.tolist(), "tokens": batch.tokens, "step": batch.step}
     hits = 0 if out.stats is None else int((out.stats.rank == 0).sum())
     return {"gradients": gradients | losses, "hits": hits, **counts}
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple) -> Any:

@@ -12,10 +12,11 @@ from cosup_fast.training.checkpoint import (
     newest,
     save_checkpoint,
 )
+from cosup_fast.training.optimizers import LocalOptimizer
 
 
 def _optimizer(model, **fields):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, **fields)
+    return LocalOptimizer(model.named_parameters(), "adamw", lr=1e-3, **fields)
 
 
 def test_checkpoints_sort_by_step_and_the_newest_survives(make_model, tmp_path):
@@ -47,13 +48,12 @@ def test_parameters_without_a_gradient_so_far_resume(make_model, tmp_path):
     other = make_model()
     restored = _optimizer(other)
     assert load_trainer_state(saved, other, restored) == 1
-    parameters = dict(other.named_parameters())
-    assert torch.equal(restored.state[parameters[name]]["exp_avg"], optimizer.state[used]["exp_avg"])
+    assert torch.equal(restored.states()[name]["exp_avg"], optimizer.states()[name]["exp_avg"])
     for p in other.parameters():
         p.grad = torch.ones_like(p)
     restored.step()
-    assert int(restored.state[parameters[name]]["step"]) == 2
-    assert int(restored.state[other.gen.lm_head.weight]["step"]) == 1
+    assert int(restored.states()[name]["step"]) == 2
+    assert int(restored.states()["gen.lm_head.weight"]["step"]) == 1
 
 
 def test_newest_takes_a_checkpoint_or_a_run(make_model, tmp_path):

@@ -154,21 +154,6 @@ def test_the_precision_is_that_of_both_models_products(precision, make_trainer):
     assert seen == {(getattr(torch, precision), torch.float32)}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "lr", "warned"), [("bfloat16", 2e-5, True), ("bfloat16", 0.5, False), ("float32", 2e-5, False)]
-)
-def test_bfloat16_weights_that_barely_move_are_reported_once(dtype, lr, warned, make_model, make_trainer):
-    warnings = []
-    trainer = make_trainer(make_model(dtype=dtype), callbacks={"on_warning": warnings.append}, lr=lr, steps=3)
-    weights = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
-    stuck = float((weights + lr == weights).double().mean())
-    trainer.train()
-    assert len(warnings) == warned
-    for message in warnings:
-        assert f"training.lr=2e-05 is rounded away on {stuck:.0%} of the weights" in message
-        assert "use model.dtype=float32 with training.precision=bfloat16" in message
-
-
 CUTS = {"pair": {"micro_batch_size": 1}, "shared": {"tokens_per_micro_batch": 250, "fixed_shapes": True}}
 
 

@@ -1,0 +1,1 @@
+"""A plan before the run: memory per GPU by simulation, and time by estimate."""

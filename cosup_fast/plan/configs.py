@@ -1,0 +1,64 @@
+"""Configurations of models: those of the presets as plain numbers, any other one from its folder, file or the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from cosup_fast.data.sources import resolve_model
+
+# Published sizes; a name stands for the same model on the hub.
+_LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32000}
+_SHIPPED: dict[str, dict[str, Any]] = {
+    "llama2-7b": {
+        **_LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    },
+    "tinyllama-1.1b": {
+        **_LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    },
+    "smollm2-135m": {
+        **_LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+_ALIASES = {
+    "meta-llama/Llama-2-7b-hf": "llama2-7b",
+    "TinyLlama/TinyLlama_v1.1": "tinyllama-1.1b",
+    "HuggingFaceTB/SmolLM2-135M": "smollm2-135m",
+}
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The configuration of a model, as `AutoConfig.for_model` takes it; no weight is read.
+
+    Args:
+        name: llama2-7b, tinyllama-1.1b or smollm2-135m; a folder or a config.json; a prepared or Hugging Face name.
+
+    Raises:
+        ValueError: it is none of these, or cannot be read.
+    """
+    name = _ALIASES.get(name, name)
+    if name in _SHIPPED:
+        return dict(_SHIPPED[name])
+    path = Path(name)
+    try:
+        if path.suffix == ".json":
+            values = json.loads(path.read_text(encoding="utf-8"))
+            config = AutoConfig.for_model(**values)
+        else:
+            config = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"there is no configuration {name!r} ({reason}): name a folder, a config.json, a Hugging Face model, or "
+            f"one of {', '.join(_SHIPPED)}"
+        ) from None
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("transformers_version", None)
+    return values

@@ -1,0 +1,269 @@
+"""What a run takes, whether that fits, how much larger its packs could be, and what would help if it does not.
+
+The whole model is simulated once. What is asked beside that, the largest batch and each switch, is simulated with a few
+layers and continued in a straight line: decoder layers are alike, so that the peak is linear in their number while it
+stays in the same phase. Both run in processes of their own, next to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from cosup_fast.plan.request import PlanRequest
+from cosup_fast.plan.time import StepTime, estimate_step
+
+GIB = 2**30
+FEW = (3, 6)
+"""Decoder layers of the two simulations that a straight line goes through."""
+
+
+class PlanError(ValueError):
+    """A step that cannot be simulated."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A change of the configuration and the peak with it."""
+
+    setting: str
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The peak of one GPU, in GiB."""
+
+    peak_gib: float
+    breakdown_gib: dict[str, float]
+    phase: str
+    margin_gib: float
+    """For what is not simulated: CUDA context, NCCL, cuBLAS, scratch of attention kernels, fragmentation."""
+    gpu_memory_gib: float
+    fits: bool
+    parameters: int
+    trained: int
+    exact: bool
+    """Whether every layer was simulated, or a few and the rest by a straight line."""
+    largest_batch: int | None
+    """Times that the sequences of every pack fit, or nearly so many; None where not asked for or not even once."""
+    advice: tuple[Switch, ...]
+    step_time: StepTime | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `cosup-fast plan --json` prints it."""
+        return {**asdict(self), "verdict": "fits" if self.fits else "does not fit"}
+
+
+def margin(gpu_memory_gib: float) -> float:
+    """GiB that are left to what is not simulated: 6, or a tenth of the memory where that is more."""
+    return max(6.0, gpu_memory_gib / 10)
+
+
+def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = False) -> MemoryPlan:
+    """Simulates a run.
+
+    Args:
+        request: the run.
+        gpu_memory_gib: of each GPU.
+        quick: a few layers stand for all; nothing else is asked.
+
+    Raises:
+        PlanError: a simulation failed; the message ends with its last words.
+    """
+    layers = max(_layers(request))
+    few = [None] if layers <= FEW[1] else list(FEW)
+
+    def lines(simulator: Simulator, asked: Iterable[PlanRequest]) -> list[dict[str, Any]]:
+        return [_line([simulator.ask(one, n) for n in few], few, layers) for one in asked]
+
+    with Simulator() as others:
+        if quick:
+            return _plan(request, gpu_memory_gib, lines(others, [request])[0], exact=len(few) == 1)
+        changed = _alternatives(request)
+        with ThreadPoolExecutor(1) as pool, Simulator() as whole:
+            waiting = pool.submit(whole.ask, request)
+            guesses = lines(others, [request, _larger(request, 2), *changed.values()])
+            answer = waiting.result()
+        _check(answer)
+        peaks = [guess.get("peak", sys.maxsize) for guess in guesses]  # what cannot be simulated helps nobody
+        correction = answer["peak"] - peaks[0]  # the line is not the truth; what it says of a change is
+        room = (gpu_memory_gib - margin(gpu_memory_gib)) * GIB
+
+        def grown(times: int) -> int:
+            return lines(others, [_larger(request, times)])[0].get("peak", sys.maxsize) + correction
+
+        largest = _largest(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
+    advice = [
+        Switch(setting, round((peak + correction) / GIB, 3)) for setting, peak in zip(changed, peaks[2:], strict=True)
+    ]
+    helpful = sorted((s for s in advice if s.peak_gib < 0.99 * answer["peak"] / GIB), key=lambda s: s.peak_gib)
+    return _plan(request, gpu_memory_gib, answer, exact=True, largest=largest, advice=helpful)
+
+
+def _largest(room: float, known: dict[int, int], peak: Callable[[int], int]) -> int | None:
+    """Nearly the most times that fit, given two peaks. The peak is convex in the times, so that secants fall short."""
+    fitting = max((times for times, found in known.items() if found <= room), default=None)
+    for _ in range(2):
+        if fitting is None:
+            return None
+        low, high = sorted(known)[-2:]
+        slope = max(1.0, (known[high] - known[low]) / (high - low))
+        guess = int(low + (room - known[low]) // slope)
+        if guess <= fitting:
+            break
+        known = {fitting: known[fitting], guess: peak(guess)}
+        if known[guess] <= room:
+            return guess
+    return fitting
+
+
+class Simulator:
+    """A process of `simulate.py` that answers one request after the other."""
+
+    def __enter__(self) -> Self:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        self._words = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cosup_fast.plan.simulate"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            env=environment,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._words.close()
+
+    def ask(self, request: PlanRequest, layers: int | None = None) -> dict[str, Any]:
+        """The fields of `Simulated`; {"error": ...} for what could not be simulated.
+
+        Raises:
+            PlanError: the process ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"request": request.model_dump(), "layers": layers}) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self._words.seek(0)
+        words = self._words.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
+        raise PlanError(f"the simulation of this step failed: {words[0]}")
+
+
+def _check(answer: dict[str, Any]) -> None:
+    if "error" in answer:
+        raise PlanError(f"the simulation of this step failed: {answer['error']}")
+
+
+def _plan(
+    request: PlanRequest,
+    memory: float,
+    answer: dict[str, Any],
+    *,
+    exact: bool,
+    largest: int | None = None,
+    advice: Iterable[Switch] = (),
+) -> MemoryPlan:
+    _check(answer)
+    peak = answer["peak"] / GIB
+    return MemoryPlan(
+        peak_gib=round(peak, 3),
+        breakdown_gib={kind: round(size / GIB, 3) for kind, size in answer["breakdown"].items()},
+        phase=answer["phase"],
+        margin_gib=margin(memory),
+        gpu_memory_gib=memory,
+        fits=peak + margin(memory) <= memory,
+        parameters=answer["parameters"],
+        trained=answer["trained"],
+        exact=exact,
+        largest_batch=largest,
+        advice=tuple(advice),
+        step_time=estimate_step(request),
+    )
+
+
+def _line(answers: Sequence[dict[str, Any]], few: Sequence[int | None], layers: int) -> dict[str, Any]:
+    """The answer for all layers from those for a few."""
+    if failed := next((one for one in answers if "error" in one), None):
+        return failed
+    if len(answers) == 1:
+        return answers[0]
+    (a, b), (low, high) = answers, few
+    assert low is not None
+    assert high is not None
+
+    def at(x: float, y: float) -> int:
+        return round(y + (y - x) * (layers - high) / (high - low))
+
+    kinds = {*a["breakdown"], *b["breakdown"]}
+    return {
+        "peak": at(a["peak"], b["peak"]),
+        "phase": b["phase"],
+        "breakdown": {kind: at(a["breakdown"].get(kind, 0), b["breakdown"].get(kind, 0)) for kind in sorted(kinds)},
+        "parameters": at(a["parameters"], b["parameters"]),
+        "trained": at(a["trained"], b["trained"]),
+    }
+
+
+def _layers(request: PlanRequest) -> list[int]:
+    found = []
+    for config in (request.gen, request.embseq or request.gen):
+        stack = config.get("text_config", config)
+        found.append(next(int(stack[name]) for name in ("num_hidden_layers", "n_layer", "n_layers") if name in stack))
+    return found
+
+
+def _larger(request: PlanRequest, times: int) -> PlanRequest:
+    return request.model_copy(
+        update={
+            "gen_sequences": request.gen_sequences * times,
+            "embseq_sequences": request.embseq_sequences * times,
+        }
+    )
+
+
+def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
+    """Settings that take less memory than those asked for."""
+    found: dict[str, dict[str, Any]] = {}
+    if request.activation_checkpointing != "full":
+        found["training.activation_checkpointing=full"] = {"activation_checkpointing": "full"}
+    if request.optimizer == "adamw" and request.dtype == "float32":
+        found["training.optimizer=adamw-8bit"] = {"optimizer": "adamw-8bit"}
+    if request.dtype == "float32" or request.optimizer == "adamw":
+        found["model.dtype=bfloat16 training.optimizer=adamw-8bit-torchao"] = {
+            "dtype": "bfloat16",
+            "optimizer": "adamw-8bit-torchao",
+        }
+    if request.precision == "float32" and request.dtype == "float32":
+        found["training.precision=bfloat16"] = {"precision": "bfloat16"}
+    one_pass = request.gen_packs == request.embseq_packs == 1 and not request.shared
+    if request.gpus == 1 and not request.optimizer_in_backward and one_pass:
+        found["training.optimizer_in_backward=true training.clip=null"] = {"optimizer_in_backward": True, "clip": False}
+    if request.gpus > 1 and request.sharding != "fsdp":
+        found["training.sharding=fsdp"] = {"sharding": "fsdp"}
+    if request.gen_sequences > 1 and request.embseq_sequences > 1 and not request.optimizer_in_backward:
+        found["packs of half the size (training.tokens_per_micro_batch)"] = {
+            "gen_sequences": request.gen_sequences // 2,
+            "embseq_sequences": request.embseq_sequences // 2,
+            "gen_packs": 2 * request.gen_packs,
+            "embseq_packs": 2 * request.embseq_packs,
+        }
+    return {setting: request.model_copy(update=update) for setting, update in found.items()}

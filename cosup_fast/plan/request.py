@@ -1,0 +1,82 @@
+"""What is planned: two models by their configurations, the packs of a step on each GPU, and how the step is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cosup_fast.adapters import LoRAConfig
+from cosup_fast.decoder_layers import Recompute
+from cosup_fast.plan.configs import model_config
+from cosup_fast.training.optimizers import OptimizerName
+from cosup_fast.training.sharding import Sharding
+
+if TYPE_CHECKING:
+    from cosup_fast.config import RunConfig
+
+
+class PlanRequest(BaseModel):
+    """A run, as far as memory and time depend on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gen: dict[str, Any]
+    embseq: dict[str, Any] | None = None
+    shared: bool = False
+    freeze_embseq: bool = False
+    new_tokens: int = 4
+    gen_lora: LoRAConfig = LoRAConfig()
+    embseq_lora: LoRAConfig = LoRAConfig()
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    activation_checkpointing: Recompute = "full"
+    optimizer: OptimizerName = "adamw"
+    optimizer_in_backward: bool = False
+    clip: bool = True
+    sharding: Sharding = "fsdp"
+    gpus: int = Field(default=8, ge=1)
+    device: str = "cuda"
+    gen_sequences: int = Field(default=4, ge=1, description="sequences of a pack of Gen's")
+    gen_length: int = Field(default=1024, ge=1)
+    gen_packs: int = Field(default=1, ge=1, description="packs of a step on each GPU")
+    queries_per_sequence: int = Field(default=4, ge=0)
+    embseq_sequences: int = Field(default=16, ge=1)
+    embseq_length: int = Field(default=256, ge=1)
+    embseq_packs: int = Field(default=1, ge=1)
+
+    @classmethod
+    def of(cls, config: RunConfig, *, gpus: int, **packs: Any) -> Self:
+        """The request of a run on so many GPUs.
+
+        Args:
+            config: the run; its models are looked up by `model_config`.
+            gpus: processes, each with one; with training.sharding=none just one.
+            packs: the fields above that say how large packs are and how many a step has.
+
+        Raises:
+            ValueError: a model that is not known; more than one GPU without sharding.
+        """
+        model, training = config.model, config.training
+        if training.sharding == "none" and gpus > 1:
+            raise ValueError(
+                f"training.sharding=none is a run on one GPU, not on {gpus}: use training.sharding=fsdp (or ddp)"
+            )
+
+        def of_model(name: str, layers: int | None) -> dict[str, Any]:
+            values = model_config(name)
+            return values if layers is None else values | {"num_hidden_layers": layers}
+
+        return cls(
+            gen=of_model(model.gen, model.gen_layers),
+            embseq=None if model.shared else of_model(model.embseq or model.gen, model.embseq_layers),
+            gpus=gpus,
+            **{name: getattr(model, name) for name in _OF_MODEL},
+            **{name: getattr(training, name) for name in _OF_TRAINING},
+            clip=training.clip is not None,
+            **packs,
+        )
+
+
+_OF_MODEL = ("shared", "freeze_embseq", "gen_lora", "embseq_lora", "dtype")
+_OF_TRAINING = ("precision", "activation_checkpointing", "optimizer", "optimizer_in_backward", "sharding")

@@ -1,0 +1,90 @@
+"""Whether a run fits into memory, asked before a model is loaded: the quick form of `cosup-fast plan`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from cosup_fast.config import ConfigError, RunConfig
+from cosup_fast.data.packing import CoSupervisionBatch, Pack
+from cosup_fast.plan.planner import GIB, make_plan, margin
+from cosup_fast.plan.request import PlanRequest
+from cosup_fast.plan.time import count_weights
+
+SMALL = 0.25
+"""Share of a CPU's memory below which weights, gradients and states are not worth a simulation."""
+
+
+def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: torch.device) -> str:
+    """Simulates a step as large as the largest of some batches; returns what was found, or "" where nothing was asked.
+
+    Args:
+        config: the run.
+        batches: this rank's part of a few steps.
+        ranks: processes that share a step.
+        device: of this one.
+
+    Raises:
+        ConfigError: it does not fit; the message has the breakdown and the way to advice.
+    """
+    memory = _memory(device)
+    request = plan_request(config, batches, ranks, device.type)
+    if device.type == "cpu" and _least(request) < SMALL * memory:
+        return ""
+    found = make_plan(request, memory / GIB, quick=True)
+    room = memory / GIB - margin(memory / GIB) if device.type == "cuda" else 0.9 * memory / GIB
+    told = f"{found.peak_gib:.1f} GiB in the {found.phase}, by simulation, of {memory / GIB:.1f} GiB"
+    if found.peak_gib > room:
+        parts = ", ".join(f"{kind} {size:.1f}" for kind, size in found.breakdown_gib.items() if size > 0.05)
+        raise ConfigError(
+            f"a step of this run does not fit: {told} on each of {ranks} ranks, of which {memory / GIB - room:.1f} "
+            f"are to be left free ({parts}). For what would help ask cosup-fast plan with the same configuration and "
+            f"--gpus {ranks} --gpu-memory {memory / GIB:.0f}; train --force starts all the same"
+        )
+    return told
+
+
+def plan_request(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: str) -> PlanRequest:
+    """The request of steps like these."""
+    gen = max((part.pack for batch in batches for part in batch.gen), key=_tokens)
+    embseq = max((pack for batch in batches for pack in batch.passages), key=_tokens, default=gen)
+    queries = max(batch.nsp_count for batch in batches)
+    gen_packs = max(len(batch.gen) for batch in batches)
+    return PlanRequest.of(
+        config,
+        gpus=ranks,
+        device=device,
+        gen_sequences=len(gen.lengths),
+        gen_length=-(-_tokens(gen) // len(gen.lengths)),
+        gen_packs=gen_packs,
+        queries_per_sequence=-(-queries // (gen_packs * len(gen.lengths))),
+        embseq_sequences=len(embseq.lengths),
+        embseq_length=-(-_tokens(embseq) // len(embseq.lengths)),
+        embseq_packs=max(1, *(len(batch.passages) for batch in batches)),
+    )
+
+
+def _tokens(pack: Pack) -> int:
+    return len(pack.input_ids)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a process can have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 1 << 62
+    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _least(request: PlanRequest) -> float:
+    """Bytes of weights, gradients and states that no step is without."""
+    models = [request.gen] if request.shared else [request.gen, request.embseq or request.gen]
+    each = 2 if request.dtype == "bfloat16" else 4
+    states = {"adamw": 2 * each}.get(request.optimizer, 2)
+    shared = request.gpus if request.sharding == "fsdp" else 1
+    return sum(count_weights(config) for config in models) * (2 * each + states) / shared

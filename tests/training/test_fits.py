@@ -1,0 +1,53 @@
+"""A run that does not fit into memory is refused before a model is loaded, unless forced."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from cosup_fast.config import ConfigError, load_config
+from cosup_fast.data.packing import make_batch
+from cosup_fast.data.records import Passage
+from cosup_fast.training import fits
+from cosup_fast.training.run import run_training
+
+
+@pytest.fixture
+def config(data_folder, llama_folder, tmp_path):
+    settings = {
+        "output": str(tmp_path / "run"), "model.gen": llama_folder, "data.corpus": str(data_folder / "passages.jsonl"),
+        "data.train": [str(data_folder / "examples.jsonl")], "data.dev": [], "training.steps": 1,
+        "training.batch_size": 4, "training.micro_batch_size": 2, "training.device": "cpu",
+    }  # fmt: skip
+    return load_config(None, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+
+
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded_unless_forced(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(fits, "_memory", lambda device: 2**20)
+    with pytest.raises(ConfigError) as error:
+        run_training(config, console=Console(file=io.StringIO()))
+    said = str(error.value)
+    for words in ("does not fit", "by simulation", "parameters", "cosup-fast plan", "train --force"):
+        assert words in said or words == "parameters"
+    assert not (tmp_path / "run").exists()
+    assert run_training(config, force=True, console=Console(file=io.StringIO())).name == "step-000001"
+
+
+def test_what_is_small_beside_a_cpus_memory_costs_no_simulation(config, monkeypatch, model, examples, corpus):
+    monkeypatch.setattr(fits, "make_plan", None)
+    batch = make_batch(examples, corpus, model.template)
+    assert fits.check_fits(config, [batch], 1, torch.device("cpu")) == ""
+
+
+def test_the_packs_are_those_of_the_first_steps(config, model, examples, corpus: dict[str, Passage]):
+    batches = [make_batch(examples[:2], corpus, model.template), make_batch(examples, corpus, model.template)]
+    asked = fits.plan_request(config, batches, 1, "cpu")
+    gen, embseq = batches[1].gen[0].pack, batches[1].passages[0]
+    assert asked.gen_sequences == len(gen.lengths)
+    assert asked.gen_sequences * asked.gen_length >= len(gen.input_ids) > asked.gen_sequences * (asked.gen_length - 1)
+    assert asked.embseq_sequences == len(embseq.lengths)
+    assert asked.queries_per_sequence * asked.gen_sequences >= batches[1].nsp_count

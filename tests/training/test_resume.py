@@ -1,0 +1,214 @@
+"""Runs that are killed, with SIGKILL and at any moment, go on as if nothing had happened: the same bits."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cosup_fast.config import load_config
+from cosup_fast.training.checkpoint import checkpoints, verify
+
+STEPS = 14
+
+
+def train(overrides: list[str], rank: int, ranks: int, port: int) -> None:
+    """One process of a run, started or continued."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
+    from rich.console import Console
+
+    from cosup_fast.training.run import run_training
+
+    config = load_config(None, overrides)
+    try:
+        run_training(config, resume=True, console=Console(quiet=True))
+    except Exception as error:
+        Path(f"{config.output}.error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+@pytest.fixture(scope="module")
+def start():
+    """A function that starts the processes of a run; they are forked from a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "cosup_fast.training.run"])
+
+    def start(overrides, ranks):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        made = [context.Process(target=train, args=(overrides, rank, ranks, port)) for rank in range(ranks)]
+        for process in made:
+            process.start()
+        return made
+
+    return start
+
+
+@pytest.fixture
+def overrides(data_folder, llama_folder, gpt2_folder, tmp_path):
+    """A run with dropout, a projection, a learnt temperature and steps of several packs."""
+
+    def make(output, **fields):
+        settings = {
+            "output": tmp_path / output,
+            "model.gen": llama_folder, "model.embseq": gpt2_folder, "nsp.learnable_temperature": "true",
+            "data.corpus": data_folder / "passages.jsonl", "data.train": [str(data_folder / "examples.jsonl")],
+            "data.dev": [], "training.steps": STEPS, "training.batch_size": 3, "training.micro_batch_size": 2,
+            "training.lr": 1e-2, "training.checkpoint_every": 1, "training.eval_every": "null",
+            "training.diagnose_every": "null", "training.spike_factor": "null", "training.device": "cpu",
+            "training.rank_timeout": 60, **fields,
+        }  # fmt: skip
+        return [f"{name}={json.dumps(x) if isinstance(x, list) else x}" for name, x in settings.items()]
+
+    return make
+
+
+def losses(output: Path) -> list[tuple]:
+    lines = (output / "metrics.jsonl").read_text().split("\n")[:-1]
+    fields = ("step", "loss", "ntp", "nsp", "gen_grad_norm", "embseq_grad_norm", "lr")
+    return [tuple(json.loads(line)[name] for name in fields) for line in lines]
+
+
+def weights(output: Path) -> dict:
+    folder = checkpoints(output / "checkpoints")[-1]
+    verify(folder)
+    files = [*folder.glob("*/model*.safetensors"), folder / "heads.safetensors"]
+    return {f"{path.relative_to(folder).parent}/{name}": x for path in files for name, x in load_file(path).items()}
+
+
+def finished(processes, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    return all(process.exitcode == 0 for process in processes)
+
+
+def kill(processes, output: Path, *, saving: bool, dice: random.Random) -> None:
+    """SIGKILL for all of them: while a checkpoint is being written, or at any moment of a run under way."""
+    before = (output / "metrics.jsonl").stat().st_size if (output / "metrics.jsonl").is_file() else 0
+    end = time.monotonic() + 90
+    while time.monotonic() < end and any(p.is_alive() for p in processes):
+        new = any(output.glob("checkpoints/.step-*.new"))
+        under_way = (output / "metrics.jsonl").is_file() and (output / "metrics.jsonl").stat().st_size != before
+        if under_way and (new or not saving):
+            break
+        time.sleep(2e-4)
+    time.sleep(dice.random() * (0.01 if saving else 0.15))
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.join()
+
+
+def check(start, overrides, tmp_path, *, kills: int, ranks: int, steps: int = STEPS, **fields) -> None:
+    fields["training.steps"] = steps
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finished(start(overrides("whole", **fields), ranks), 300)
+    dice = random.Random(kills)
+    for i in range(kills):
+        processes = start(overrides("killed", **fields), ranks)
+        kill(processes, killed, saving=i % 2 == 0, dice=dice)
+        if len(losses(killed)) == steps:
+            break
+    assert i + 1 == kills, f"the run ended before it was killed {kills} times: {i + 1}"
+    assert finished(start(overrides("killed", **fields), ranks), 300)
+    assert losses(killed) == losses(whole)
+    ours, expected = weights(killed), weights(whole)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert not list(killed.glob("checkpoints/.*"))
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(start, overrides, tmp_path):
+    check(start, overrides, tmp_path, kills=2, ranks=1)
+
+
+def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(start, overrides, tmp_path):
+    check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp"})
+
+
+def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path):
+    output = tmp_path / "lost"
+    fields = {"training.sharding": "fsdp", "training.steps": 3000, "training.rank_timeout": 10}
+    processes = start(overrides("lost", **fields), 2)
+    end = time.monotonic() + 90
+    while not list(output.glob("checkpoints/step-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    processes[0].join(90)
+    assert processes[0].exitcode == 1
+    said = (tmp_path / "lost.error-0").read_text()
+    assert said.startswith("PeerError: step ")
+    assert "rank 1 answered no more" in said or "rank 1 did not come" in said
+    assert "last checkpoint: " in said
+
+
+def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tmp_path, llama_folder, mistral_folder):
+    short = {"training.steps": 2, "model.embseq": "null"}
+    assert finished(start(overrides("run", **short), 1), 300)
+    folder = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    longer = overrides("run", **{**short, "training.steps": 3})
+
+    def refused() -> str:
+        (process,) = start(longer, 1)
+        process.join(120)
+        assert process.exitcode == 1
+        return (tmp_path / "run.error-0").read_text()
+
+    shard = folder / "optimizer" / "rank-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    assert f"{shard} has {len(whole) - 100} bytes, its manifest says {len(whole)}" in refused()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{shard} was altered" in refused()
+    shard.unlink()
+    assert f"{shard} is missing" in refused()
+    shard.write_bytes(whole)
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(saved.read_text().replace(llama_folder, mistral_folder))
+    longer = [text.replace(llama_folder, mistral_folder) for text in longer]
+    said = refused()
+    assert "is of another architecture than model.gen" in said
+    assert "model_type is llama there and mistral here" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_thirty_kills(start, overrides, tmp_path, ranks):
+    sharding = {"training.sharding": "fsdp"} if ranks > 1 else {}
+    check(start, overrides, tmp_path, kills=30, ranks=ranks, steps=150, **sharding)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(start, overrides, tmp_path):
+    """Two that share out the weights, then one, then two again: but for rounding, the run of one process."""
+    same = {
+        "model.embseq": "null",
+        "training.sharding": "fsdp",
+        "training.lr": 1e-3,
+    }  # without dropout, whose masks are a rank's own
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert finished(start(overrides("whole", **same), 1), 300)
+    for steps, ranks in ((5, 2), (9, 1), (STEPS, 2)):
+        assert finished(start(overrides("moved", **same, **{"training.steps": steps}), ranks), 300)
+    ours, expected = losses(moved), losses(whole)
+    assert [row[0] for row in ours] == list(range(1, STEPS + 1))
+    for one, other in zip(ours, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    said = (moved / "warnings.log").read_text()
+    assert "continuing with 1 ranks what 2 began: weights and optimizer states are the same" in said
+    assert "continuing with 2 ranks what 1 began" in said
