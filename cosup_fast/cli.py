@@ -425,18 +425,18 @@ def mine(
     if corpus is None and not (folder / STAMP).is_file():
         raise ValueError(f"{folder} is no index, it has no {STAMP}: give --corpus to build it, or another --index")
     model = _load_model(checkpoint, device)
-    if passages is not None and not (folder / STAMP).is_file():
-        SequenceIndex.build(model, passages, progress=True).save(folder)
-        _say(f"index: {folder} ({len(passages)} passages)")
-    loaded = SequenceIndex.load(folder, model, allow_stale=allow_stale)
-    if passages is not None and (
-        len(loaded) != len(passages) or any(a != b for a, b in zip(loaded.passages, passages))
-    ):
-        raise ValueError(
-            f"{folder} holds other passages than --corpus {corpus}: leave that out, or name another --index"
-        )
     journal = output.with_name(f".{output.name}.part")
     try:
+        if corpus is not None and not (folder / STAMP).is_file():
+            built = SequenceIndex.build(model, corpus, folder)  # shard by shard, so that a kill costs little
+            _say(f"index: {folder} ({len(built)} passages)")
+        loaded = SequenceIndex.load(folder, model, allow_stale=allow_stale)
+        if passages is not None and (
+            len(loaded) != len(passages) or any(a != b for a, b in zip(loaded.passages, passages))
+        ):
+            raise ValueError(
+                f"{folder} holds other passages than --corpus {corpus}: leave that out, or name another --index"
+            )
         mined = mine_negatives(model, loaded, chosen, config, journal=journal, progress=True)
     except KeyboardInterrupt:
         err.print("[yellow]interrupted:[/] the same command goes on where this one stopped", highlight=False)

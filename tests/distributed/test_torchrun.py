@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -150,7 +151,8 @@ def test_a_rank_that_answers_no_more_is_named_in_time(arguments, tmp_path):
     try:
         _, err = process.communicate(timeout=90)
     finally:
-        os.kill(stopped, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # torchrun has killed it
+            os.kill(stopped, signal.SIGCONT)
     assert process.returncode != 0
     err = " ".join(err.split())
     assert "rank 2 did not come within 8 s" in err or "rank 2 answered no more" in err
@@ -175,7 +177,7 @@ def test_ctrl_c_saves_once_and_ends_all(arguments, tmp_path):
 def test_a_wild_step_is_refused_by_all_and_saved_once(arguments, tmp_path, examples):
     plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(24)]
     noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
-    planted = examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})
+    planted = examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise, passage="paris")]})
     write_jsonl(tmp_path / "train.jsonl", [*plain, planted])
     fields = {"batch_size": 2, "steps": 60, "lr": 3e-3, "warmup": 0.0, "spike_window": 8, "spike_factor": 10.0,
               "balance_lengths": False, "seed": 3, "eval_every": None, "checkpoint_every": None}  # fmt: skip
