@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = 600.0
 """Seconds to wait for the other ranks, unless told otherwise."""
@@ -103,6 +105,8 @@ class Peers:
 
     def mesh(self, device: str) -> DeviceMesh:
         """The ranks as a mesh of this type of device."""
+        from torch.distributed.device_mesh import DeviceMesh
+
         return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
 
     @contextmanager

@@ -149,4 +149,4 @@ def test_two_7b_models_fit(preset, packs, most):
     with Simulator() as simulator:
         answer = simulator.ask(asked)
     assert answer["parameters"] == pytest.approx(13.35e9, rel=0.01)
-    assert 0.9 * most < answer["peak"] / 2**30 <= most
+    assert 0.8 * most < answer["peak"] / 2**30 <= most
