@@ -46,8 +46,10 @@ def run_pack(backbone: Any, pack: Pack, without: FinalNorm | None = None) -> Ten
         },
         PACKED_SDPA: {"sequence_lengths": SequenceLengths(pack.lengths)},
     }[backbone.config._attn_implementation]
+    # Inside a sharded model its weights are whole already; its hooks would gather and count them once more.
+    forward = backbone.forward if hasattr(backbone, "run_inside") else backbone
     with bypassed(backbone, without):
-        return backbone(
+        return forward(
             input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False, **lengths
         ).last_hidden_state[0]
 

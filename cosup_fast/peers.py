@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = 600.0
 """Seconds to wait for the other ranks, unless told otherwise."""
@@ -111,6 +113,8 @@ class Peers:
 
     def mesh(self, device: str) -> DeviceMesh:
         """The ranks as a mesh of this type of device."""
+        from torch.distributed.device_mesh import DeviceMesh
+
         return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
 
     @contextmanager

@@ -95,7 +95,7 @@ class CheckpointWriter:
                     save_file(tensors, folder / name, metadata={"format": "pt"})
                     self._finished(folder, name)
             except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
-                self._error = str(error)
+                self._error = _not_written(error)
 
         if self.rank == 0:
             (folder / "trainer.json").write_text(

@@ -148,5 +148,5 @@ def test_two_7b_models_fit(preset, packs, most):
     asked = PlanRequest.of(config, gpus=chosen.gpus, gen_packs=packs, embseq_packs=packs)
     with Simulator() as simulator:
         answer = simulator.ask(asked)
-    assert answer["parameters"] * chosen.gpus == pytest.approx(13.35e9, rel=0.01) or chosen.gpus == 1
-    assert 0.9 * most < answer["peak"] / 2**30 <= most
+    assert answer["parameters"] == pytest.approx(13.35e9, rel=0.01)
+    assert 0.8 * most < answer["peak"] / 2**30 <= most
