@@ -95,7 +95,7 @@ class CheckpointWriter:
                     save_file(tensors, folder / name, metadata={"format": "pt"})
                     self._finished(folder, name)
             except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
-                self._error = str(error)
+                self._error = _not_written(error)
 
         if self.rank == 0:
             (folder / "trainer.json").write_text(
@@ -120,6 +120,8 @@ class CheckpointWriter:
         problem = next((one["problem"] for one in files if one["problem"]), None)
         if self.rank == 0 and problem is None:
             problem = self._install(final, folder, {k: v for one in files for k, v in one["files"].items()})
+        elif self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         self._agree(final, problem)
         return final
 
