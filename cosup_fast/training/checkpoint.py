@@ -120,6 +120,8 @@ class CheckpointWriter:
         problem = next((one["problem"] for one in files if one["problem"]), None)
         if self.rank == 0 and problem is None:
             problem = self._install(final, folder, {k: v for one in files for k, v in one["files"].items()})
+        elif self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         self._agree(final, problem)
         return final
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cosup_fast.training import checkpoint
 from cosup_fast.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -62,3 +63,17 @@ def test_newest_takes_a_checkpoint_or_a_run(make_model, tmp_path):
     assert newest(tmp_path) == newest(saved) == saved
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         newest(tmp_path / "checkpoints")
+
+
+def test_a_file_that_cannot_be_written_loses_nothing(make_model, tmp_path, monkeypatch):
+    model = make_model()
+    saved = save_checkpoint(tmp_path, 1, model, _optimizer(model))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"step-000002 was not written .*No space left.*earlier.*whole"):
+        save_checkpoint(tmp_path, 2, model, _optimizer(model))
+    assert checkpoints(tmp_path) == [saved]
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
