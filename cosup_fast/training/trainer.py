@@ -167,7 +167,7 @@ class Trainer:
         if self.step == 0:
             self._seed()
             self._evaluate()
-        with self._nothing_lost(), _interruptible(self.on_interrupt) as interrupted:
+        with self._nothing_lost(), self._naming("training"), _interruptible(self.on_interrupt) as interrupted:
             while self.step < self.total_steps and not self._stop(interrupted, late=time.monotonic() >= deadline):
                 if self.writer.pending is not None and self._written:
                     self.last_checkpoint = self.writer.finish()
@@ -195,6 +195,10 @@ class Trainer:
             if self.writer.pending is not None and self.peers is None:
                 self.writer.finish()
             raise
+
+    def _naming(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Where FSDP's collectives fail inside, the lost ranks are named."""
+        return contextlib.nullcontext() if self.peers is None else self.peers.naming(what)
 
     def _seed(self) -> None:
         """Random numbers of dropout, other ones on every rank."""
@@ -249,7 +253,7 @@ class Trainer:
             self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision, peers=self.peers))
         start, random = time.perf_counter(), random_state(model.device)
         lr = self._schedule()
-        with contextlib.nullcontext() if self.peers is None else self.peers.naming(f"step {self.step + 1}"):
+        with self._naming(f"step {self.step + 1}"):
             out = accumulate_gradients(model, batch, precision=config.precision, group=self.peers)
         # The device is still busy with this step; what follows waits for it.
         self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosup_fast.data.records import DataError, Example, Passage, Segment, read_examples, read_passages, write_jsonl
@@ -28,6 +28,7 @@ examples = st.builds(
 passages = st.builds(Passage, id=nonblank, title=text, text=nonblank, topic=text)
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(st.lists(examples, min_size=1, max_size=4, unique_by=lambda e: e.id))
 def test_examples_round_trip(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("records") / "x.jsonl"
