@@ -102,7 +102,7 @@ def here(setting: Setting, size: int) -> Row:
         trainer = Trainer(model, config, examples, corpus, Path(folder))
         accumulate_gradients(model, make_batch(examples[:2], corpus, model.template, config.pack_limits))
         trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.optimizer.zero_grad()
         batch = trainer.batch(0)
         counts = {"queries": batch.step.nsp, "passages": batch.step.passages, "micro_batches": len(batch.packs)}
         del batch

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +34,15 @@ ROLL_CALL = 5.0
 # torch 2.13 renamed these; the old names warn there.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(function: F) -> F:
+    """Outside of compiled graphs, with its signature."""
+    disable: Any = torch.compiler.disable
+    return disable(function)
 
 
 class PeerError(RuntimeError):
@@ -68,7 +77,7 @@ class Peers:
         self._channel = _channel(self.group)
 
     @classmethod
-    @torch.compiler.disable
+    @_uncompiled
     def of(cls, group: ProcessGroup | Peers) -> Peers:
         """`group` itself if it is one of these, else the peers of that process group. Breaks a compiled graph."""
         return group if isinstance(group, Peers) else cls(group)
