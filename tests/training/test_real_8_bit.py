@@ -17,7 +17,7 @@ WINDOW = 20
 """Steps that a point of a curve is the mean of: a single step is four examples."""
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.timeout(7200)
 def test_8_bit_states_train_smollm2_as_those_of_32_bits_do(tmp_path):
     for name in ("smollm2-135m", "wiki-leads", "questions"):
