@@ -27,7 +27,7 @@ from cosup_fast.testing import LOGITS, operands, sanitize, with_gaps
 
 CHUNKS = [FusedChunk, RecomputedChunk, RowChunk]
 FEW = settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-MANY = settings(max_examples=300, deadline=None)
+MANY = settings(max_examples=300, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
