@@ -48,6 +48,7 @@ def problems(draw) -> tuple[Scores, Tensor, Tensor | None]:
     if several or draw(st.booleans()):
         known = draw(st.integers(1, 40))
         key_ids = torch.randint(-1, known, (m,), generator=g) * 2**40
+        key_ids[0] = key_ids[0].abs()  # a row without a candidate has no loss
         if target is not None:
             key_ids[target] = key_ids[target].abs()
             query_ids = key_ids[target] if draw(st.booleans()) else None
