@@ -189,6 +189,10 @@ def cosup(monkeypatch, capsys):
     """Runs the command in this process: (exit status, standard output, standard error on one line)."""
 
     from cosup_fast.cli import run
+    from cosup_fast.cli_common import err, out
+
+    for console in (out, err):  # made when they were first imported, perhaps narrower
+        monkeypatch.setattr(console, "_width", 200)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["cosup-fast", *map(str, arguments)])
