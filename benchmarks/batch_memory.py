@@ -17,30 +17,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import machine, peak, report
+from benchmarks.material import Material
 from cosup_fast.data.packing import make_batch
-from cosup_fast.data.sources import load_corpus, load_examples
-from cosup_fast.data.template import TextConfig
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
 from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Which models and data, and how a step is cut."""
+class Setting(Material):
+    """Of what, and how a step is cut."""
 
-    model: str = "smollm2-135m"
-    layers: int | None = None
-    corpus: str = "wiki-leads"
-    examples: tuple[str, ...] = ("cloze/train", "questions/train")
-    passage_tokens: int = 512
     tokens_per_micro_batch: int = 2048
-    checkpointing: bool = True
-    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -80,13 +69,9 @@ def here(setting: Setting, size: int) -> Row:
     Raises:
         ValueError: there are fewer examples than that.
     """
-    torch.set_num_threads(setting.threads)
-    corpus = {passage.id: passage for passage in load_corpus(setting.corpus)}
-    examples = [example for name in setting.examples for example in load_examples(name, corpus)]
+    model, corpus, examples = setting.load()
     if size > len(examples):
         raise ValueError(f"size={size}: there are {len(examples)} examples in {', '.join(setting.examples)}")
-    text = TextConfig(max_passage_tokens=setting.passage_tokens, long_passages="truncate")
-    parts = ModelConfig(gen=setting.model, gen_layers=setting.layers, embseq_layers=setting.layers)
     config = TrainingConfig(
         steps=1,
         batch_size=size,
@@ -98,7 +83,6 @@ def here(setting: Setting, size: int) -> Row:
         device="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:
-        model = CoSupervisionModel.from_pretrained(parts, text).train()
         trainer = Trainer(model, config, examples, corpus, Path(folder))
         accumulate_gradients(model, make_batch(examples[:2], corpus, model.template, config.pack_limits))
         trainer.optimizer.step()

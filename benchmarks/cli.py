@@ -276,8 +276,8 @@ def train_step_command(
     if wrong := [what for what in measure or [] if what not in train_step.MEASURES]:
         raise ValueError(f"measure is {wrong[0]!r}; choose from {', '.join(train_step.MEASURES)}")
     setting = train_step.Setting(
-        model, layers, corpus, tuple(examples or train_step.Setting.examples), passage_tokens, batch_size, factor,
-        checkpointing, threads,
+        model, layers, corpus, tuple(examples or train_step.Setting.examples), passage_tokens, checkpointing, threads,
+        batch_size, factor,
     )  # fmt: skip
     folder = output or report.ROOT / machine.folder() / ("grad-cache" if cache else "train-step")
     report.writable(folder, overwrite)
@@ -316,8 +316,8 @@ def batch_memory_command(
 ) -> None:
     """How much memory does a training step take whose negatives are a large batch's?"""
     setting = batch_memory.Setting(
-        model, layers, corpus, tuple(examples or batch_memory.Setting.examples), passage_tokens, tokens_per_micro_batch,
-        checkpointing, threads,
+        model, layers, corpus, tuple(examples or batch_memory.Setting.examples), passage_tokens, checkpointing, threads,
+        tokens_per_micro_batch,
     )  # fmt: skip
     folder = output or report.ROOT / machine.folder() / "batch-memory"
     report.writable(folder, overwrite)

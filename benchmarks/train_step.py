@@ -30,15 +30,14 @@ from torch.utils import flop_counter
 
 from benchmarks import machine, peak, report
 from benchmarks.counting import OperationCounter
+from benchmarks.material import Material
 from benchmarks.recipe import OURS, VARIANTS, step
 from benchmarks.timing import Spread, orders
 from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler
-from cosup_fast.data.sources import load_corpus, load_examples
-from cosup_fast.data.template import TextConfig
 from cosup_fast.losses import CoSupervisionOutput
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.training.step import accumulate_gradients
 
 Say = Callable[[str], None]
@@ -55,29 +54,14 @@ MEASURES = ("memory", "products", "time")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Which models and which data."""
+class Setting(Material):
+    """Of what, and how large a step is."""
 
-    model: str = "smollm2-135m"
-    layers: int | None = None
-    corpus: str = "wiki-leads"
-    examples: tuple[str, ...] = ("cloze/train", "questions/train")
-    passage_tokens: int = 512
     batch_size: int = 8
     factor: int = 16  # micro-batches in the one batch of `cache`
-    checkpointing: bool = True  # as published
-    threads: int = 2
 
-    def load(self) -> Bench:
-        torch.set_num_threads(self.threads)
-        parts = ModelConfig(gen=self.model, gen_layers=self.layers, embseq_layers=self.layers)
-        text = TextConfig(max_passage_tokens=self.passage_tokens, long_passages="truncate")
-        model = CoSupervisionModel.from_pretrained(parts, text)
-        if self.checkpointing:
-            model.enable_activation_checkpointing()
-        corpus = {passage.id: passage for passage in load_corpus(self.corpus)}
-        examples = [example for name in self.examples for example in load_examples(name, corpus)]
-        return Bench(self, model.train(), corpus, examples)
+    def bench(self) -> Bench:
+        return Bench(self, *self.load())
 
 
 @dataclass
@@ -162,7 +146,7 @@ def measure(
         for name, row in rows.items():
             say(f"memory of {name}")
             row.memory = peak_of(setting, name)
-    bench = setting.load()
+    bench = setting.bench()
     expected: Tensor | None = None
     for name, row in rows.items():
         row.examples = setting.batch_size * (setting.factor if name in (CACHED, PLAIN) else 1)
@@ -203,7 +187,7 @@ def peak_of(setting: Setting, name: str, timeout: float = 1800) -> int:
 
 def peak_here(setting: Setting, name: str) -> int:
     """The same in this process, which should do nothing else."""
-    bench = setting.load()
+    bench = setting.bench()
     bench.contender(name, 0)()  # gradients are there from now on, and what a first call sets up
     run = bench.contender(name, 1)
     gc.collect()

@@ -418,7 +418,7 @@ def _mend_memory(patches: Patches) -> None:
         if not arithmetic.is_bf16(val):
             return atomic_rmw(self, op, pointers, val, mask, sem, scope)
         if not op.name.endswith("ADD"):
-            raise NotImplementedError(f"atomic {op.name} of bf16")
+            raise NotImplementedError(f"atomic {op.name} of bf16: the interpreter only adds it")
         out = np.zeros_like(val.data)
         for lane in zip(*np.nonzero(mask.data)):  # one after the other: two lanes may name one element
             one = TensorHandle(real[lane].reshape(1), ptr.dtype), TensorHandle(np.ones(1, bool), tl.int1)

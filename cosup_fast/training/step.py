@@ -19,6 +19,7 @@ Source: Gao et al. 2021, arXiv 2101.06983 (GradCache); here a query's sequence c
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -100,7 +101,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-class _Passes(Generic[T]):
+class _Passes(ABC, Generic[T]):
     """One forward, run without a graph and then, on the same random numbers, with one."""
 
     def __init__(self, model: CoSupervisionModel, pack: Any, precision: str):
@@ -109,9 +110,9 @@ class _Passes(Generic[T]):
         self.kept: T | None = None
         self.random: tuple[Tensor, ...] | None = None
 
+    @abstractmethod
     def forward(self, *, whole: bool) -> T:
         """The forward; `whole`: with what only pass 3 reads."""
-        raise NotImplementedError
 
     def first(self, *, keep: bool) -> T:
         """Pass 1; with `keep` it has a graph and is pass 3 too."""

@@ -23,7 +23,7 @@ def setting(llama_folder, data_folder):
 
 @pytest.fixture
 def bench(setting):
-    return setting.load()
+    return setting.bench()
 
 
 def gradients(model, run):

@@ -1,3 +1,5 @@
+"""Intervals, averages and paired gains: they cover what they say, and degenerate samples have none."""
+
 import itertools
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Test sets: what KILT's lines become, and what is wrong with a file, by its line."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Metrics of one question: against the definitions of their sources, and for any text."""
+
 import math
 import sys
 import time

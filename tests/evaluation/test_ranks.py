@@ -1,3 +1,5 @@
+"""Teacher-forced retrieval: how many passages stand ahead of the one that is asked for."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""From answers and verdicts to scores: what counts, what does not, and what has no score."""
+
 import pytest
 
 from cosup_fast.data.records import Example
