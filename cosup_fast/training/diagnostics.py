@@ -24,6 +24,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, GenPack
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import Peers
 from cosup_fast.training.ranks import reduce_gradients
+from cosup_fast.training.sharding import local
 from cosup_fast.training.step import autocast, rows
 
 
@@ -45,8 +46,9 @@ def diagnose(
 ) -> Diagnosis:
     """Two extra backward passes over a step's batch; parameters and random numbers stay as they are.
 
-    Needs the memory of one more gradient of Gen. Gradients that the parameters have already are not kept. Ranks that
-    share the step all call this, and all have the same answer.
+    Needs the memory of one more gradient of Gen, or of a rank's part of it where ranks share out the weights. Gradients
+    that the parameters have already are not kept. Ranks that share the step all call this, and all have the same
+    answer.
     """
     passes = _Passes(model, precision, peers)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -54,11 +56,11 @@ def diagnose(
         nsp = passes.nsp_gradients(batch, query, keys) if batch.step.nsp and model.nsp.weight else None
         ntp = passes.ntp_gradients(batch)
     nsp_norm = cosine = None
-    ntp_norm = math.sqrt(_dot(ntp, ntp))
+    ntp_norm = math.sqrt(passes.dot(ntp, ntp))
     if nsp is not None:
-        nsp_norm = math.sqrt(_dot(nsp, nsp))
+        nsp_norm = math.sqrt(passes.dot(nsp, nsp))
         product = ntp_norm * nsp_norm
-        cosine = _dot(ntp, nsp) / product if product else None
+        cosine = passes.dot(ntp, nsp) / product if product else None
     q, k = (normalize(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (query, keys))
     positive = batch.positive
     if peers is not None:
@@ -107,7 +109,7 @@ class _Passes:
         with self._gradients() as found:
             asked = [len(part.query_rows) for part in batch.gen]
             for i, (part, gradient) in enumerate(zip(batch.gen, _split(d_query, asked), strict=True)):
-                if len(gradient):
+                if self.model.sharded or len(gradient):  # ranks that share out weights make the same passes
                     self._query(part, i).backward(gradient)
             if shared:
                 counts = [part.count for part in batch.passages]
@@ -121,6 +123,15 @@ class _Passes:
             for i, part in enumerate(batch.gen):
                 self._run(lambda part: self.model.gen_losses(part, batch.step.ntp)[0], part, i).backward()
         return found
+
+    def dot(self, a: list[Tensor | None], b: list[Tensor | None]) -> float:
+        """The inner product of two gradients, in fp32 at least and summed in fp64; what has none is 0."""
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for x, y in zip(a, b, strict=True):
+            if x is not None and y is not None:
+                x, y = local(x), local(y)
+                total += torch.sum(x * y.to(torch.promote_types(y.dtype, torch.float32)), dtype=torch.float64)
+        return float(self.peers.sum(total) if self.peers is not None and self.model.sharded else total)
 
     def _query(self, part: GenPack, i: int) -> Tensor:
         return self._run(lambda part: self.model.query_embeddings(part.pack, part.query_rows), part, i)
@@ -146,12 +157,3 @@ class _Passes:
 
 def _split(gradient: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
     return gradient.split(counts) if counts else ()
-
-
-def _dot(a: list[Tensor | None], b: list[Tensor | None]) -> float:
-    """The inner product of two gradients, in fp32 at least and summed in fp64; what has none is 0."""
-    total = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x is not None and y is not None:
-            total += torch.sum(x * y.to(torch.promote_types(y.dtype, torch.float32)), dtype=torch.float64)
-    return float(total)

@@ -249,7 +249,7 @@ class Trainer:
         number, batch = self._next or (-1, None)
         if batch is None or number != self.step:
             batch = self.batch(self.step)
-        if config.diagnose_every and (self.step + 1) % config.diagnose_every == 0 and not model.sharded:
+        if config.diagnose_every and (self.step + 1) % config.diagnose_every == 0:
             self.on_metrics(diagnose(model, batch, self.step + 1, precision=config.precision, peers=self.peers))
         start, random = time.perf_counter(), random_state(model.device)
         lr = self._schedule()

@@ -140,11 +140,13 @@ def test_local_gradients_of_keys_differ_in_embseq_alone(small_world, settings, s
             assert_equal({n: ours[n] for n in embseq}, {n: expected[n] for n in embseq}, 1e-3)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "shared out"])
 @pytest.mark.parametrize("variant", ["pair", "shared"])
-def test_a_diagnosis_is_that_of_the_whole_step(variant, small_world, settings, step_examples, corpus):
+def test_a_diagnosis_is_that_of_the_whole_step(variant, sharded, small_world, settings, step_examples, corpus):
     model = load(settings(variant))
     expected = diagnose(model, make_batch(step_examples, corpus, model.template), 7, precision="float32")
-    for found in small_world.run("diagnosis", [0, 1, 2], settings(variant), step_examples, corpus, tuple(PACKS)):
+    arguments = (settings(variant), step_examples, corpus, tuple(PACKS), sharded)
+    for found in small_world.run("diagnosis", [0, 1, 2], *arguments):
         assert vars(found) == pytest.approx(vars(expected), rel=1e-6)
 
 

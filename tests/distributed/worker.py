@@ -157,19 +157,24 @@ def co_supervised(settings: str) -> Any:
     ).eval()
 
 
+def shards(peers: Peers, settings: str) -> Any:
+    """The same, its weights shared out."""
+    from cosup_fast.training.sharding import shard
+
+    model = co_supervised.__wrapped__(settings)
+    shard(model, peers.mesh("cpu"), precision="float32")
+    return model
+
+
 def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, **options: Any) -> dict:
     """The gradients of a step that ranks share, their losses, and what is counted."""
-    from torch.distributed.device_mesh import DeviceMesh
-
     from cosup_fast.data.packing import PackLimits, make_batch
     from cosup_fast.training.ranks import reduce_gradients
-    from cosup_fast.training.sharding import shard
     from cosup_fast.training.step import accumulate_gradients
 
     peers, sharded = Peers(groups[size]), options.pop("sharded", False)
-    model = co_supervised.__wrapped__(settings) if sharded else co_supervised(settings)
+    model = shards(peers, settings) if sharded else co_supervised(settings)
     if sharded:
-        shard(model, DeviceMesh.from_group(peers.group, "cpu"), precision="float32")
         model.enable_activation_checkpointing(options.pop("recompute", "none"))
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -191,14 +196,15 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple) -> Any:
+def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, sharded: bool) -> Any:
     from cosup_fast.data.packing import PackLimits, make_batch
     from cosup_fast.training.diagnostics import diagnose
 
-    model = co_supervised(settings)
+    peers = Peers(groups[size])
+    model = shards(peers, settings) if sharded else co_supervised(settings)
     model.criterion.nsp.key_grad = "global"
-    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size)
-    return diagnose(model, batch, 7, precision="float32", peers=Peers(groups[size]))
+    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
+    return diagnose(model, batch, 7, precision="float32", peers=peers)
 
 
 def same_run(size: int, part: tuple[Any, dict], settings: str) -> str:
