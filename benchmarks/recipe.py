@@ -87,7 +87,7 @@ class Recipe:
     def loss(self) -> CoSupervisionOutput:
         model, switches = self.model, self.switches
         backbone, embseq = model.gen.base_model, model.embseq or model.gen.base_model
-        gen_norm, embseq_norm = (model._gen_norm, model._embseq_norm) if switches.norm_rows else (None, None)
+        gen_norm, embseq_norm = (model.gen_norm, model.embseq_norm) if switches.norm_rows else (None, None)
         states = self.gen.run(backbone, gen_norm)
         head: Any = model.gen.get_output_embeddings()
         if switches.supervised:

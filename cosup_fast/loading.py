@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file
@@ -133,7 +134,7 @@ def load_language_model(
     Args:
         name: a prepared name, a local folder or a Hugging Face name.
         settings: dtype, attention, and whether the weights are kept in 4 bits.
-        device: where 4-bit weights go at once.
+        device: where 4-bit weights go at once; "meta": no weights are read.
         layers: keep only the first ones.
         head: with the head.
 
@@ -170,10 +171,16 @@ def load_language_model(
     loaded = "eager" if attention == PACKED_SDPA and backend else attention
     try:
         with quiet_transformers(), no_downloaded_kernels():
-            model = factory.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation=loaded, use_safetensors=True, **options
-            )
+            if device.type == "meta":
+                with device:
+                    model = factory.from_config(config, dtype=dtype, attn_implementation=loaded)
+            else:
+                model = factory.from_pretrained(
+                    source, config=config, dtype=dtype, attn_implementation=loaded, use_safetensors=True, **options
+                )
             model.config._attn_implementation = attention
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name!r} are damaged ({error}): use another copy") from None
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise

@@ -33,7 +33,7 @@ from cosup_fast.adapters import (
     save_adapter_config,
     unwrapped,
 )
-from cosup_fast.backbone import agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
+from cosup_fast.backbone import FinalNorm, agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.decoder_layers import Recompute, compile_layers, recompute_activations
@@ -95,6 +95,9 @@ class CoSupervisionModel(nn.Module):
     gen: PreTrainedModel
     embseq: PreTrainedModel | None
     projection: nn.Linear | None
+    gen_norm: FinalNorm | None
+    embseq_norm: FinalNorm | None
+    """The final norms, where they can run on the rows alone that are read."""
     sharded = False
     """Whether ranks have shared out the weights (`training.sharding.shard`)."""
 
@@ -138,8 +141,8 @@ class CoSupervisionModel(nn.Module):
             embeddings.padding_idx = None
         if freeze_embseq and embseq is not None:
             embseq.requires_grad_(False)
-        self._gen_norm = find_final_norm(gen.base_model)
-        self._embseq_norm = self._gen_norm if embseq is None else find_final_norm(embseq)
+        self.gen_norm = find_final_norm(gen.base_model)
+        self.embseq_norm = self.gen_norm if embseq is None else find_final_norm(embseq)
 
     @classmethod
     def from_pretrained(
@@ -151,6 +154,13 @@ class CoSupervisionModel(nn.Module):
         device: torch.device | str = "cpu",
     ) -> Self:
         """Two pretrained causal LMs, with special tokens added to Gen.
+
+        Args:
+            model: which, and how much of them.
+            text: the template's settings.
+            nsp: the loss settings.
+            device: where they go; "meta" reads and checks no weights, for ranks that get them from another one
+                (`training.sharding`).
 
         Raises:
             ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
@@ -421,8 +431,8 @@ class CoSupervisionModel(nn.Module):
         unit = self.projection is None and self.nsp.similarity == "cosine"
 
         def run() -> Tensor:
-            hidden = run_pack(model, pack, self._embseq_norm)
-            return norm_rows(model, hidden, pack.last_rows, self._embseq_norm, normalize=unit)
+            hidden = run_pack(model, pack, self.embseq_norm)
+            return norm_rows(model, hidden, pack.last_rows, self.embseq_norm, normalize=unit)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_embseq):
             return self._inside(self.gen if self.embseq is None else self.embseq, run)
@@ -443,10 +453,10 @@ class CoSupervisionModel(nn.Module):
         return getattr(part, "run_inside", _call)(run)
 
     def _gen_states(self, pack: Pack) -> Tensor:
-        return run_pack(self.gen.base_model, pack, self._gen_norm)
+        return run_pack(self.gen.base_model, pack, self.gen_norm)
 
     def _at(self, states: Tensor, rows: Tensor, *, normalize: bool = False) -> Tensor:
-        return norm_rows(self.gen.base_model, states, rows, self._gen_norm, normalize=normalize)
+        return norm_rows(self.gen.base_model, states, rows, self.gen_norm, normalize=normalize)
 
     @property
     def device(self) -> torch.device:
@@ -507,9 +517,11 @@ class CoSupervisionModel(nn.Module):
         Raises:
             ValueError: a model mixes the sequences of a pack or cannot run on one, or `logits` is not all of its head.
         """
+        if self.device.type == "meta":
+            return
         hidden = check_packs(self.gen.base_model, f"Gen {gen!r}", self.device)
-        if self._gen_norm is not None and not ends_in(self.gen.base_model, self._gen_norm, hidden):
-            self._gen_norm = None
+        if self.gen_norm is not None and not ends_in(self.gen.base_model, self.gen_norm, hidden):
+            self.gen_norm = None
         ours, expected = self.logits(hidden), self.gen(input_ids=probe(self.device), use_cache=False).logits[0]
         ours, expected = (x - x.mean(dim=-1, keepdim=True) for x in (ours, expected))  # a shift changes no loss
         if not agree(ours, expected, self.gen.dtype):
@@ -520,11 +532,11 @@ class CoSupervisionModel(nn.Module):
                 "model.gen"
             )
         if self.embseq is None:
-            self._embseq_norm = self._gen_norm
+            self.embseq_norm = self.gen_norm
             return
         hidden = check_packs(self.embseq, f"Embseq {embseq!r}", self.device)
-        if self._embseq_norm is not None and not ends_in(self.embseq, self._embseq_norm, hidden):
-            self._embseq_norm = None
+        if self.embseq_norm is not None and not ends_in(self.embseq, self.embseq_norm, hidden):
+            self.embseq_norm = None
 
     def _head_state(self) -> dict[str, Tensor]:
         """What belongs to neither model: the loss's learnable scale and the projection."""

@@ -17,12 +17,13 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cosup_fast.files import install_folder, remove_unfinished, sha256, sync
@@ -209,8 +210,8 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
-def verify(folder: Path) -> None:
-    """Compares every file with the manifest.
+def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Compares every file with the manifest, or this rank's share of them.
 
     Raises:
         CheckpointError: no manifest, or a file that is missing, truncated or altered.
@@ -219,7 +220,7 @@ def verify(folder: Path) -> None:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is no finished checkpoint: {MANIFEST} cannot be read ({error})") from None
-    for name, expected in files.items():
+    for name, expected in list(files.items())[rank::ranks]:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {REMEDY}")
@@ -268,10 +269,9 @@ def load_trainer_state(
     try:
         description = json.loads((folder / "trainer.json").read_text())
         files = [folder / "optimizer" / f"rank-{r:05d}.safetensors" for r in range(len(description["ranks"]))]
-        read = [load_file(path) for path in files]
+        read = [_Tensors(path) for path in files]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} has no state of a trainer that can be read ({error}): {REMEDY}") from None
-    random = [{n: x.pop(n) for n in list(x) if n.startswith("random/")} for x in read]
     saved = [SavedStates(x, parameters) for x, parameters in zip(read, description["ranks"], strict=True)]
     try:
         anew = load_states(optimizer, saved, rank, ranks)
@@ -280,9 +280,29 @@ def load_trainer_state(
     if len(saved) != ranks:
         same = "8-bit optimizer states were quantized anew" if anew else "weights and optimizer states are the same"
         warn(f"continuing with {ranks} ranks what {len(saved)} began: {same}, sums are rounded in another order")
-    if rank < len(random):
-        set_random_state({name.removeprefix("random/"): x for name, x in random[rank].items()}, model.device)
+    if rank < len(read):
+        random = {name.removeprefix("random/"): read[rank][name] for name in read[rank] if name.startswith("random/")}
+        set_random_state(random, model.device)
     return description["step"]
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for: a rank needs few of all that ranks saved."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _index_weights(folder: Path, files: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ are blocks of 256 elements of a shard, so they are dequantized, cut, and quantiz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +21,7 @@ _MOMENTS = {"adamw-8bit": ("state1", "state2")}
 class SavedStates(NamedTuple):
     """What one rank saved: tensors by "parameter/key", and of each parameter its steps, its shape and its first row."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     parameters: dict[str, dict[str, Any]]
 
 

@@ -99,28 +99,36 @@ def _run(config: RunConfig, output: Path, resume: bool, force: bool, console: Co
         "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
         "held-out": _digest(held_out, evaluator.pool if evaluator else []),
     }
+    if peers is not None:
+        resumed = checkpoint and checkpoint.name
+        run = {"configuration": config.model_dump(mode="json"), "data": digests, "checkpoint to resume": resumed}
+        _check_same(peers, "the same run", run)
     if checkpoint is not None:
         _check_same_data(output, digests)
         if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
             console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
             return checkpoint
-    # Shards go to the device one layer at a time; the whole model would not fit there.
-    load_on = torch.device("cpu") if config.training.sharding == "fsdp" and peers is not None else device
+    load_on, sharded = device, config.training.sharding == "fsdp" and peers is not None
+    if sharded:
+        # One rank alone reads the weights, into the CPU's memory; shards go to the devices a layer at a time.
+        load_on = torch.device("cpu" if peers is None or peers.rank == 0 else "meta")
     if checkpoint is None:
         template = load_template(config.model, config.text)[0]
         lengths = _measure(template, config, examples, corpus, console)
         if not force:
             _check_memory(config, template, examples, corpus, lengths, device, console, peers)
         torch.manual_seed(config.training.seed)
-        model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
+        with _reporting(peers, "the same weights"):
+            model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
     else:
         _check_architecture(config, checkpoint)
-        verify(checkpoint)
-        model = CoSupervisionModel.load(checkpoint, device=load_on, attention=config.model.attention, merge=False)
+        with _reporting(peers, "the same weights"):
+            verify(checkpoint, *((0, 1) if peers is None else (peers.rank, peers.size)))
+            model = CoSupervisionModel.load(checkpoint, device=load_on, attention=config.model.attention, merge=False)
         console.print(f"continuing behind {checkpoint}", markup=False)
         lengths = _measure(model.template, config, examples, corpus, console)
     if peers is not None:
-        _check_same_run(peers, config, digests, checkpoint, model)
+        _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
     leads = peers is None or peers.rank == 0
     with RunLog(output, console) if leads else Silence(output) as log:
         trainer = Trainer(
@@ -263,7 +271,7 @@ def _check_memory(
     training, ranks = config.training, 1 if peers is None else peers.size
     steps = StepSampler(lengths, training.batch_size, training.seed, balanced=training.balance_lengths)
     if peers is None or peers.rank == 0:
-        with contextlib.nullcontext() if peers is None else peers.reporting("memory"):
+        with _reporting(peers, "memory"):
             batches = [
                 make_batch([examples[i] for i in steps[step]], corpus, template, training.pack_limits, ranks=ranks)
                 for step in range(min(3, steps.steps_per_epoch))
@@ -324,23 +332,20 @@ def _has_ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated:
     return shown or not evaluated or config.training.eval_every is None
 
 
-def _check_same_run(
-    peers: Peers, config: RunConfig, digests: dict[str, str], checkpoint: Path | None, model: CoSupervisionModel
-) -> None:
+def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
     """Refuses ranks that would train something else; none of them has written anything yet."""
-    note = {
-        "configuration": config.model_dump(mode="json"),
-        "data": digests,
-        "checkpoint to resume": checkpoint and checkpoint.name,
-        "weights": digest(model),
-    }
-    for rank, other in zip(peers.names, peers.meet("the same run", note), strict=True):
+    for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
         for name, value in note.items():
             if other[name] != value:
                 raise ValueError(
                     f"rank {rank} has another {name} than rank {peers.names[peers.rank]} "
                     f"({str(other[name])[:60]} there, {str(value)[:60]} here): start all ranks with the same files"
                 )
+
+
+def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:
+    """Tells the other ranks, if there are any, of an error inside."""
+    return contextlib.nullcontext() if peers is None else peers.reporting(purpose)
 
 
 @contextlib.contextmanager

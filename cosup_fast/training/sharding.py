@@ -5,7 +5,8 @@ Each model is a root of its own, its decoder layers are the units that are gathe
 whole, the LM head that NTP reads among them. Ranks must make the same passes in the same order (`make_batch` sees to
 that). Gradients are sums over ranks, reduced in fp32: losses are sums over global counts, so nothing is divided.
 
-What belongs to neither model, the projection and a learnt temperature, stays whole on every rank.
+What belongs to neither model, the projection and a learnt temperature, stays whole on every rank. The weights come
+from the first rank, a unit at a time; the others may have none yet (`device="meta"`), so that a node holds them once.
 Source: Zhao et al. 2023, arXiv 2304.11277; the unit is a parameter here (FSDP2), not a flat buffer.
 """
 
@@ -16,14 +17,18 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cosup_fast.backbone import FinalNorm
+
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.peers import Peers
 
 Sharding = Literal["none", "ddp", "fsdp"]
 
@@ -32,7 +37,8 @@ def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> Non
     """Shares out both models over the ranks of a one-dimensional mesh, in place; call it before an optimizer is made.
 
     Args:
-        model: loaded, the same on every rank, on any device: the shards go to the mesh's.
+        model: loaded on the first rank, whose weights and buffers go to all others; on any device, "meta" too where it
+            is not the first: the shards go to the mesh's.
         mesh: of all ranks.
         precision: "bfloat16" gathers and multiplies bf16 weights and keeps the sharded ones as they are.
 
@@ -54,6 +60,7 @@ def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> Non
                 f"training.sharding=fsdp: {name} ({type(part).__name__}) has {what}; use training.sharding=ddp"
             )
         for unit in (*layers, part):
+            _spread(unit, mesh)
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         for unit in part.modules():
             if isinstance(unit, FSDPModule):
@@ -63,8 +70,14 @@ def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> Non
         register_fsdp_forward_method(part, "run_inside")
     for rest in (model.projection, model.criterion):
         if rest is not None:
-            rest.to(model.gen.device)
+            _spread(rest, mesh)
     model.sharded = True
+
+
+def agree_on_norms(model: CoSupervisionModel, peers: Peers) -> None:
+    """Gives models without values what the first rank found by looking at its own: the norms that run on rows alone."""
+    first = peers.meet("final norms", {"norms": [model.gen_norm, model.embseq_norm]})[0]["norms"]
+    model.gen_norm, model.embseq_norm = (norm and FinalNorm(*norm) for norm in first)
 
 
 def reshard(model: CoSupervisionModel) -> None:
@@ -82,6 +95,23 @@ def local(t: Tensor) -> Tensor:
 def unsharded_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Those that every rank has whole, whose gradients are still to be summed."""
     return (p for p in model.parameters() if not isinstance(p, DTensor))
+
+
+@torch.no_grad()
+def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Gives every rank what the first has of a module, whole and on the mesh's device; shards stay as they are."""
+    kind = mesh.device_type
+    device = torch.device(kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}")
+    for x in (*module.parameters(), *module.buffers()):
+        if isinstance(x, DTensor):
+            continue
+        whole = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device).contiguous()
+        dist.broadcast(whole.flatten().view(torch.uint8), group=mesh.get_group(), group_src=0)
+        if x.is_meta:  # tied weights are one tensor, and stay one
+            is_parameter = isinstance(x, nn.Parameter)
+            torch.utils.swap_tensors(x, nn.Parameter(whole, x.requires_grad) if is_parameter else whole)
+        else:
+            x.data = whole
 
 
 def _run(part: nn.Module, run: Callable[[], Any]) -> Any:

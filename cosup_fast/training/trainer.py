@@ -44,7 +44,7 @@ from cosup_fast.training.metrics import HeldOut, StepMetrics
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.ranks import reduce_gradients
-from cosup_fast.training.sharding import local, reshard, shard
+from cosup_fast.training.sharding import agree_on_norms, local, reshard, shard
 from cosup_fast.training.step import accumulate_gradients, autocast
 
 
@@ -63,7 +63,8 @@ class Trainer:
         output: the run's folder; checkpoints go into `output/checkpoints`.
         lengths: what `example_lengths` says of the examples, if it was asked already.
         peers: the ranks that share every step; all of them have the same weights and arguments.
-        device: where it is trained, if that is not where the model is: shards go there one by one.
+        device: where it is trained, if that is not where the model is: shards go there one by one, and only the first
+            rank needs a model with weights.
         evaluate: called every `eval_every` steps, before the first step and after the last, with the model and the
             step, on every rank; returns a `HeldOut`.
         on_metrics: called with every `StepMetrics`, `Diagnosis` and `HeldOut`.
@@ -122,6 +123,7 @@ class Trainer:
         if config.compile:
             model.compile_layers(fixed_shapes=config.fixed_shapes)
         if config.sharding == "fsdp" and peers is not None:
+            agree_on_norms(model, peers)
             shard(model, peers.mesh(device.type), precision=config.precision)
         self.optimizer = LocalOptimizer(
             model.named_parameters(),

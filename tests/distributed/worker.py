@@ -145,23 +145,24 @@ def grad_cache(size: int, part: dict[str, Tensor], weight: Tensor, rows: int) ->
 
 
 @functools.cache
-def co_supervised(settings: str) -> Any:
+def co_supervised(settings: str, device: str = "cpu") -> Any:
     """The model of a JSON text: sections model, text, nsp."""
     from cosup_fast.data.template import TextConfig
     from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
 
     sections = json.loads(settings)
     torch.manual_seed(0)
-    return CoSupervisionModel.from_pretrained(
-        ModelConfig(**sections["model"]), TextConfig(**sections.get("text", {})), NSPConfig(**sections.get("nsp", {}))
-    ).eval()
+    parts = ModelConfig(**sections["model"])
+    text, nsp = TextConfig(**sections.get("text", {})), NSPConfig(**sections.get("nsp", {}))
+    return CoSupervisionModel.from_pretrained(parts, text, nsp, device=device).eval()
 
 
 def shards(peers: Peers, settings: str) -> Any:
-    """The same, its weights shared out."""
-    from cosup_fast.training.sharding import shard
+    """The same, its weights read by the first rank and shared out."""
+    from cosup_fast.training.sharding import agree_on_norms, shard
 
-    model = co_supervised.__wrapped__(settings)
+    model = co_supervised.__wrapped__(settings, "cpu" if peers.rank == 0 else "meta")
+    agree_on_norms(model, peers)
     shard(model, peers.mesh("cpu"), precision="float32")
     return model
 
@@ -207,12 +208,12 @@ def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict,
     return diagnose(model, batch, 7, precision="float32", peers=peers)
 
 
-def same_run(size: int, part: tuple[Any, dict], settings: str) -> str:
-    """What is said of ranks with such configurations and data."""
-    from cosup_fast.training.run import _check_same_run
+def same_run(size: int, part: dict) -> str:
+    """What is said of ranks with such notes."""
+    from cosup_fast.training.run import _check_same
 
     try:
-        _check_same_run(Peers(groups[size]), *part, None, co_supervised(settings))
+        _check_same(Peers(groups[size]), "the same run", part)
     except ValueError as error:
         return str(error)
     return ""

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -43,7 +44,7 @@ def train(overrides: list[str], rank: int, ranks: int, port: int) -> None:
 def start():
     """A function that starts the processes of a run; they are forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cosup_fast.training.run"])
+    context.set_forkserver_preload(["torch", "peft", "cosup_fast.training.run"])
 
     def start(overrides, ranks):
         with socket.socket() as probe:
@@ -89,8 +90,8 @@ def losses(output: Path) -> list[tuple]:
 def weights(output: Path) -> dict:
     folder = checkpoints(output / "checkpoints")[-1]
     verify(folder)
-    files = [*folder.glob("*/model*.safetensors"), folder / "heads.safetensors"]
-    return {f"{path.relative_to(folder).parent}/{name}": x for path in files for name, x in load_file(path).items()}
+    files = [*folder.glob("*/*.safetensors"), folder / "heads.safetensors"]
+    return {f"{path.relative_to(folder)}/{name}": x for path in files for name, x in load_file(path).items()}
 
 
 def finished(processes, seconds: float) -> bool:
@@ -141,8 +142,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(start, overrides, tmp_path):
     check(start, overrides, tmp_path, kills=2, ranks=1)
 
 
-def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(start, overrides, tmp_path):
-    check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp"})
+@pytest.mark.parametrize("adapters", [{}, {"model.gen_lora.rank": 4, "model.gen_lora.dropout": 0.1}], ids=["", "LoRA"])
+def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(adapters, start, overrides, tmp_path):
+    check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp", **adapters})
 
 
 def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path):
@@ -159,6 +161,19 @@ def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path
     assert said.startswith("PeerError: ")
     assert "rank 1 answered no more" in said or "rank 1 did not come within 10 s" in said
     assert "last checkpoint: " in said
+
+
+def test_weights_that_one_rank_alone_reads_are_refused_by_all(start, overrides, tmp_path, llama_folder):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(llama_folder, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    processes = start(overrides("run", **{"model.gen": damaged, "training.sharding": "fsdp"}), 2)
+    for process in processes:
+        process.join(120)
+    said = [(tmp_path / f"run.error-{rank}").read_text() for rank in (0, 1)]
+    assert said[0].startswith(f"ValueError: the weights of {str(damaged)!r} are damaged")
+    assert said[1].startswith(f"ValueError: rank 0: the weights of {str(damaged)!r} are damaged")
 
 
 def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tmp_path, llama_folder, mistral_folder):
