@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
 from cosup_fast.generation import GenerationConfig
-from cosup_fast.loading import ModelConfig
+from cosup_fast.model_config import ModelConfig
 from cosup_fast.modeling import NSPConfig
 from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.optimizers import check_rounding

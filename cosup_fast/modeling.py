@@ -15,24 +15,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosup_fast.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from cosup_fast.adapters import (
-    adapter_state,
-    add_adapters,
-    has_adapters,
-    load_adapters,
-    merge_adapters,
-    save_adapter_config,
-    unwrapped,
-)
+from cosup_fast.adapters import add_adapters, has_adapters, merge_adapters, unwrapped
 from cosup_fast.backbone import FinalNorm, agree, check_packs, ends_in, find_final_norm, norm_rows, probe, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.template import Template, TextConfig
@@ -41,17 +29,16 @@ from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.last_hidden import accumulator
 from cosup_fast.linear import linear
 from cosup_fast.loading import (
-    Attention,
     Base,
-    ModelConfig,
     check_adapters,
     embed_special_tokens,
     lm_head,
     load_language_model,
     load_template,
-    quiet_transformers,
 )
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
+from cosup_fast.model_config import Attention, ModelConfig, NSPConfig
+from cosup_fast.model_folder import load_folder, save_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,26 +46,7 @@ if TYPE_CHECKING:
     from cosup_fast.peers import Peers
     from cosup_fast.reference import Stats
 
-FORMAT_VERSION = 1
-
 R = TypeVar("R")
-
-
-class NSPConfig(BaseModel):
-    """The next-sequence-prediction loss: its weight in the sum and the geometry of its space."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    weight: float = Field(default=1.0, ge=0, description="lambda: loss = NTP + lambda * NSP")
-    similarity: Literal["dot", "cosine"] = Field(default="cosine", description="inner product, raw or of unit vectors")
-    temperature: float = Field(
-        default=0.05, gt=0, description="scores are divided by it (dot / sqrt(D): the root of D)"
-    )
-    learnable_temperature: bool = Field(
-        default=False, description="train the temperature, starting from the value given"
-    )
-    symmetric: bool = Field(default=False, description="also contrast passages against queries")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class CoSupervisionModel(nn.Module):
@@ -116,7 +84,7 @@ class CoSupervisionModel(nn.Module):
         self.template = template
         self.nsp = nsp
         self.freeze_embseq = freeze_embseq
-        self._bases: dict[str, Base] = {}  # of the parts that have adapters
+        self.bases: dict[str, Base] = {}  # of the parts that have adapters
         self.width = gen.config.get_text_config().hidden_size
         self.embseq_width = self.width if embseq is None else embseq.config.get_text_config().hidden_size
         # Orthogonal: a projection that keeps the angles between sequence embeddings is the neutral start.
@@ -180,11 +148,11 @@ class CoSupervisionModel(nn.Module):
                 model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False
             )
         made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
-        made._check_models(model.gen, model.embseq or model.gen)
+        made.check(model.gen, model.embseq or model.gen)
         if model.gen_lora.rank:
-            made._adapt("gen", Base.of(model.gen, model.gen_layers, model.gen_lora, new))
+            made.adapt("gen", Base.of(model.gen, model.gen_layers, model.gen_lora, new))
         if model.embseq_lora.rank:
-            made._adapt("embseq", Base.of(model.embseq or model.gen, model.embseq_layers, model.embseq_lora))
+            made.adapt("embseq", Base.of(model.embseq or model.gen, model.embseq_layers, model.embseq_lora))
         return made
 
     @classmethod
@@ -205,124 +173,22 @@ class CoSupervisionModel(nn.Module):
             ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; the
                 weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
-        folder = Path(folder)
-        try:
-            model = cls._load_folder(folder, torch.device(device), attention)
-            return model.merge() if merge else model
-        except SafetensorError as error:
-            raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
+        model = load_folder(cls, Path(folder), torch.device(device), attention)
+        return model.merge() if merge else model
 
-    @classmethod
-    def _load_folder(cls, folder: Path, device: torch.device, attention: Attention) -> Self:
-        description = read_description(folder)
-        shared = description["shared"]
-        parts = ModelConfig(
-            gen=str(folder / "gen"),
-            embseq=None if shared else str(folder / "embseq"),
-            shared=shared,
-            attention=attention,
-            dtype=description["dtype"],
-        )
-        bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
-        for name, base in bases.items():
-            base.check(folder / name)
-        text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
-        template, _ = load_template(parts, text)
-
-        def load_part(name: str, source: str, *, head: bool) -> Any:
-            base = bases.get(name)
-            if base is None:
-                return load_language_model(source, parts, device, head=head)
-            settings = parts.model_copy(update={f"{name}_lora": base.lora})
-            return load_language_model(base.name, settings, device, layers=base.layers, head=head)
-
-        gen = load_part("gen", parts.gen, head=True)
-        if "gen" in bases and bases["gen"].new_tokens:
-            embed_special_tokens(gen, template)
-        gen.config.pad_token_id = template.pad
-        embseq = None if parts.embseq is None else load_part("embseq", parts.embseq, head=False)
-        model = cls(gen, embseq, template, nsp, freeze_embseq=description["freeze_embseq"])
-        if not (folder / "heads.safetensors").is_file():
-            raise ValueError(f"{folder} is incomplete: heads.safetensors is missing")
-        heads = load_file(folder / "heads.safetensors")
-        model.load_state_dict(heads, strict=False)
-        expected = set(model._head_state())
-        if expected != set(heads):
-            raise ValueError(f"{folder / 'heads.safetensors'} holds {sorted(heads)}, expected {sorted(expected)}")
-        model.to(device)
-        model._check_models(str(folder / "gen"), str(folder / "embseq"))
-        for name, base in bases.items():
-            model._adapt(name, base)
-            load_adapters(getattr(model, name), folder / name)
-        return model
-
-    def save(self, folder: str | Path, *, weights: bool = True) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes both models as Hugging Face folders, and what joins them, into an existing or new folder.
 
         Of a model with adapters these alone are written, and where the weights under them come from.
-
-        Args:
-            folder: where to.
-            weights: with those files that `copied_weights` names; nobody else writes them then.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizers = {"gen": self.template.tokenizer, "embseq": self.template.embseq_tokenizer}
-        with quiet_transformers():
-            for name, part in self._parts():
-                part.config.architectures = [type(part).__name__.removeprefix("FSDP")]
-                part.config.dtype = str(self.dtype).removeprefix("torch.")
-                part.config.save_pretrained(folder / name)
-                if has_adapters(part):
-                    save_adapter_config(part, folder / name)
-                elif part.can_generate() and part.generation_config is not None:
-                    part.generation_config.save_pretrained(folder / name)
-                tokenizers[name].save_pretrained(folder / name)
-        for name, tensors in self.copied_weights().items() if weights else ():
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        save_file(self._head_state(), folder / "heads.safetensors")
-        description = {
-            "format_version": FORMAT_VERSION,
-            "shared": self.embseq is None,
-            "freeze_embseq": self.freeze_embseq,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "text": self.template.config.model_dump(),
-            "nsp": self.nsp.model_dump(),
-        }
-        if self._bases:
-            description["adapters"] = {name: base.model_dump() for name, base in self._bases.items()}
-        (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
-
-    def copied_weights(self, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
-        """Copies of the trained weights in the CPU's memory, by the file of a checkpoint that they go into.
-
-        Ranks that have shared them out share the writing, too: weights are gathered for it, so that every rank calls
-        this. Of others, rank 0 writes everything.
-        """
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, part in self._parts():
-            if has_adapters(part):
-                file, writers = f"{name}/{ADAPTER_WEIGHTS}", 1
-                tensors = {f"base_model.model.{key}": x for key, x in adapter_state(part).items()}
-            else:
-                file, writers = f"{name}/model.safetensors", ranks if self.sharded else 1
-                if writers > 1:
-                    file = f"{name}/model-{rank + 1:05d}-of-{ranks:05d}.safetensors"
-                shared = {key for key, _ in part.named_parameters(remove_duplicate=False)}
-                tensors: dict[str, Tensor] = dict(part.named_parameters())
-                tensors |= {key: x for key, x in part.state_dict().items() if key not in shared}
-            for i, (key, x) in enumerate(tensors.items()):
-                whole = cast(Any, x).full_tensor() if hasattr(x, "full_tensor") else x
-                if i % writers == rank:
-                    found.setdefault(file, {})[key] = whole.detach().to("cpu", copy=True).contiguous()
-        return found
+        save_folder(self, Path(folder))
 
     def merge(self) -> Self:
         """Folds all adapters into the weights, for good; a model without any stays as it is."""
-        for name, part in self._parts():
+        for name, part in self.parts():
             if has_adapters(part):
                 merge_adapters(part)
-                del self._bases[name]
+                del self.bases[name]
         return self
 
     def forward(
@@ -492,26 +358,27 @@ class CoSupervisionModel(nn.Module):
 
     def enable_activation_checkpointing(self, kind: Recompute = "full") -> None:
         """Recomputes each decoder layer's activations in the backward pass instead of keeping them, all or some."""
-        for name, part in self._parts():
+        for name, part in self.parts():
             if not (name == "embseq" and self.freeze_embseq):
                 recompute_activations(part, kind)
 
     def compile_layers(self, *, fixed_shapes: bool = False) -> None:
         """Compiles the decoder layers of both models, when each first runs; see `decoder_layers.compile_layers`."""
-        for name, part in self._parts():
+        for name, part in self.parts():
             compile_layers(part, name.capitalize(), fixed_shapes=fixed_shapes)
 
-    def _parts(self) -> list[tuple[str, PreTrainedModel]]:
+    def parts(self) -> list[tuple[str, PreTrainedModel]]:
         """Both models by name; one where they share weights."""
         return [("gen", self.gen)] + ([] if self.embseq is None else [("embseq", self.embseq)])
 
-    def _adapt(self, name: str, base: Base) -> None:
+    def adapt(self, name: str, base: Base) -> None:
+        """Adds the adapters of "gen" or "embseq"."""
         t = self.template
         add_adapters(getattr(self, name), base.lora, [t.nsp, t.context_start, t.context_end, t.pad] * (name == "gen"))
-        self._bases[name] = base
+        self.bases[name] = base
 
     @torch.no_grad()
-    def _check_models(self, gen: str, embseq: str) -> None:
+    def check(self, gen: str, embseq: str) -> None:
         """Compares a few tokens in a pack with what transformers makes of them alone; the models are as loaded.
 
         Raises:
@@ -538,40 +405,9 @@ class CoSupervisionModel(nn.Module):
         if self.embseq_norm is not None and not ends_in(self.embseq, self.embseq_norm, hidden):
             self.embseq_norm = None
 
-    def _head_state(self) -> dict[str, Tensor]:
-        """What belongs to neither model: the loss's learnable scale and the projection."""
-        return {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.state_dict().items()
-            if name.startswith(("criterion.", "projection."))
-        }
-
 
 def _call(run: Callable[[], R]) -> R:
     return run()
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The `cosup.json` of a checkpoint.
-
-    Raises:
-        ValueError: it is not there, is no JSON object, is of another format version, or is incomplete.
-    """
-    path = Path(folder) / "cosup.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} is no co-supervised checkpoint (no cosup.json): expected a folder that `cosup-fast train` wrote"
-        )
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = description.get("format_version")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}")
-    if missing := {"shared", "freeze_embseq", "dtype", "text", "nsp"} - set(description):
-        raise ValueError(f"{path} is incomplete, it lacks {', '.join(sorted(missing))}")
-    return description
 
 
 def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_only_adapters_and_rows_of_new_tokens_move(variant, make, examples, corp
     template = model.template
     read = {template.nsp, template.context_start, template.context_end}
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    adapted = [name for name in ("gen", "embseq") if name in model._bases]
+    adapted = [name for name in ("gen", "embseq") if name in model.bases]
     for name in adapted:
         own = {n for n in moved if n.startswith(f"{name}.")}
         assert own

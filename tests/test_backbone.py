@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AutoModel
 from cosup_fast.attention import PACKED_SDPA, choose_attention
 from cosup_fast.backbone import alone, check_packs, find_final_norm, norm_rows, positions, run_pack
 from cosup_fast.data.packing import Pack
-from cosup_fast.loading import ModelConfig, load_language_model
+from cosup_fast.loading import load_language_model
+from cosup_fast.model_config import ModelConfig
 
 NORMS = {"llama": 0.0, "gemma3_text": 1.0, "qwen3": 0.0, "olmo2": 0.0, "phi": None, "gpt2": None, "cohere": None}
 OPTIONS = {"gemma3_text": {"head_dim": 8}, "qwen3": {"head_dim": 8}}

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosup_fast.files import install_folder, remove_unfinished, sha256, sync
+from cosup_fast.model_folder import copied_weights, save_folder
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import Peers
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
@@ -86,7 +87,7 @@ class CheckpointWriter:
         self._agree(final, problem)
         random = {f"random/{name}": x for name, x in random_state(model.device).items()}
         states = save_states(optimizer, self.rank, self.ranks)
-        weights = model.copied_weights(self.rank, self.ranks)
+        weights = copied_weights(model, self.rank, self.ranks)
         described = self._gathered({"step": step, "parameters": states.parameters})
 
         def write() -> None:
@@ -136,7 +137,7 @@ class CheckpointWriter:
         try:
             remove_unfinished(self.root, f"{_PREFIX}*")
             (folder / "optimizer").mkdir(parents=True)
-            model.save(folder, weights=False)
+            save_folder(model, folder, weights=False)
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             return _not_written(error)
