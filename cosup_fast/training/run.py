@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 from transformers import AutoConfig
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
@@ -47,6 +46,7 @@ from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.metrics import HeldOut
 from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
+from cosup_fast.training.sharding import passes_in_step
 from cosup_fast.training.step import autocast
 from cosup_fast.training.trainer import Trainer
 
@@ -208,33 +208,29 @@ class HeldOutEvaluator:
     def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:
         """The figures, the same on all ranks, which share the work."""
         model.eval()
-        # Ranks that share out the weights make the same passes, so each of them does all the work.
-        peers = None if model.sharded else self.peers
+        peers = self.peers
         rank, ranks = (0, 1) if peers is None else (peers.rank, peers.size)
         sums = torch.zeros(8, dtype=torch.float64)  # NTP, tokens, NSP, queries; retrievals, and those within 1, 5, 20
         size = self.training.batch_size
-        with autocast(model.device, self.training.precision):
+        parts = [self.pool[i::ranks] for i in range(ranks)]
+        with autocast(model.device, self.training.precision), passes_in_step(model, peers):
             for i in range(rank * size, len(self.examples), ranks * size):
                 chosen = self.examples[i : i + size]
                 batch = make_batch(chosen, self.corpus, model.template, self.training.pack_limits).to(model.device)
                 out = model(batch, ntp_count=1, nsp_count=1)  # sums over the batch
                 found = [float(out.ntp), batch.ntp_count, float(out.nsp), batch.nsp_count]
                 sums[:4] += torch.tensor(found, dtype=torch.float64)
-            pool, embeddings = self._embedded(model, rank, ranks)
+            embeddings = embed_passages(model, parts[rank])
+        if peers is not None:
+            embeddings = peers.gather(embeddings, [len(part) for part in parts])
+        pool = [passage for part in parts for passage in part]
+        with autocast(model.device, self.training.precision), passes_in_step(model, peers):
             places = retrieval_ranks(model, self.examples[rank::ranks], pool, embeddings=embeddings)
         sums[4:] = torch.tensor([len(places), *(sum(place < k for place in places) for k in (1, 5, 20))])
         if peers is not None:
             sums = peers.sum_(sums.to(model.device))
         ntp, tokens, nsp, queries, retrievals, *hits = sums.tolist()
         return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *(n / max(1, retrievals) for n in hits))
-
-    def _embedded(self, model: CoSupervisionModel, rank: int, ranks: int) -> tuple[list[Passage], Tensor]:
-        """The pool in the order of ranks, and its embeddings."""
-        parts = [self.pool[i::ranks] for i in range(ranks)]
-        embeddings = embed_passages(model, parts[rank])
-        if self.peers is not None and ranks > 1:
-            embeddings = self.peers.gather(embeddings, [len(part) for part in parts])
-        return [passage for part in parts for passage in part], embeddings
 
 
 def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path | None:

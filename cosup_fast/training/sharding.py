@@ -12,9 +12,11 @@ Source: Zhao et al. 2023, arXiv 2304.11277; the unit is a parameter here (FSDP2)
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cosup_fast.backbone import FinalNorm
+from cosup_fast.backbone import FinalNorm, run_pack
+from cosup_fast.data.packing import Pack
 
 if TYPE_CHECKING:
     from cosup_fast.modeling import CoSupervisionModel
@@ -85,6 +88,52 @@ def reshard(model: CoSupervisionModel) -> None:
     for module in model.modules() if model.sharded else ():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def passes_in_step(model: CoSupervisionModel, peers: Peers | None) -> Iterator[None]:
+    """Inside, ranks that share out the weights each make the passes that they have work for, without gradients.
+
+    Before each pass they meet. Gen's go first; who has one of Embseq's to make, or none any more, makes an empty one.
+    Collectives of other kinds have no place inside.
+    """
+    if peers is None or not model.sharded:
+        yield
+        return
+    inside: dict[str, Callable[[Callable[[], Any]], Any]] = {}
+
+    def agree(wanted: str | None) -> str | None:
+        """Whose pass is next, in the order of the parts; None: nobody has one left."""
+        notes = [note["pass"] for note in peers.meet("evaluation", {"pass": wanted})]
+        return next((name for name in inside if name in notes), None)
+
+    def make(name: str, run: Callable[[], Any]) -> Any:
+        # What FSDP gathers into is kept, and would be of no use outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            return inside[name](run)
+
+    def fill(name: str) -> None:
+        backbone = model.gen.base_model if name == "gen" else model.embseq
+        nothing = Pack.nothing(None, 1).to(model.device)
+        make(name, lambda: run_pack(backbone, nothing))
+
+    def in_step(name: str, run: Callable[[], Any]) -> Any:
+        while (turn := agree(name)) != name:
+            assert turn is not None
+            fill(turn)
+        return make(name, run)
+
+    for name, part in model.parts():
+        inside[name] = cast(Any, part).run_inside
+        cast(Any, part).run_inside = functools.partial(in_step, name)
+    try:
+        with peers.reporting("evaluation"):
+            yield
+        while (turn := agree(None)) is not None:
+            fill(turn)
+    finally:
+        for name, part in model.parts():
+            cast(Any, part).run_inside = inside[name]
 
 
 def local(t: Tensor) -> Tensor:

@@ -152,11 +152,17 @@ def test_a_diagnosis_is_that_of_the_whole_step(variant, sharded, small_world, se
         assert vars(found) == pytest.approx(vars(expected), rel=1e-6)
 
 
-def test_held_out_figures_are_those_of_one_process(small_world, settings, examples, corpus):
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "shared out"])
+@pytest.mark.parametrize("variant", ["pair", "shared"])
+def test_held_out_figures_are_those_of_one_process(variant, sharded, small_world, settings, examples, corpus):
+    """Each rank does a part of the work, however unequal the parts are."""
     config = load_config(None, ["training.batch_size=2", "data.dev_pool=9"])
-    expected = HeldOutEvaluator(examples, corpus, config)(load(settings("pair")), 7)
-    for found in small_world.run("held_out", [0, 1, 2], settings("pair"), examples, corpus, config):
+    expected = HeldOutEvaluator(examples, corpus, config)(load(settings(variant)), 7)
+    answers = small_world.run("held_out", [0, 1, 2], settings(variant), examples, corpus, config, sharded)
+    for found, _ in answers:
         assert vars(found) == pytest.approx(vars(expected), rel=1e-6)
+    tokens = [n for _, n in answers]
+    assert max(tokens) < 0.6 * sum(tokens)
     assert 0 < expected.recall_at_5 <= 1
 
 

@@ -219,10 +219,17 @@ def same_run(size: int, part: dict) -> str:
     return ""
 
 
-def held_out(size: int, rank: int, settings: str, examples: list, corpus: dict, config: Any) -> Any:
+def held_out(size: int, rank: int, settings: str, examples: list, corpus: dict, config: Any, sharded: bool) -> Any:
     from cosup_fast.training.run import HeldOutEvaluator
 
-    return HeldOutEvaluator(examples, corpus, config, Peers(groups[size]))(co_supervised(settings), 7)
+    peers = Peers(groups[size])
+    model = shards(peers, settings) if sharded else co_supervised(settings)
+    tokens: list[int] = []
+    embed = model.gen.get_input_embeddings()
+    hook = embed.register_forward_pre_hook(lambda module, arguments: tokens.append(arguments[0].numel()))
+    found = HeldOutEvaluator(examples, corpus, config, peers)(model, 7)
+    hook.remove()
+    return found, sum(tokens)
 
 
 def primitives(size: int, part: Tensor) -> dict:
