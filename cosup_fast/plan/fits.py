@@ -43,7 +43,7 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
             f"are to be left free ({parts}). For what would help ask cosup-fast plan with the same configuration and "
             f"--gpus {ranks} --gpu-memory {memory / GIB:.0f}; train --force starts all the same"
         )
-    return told
+    return f"memory: {told}"
 
 
 def plan_request(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: str) -> PlanRequest:
