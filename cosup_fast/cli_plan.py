@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cosup_fast.cli_common import err, out, say
+from cosup_fast.cli_common import err, interruptible, out, say
 
 if TYPE_CHECKING:
     from cosup_fast.plan.planner import MemoryPlan
@@ -76,7 +76,7 @@ def plan(
         raise ValueError(
             f"--nsp-batch {nsp_batch} is {packs} packs on each GPU, and training.optimizer_in_backward=true takes one"
         )
-    with err.status("simulating a step"):
+    with interruptible("no plan was made"), err.status("simulating a step"):
         made = make_plan(request, gpu_memory, quick=quick)
     if as_json:
         print(json.dumps(made.to_json()))

@@ -141,6 +141,7 @@ class Simulator:
             stderr=self._words,
             env=environment,
             text=True,
+            process_group=0,  # Ctrl-C is for whoever asks, who then ends this process
         )
         return self
 

@@ -1,15 +1,17 @@
 """One rank's training step on fake tensors: the modules, the sharding, the step and the optimizer of a real run.
 
-    python -m cosup_fast.plan.simulate < requests.json      one request a line; one answer a line
-
-A process of its own: it pretends to be one of so many ranks, whose collectives move nothing, and patches what no fake
-tensor can do. Everything is on the CPU, where allocations are the same but for a GPU's rounding.
+A process of its own, which `planner.Simulator` talks to: it pretends to be one of so many ranks, whose collectives move
+nothing, and patches what no fake tensor can do. Everything is on the CPU, where allocations are the same but for a GPU's
+rounding.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -326,9 +328,20 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    """Reads requests, one a line: {"request": ..., "layers": null}; writes answers, or {"error": ...}."""
-    for line in sys.stdin:
-        asked = json.loads(line)
+    """Reads requests, one a line: {"request": ..., "layers": null}; writes answers, or {"error": ...}.
+
+    The end of the input is that of the process, also within a simulation: whoever asked is gone then, perhaps killed.
+    """
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        asked = json.loads(lines.get())
         try:
             answer = asdict(simulate(PlanRequest.model_validate(asked["request"]), layers=asked.get("layers")))
         except Exception as error:  # of a configuration that cannot work, or that cannot be simulated; others may
