@@ -145,15 +145,24 @@ def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(start,
     check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp"})
 
 
-def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path):
+@pytest.mark.parametrize(
+    ("sharding", "loss"),
+    [
+        ("fsdp", signal.SIGKILL),
+        ("ddp", signal.SIGKILL),
+        pytest.param("fsdp", signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_lost_is_named_and_the_others_end(sharding, loss, start, overrides, tmp_path):
     output = tmp_path / "lost"
-    fields = {"training.sharding": "fsdp", "training.steps": 3000, "training.rank_timeout": 10}
+    fields = {"training.sharding": sharding, "training.steps": 3000, "training.rank_timeout": 10}
     processes = start(overrides("lost", **fields), 2)
     end = time.monotonic() + 90
     while not list(output.glob("checkpoints/step-*")) and time.monotonic() < end:
         time.sleep(0.01)
-    os.kill(processes[1].pid, signal.SIGKILL)
+    os.kill(processes[1].pid, loss)
     processes[0].join(90)
+    processes[1].kill()
     assert processes[0].exitcode == 1
     said = (tmp_path / "lost.error-0").read_text()
     assert said.startswith("PeerError: ")
@@ -162,8 +171,9 @@ def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path
 
 
 def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tmp_path, llama_folder, mistral_folder):
-    short = {"training.steps": 2, "model.embseq": "null"}
-    assert finished(start(overrides("run", **short), 1), 300)
+    """Of a checkpoint that two ranks wrote, each its shards."""
+    short = {"training.steps": 2, "model.embseq": "null", "training.sharding": "fsdp"}
+    assert finished(start(overrides("run", **short), 2), 300)
     folder = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     longer = overrides("run", **{**short, "training.steps": 3})
 
@@ -173,21 +183,32 @@ def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tm
         assert process.exitcode == 1
         return (tmp_path / "run.error-0").read_text()
 
-    shard = folder / "optimizer" / "rank-00000.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-100])
-    assert f"{shard} has {len(whole) - 100} bytes, its manifest says {len(whole)}" in refused()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert f"{shard} was altered" in refused()
-    shard.unlink()
-    assert f"{shard} is missing" in refused()
-    shard.write_bytes(whole)
+    states = folder / "optimizer" / "rank-00001.safetensors"
+    weights = folder / "gen" / "model-00002-of-00002.safetensors"
+    for shard in (states, weights):
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-100])
+        assert f"{shard} has {len(whole) - 100} bytes, its manifest says {len(whole)}" in refused()
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert f"{shard} was altered" in refused()
+        shard.unlink()
+        assert f"{shard} is missing" in refused()
+        shard.write_bytes(whole)
     saved = tmp_path / "run" / "config.yaml"
     saved.write_text(saved.read_text().replace(llama_folder, mistral_folder))
     longer = [text.replace(llama_folder, mistral_folder) for text in longer]
     said = refused()
     assert "is of another architecture than model.gen" in said
     assert "model_type is llama there and mistral here" in said
+
+
+def test_ranks_that_share_out_a_frozen_model_save_it_as_it_was(start, overrides, tmp_path, llama_folder):
+    fields = {"model.embseq": "null", "model.freeze_embseq": "true", "training.sharding": "fsdp", "training.steps": 2}
+    assert finished(start(overrides("frozen", **fields), 2), 300)
+    saved = {n.partition("/")[2]: x for n, x in weights(tmp_path / "frozen").items() if n.startswith("embseq/")}
+    given = load_file(Path(llama_folder) / "model.safetensors")
+    assert saved
+    assert all(torch.equal(x, given[f"model.{name}"]) for name, x in saved.items())
 
 
 @pytest.mark.slow
