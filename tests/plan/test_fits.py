@@ -15,6 +15,9 @@ from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Passage
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.plan import fits
+from cosup_fast.plan.configs import model_config
+from cosup_fast.plan.planner import PlanError
+from cosup_fast.plan.request import PlanRequest
 from cosup_fast.training.run import run_training
 
 
@@ -70,6 +73,32 @@ def test_a_run_from_python_is_checked_by_what_it_is_given(config, tmp_path):
     assert asked == [(1, 1, torch.device("cpu"))]
     assert not (tmp_path / "run").exists()
     assert run_training(config, console=quiet).name == "step-000001"
+
+
+def test_what_cannot_be_simulated_may_run_all_the_same(config, monkeypatch, model, examples, corpus):
+    def broken(*arguments, **options):
+        raise PlanError("the simulation of this step failed: it reads values")
+
+    monkeypatch.setattr(fits, "SMALL", 0.0)
+    monkeypatch.setattr(fits, "make_plan", broken)
+    batch = make_batch(examples, corpus, model.template)
+    told = fits.check_fits(config, [batch], 1, torch.device("cpu"))
+    assert told == "memory: not known before the run; the simulation of this step failed: it reads values"
+
+
+def test_weights_are_weighed_as_they_are_trained(config):
+    gen = model_config("llama2-7b")
+    billion = 6.74 * 2
+    for fields, bytes_each in (
+        ({}, 16),
+        ({"optimizer": "adamw-8bit"}, 10),
+        ({"dtype": "bfloat16"}, 8),
+        ({"gpus": 8, "sharding": "fsdp"}, 2),
+        ({"freeze_embseq": True}, 10),
+        ({"gen_lora": {"rank": 8}, "embseq_lora": {"rank": 8, "quantize": "nf4"}}, 2.25),
+    ):
+        asked = PlanRequest(gen=gen, **{"gpus": 1, "sharding": "none", **fields})
+        assert fits._least(asked) == pytest.approx(billion * 1e9 * bytes_each, rel=0.01), fields
 
 
 def test_what_is_small_beside_a_cpus_memory_costs_no_simulation(config, monkeypatch, model, examples, corpus):

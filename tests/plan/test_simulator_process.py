@@ -21,8 +21,8 @@ from cosup_fast.plan.request import PlanRequest
 
 with Simulator() as simulator:
     request = PlanRequest(gen=model_config("smollm2-135m"), gpus=1, sharding="none")
-    print(simulator._process.pid, simulator.ask(request, layers=1)["trained"], flush=True)
-    simulator.ask(request, layers=400)
+    print(simulator._process.pid, simulator.ask(request, layers=(1, 1))["trained"], flush=True)
+    simulator.ask(request, layers=(400, 400))
 """
 
 
