@@ -99,10 +99,8 @@ def plan(
     if as_json:
         print(json.dumps(made.to_json()))
     else:
-        show(
-            made,
-            f"{_words(gen)} tokens of Gen, {_words(embseq)} of Embseq, {packs} times a step on each of {gpus} GPUs",
-        )
+        title = f"{_words(gen)} tokens of Gen, {_words(embseq)} of Embseq, {packs} of each a step"
+        show(made, f"{title}; {gpus} GPUs" if gpus > 1 else title)
     if not made.fits:
         raise typer.Exit(1)
 

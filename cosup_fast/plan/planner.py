@@ -133,12 +133,12 @@ class Simulator:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
-        self._words = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cosup_fast.plan.simulate"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=self._errors,
             env=environment,
             text=True,
             process_group=0,  # Ctrl-C is for whoever asks, who then ends this process
@@ -148,7 +148,7 @@ class Simulator:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.communicate()
-        self._words.close()
+        self._errors.close()
 
     def ask(self, request: PlanRequest, layers: tuple[int, int] | None = None) -> dict[str, Any]:
         """The fields of `Simulated`; {"error": ...} for what could not be simulated.
@@ -164,8 +164,8 @@ class Simulator:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        self._words.seek(0)
-        words = self._words.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
+        self._errors.seek(0)
+        words = self._errors.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
         raise PlanError(f"the simulation of this step failed: {words[0]}")
 
 

@@ -9,7 +9,6 @@ import pytest
 from cosup_fast.config import load_config
 from cosup_fast.plan import planner
 from cosup_fast.plan.configs import decoder, model_config
-from cosup_fast.plan.presets import PRESETS
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import estimate_step
 
@@ -155,8 +154,3 @@ def test_known_configurations_have_the_published_numbers_of_parameters():
         layer = width * (2 * width + 2 * head + 3 * inner + 2)
         embeddings = vocabulary * width * (1 if config["tie_word_embeddings"] else 2)
         assert config["num_hidden_layers"] * layer + embeddings + width == count
-
-
-def test_every_preset_is_a_valid_configuration():
-    for preset in PRESETS.values():
-        load_config(None, [f"{name}={json.dumps(value)}" for name, value in preset.settings.items()])

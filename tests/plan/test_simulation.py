@@ -177,22 +177,28 @@ def test_the_line_through_a_few_layers_leads_to_all_of_them(depths):
     assert sum(line["breakdown"].values()) == pytest.approx(line["peak"], abs=8)
 
 
+FIGURES = [  # preset, packs of each model, GiB
+    ("llama2-7b-8x80g", 1, 28.5),
+    ("llama2-7b-8x80g-8bit", 1, 19.5),
+    ("llama2-7b-8x80g-bf16", 1, 13.5),
+    ("llama2-7b-1x80g", 1, 55.0),
+    ("llama2-7b-8x80g", 32, 35.0),
+    ("tinyllama-1x24g", 1, 12.5),
+    ("tinyllama-1x24g", 16, 13.0),
+]
+
+
+def test_every_preset_has_a_figure():
+    assert {name for name, _, _ in FIGURES} == set(PRESETS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "packs", "most"),
-    [
-        ("llama2-7b-8x80g", 1, 28.5),
-        ("llama2-7b-8x80g-8bit", 1, 19.5),
-        ("llama2-7b-8x80g-bf16", 1, 13.5),
-        ("llama2-7b-1x80g", 1, 55.0),
-        ("llama2-7b-8x80g", 32, 35.0),
-    ],
-)
-def test_two_7b_models_fit(preset, packs, most):
+@pytest.mark.parametrize(("preset", "packs", "most"), FIGURES)
+def test_the_presets_fit(preset, packs, most):
     chosen = PRESETS[preset]
     config = load_config(None, [f"{name}={json.dumps(value)}" for name, value in chosen.settings.items()])
     asked = PlanRequest.of(config, gpus=chosen.gpus, gen_packs=packs, embseq_packs=packs)
     with Simulator() as simulator:
         answer = simulator.ask(asked)
-    assert answer["parameters"] == pytest.approx(13.35e9, rel=0.01)
+    assert answer["parameters"] == pytest.approx(2.13e9 if "tiny" in preset else 13.35e9, rel=0.01)
     assert 0.8 * most < answer["peak"] / 2**30 <= most

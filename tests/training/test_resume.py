@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from cosup_fast.training.checkpoint import checkpoints, verify
 STEPS = 14
 
 
-def train(overrides: list[str], rank: int, ranks: int, port: int) -> None:
+def train(overrides: list[str], rank: int, ranks: int, port: int, check: Any = None) -> None:
     """One process of a run, started or continued."""
     torch.set_num_threads(1)
     if ranks > 1:
@@ -33,7 +34,7 @@ def train(overrides: list[str], rank: int, ranks: int, port: int) -> None:
 
     config = load_config(None, overrides)
     try:
-        run_training(config, resume=True, console=Console(quiet=True))
+        run_training(config, resume=True, check=check, console=Console(quiet=True))
     except Exception as error:
         Path(f"{config.output}.error-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise
@@ -45,11 +46,11 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "cosup_fast.training.run"])
 
-    def start(overrides, ranks):
+    def start(overrides, ranks, check=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        made = [context.Process(target=train, args=(overrides, rank, ranks, port)) for rank in range(ranks)]
+        made = [context.Process(target=train, args=(overrides, rank, ranks, port, check)) for rank in range(ranks)]
         for process in made:
             process.start()
         return made
@@ -200,6 +201,19 @@ def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tm
     said = refused()
     assert "is of another architecture than model.gen" in said
     assert "model_type is llama there and mistral here" in said
+
+
+def refuse(config, batches, ranks, device):
+    raise ValueError(f"{len(batches)} steps of {ranks} ranks do not fit")
+
+
+def test_what_rank_0_is_told_before_the_run_ends_all_ranks(start, overrides, tmp_path):
+    processes = start(overrides("refused"), 2, refuse)
+    assert not finished(processes, 60)
+    assert [process.exitcode for process in processes] == [1, 1]
+    said = [(tmp_path / f"refused.error-{rank}").read_text() for rank in (0, 1)]
+    assert said == [f"ValueError: {who}2 steps of 2 ranks do not fit" for who in ("", "rank 0: ")]
+    assert not (tmp_path / "refused").exists()
 
 
 def test_ranks_that_share_out_a_frozen_model_save_it_as_it_was(start, overrides, tmp_path, llama_folder):
