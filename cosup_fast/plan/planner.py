@@ -245,6 +245,7 @@ def _larger(request: PlanRequest, times: int) -> PlanRequest:
 def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
     """Settings that take less memory than those asked for."""
     found: dict[str, dict[str, Any]] = {}
+    in_4_bits = request.gen_lora.quantize or request.embseq_lora.quantize
     if request.activation_checkpointing != "full":
         found["training.activation_checkpointing=full"] = {"activation_checkpointing": "full"}
     if request.optimizer == "adamw" and request.dtype == "float32":
@@ -258,9 +259,11 @@ def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
         found["training.precision=bfloat16"] = {"precision": "bfloat16"}
     one_pass = request.gen_packs == request.embseq_packs == 1 and not request.shared
     if request.gpus == 1 and not request.optimizer_in_backward and one_pass:
-        nulls = " ".join(f"training.{name}=null" for name in ("clip", "spike_factor", "diagnose_every"))
-        found[f"training.optimizer_in_backward=true {nulls}"] = {"optimizer_in_backward": True, "clip": False}
-    if request.gpus > 1 and request.sharding != "fsdp":
+        others = [f"training.{name}=null" for name in ("clip", "spike_factor", "diagnose_every")]
+        others += ["training.sharding=none"] if request.sharding == "fsdp" else []
+        setting = " ".join(["training.optimizer_in_backward=true", *others])
+        found[setting] = {"optimizer_in_backward": True, "clip": False, "sharding": "none"}
+    if request.gpus > 1 and request.sharding != "fsdp" and not in_4_bits:
         found["training.sharding=fsdp"] = {"sharding": "fsdp"}
     if request.gen_sequences > 1 and request.embseq_sequences > 1 and not request.optimizer_in_backward:
         found["packs of half the size (training.tokens_per_micro_batch)"] = {
