@@ -147,10 +147,11 @@ def train(
     if show:
         print(dump_config(config), end="")
         return
+    from cosup_fast.plan.fits import check_fits
     from cosup_fast.training.run import run_training
 
     with interruptible(then="; continue with --resume"):
-        checkpoint = run_training(config, resume=resume, force=force, console=err)
+        checkpoint = run_training(config, resume=resume, check=None if force else check_fits, console=err)
     say_once(f"checkpoint: {checkpoint}")
 
 

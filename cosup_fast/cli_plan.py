@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cosup_fast.cli_common import err, out, say
+from cosup_fast.cli_common import err, interruptible, out, say
 
 if TYPE_CHECKING:
+    from cosup_fast.data.packing import PackLimits
     from cosup_fast.plan.planner import MemoryPlan
 
 
@@ -26,11 +27,23 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option(min=1, help="GiB of each GPU; default: 80, or the preset's")
     ] = None,
-    gen_pack: Annotated[str, typer.Option(help="sequences x tokens of a pack of Gen's on each GPU")] = "4x1024",
-    embseq_pack: Annotated[str, typer.Option(help="sequences x tokens of a pack of Embseq's")] = "16x256",
+    gen_pack: Annotated[
+        str | None,
+        typer.Option(
+            help="sequences x tokens of a pack of Gen's on each GPU; default: 4x1024, or of as many tokens as "
+            "training.tokens_per_micro_batch says"
+        ),
+    ] = None,
+    embseq_pack: Annotated[
+        str | None, typer.Option(help="sequences x tokens of a pack of Embseq's; default: 16x256, or likewise")
+    ] = None,
     nsp_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="passages of a step over all GPUs, in packs (GradCache); default: one pack"),
+        typer.Option(
+            min=1,
+            help="passages of a step over all GPUs, in packs (GradCache); default: one pack, or one passage for each "
+            "of training.batch_size examples where steps are cut into micro-batches",
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Let a few layers stand for all; give no advice.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -38,7 +51,8 @@ def plan(
     """Simulate a training step and tell the memory that it takes on each GPU; no weights, no GPU.
 
     The step, the sharding and the optimizer are those of a real run, on tensors that have shapes and no data. What is
-    not simulated (CUDA context, NCCL, cuBLAS, fragmentation) is left a margin. Exits with 1 if it does not fit.
+    not simulated (CUDA context, NCCL, cuBLAS, scratch of attention, fragmentation) is left a margin. Exits with 1 if it
+    does not fit.
     """
     from cosup_fast.config import ConfigError, load_config
     from cosup_fast.plan.planner import make_plan
@@ -59,7 +73,11 @@ def plan(
     gpus = gpus or (known.gpus if known else 1)
     gpu_memory = gpu_memory or (known.gpu_memory_gib if known else 80.0)
     config = load_config(files[0] if files else None, overrides)
-    gen, embseq = _pack("--gen-pack", gen_pack), _pack("--embseq-pack", embseq_pack)
+    limits = config.training.pack_limits
+    gen = _pack("--gen-pack", gen_pack) if gen_pack is not None else _default_pack(4, 1024, limits)
+    embseq = _pack("--embseq-pack", embseq_pack) if embseq_pack is not None else _default_pack(16, 256, limits)
+    if nsp_batch is None and (limits.tokens or limits.sequences):
+        nsp_batch = config.training.batch_size
     packs = 1 if nsp_batch is None else math.ceil(nsp_batch / (gpus * embseq[0]))
     request = PlanRequest.of(
         config,
@@ -76,12 +94,13 @@ def plan(
         raise ValueError(
             f"--nsp-batch {nsp_batch} is {packs} packs on each GPU, and training.optimizer_in_backward=true takes one"
         )
-    with err.status("simulating a step"):
+    with interruptible("no plan was made"), err.status("simulating a step"):
         made = make_plan(request, gpu_memory, quick=quick)
     if as_json:
         print(json.dumps(made.to_json()))
     else:
-        show(made, f"Gen {gen_pack} + Embseq {embseq_pack} tokens x {packs} on each of {gpus} GPUs")
+        title = f"{_words(gen)} tokens of Gen, {_words(embseq)} of Embseq, {packs} of each a step"
+        show(made, f"{title}; {gpus} GPUs" if gpus > 1 else title)
     if not made.fits:
         raise typer.Exit(1)
 
@@ -111,6 +130,18 @@ def show(made: MemoryPlan, title: str) -> None:
             f"estimate, not measured: {time.seconds:.2g} s a step ({time.pflop:g} PFLOP at {time.utilization:.0%} of "
             f"{time.tflops_per_gpu:g} TFLOP/s on each GPU)"
         )
+
+
+def _default_pack(sequences: int, length: int, limits: PackLimits) -> tuple[int, int]:
+    """So many sequences, or those that the limits of a run leave room for."""
+    if limits.tokens is not None:
+        length = min(length, limits.tokens)
+        sequences = limits.tokens // length
+    return min(sequences, limits.sequences or sequences), length
+
+
+def _words(pack: tuple[int, int]) -> str:
+    return f"{pack[0]} x {pack[1]}"
 
 
 def _pack(option: str, text: str) -> tuple[int, int]:

@@ -65,7 +65,22 @@ class RunConfig(BaseModel):
         model, nsp, training = self.model, self.nsp, self.training
         flash = model.attention == "flash_attention_2"
         in_4_bits = [f for f in ("gen_lora", "embseq_lora") if getattr(model, f).quantize]
+        of_adapters = [
+            (f"model.{f}", name, getattr(getattr(model, f), name))
+            for f in ("gen_lora", "embseq_lora")
+            for name in ("alpha", "dropout", "targets")
+        ]
+        idle = [(f, name, x) for f, name, x in of_adapters if x and not getattr(model, f.removeprefix("model.")).rank]
         for wrong, message in (
+            *(
+                (True, f"{f}.{name}={x} has no adapters to act on where {f}.rank=0: set a rank, such as 16, or omit it")
+                for f, name, x in idle
+            ),
+            (
+                nsp.weight == 0 and model.embseq_lora.rank > 0,
+                f"model.embseq_lora.rank={model.embseq_lora.rank} makes adapters that learn nothing where "
+                "nsp.weight=0: change one of them",
+            ),
             (
                 model.dtype == "float64" and training.precision == "bfloat16",
                 "training.precision=bfloat16 casts nothing where model.dtype=float64: set one of them to float32",
@@ -99,9 +114,9 @@ class RunConfig(BaseModel):
                 "Embseq and as Gen: set one of them to false",
             ),
             (
-                training.sharding == "fsdp" and bool(model.gen_lora.quantize or model.embseq_lora.quantize),
-                "training.sharding=fsdp cannot share out 4-bit weights (model.gen_lora.quantize, "
-                "model.embseq_lora.quantize): use training.sharding=ddp, or quantize=null",
+                training.sharding == "fsdp" and bool(in_4_bits),
+                f"training.sharding=fsdp cannot share out 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: use "
+                "training.sharding=ddp, or quantize=null",
             ),
         ):
             if wrong:

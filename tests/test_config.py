@@ -65,6 +65,7 @@ def test_an_override_of_a_text_field_is_taken_as_it_stands(override, value):
         ("trainin.lr=1", "unknown field 'trainin'"),
         ("training.lr=-1", "training.lr: Input should be greater than 0, found -1"),
         ("training.steps=many", "training.steps"),
+        ("training.betas=[0.9,1.0]", "training.betas.1: Input should be less than 1, found 1.0"),
         ("training.lr", "expected section.field=value"),
         ("output.x=1", "output: Input should be a valid string"),
         ("output=", "output: Input should be a valid string"),
@@ -125,6 +126,21 @@ def test_the_examples_are_valid_configurations(path):
             ["training.compile=true", "model.embseq_lora.quantize"],
         ),
         (["training.fixed_shapes=true"], ["training.fixed_shapes=true", "training.tokens_per_micro_batch"]),
+        (
+            ["model.dtype=bfloat16", "training.optimizer=adamw-8bit"],
+            ["model.dtype=bfloat16", "training.optimizer=adamw-8bit"],
+        ),
+        (["model.dtype=float64", "training.optimizer=adamw-8bit"], ["model.dtype=float64", "training.optimizer"]),
+        (
+            ["training.sharding=fsdp", "model.gen_lora.rank=4", "model.gen_lora.quantize=nf4"],
+            ["training.sharding=fsdp", "model.gen_lora.quantize"],
+        ),
+        (["nsp.weight=0", "model.embseq_lora.rank=4"], ["nsp.weight=0", "model.embseq_lora.rank=4"]),
+        (["model.gen_lora.alpha=8"], ["model.gen_lora.alpha=8", "model.gen_lora.rank=0"]),
+        (["model.embseq_lora.dropout=0.1"], ["model.embseq_lora.dropout=0.1", "model.embseq_lora.rank=0"]),
+        (["model.gen_lora.targets=[q_proj]"], ["model.gen_lora.targets=['q_proj']", "model.gen_lora.rank=0"]),
+        (["model.gen_lora.quantize=nf4"], ["model.gen_lora.quantize=nf4", "model.gen_lora.rank=0"]),
+        (["model.freeze_embseq=true", "model.embseq_lora.rank=4"], ["model.freeze_embseq", "model.embseq_lora.rank"]),
     ],
 )
 def test_fields_that_do_not_go_together_are_both_named(overrides, fields):
@@ -132,6 +148,29 @@ def test_fields_that_do_not_go_together_are_both_named(overrides, fields):
         load_config(None, overrides)
     for field in fields:
         assert field in str(error.value)
+
+
+IN_BACKWARD = {"optimizer_in_backward": "true", "clip": "null", "spike_factor": "null", "diagnose_every": "null"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("training.clip", 1.0),
+        ("training.spike_factor", 20.0),
+        ("training.diagnose_every", 100),
+        ("training.tokens_per_micro_batch", 400),
+        ("training.micro_batch_size", 4),
+        ("training.sharding", "fsdp"),
+        ("model.shared", "true"),
+    ],
+)
+def test_what_needs_all_gradients_at_once_is_no_step_in_the_backward_pass(field, value):
+    alone = [f"training.{name}={x}" for name, x in IN_BACKWARD.items()]
+    load_config(None, alone)
+    with pytest.raises(ConfigError, match=r"training\.optimizer_in_backward=true") as error:
+        load_config(None, [*alone, f"{field}={value}"])
+    assert f"{field}={value}" in str(error.value)
 
 
 @pytest.mark.parametrize("field", ["micro_batch_size", "tokens_per_micro_batch", "batch_size"])

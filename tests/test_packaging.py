@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,26 @@ import cosup_fast.losses, cosup_fast.reference
 print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
     assert python(code) == "['cosup_fast']"
+
+
+def test_no_package_asks_one_that_asks_it_back():
+    """Which folder of cosup_fast imports which, also inside functions: the arrows point one way."""
+    package = Path(cosup_fast.__file__).parent
+    folders = {path.parent.name for path in package.glob("*/*.py")}
+    arrows: dict[str, set[str]] = {name: set() for name in folders}
+    for path in package.glob("*/**/*.py"):
+        name = path.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            parts = [one.split(".") for one in imported if one.startswith("cosup_fast.")]
+            arrows[name] |= {part[1] for part in parts if part[1] in folders} - {name}
+    assert "training" in arrows["plan"]
+    assert list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
 
 
 @pytest.mark.slow

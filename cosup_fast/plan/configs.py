@@ -34,23 +34,23 @@ _ALIASES = {
 }
 
 
-def model_config(name: str) -> dict[str, Any]:
+def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
     """The configuration of a model, as `AutoConfig.for_model` takes it; no weight is read.
 
     Args:
         name: llama2-7b, tinyllama-1.1b or smollm2-135m; a folder or a config.json; a prepared or Hugging Face name.
+        layers: keep only the first ones.
 
     Raises:
-        ValueError: it is none of these, or cannot be read.
+        ValueError: it is none of these, cannot be read, or has fewer layers.
     """
-    name = _ALIASES.get(name, name)
-    if name in _SHIPPED:
-        return dict(_SHIPPED[name])
+    known = _ALIASES.get(name, name)
     path = Path(name)
     try:
-        if path.suffix == ".json":
-            values = json.loads(path.read_text(encoding="utf-8"))
-            config = AutoConfig.for_model(**values)
+        if known in _SHIPPED:
+            config = AutoConfig.for_model(**_SHIPPED[known])
+        elif path.suffix == ".json":
+            config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
         else:
             config = AutoConfig.from_pretrained(resolve_model(name))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -59,6 +59,25 @@ def model_config(name: str) -> dict[str, Any]:
             f"there is no configuration {name!r} ({reason}): name a folder, a config.json, a Hugging Face model, or "
             f"one of {', '.join(_SHIPPED)}"
         ) from None
+    if layers is not None:
+        if layers > (there := config.get_text_config().num_hidden_layers):
+            raise ValueError(
+                f"{name} has {there} layers, {layers} were asked for: lower model.gen_layers or model.embseq_layers"
+            )
+        keep_layers(config, layers)
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("transformers_version", None)
     return values
+
+
+def decoder(values: dict[str, Any]) -> Any:
+    """The part of a configuration that describes the decoder layers, by the names that all models share."""
+    return AutoConfig.for_model(**values).get_text_config()
+
+
+def keep_layers(config: Any, layers: int) -> None:
+    """Cuts a configuration, in place, down to its first layers."""
+    stack = config.get_text_config()
+    stack.num_hidden_layers = layers
+    if getattr(stack, "layer_types", None):
+        stack.layer_types = stack.layer_types[:layers]

@@ -13,11 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from cosup_fast.plan.configs import decoder
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import StepTime, estimate_step
 
@@ -79,15 +80,14 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
     Raises:
         PlanError: a simulation failed; the message ends with its last words.
     """
-    layers = max(_layers(request))
-    few = [None] if layers <= FEW[1] else list(FEW)
+    depths = _depths(request)
 
     def lines(simulator: Simulator, asked: Iterable[PlanRequest]) -> list[dict[str, Any]]:
-        return [_line([simulator.ask(one, n) for n in few], few, layers) for one in asked]
+        return [_line(lambda layers, one=one: simulator.ask(one, layers), depths) for one in asked]
 
     with Simulator() as others:
         if quick:
-            return _plan(request, gpu_memory_gib, lines(others, [request])[0], exact=len(few) == 1)
+            return _plan(request, gpu_memory_gib, lines(others, [request])[0], exact=max(depths) <= FEW[1])
         changed = _alternatives(request)
         with ThreadPoolExecutor(1) as pool, Simulator() as whole:
             waiting = pool.submit(whole.ask, request)
@@ -133,23 +133,24 @@ class Simulator:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
-        self._words = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cosup_fast.plan.simulate"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=self._errors,
             env=environment,
             text=True,
+            process_group=0,  # Ctrl-C is for whoever asks, who then ends this process
         )
         return self
 
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.communicate()
-        self._words.close()
+        self._errors.close()
 
-    def ask(self, request: PlanRequest, layers: int | None = None) -> dict[str, Any]:
+    def ask(self, request: PlanRequest, layers: tuple[int, int] | None = None) -> dict[str, Any]:
         """The fields of `Simulated`; {"error": ...} for what could not be simulated.
 
         Raises:
@@ -163,8 +164,8 @@ class Simulator:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        self._words.seek(0)
-        words = self._words.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
+        self._errors.seek(0)
+        words = self._errors.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
         raise PlanError(f"the simulation of this step failed: {words[0]}")
 
 
@@ -200,35 +201,36 @@ def _plan(
     )
 
 
-def _line(answers: Sequence[dict[str, Any]], few: Sequence[int | None], layers: int) -> dict[str, Any]:
-    """The answer for all layers from those for a few."""
+def _line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, int]) -> dict[str, Any]:
+    """The answer for models of these depths from those for a few layers; equally deep ones are grown together."""
+    low, high = FEW
+    deep = [i for i in (0, 1) if depths[i] > high]
+    start = low if 0 in deep else depths[0], low if 1 in deep else depths[1]
+    base = last = ask(start)
+    steps: list[tuple[dict[str, Any], float]] = []
+    for grown in [deep] if len(deep) == 2 and depths[0] == depths[1] else [[i] for i in deep]:
+        last = ask((high if 0 in grown else start[0], high if 1 in grown else start[1]))
+        steps.append((last, (depths[grown[0]] - low) / (high - low)))
+    answers = [base, *(one for one, _ in steps)]
     if failed := next((one for one in answers if "error" in one), None):
         return failed
-    if len(answers) == 1:
-        return answers[0]
-    (a, b), (low, high) = answers, few
-    assert low is not None
-    assert high is not None
 
-    def at(x: float, y: float) -> int:
-        return round(y + (y - x) * (layers - high) / (high - low))
+    def at(value: Callable[[dict[str, Any]], int]) -> int:
+        return round(value(base) + sum(times * (value(one) - value(base)) for one, times in steps))
 
-    kinds = {*a["breakdown"], *b["breakdown"]}
+    kinds = {kind for one in answers for kind in one["breakdown"]}
     return {
-        "peak": at(a["peak"], b["peak"]),
-        "phase": b["phase"],
-        "breakdown": {kind: at(a["breakdown"].get(kind, 0), b["breakdown"].get(kind, 0)) for kind in sorted(kinds)},
-        "parameters": at(a["parameters"], b["parameters"]),
-        "trained": at(a["trained"], b["trained"]),
+        "peak": at(lambda one: one["peak"]),
+        "phase": last["phase"],
+        "breakdown": {kind: at(lambda one, kind=kind: one["breakdown"].get(kind, 0)) for kind in sorted(kinds)},
+        "parameters": at(lambda one: one["parameters"]),
+        "trained": at(lambda one: one["trained"]),
     }
 
 
-def _layers(request: PlanRequest) -> list[int]:
-    found = []
-    for config in (request.gen, request.embseq or request.gen):
-        stack = config.get("text_config", config)
-        found.append(next(int(stack[name]) for name in ("num_hidden_layers", "n_layer", "n_layers") if name in stack))
-    return found
+def _depths(request: PlanRequest) -> tuple[int, int]:
+    gen = decoder(request.gen).num_hidden_layers
+    return gen, gen if request.embseq is None else decoder(request.embseq).num_hidden_layers
 
 
 def _larger(request: PlanRequest, times: int) -> PlanRequest:
@@ -243,6 +245,7 @@ def _larger(request: PlanRequest, times: int) -> PlanRequest:
 def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
     """Settings that take less memory than those asked for."""
     found: dict[str, dict[str, Any]] = {}
+    in_4_bits = request.gen_lora.quantize or request.embseq_lora.quantize
     if request.activation_checkpointing != "full":
         found["training.activation_checkpointing=full"] = {"activation_checkpointing": "full"}
     if request.optimizer == "adamw" and request.dtype == "float32":
@@ -256,8 +259,11 @@ def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
         found["training.precision=bfloat16"] = {"precision": "bfloat16"}
     one_pass = request.gen_packs == request.embseq_packs == 1 and not request.shared
     if request.gpus == 1 and not request.optimizer_in_backward and one_pass:
-        found["training.optimizer_in_backward=true training.clip=null"] = {"optimizer_in_backward": True, "clip": False}
-    if request.gpus > 1 and request.sharding != "fsdp":
+        others = [f"training.{name}=null" for name in ("clip", "spike_factor", "diagnose_every")]
+        others += ["training.sharding=none"] if request.sharding == "fsdp" else []
+        setting = " ".join(["training.optimizer_in_backward=true", *others])
+        found[setting] = {"optimizer_in_backward": True, "clip": False, "sharding": "none"}
+    if request.gpus > 1 and request.sharding != "fsdp" and not in_4_bits:
         found["training.sharding=fsdp"] = {"sharding": "fsdp"}
     if request.gen_sequences > 1 and request.embseq_sequences > 1 and not request.optimizer_in_backward:
         found["packs of half the size (training.tokens_per_micro_batch)"] = {

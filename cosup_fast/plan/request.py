@@ -28,6 +28,7 @@ class PlanRequest(BaseModel):
     new_tokens: int = 4
     gen_lora: LoRAConfig = LoRAConfig()
     embseq_lora: LoRAConfig = LoRAConfig()
+    nsp_weight: float = Field(default=1.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: Recompute = "full"
@@ -55,24 +56,23 @@ class PlanRequest(BaseModel):
             packs: the fields above that say how large packs are and how many a step has.
 
         Raises:
-            ValueError: a model that is not known; more than one GPU without sharding.
+            ValueError: a model that is not known; more than one GPU for a run of one process.
         """
         model, training = config.model, config.training
         if training.sharding == "none" and gpus > 1:
             raise ValueError(
                 f"training.sharding=none is a run on one GPU, not on {gpus}: use training.sharding=fsdp (or ddp)"
             )
-
-        def of_model(name: str, layers: int | None) -> dict[str, Any]:
-            values = model_config(name)
-            return values if layers is None else values | {"num_hidden_layers": layers}
+        if training.optimizer_in_backward and gpus > 1:
+            raise ValueError(f"training.optimizer_in_backward=true is a run on one GPU, not on {gpus}: set it to false")
 
         return cls(
-            gen=of_model(model.gen, model.gen_layers),
-            embseq=None if model.shared else of_model(model.embseq or model.gen, model.embseq_layers),
+            gen=model_config(model.gen, model.gen_layers),
+            embseq=None if model.shared else model_config(model.embseq or model.gen, model.embseq_layers),
             gpus=gpus,
             **{name: getattr(model, name) for name in _OF_MODEL},
             **{name: getattr(training, name) for name in _OF_TRAINING},
+            nsp_weight=config.nsp.weight,
             clip=training.clip is not None,
             **packs,
         )

@@ -1,15 +1,17 @@
 """One rank's training step on fake tensors: the modules, the sharding, the step and the optimizer of a real run.
 
-    python -m cosup_fast.plan.simulate < requests.json      one request a line; one answer a line
-
-A process of its own: it pretends to be one of so many ranks, whose collectives move nothing, and patches what no fake
-tensor can do. Everything is on the CPU, where allocations are the same but for a GPU's rounding.
+A process of its own, which `planner.Simulator` talks to. It pretends to be one of so many ranks, whose collectives move
+nothing, and patches what no fake tensor can do. Everything is on the CPU, where allocations are the same but for the
+rounding of a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +33,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCount
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
 from cosup_fast.modeling import CoSupervisionModel, NSPConfig
+from cosup_fast.plan.configs import keep_layers
 from cosup_fast.plan.memory import LiveMemory, phase
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.training.optimizers import LocalOptimizer, quiet_torchao
@@ -68,16 +71,16 @@ class _Repeated(Pack):
         return super().last_rows.repeat(self.times)
 
 
-def simulate(request: PlanRequest, *, layers: int | None = None) -> Simulated:
+def simulate(request: PlanRequest, *, layers: tuple[int, int] | None = None) -> Simulated:
     """The peak of the second of two steps: in the first one optimizer states are not there yet.
 
     Args:
         request: the run.
-        layers: give each model so many decoder layers.
+        layers: give Gen and Embseq so many decoder layers instead of their own.
     """
     with ExitStack() as stack:
         mesh = None
-        if request.sharding == "fsdp":
+        if request.sharding == "fsdp" and request.gpus > 1:  # one process has nobody to share with
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.gpus)
             stack.callback(dist.destroy_process_group)
             mesh = init_device_mesh("cpu", (request.gpus,))
@@ -121,34 +124,71 @@ def simulate(request: PlanRequest, *, layers: int | None = None) -> Simulated:
                     memory.mark((x for x in states if isinstance(x, Tensor)), "optimizer states")
                 optimizer.zero_grad()
         peak = memory.peak
-        count = sum(p.numel() for p in model.parameters())
+        count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return Simulated(peak.total, peak.phase, {str(kind): size for kind, size in peak.kinds.items()}, count, trained)
 
 
-def _make_model(request: PlanRequest, layers: int | None) -> CoSupervisionModel:
+def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSupervisionModel:
     dtype = getattr(torch, request.dtype)
 
-    def make(values: dict[str, Any], factory: Any) -> Any:
+    def make(values: dict[str, Any], factory: Any, depth: int | None) -> Any:
         config = AutoConfig.for_model(**values)
-        stack = config.get_text_config()
-        if layers is not None:
-            stack.num_hidden_layers = layers
-            if getattr(stack, "layer_types", None):
-                stack.layer_types = stack.layer_types[:layers]
+        if depth is not None:
+            keep_layers(config, depth)
         return factory.from_config(config, dtype=dtype, attn_implementation=PACKED_SDPA)
 
-    gen = make(request.gen, AutoModelForCausalLM)
+    depths = layers or (None, None)
+    gen = make(request.gen, AutoModelForCausalLM, depths[0])
     gen.resize_token_embeddings(gen.get_input_embeddings().num_embeddings + request.new_tokens, mean_resizing=False)
-    embseq = None if request.shared else make(request.embseq or request.gen, AutoModel)
+    embseq = None if request.shared else make(request.embseq or request.gen, AutoModel, depths[1])
     template: Any = _Template()
-    model = CoSupervisionModel(gen, embseq, template, NSPConfig(), freeze_embseq=request.freeze_embseq)
+    model = CoSupervisionModel(
+        gen, embseq, template, NSPConfig(weight=request.nsp_weight), freeze_embseq=request.freeze_embseq
+    )
     model.train()
     for part, lora in ((gen, request.gen_lora), (embseq, request.embseq_lora)):
         if part is not None and lora.rank:
+            if lora.quantize:
+                _quantize(part)
             add_adapters(part, lora, [0, 1, 2, 3] if part is gen else [])
     model.enable_activation_checkpointing(request.activation_checkpointing)
     return model
+
+
+class _FourBit(nn.Linear):
+    """A linear layer whose weight is bytes of two elements, whole only within a product, as bitsandbytes has it."""
+
+    def __init__(self, layer: Any):
+        out, within = layer.weight.T.shape if type(layer).__name__ == "Conv1D" else layer.weight.shape
+        super().__init__(within, out, bias=False, device="meta")
+        self.weight = nn.Parameter(torch.empty(out * within // 2, dtype=torch.uint8), requires_grad=False)
+        self.bias = layer.bias
+        # One byte for 64 elements, of which 256 share one of four more (double quantization).
+        self.register_buffer("scales", torch.empty(out * within // 64 + out * within // 4096, dtype=torch.uint8))
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = _FourBitProduct.apply(input, self.out_features)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: int) -> Tensor:
+        ctx.shape = out, x.shape[-1]
+        return x @ x.new_empty(ctx.shape).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] @ gradients[0].new_empty(ctx.shape), None
+
+
+def _quantize(part: Any) -> None:
+    """Puts 4-bit weights in place of those that transformers would quantize: every linear layer but the head."""
+    head = part.get_output_embeddings()
+    for name, module in list(part.named_modules()):
+        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+            part.set_submodule(name, _FourBit(module))
 
 
 def _make_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisionBatch:
@@ -326,9 +366,20 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    """Reads requests, one a line: {"request": ..., "layers": null}; writes answers, or {"error": ...}."""
-    for line in sys.stdin:
-        asked = json.loads(line)
+    """Reads requests, one a line: {"request": ..., "layers": null}; writes answers, or {"error": ...}.
+
+    The end of the input is that of the process, also within a simulation: whoever asked is gone then, perhaps killed.
+    """
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        asked = json.loads(lines.get())
         try:
             answer = asdict(simulate(PlanRequest.model_validate(asked["request"]), layers=asked.get("layers")))
         except Exception as error:  # of a configuration that cannot work, or that cannot be simulated; others may

@@ -32,6 +32,7 @@ from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import Peers
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
 from cosup_fast.training.optimizers import LocalOptimizer
+from cosup_fast.training.sharding import reshard
 
 MANIFEST = "manifest.json"
 REMEDY = "remove this checkpoint, then --resume continues behind the one before"
@@ -87,6 +88,7 @@ class CheckpointWriter:
         self._agree(final, problem)
         random = {f"random/{name}": x for name, x in random_state(model.device).items()}
         states = save_states(optimizer, self.rank, self.ranks)
+        reshard(model)  # a pass without a backward one, as of a frozen Embseq, leaves some of its weights whole
         weights = copied_weights(model, self.rank, self.ranks)
         described = self._gathered({"step": step, "parameters": states.parameters})
 

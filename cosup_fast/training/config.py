@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,8 @@ from cosup_fast.data.packing import PackLimits
 from cosup_fast.decoder_layers import Recompute
 from cosup_fast.training.optimizers import OptimizerName
 from cosup_fast.training.sharding import Sharding
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(BaseModel):
@@ -41,7 +43,7 @@ class TrainingConfig(BaseModel):
         default=1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="of matrices; norms, biases and scales have none")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     clip: float | None = Field(
         default=1.0, gt=0, description="global gradient norm over both models; null: no clipping"
     )
@@ -55,7 +57,7 @@ class TrainingConfig(BaseModel):
     sharding: Sharding = Field(
         default="ddp",
         description="of ranks under torchrun. fsdp: they share out weights, gradients and optimizer states; ddp: each "
-        "has all of them; none: there is one process",
+        "has all of them; none: there is one process. One process is the same with each",
     )
     optimizer: OptimizerName = Field(
         default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"

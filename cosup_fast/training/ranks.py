@@ -43,8 +43,8 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
     if config.sharding == "none" or config.optimizer_in_backward:
         field = "training.sharding=none" if config.sharding == "none" else "training.optimizer_in_backward=true"
         raise ValueError(
-            f"{field} is a run of one process, and torchrun started {size}: use training.sharding=ddp or fsdp"
-            f"{'' if config.sharding == 'none' else ' without it'}, or start one"
+            f"{field} is a run of one process, and torchrun --nproc-per-node started {size}: use "
+            f"training.sharding=ddp or fsdp{'' if config.sharding == 'none' else ' without it'}, or start one process"
         )
     if config.batch_size < size:
         raise ValueError(

@@ -16,9 +16,9 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.progress import Progress
 from transformers import AutoConfig
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
-from cosup_fast.data.packing import make_batch
+from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples, resolve_model
@@ -41,7 +41,6 @@ from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import PeerError, Peers
 from cosup_fast.training.checkpoint import checkpoints, verify
 from cosup_fast.training.config import TrainingConfig, count_steps
-from cosup_fast.training.fits import check_fits
 from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.metrics import HeldOut
 from cosup_fast.training.optimizers import check_available
@@ -58,9 +57,13 @@ RESUMABLE = {
     "training.sharding", "data.allow_leaks",
 }  # fmt: skip
 
+Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch.device], str]
+"""Asked before a model is loaded: given the run, rank 0's part of the first steps, how many ranks there are and its
+device, it returns what is printed, and raises ValueError where the run is not to begin."""
+
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, force: bool = False, console: Console | None = None
+    config: RunConfig, *, resume: bool = False, check: Check | None = None, console: Console | None = None
 ) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
@@ -70,14 +73,15 @@ def run_training(
         config: the run.
         resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
-        force: start also what does not fit into memory by simulation.
+        check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
+            fits into memory; nothing is asked by default.
         console: where progress goes; standard error by default.
 
     Raises:
-        ConfigError: the output folder holds another run, the configuration differs from the one being resumed, or a
-            step does not fit into memory.
+        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
         DataError: see `load_data`; or the data differ from those of the run being resumed.
-        ValueError: see `training_ranks`; or another rank has another configuration, other data or other weights.
+        ValueError: see `training_ranks`; what `check` refuses; or another rank has another configuration, other data
+            or other weights.
         CheckpointError, TrainingError: see there.
         PeerError: a rank was lost, or did not come in time; it names the rank and what is saved.
         KeyboardInterrupt: Ctrl-C; it says what was saved.
@@ -86,10 +90,12 @@ def run_training(
     with _endings_explained(output), training_ranks(config.training) as peers:
         leads = peers is None or peers.rank == 0
         console = (console or Console(stderr=True)) if leads else Console(quiet=True)
-        return _run(config, output, resume, force, console, peers)
+        return _run(config, output, resume, check, console, peers)
 
 
-def _run(config: RunConfig, output: Path, resume: bool, force: bool, console: Console, peers: Peers | None) -> Path:
+def _run(
+    config: RunConfig, output: Path, resume: bool, check: Check | None, console: Console, peers: Peers | None
+) -> Path:
     checkpoint = _checkpoint_to_resume(config, output, resume)
     device = choose_device(config.training.device)
     check_available(config.training.optimizer, rounded=config.rounds)
@@ -115,8 +121,8 @@ def _run(config: RunConfig, output: Path, resume: bool, force: bool, console: Co
     if checkpoint is None:
         template = load_template(config.model, config.text)[0]
         lengths = _measure(template, config, examples, corpus, console)
-        if not force:
-            _check_memory(config, template, examples, corpus, lengths, device, console, peers)
+        if check is not None:
+            _ask(check, config, template, examples, corpus, lengths, device, console, peers)
         torch.manual_seed(config.training.seed)
         with _reporting(peers, "the same weights"):
             model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
@@ -253,7 +259,8 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
     return found[-1]
 
 
-def _check_memory(
+def _ask(
+    check: Check,
     config: RunConfig,
     template: Template,
     examples: Sequence[Example],
@@ -263,19 +270,19 @@ def _check_memory(
     console: Console,
     peers: Peers | None,
 ) -> None:
-    """Refuses a run whose first steps would not fit; rank 0 looks, for all."""
+    """Shows a check the first steps, on rank 0; what it refuses, all ranks do."""
     training, ranks = config.training, 1 if peers is None else peers.size
     steps = StepSampler(lengths, training.batch_size, training.seed, balanced=training.balance_lengths)
     if peers is None or peers.rank == 0:
-        with _reporting(peers, "memory"):
+        with _reporting(peers, "check"):
             batches = [
                 make_batch([examples[i] for i in steps[step]], corpus, template, training.pack_limits, ranks=ranks)
                 for step in range(min(3, steps.steps_per_epoch))
             ]
-            if told := check_fits(config, batches, ranks, device):
-                console.print(f"memory: {told}", markup=False)
+            if told := check(config, batches, ranks, device):
+                console.print(told, markup=False)
     if peers is not None:
-        peers.meet("memory")
+        peers.meet("check")
 
 
 def _check_architecture(config: RunConfig, checkpoint: Path) -> None:

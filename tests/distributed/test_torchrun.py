@@ -191,10 +191,18 @@ def test_a_wild_step_is_refused_by_all_and_saved_once(arguments, tmp_path, examp
     verify(saved)
 
 
-def test_fewer_examples_than_ranks_are_refused_before_anything_is_loaded(monkeypatch):
+ALONE = {"optimizer_in_backward": True, "clip": None, "spike_factor": None, "diagnose_every": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 3}, r"training\.batch_size=3 leaves some of the 4 ranks .*nproc-per-node"),
+        ({"sharding": "none"}, r"training\.sharding=none is a run of one process, and .*nproc-per-node started 4"),
+        (ALONE, r"training\.optimizer_in_backward=true is a run of one process, and .*nproc-per-node started 4"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_before_anything_is_loaded(fields, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with (
-        pytest.raises(ValueError, match=r"training\.batch_size=3 leaves some of the 4 ranks .*nproc-per-node"),
-        training_ranks(TrainingConfig(batch_size=3)),
-    ):
+    with pytest.raises(ValueError, match=message), training_ranks(TrainingConfig(**fields)):
         pass

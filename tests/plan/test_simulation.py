@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from cosup_fast.adapters import LoRAConfig
 from cosup_fast.config import load_config
 from cosup_fast.functional import release_workspace
-from cosup_fast.plan import simulate
+from cosup_fast.loading import load_language_model
+from cosup_fast.modeling import ModelConfig
+from cosup_fast.plan import planner, simulate
+from cosup_fast.plan.configs import model_config
 from cosup_fast.plan.planner import Simulator
 from cosup_fast.plan.presets import PRESETS
 from cosup_fast.plan.request import PlanRequest
@@ -43,14 +48,19 @@ def peaks():
         "adapters": {"gen_lora": {"rank": 4}, "embseq_lora": {"rank": 4}},
         "two packs": {"gen_packs": 2, "embseq_packs": 2},
         "eight packs": {"gen_packs": 8, "embseq_packs": 8},
+        "without NSP": {"nsp_weight": 0.0},
+        "4-bit": {f"{part}_lora": {"rank": 4, "quantize": "nf4"} for part in ("gen", "embseq")},
+        "shared out by one": {"sharding": "fsdp"},
     }
     return dict(zip(controls, simulated(*(request(**fields) for fields in controls.values())), strict=True))
 
 
 def test_what_takes_more_memory_is_simulated_to(peaks):
     assert peaks["plain"] > peaks["partly recomputed"] > peaks["recomputed"]
-    for less in ("half of the sequences", "8-bit", "shared out", "frozen", "adapters"):
+    for less in ("half of the sequences", "8-bit", "shared out", "frozen", "adapters", "without NSP"):
         assert peaks["plain"] > 1.05 * peaks[less], less
+    assert peaks["adapters"] > 1.1 * peaks["4-bit"]
+    assert peaks["shared out by one"] == peaks["plain"]
 
 
 def test_more_packs_cost_their_embeddings_alone(peaks):
@@ -131,22 +141,64 @@ def test_8_bit_states_are_counted_as_they_are():
     assert answer.breakdown["parameters"] == pytest.approx(4 * answer.parameters, rel=0.01)
 
 
+def test_4_bit_weights_are_counted_as_bitsandbytes_keeps_them(make_folder):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    folder = make_folder("llama", tie_word_embeddings=False, **sizes)
+    settings = ModelConfig(gen=folder, gen_lora=LoRAConfig(rank=4, quantize="nf4"), freeze_embseq=True)
+    real = load_language_model(folder, settings, torch.device("cpu"))
+    kept = sum(
+        x.nbytes
+        for module in real.modules()
+        if type(module).__name__ == "Linear4bit"
+        for x in (module.weight.data, module.weight.quant_state.absmax, module.weight.quant_state.state2.absmax)
+    )
+    fake = simulate._make_model(request(gen=model_config(folder), gen_lora=settings.gen_lora), None)
+    ours = sum(
+        x.nbytes
+        for module in fake.gen.modules()
+        if isinstance(module, simulate._FourBit)
+        for x in (module.weight, module.scales)
+    )
+    assert ours == pytest.approx(kept, rel=0.002)
+
+
+@pytest.mark.parametrize("depths", [(9, 9), (4, 9), (8, 10)])
+def test_the_line_through_a_few_layers_leads_to_all_of_them(depths):
+    gen, embseq = ({**SMALL, "num_hidden_layers": depth} for depth in depths)
+    asked = request(gen=gen, embseq=embseq)
+
+    def ask(layers):
+        assert max(layers) <= 6
+        return asdict(simulate.simulate(asked, layers=layers))
+
+    line, whole = planner._line(ask, planner._depths(asked)), simulate.simulate(asked)
+    assert line["peak"] == pytest.approx(whole.peak, rel=0.02)
+    assert (line["parameters"], line["trained"]) == (whole.parameters, whole.trained)
+    assert sum(line["breakdown"].values()) == pytest.approx(line["peak"], abs=8)
+
+
+FIGURES = [  # preset, packs of each model, GiB
+    ("llama2-7b-8x80g", 1, 28.5),
+    ("llama2-7b-8x80g-8bit", 1, 19.5),
+    ("llama2-7b-8x80g-bf16", 1, 13.5),
+    ("llama2-7b-1x80g", 1, 55.0),
+    ("llama2-7b-8x80g", 32, 35.0),
+    ("tinyllama-1x24g", 1, 12.5),
+    ("tinyllama-1x24g", 16, 13.0),
+]
+
+
+def test_every_preset_has_a_figure():
+    assert {name for name, _, _ in FIGURES} == set(PRESETS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "packs", "most"),
-    [
-        ("llama2-7b-8x80g", 1, 28.5),
-        ("llama2-7b-8x80g-8bit", 1, 19.5),
-        ("llama2-7b-8x80g-bf16", 1, 13.5),
-        ("llama2-7b-1x80g", 1, 55.0),
-        ("llama2-7b-8x80g", 32, 35.0),
-    ],
-)
-def test_two_7b_models_fit(preset, packs, most):
+@pytest.mark.parametrize(("preset", "packs", "most"), FIGURES)
+def test_the_presets_fit(preset, packs, most):
     chosen = PRESETS[preset]
     config = load_config(None, [f"{name}={json.dumps(value)}" for name, value in chosen.settings.items()])
     asked = PlanRequest.of(config, gpus=chosen.gpus, gen_packs=packs, embseq_packs=packs)
     with Simulator() as simulator:
         answer = simulator.ask(asked)
-    assert answer["parameters"] == pytest.approx(13.35e9, rel=0.01)
+    assert answer["parameters"] == pytest.approx(2.13e9 if "tiny" in preset else 13.35e9, rel=0.01)
     assert 0.8 * most < answer["peak"] / 2**30 <= most

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from cosup_fast.training.checkpoint import checkpoints, verify
 STEPS = 14
 
 
-def train(overrides: list[str], rank: int, ranks: int, port: int) -> None:
+def train(overrides: list[str], rank: int, ranks: int, port: int, check: Any = None) -> None:
     """One process of a run, started or continued."""
     torch.set_num_threads(1)
     if ranks > 1:
@@ -34,7 +35,7 @@ def train(overrides: list[str], rank: int, ranks: int, port: int) -> None:
 
     config = load_config(None, overrides)
     try:
-        run_training(config, resume=True, console=Console(quiet=True))
+        run_training(config, resume=True, check=check, console=Console(quiet=True))
     except Exception as error:
         Path(f"{config.output}.error-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise
@@ -46,11 +47,11 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "peft", "cosup_fast.training.run"])
 
-    def start(overrides, ranks):
+    def start(overrides, ranks, check=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        made = [context.Process(target=train, args=(overrides, rank, ranks, port)) for rank in range(ranks)]
+        made = [context.Process(target=train, args=(overrides, rank, ranks, port, check)) for rank in range(ranks)]
         for process in made:
             process.start()
         return made
@@ -147,15 +148,24 @@ def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(adapte
     check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp", **adapters})
 
 
-def test_a_rank_that_dies_is_named_and_the_others_end(start, overrides, tmp_path):
+@pytest.mark.parametrize(
+    ("sharding", "loss"),
+    [
+        ("fsdp", signal.SIGKILL),
+        ("ddp", signal.SIGKILL),
+        pytest.param("fsdp", signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_lost_is_named_and_the_others_end(sharding, loss, start, overrides, tmp_path):
     output = tmp_path / "lost"
-    fields = {"training.sharding": "fsdp", "training.steps": 3000, "training.rank_timeout": 10}
+    fields = {"training.sharding": sharding, "training.steps": 3000, "training.rank_timeout": 10}
     processes = start(overrides("lost", **fields), 2)
     end = time.monotonic() + 90
     while not list(output.glob("checkpoints/step-*")) and time.monotonic() < end:
         time.sleep(0.01)
-    os.kill(processes[1].pid, signal.SIGKILL)
+    os.kill(processes[1].pid, loss)
     processes[0].join(90)
+    processes[1].kill()
     assert processes[0].exitcode == 1
     said = (tmp_path / "lost.error-0").read_text()
     assert said.startswith("PeerError: ")
@@ -177,8 +187,9 @@ def test_weights_that_one_rank_alone_reads_are_refused_by_all(start, overrides, 
 
 
 def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tmp_path, llama_folder, mistral_folder):
-    short = {"training.steps": 2, "model.embseq": "null"}
-    assert finished(start(overrides("run", **short), 1), 300)
+    """Of a checkpoint that two ranks wrote, each its shards."""
+    short = {"training.steps": 2, "model.embseq": "null", "training.sharding": "fsdp"}
+    assert finished(start(overrides("run", **short), 2), 300)
     folder = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     longer = overrides("run", **{**short, "training.steps": 3})
 
@@ -188,21 +199,45 @@ def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tm
         assert process.exitcode == 1
         return (tmp_path / "run.error-0").read_text()
 
-    shard = folder / "optimizer" / "rank-00000.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-100])
-    assert f"{shard} has {len(whole) - 100} bytes, its manifest says {len(whole)}" in refused()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert f"{shard} was altered" in refused()
-    shard.unlink()
-    assert f"{shard} is missing" in refused()
-    shard.write_bytes(whole)
+    states = folder / "optimizer" / "rank-00001.safetensors"
+    weights = folder / "gen" / "model-00002-of-00002.safetensors"
+    for shard in (states, weights):
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-100])
+        assert f"{shard} has {len(whole) - 100} bytes, its manifest says {len(whole)}" in refused()
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert f"{shard} was altered" in refused()
+        shard.unlink()
+        assert f"{shard} is missing" in refused()
+        shard.write_bytes(whole)
     saved = tmp_path / "run" / "config.yaml"
     saved.write_text(saved.read_text().replace(llama_folder, mistral_folder))
     longer = [text.replace(llama_folder, mistral_folder) for text in longer]
     said = refused()
     assert "is of another architecture than model.gen" in said
     assert "model_type is llama there and mistral here" in said
+
+
+def refuse(config, batches, ranks, device):
+    raise ValueError(f"{len(batches)} steps of {ranks} ranks do not fit")
+
+
+def test_what_rank_0_is_told_before_the_run_ends_all_ranks(start, overrides, tmp_path):
+    processes = start(overrides("refused"), 2, refuse)
+    assert not finished(processes, 60)
+    assert [process.exitcode for process in processes] == [1, 1]
+    said = [(tmp_path / f"refused.error-{rank}").read_text() for rank in (0, 1)]
+    assert said == [f"ValueError: {who}2 steps of 2 ranks do not fit" for who in ("", "rank 0: ")]
+    assert not (tmp_path / "refused").exists()
+
+
+def test_ranks_that_share_out_a_frozen_model_save_it_as_it_was(start, overrides, tmp_path, llama_folder):
+    fields = {"model.embseq": "null", "model.freeze_embseq": "true", "training.sharding": "fsdp", "training.steps": 2}
+    assert finished(start(overrides("frozen", **fields), 2), 300)
+    saved = {n.partition("/")[2]: x for n, x in weights(tmp_path / "frozen").items() if n.startswith("embseq/")}
+    given = load_file(Path(llama_folder) / "model.safetensors")
+    assert saved
+    assert all(torch.equal(x, given[f"model.{name}"]) for name, x in saved.items())
 
 
 @pytest.mark.slow

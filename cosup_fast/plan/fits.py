@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from cosup_fast.adapters import LoRAConfig
 from cosup_fast.config import ConfigError, RunConfig
 from cosup_fast.data.packing import CoSupervisionBatch, Pack
-from cosup_fast.plan.planner import GIB, make_plan, margin
+from cosup_fast.plan.planner import GIB, PlanError, make_plan, margin
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import count_weights
 
@@ -19,6 +21,8 @@ SMALL = 0.25
 
 def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: torch.device) -> str:
     """Simulates a step as large as the largest of some batches; returns what was found, or "" where nothing was asked.
+
+    What cannot be simulated may run all the same: that is told, not refused.
 
     Args:
         config: the run.
@@ -33,7 +37,10 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
     request = plan_request(config, batches, ranks, device.type)
     if device.type == "cpu" and _least(request) < SMALL * memory:
         return ""
-    found = make_plan(request, memory / GIB, quick=True)
+    try:
+        found = make_plan(request, memory / GIB, quick=True)
+    except PlanError as error:
+        return f"memory: not known before the run; {error}"
     room = memory / GIB - margin(memory / GIB) if device.type == "cuda" else 0.9 * memory / GIB
     told = f"{found.peak_gib:.1f} GiB in the {found.phase}, by simulation, of {memory / GIB:.1f} GiB"
     if found.peak_gib > room:
@@ -41,9 +48,10 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
         raise ConfigError(
             f"a step of this run does not fit: {told} on each of {ranks} ranks, of which {memory / GIB - room:.1f} "
             f"are to be left free ({parts}). For what would help ask cosup-fast plan with the same configuration and "
-            f"--gpus {ranks} --gpu-memory {memory / GIB:.0f}; train --force starts all the same"
+            f"--gpus {ranks} --gpu-memory {memory / GIB:.0f} --gen-pack {request.gen_sequences}x{request.gen_length} "
+            f"--embseq-pack {request.embseq_sequences}x{request.embseq_length}; train --force starts all the same"
         )
-    return told
+    return f"memory: {told}"
 
 
 def plan_request(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: str) -> PlanRequest:
@@ -82,9 +90,15 @@ def _memory(device: torch.device) -> int:
 
 
 def _least(request: PlanRequest) -> float:
-    """Bytes of weights, gradients and states that no step is without."""
-    models = [request.gen] if request.shared else [request.gen, request.embseq or request.gen]
-    each = 2 if request.dtype == "bfloat16" else 4
-    states = {"adamw": 2 * each}.get(request.optimizer, 2)
-    shared = request.gpus if request.sharding == "fsdp" else 1
-    return sum(count_weights(config) for config in models) * (2 * each + states) / shared
+    """Bytes of weights, and of gradients and states where these are trained, that no step is without."""
+    each = {"bfloat16": 2, "float64": 8}.get(request.dtype, 4)
+    training = each + (2 * each if request.optimizer == "adamw" else 2)
+
+    def of(config: dict[str, Any], lora: LoRAConfig, *, frozen: bool = False) -> float:
+        weight = 0.5 if lora.quantize else each
+        return count_weights(config) * (weight + (0 if frozen or lora.rank else training))
+
+    found = of(request.gen, request.gen_lora)
+    if not request.shared:
+        found += of(request.embseq or request.gen, request.embseq_lora, frozen=request.freeze_embseq)
+    return found / (request.gpus if request.sharding == "fsdp" else 1)
