@@ -33,20 +33,16 @@ from cosup_fast.data.sources import load_corpus, load_examples, resolve_model
 from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import Template
 from cosup_fast.environment import choose_device
-from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.files import replace_file
-from cosup_fast.index import embed_passages
 from cosup_fast.loading import load_template
 from cosup_fast.modeling import CoSupervisionModel
 from cosup_fast.peers import PeerError, Peers
 from cosup_fast.training.checkpoint import checkpoints, verify
-from cosup_fast.training.config import TrainingConfig, count_steps
+from cosup_fast.training.config import count_steps
+from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.log import RunLog, Silence, read_metrics
-from cosup_fast.training.metrics import HeldOut
 from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
-from cosup_fast.training.sharding import passes_in_step
-from cosup_fast.training.step import autocast
 from cosup_fast.training.trainer import Trainer
 
 # What may change between the parts of one run: none of it touches a step already taken or the order of the data.
@@ -188,55 +184,6 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
                 f"{error}. Held-out figures would flatter: remove it from one, or set data.allow_leaks=true"
             ) from None
     return corpus, examples, held_out
-
-
-class HeldOutEvaluator:
-    """Losses and retrieval on held-out examples, among a fixed pool of passages that holds their gold ones."""
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        corpus: dict[str, Passage],
-        config: RunConfig,
-        peers: Peers | None = None,
-    ):
-        self.examples = examples
-        self.corpus = corpus
-        self.peers = peers
-        self.training: TrainingConfig = config.training
-        gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
-        others = sorted(corpus.keys() - set(gold))
-        extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
-        chosen = gold + random.Random(0).sample(others, extra)
-        self.pool = [corpus[passage] for passage in chosen]
-
-    @torch.no_grad()
-    def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:
-        """The figures, the same on all ranks, which share the work."""
-        model.eval()
-        peers = self.peers
-        rank, ranks = (0, 1) if peers is None else (peers.rank, peers.size)
-        sums = torch.zeros(8, dtype=torch.float64)  # NTP, tokens, NSP, queries; retrievals, and those within 1, 5, 20
-        size = self.training.batch_size
-        parts = [self.pool[i::ranks] for i in range(ranks)]
-        with autocast(model.device, self.training.precision), passes_in_step(model, peers):
-            for i in range(rank * size, len(self.examples), ranks * size):
-                chosen = self.examples[i : i + size]
-                batch = make_batch(chosen, self.corpus, model.template, self.training.pack_limits).to(model.device)
-                out = model(batch, ntp_count=1, nsp_count=1)  # sums over the batch
-                found = [float(out.ntp), batch.ntp_count, float(out.nsp), batch.nsp_count]
-                sums[:4] += torch.tensor(found, dtype=torch.float64)
-            embeddings = embed_passages(model, parts[rank])
-        if peers is not None:
-            embeddings = peers.gather(embeddings, [len(part) for part in parts])
-        pool = [passage for part in parts for passage in part]
-        with autocast(model.device, self.training.precision), passes_in_step(model, peers):
-            places = retrieval_ranks(model, self.examples[rank::ranks], pool, embeddings=embeddings)
-        sums[4:] = torch.tensor([len(places), *(sum(place < k for place in places) for k in (1, 5, 20))])
-        if peers is not None:
-            sums = peers.sum_(sums.to(model.device))
-        ntp, tokens, nsp, queries, retrievals, *hits = sums.tolist()
-        return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *(n / max(1, retrievals) for n in hits))
 
 
 def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path | None:

@@ -13,7 +13,7 @@ from cosup_fast.data.records import Example, Segment
 from cosup_fast.data.template import TextConfig
 from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
 from cosup_fast.training.diagnostics import diagnose
-from cosup_fast.training.run import HeldOutEvaluator
+from cosup_fast.training.held_out import HeldOutEvaluator
 
 VARIANTS = {
     "pair": {},

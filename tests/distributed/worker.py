@@ -220,7 +220,7 @@ def same_run(size: int, part: dict) -> str:
 
 
 def held_out(size: int, rank: int, settings: str, examples: list, corpus: dict, config: Any, sharded: bool) -> Any:
-    from cosup_fast.training.run import HeldOutEvaluator
+    from cosup_fast.training.held_out import HeldOutEvaluator
 
     peers = Peers(groups[size])
     model = shards(peers, settings) if sharded else co_supervised(settings)

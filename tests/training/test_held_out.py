@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from cosup_fast.config import load_config
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Passage, write_jsonl
-from cosup_fast.training import run
-from cosup_fast.training.run import HeldOutEvaluator, load_data
+from cosup_fast.training import held_out
+from cosup_fast.training.held_out import HeldOutEvaluator
+from cosup_fast.training.run import load_data
 
 FILLERS = [Passage(id=f"filler{i}", title=f"{i}", text=f"Page {i * i} of {i}.") for i in range(60)]
 GOLD = ["paris", "seine", "rome", "go"]
@@ -89,7 +90,7 @@ def test_figures_are_those_computed_by_hand(precision, error, make_model, gpt2_f
 
 def test_recall_counts_ranks_from_zero(make_model, examples, corpus, monkeypatch):
     evaluator = HeldOutEvaluator(examples, corpus, _config())
-    monkeypatch.setattr(run, "retrieval_ranks", lambda model, examples, pool, embeddings: [0, 1, 4, 5, 19, 20])
+    monkeypatch.setattr(held_out, "retrieval_ranks", lambda model, examples, pool, embeddings: [0, 1, 4, 5, 19, 20])
     found = evaluator(make_model(), 0)
     assert (found.recall_at_1, found.recall_at_5, found.recall_at_20) == (1 / 6, 3 / 6, 5 / 6)
 
