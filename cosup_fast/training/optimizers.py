@@ -71,7 +71,7 @@ class LocalOptimizer:
             if name == "adamw-8bit-torchao" and p.numel() >= SMALL and p.numel() % BLOCK:
                 raise ValueError(
                     f"training.optimizer={name} would keep the states of {shard_name}, {p.numel()} elements on this "
-                    f"rank, in full: that is no multiple of {BLOCK}; use adamw, or adamw-8bit where weights are in fp32"
+                    f"rank, in full: that is no multiple of {BLOCK}; use adamw-8bit where weights are in fp32, or adamw"
                 )
 
         def make(names: list[str]) -> torch.optim.Optimizer:
