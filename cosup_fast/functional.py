@@ -440,6 +440,8 @@ def _tensor(
         value.ndim == len(shape) and all(want is None or got == want for got, want in zip(value.shape, shape))
     )
     if shape is not None and not fits:
+        if value.ndim != len(shape):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; reshape it: it has {len(shape)} dimension(s)")
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(value.shape)}; the other arguments call for ({wanted})")
     if like is not None and value.device != like.device:
@@ -498,7 +500,8 @@ def _readable(t: Tensor) -> bool:
 def _in_range(name: str, index: Tensor, size: int, what: str) -> None:
     wrong = index[(index < 0) | (index >= size)]
     if len(wrong):
-        raise ValueError(f"{name} holds {int(wrong[0])}; every entry must be in 0..{size - 1}{what}")
+        allowed = f"every entry must be in 0..{size - 1}" if size else "there is none to choose among"
+        raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
 
 
 def _check_positives(positive: Tensor | None, key_ids: Tensor | None, positive_ids: Tensor | None, m: int) -> None:
