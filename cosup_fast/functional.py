@@ -240,7 +240,7 @@ def linear_cross_entropy(
         hidden: (T, D) floating.
         weight: (V, D), dtype and device of hidden.
         target: (T,) int64; target[t] is the label of hidden[t], already shifted.
-        bias: (V,) floating, or None.
+        bias: (V,) floating, or None. A token of bias -inf is no candidate: label smoothing passes it over too.
         ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
             Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
             graph capture and fake tensors every row is computed and the losses of the others are dropped. None: every

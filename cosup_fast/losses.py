@@ -94,7 +94,7 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
         if learnable_scale and scale > max_scale:
             raise ValueError(f"scale is {scale}, above max_scale {max_scale}; raise max_scale or lower scale")
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32)) if learnable_scale else None
         self.fixed_scale, self.max_scale = scale, max_scale
         self.normalize, self.symmetric, self.label_smoothing = normalize, symmetric, label_smoothing
         self.duplicates: Duplicates = duplicates

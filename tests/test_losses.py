@@ -267,6 +267,18 @@ def test_an_option_out_of_its_range_is_refused_when_the_module_is_made(make, opt
         make(**options)
 
 
+def test_a_learnt_scale_is_fp32_whatever_a_model_is_made_in():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss = InfoNCELoss(temperature=0.05, learnable_scale=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert loss.log_scale is not None
+    assert loss.log_scale.dtype == torch.float32
+    assert float(loss.scale) == pytest.approx(20, rel=1e-6)
+
+
 def test_a_printed_model_shows_the_options_of_its_loss():
     loss = CoSupervisionLoss(0.5, LinearCrossEntropyLoss(softcap=30.0), InfoNCELoss(learnable_scale=True))
     shown = str(loss)
