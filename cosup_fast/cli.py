@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from cosup_fast.cli_common import Checkpoint, Device, Stale, err, hush, interruptible, leads, message_of, out, say_once
@@ -74,7 +75,7 @@ def env() -> None:
 
     table = Table("part", "state", "note")
     for part in describe():
-        table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", part.note)
+        table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", escape(part.note))
     out.print(table)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cosup_fast.data.records import read_examples, write_jsonl
+from cosup_fast.environment import Part
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
 
@@ -240,6 +241,12 @@ def test_env_and_show(cosup, fields):
     status, out, _ = cosup("train", "--show", "training.lr=0.25")
     assert status == 0
     assert "lr: 0.25" in out
+
+
+def test_env_says_which_extra_to_install(cosup, monkeypatch):
+    part = Part("flash-attn", False, "not installed (pip install 'cosup-fast[gpu]')")
+    monkeypatch.setattr("cosup_fast.environment.describe", lambda: [part])
+    assert part.note in cosup("env")[1]
 
 
 def _start(fields, *options, limit=None, **changes):
