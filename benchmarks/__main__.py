@@ -1,6 +1,9 @@
 """python -m benchmarks."""
 
-from benchmarks.cli import main
+from cosup_fast.cli_common import hush
 
 if __name__ == "__main__":
+    hush()
+    from benchmarks.cli import main
+
     main()

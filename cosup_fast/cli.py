@@ -5,7 +5,6 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli_common import Checkpoint, Device, Stale, err, interruptible, leads, out, say_once
+from cosup_fast.cli_common import Checkpoint, Device, Stale, err, hush, interruptible, leads, message_of, out, say_once
 from cosup_fast.cli_common import load_model as _load_model
 from cosup_fast.cli_common import say as _say
 from cosup_fast.cli_convert import convert_app
@@ -23,6 +23,8 @@ from cosup_fast.cli_index import index_app
 from cosup_fast.cli_plan import plan
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cosup_fast.config import RunConfig
     from cosup_fast.generation import GenerationConfig
 
@@ -49,15 +51,14 @@ PASSED_OVER = {"gold": "gold", "answer": "bear an answer", "score": "score too n
 
 def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
-    for noisy in ("torch.utils._pytree", "torchao"):  # of kernels for other machines, at import
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    hush()
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _of_peers(error):
             raise  # a bug keeps its trace; else it is an argument, a file, a missing package, a lost rank
         err.print("[red]error:[/] " if leads() else f"[red]error on rank {os.environ['RANK']}:[/] ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        err.print(message_of(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -74,7 +75,7 @@ def env() -> None:
 
     table = Table("part", "state", "note")
     for part in describe():
-        table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", part.note)
+        table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", escape(part.note))
     out.print(table)
 
 
@@ -104,7 +105,9 @@ def data_check(
         list[str] | None, typer.Argument(help="example sets: JSONL files or names; none: check what was prepared")
     ] = None,
     corpus: Annotated[str, typer.Option(help="the passages: a JSONL file or a name")] = "wiki-leads",
-    allow_no_retrieval: Annotated[bool, typer.Option("--allow-no-retrieval")] = False,
+    allow_no_retrieval: Annotated[
+        bool, typer.Option("--allow-no-retrieval", help="Accept examples whose output names no passage.")
+    ] = False,
 ) -> None:
     """Validate passages and examples line by line, or the prepared sets against their checksums and splits."""
     from cosup_fast.data.prepare import check, list_prepared
@@ -209,11 +212,14 @@ def generate(
         seed=seed,
         stop=[text.replace("\\n", "\n") for text in stop] if stop else None,
     )
+    if top_p is not None and config.temperature == 0:
+        raise ValueError(f"--top-p {top_p} samples, and --temperature 0 does not: give a temperature above 0")
     if output is not None and output.is_dir():
         raise ValueError(f"output {output} is a folder: name a file for the answers")
     model = _load_model(checkpoint, device)
-    loaded = SequenceIndex.load(index or checkpoint / "index", model, allow_stale=allow_stale)
-    generator = Generator(model, loaded, config, max_batch=min(batch, len(asked)))
+    folder = index or checkpoint / "index"
+    searched = SequenceIndex.load(folder, model, allow_stale=allow_stale) if config.max_retrievals else _no_passages
+    generator = Generator(model, searched, config, max_batch=min(batch, len(asked)))
     with interruptible():
         failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
     if output is not None:
@@ -277,7 +283,7 @@ def evaluate(
     from cosup_fast.evaluation.suites import check_metrics
 
     check_metrics(metric or [])
-    folder = command.output_folder(output, checkpoint, system, overwrite=overwrite)
+    folder = command.output_folder(output, checkpoint, system)
     config = _generation_config(
         checkpoint,
         max_new_tokens=max_new_tokens,
@@ -290,7 +296,7 @@ def evaluate(
         checkpoint,
         lambda path: _load_model(path, device),
         index=index,
-        corpus=corpus or command.corpus_of(checkpoint),
+        corpus=corpus,
         seed=seed,
         allow_stale=allow_stale,
     )
@@ -303,14 +309,17 @@ def evaluate(
         seed=seed,
         allow_missing_gold=allow_missing_gold,
     )
-    where = choose_device(device)
+    where = choose_device(device, "--device")
+    grounds = evaluation.load_judge(judge, device=where)
     perplexed = command.fluency_model(fluency, checkpoint)
+    if overwrite:
+        command.clear(folder)
     with interruptible("what is answered is kept; the same command goes on from there"):
         report = evaluation.evaluate(
             opened,
             tests,
             config,
-            judge=evaluation.load_judge(judge, device=where),
+            judge=grounds,
             fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
             metrics=metric or (),
             folder=folder,
@@ -397,8 +406,6 @@ def mine(
     They stand in `negatives` of the examples written, which `cosup-fast train` takes as they are. Interrupted, the same
     command goes on where it was.
     """
-    from pydantic import ValidationError
-
     from cosup_fast.data.records import write_jsonl
     from cosup_fast.data.sources import load_corpus, load_examples
     from cosup_fast.files import check_writable
@@ -409,12 +416,7 @@ def mine(
     check_writable(output)
     if output.resolve() in [Path(name).resolve() for name in examples]:
         raise ValueError(f"--output {output} is one of the --examples, which would be lost: name another file")
-    try:
-        config = MiningConfig(
-            depth=depth, per_example=per_example, skip_top=skip_top, margin=margin, max_score=max_score
-        )
-    except ValidationError as error:
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    config = MiningConfig(depth=depth, per_example=per_example, skip_top=skip_top, margin=margin, max_score=max_score)
     folder = index or checkpoint / "index"
     passages = None if corpus is None else load_corpus(corpus)
     known = None if passages is None else {passage.id for passage in passages}
@@ -472,6 +474,11 @@ def _config(arguments: list[str]) -> RunConfig:
     if len(files) > 1:
         raise ConfigError(f"expected one configuration file, got {files}: overrides read section.field=value")
     return load_config(files[0] if files else None, [a for a in arguments if "=" in a])
+
+
+def _no_passages(query: Tensor, k: int) -> list:
+    """The index of answers without passages, which nothing asks."""
+    raise AssertionError("max_retrievals=0 bans [NSP]")
 
 
 def _generation_config(checkpoint: Path, **options: object) -> GenerationConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,23 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+
+
+def hush() -> None:
+    """Silences what packages say at their import, of kernels for other machines."""
+    for noisy in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def message_of(error: Exception) -> str:
+    """A message for people, also of an option that pydantic refuses."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    from cosup_fast.config import explain
+
+    return "\n".join(map(explain, error.errors()))
 
 
 def say(text: str) -> None:
@@ -51,7 +69,7 @@ def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     folder = newest(checkpoint)
     if (folder / MANIFEST).is_file():
         verify(folder)
-    return CoSupervisionModel.load(folder, device=choose_device(device))
+    return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{source}: {explain(e)}" for e in error.errors())) from None
 
 
 def config_of(checkpoint: Path) -> RunConfig | None:
@@ -233,7 +233,10 @@ def _reject_unknown(raw: dict[str, Any], model: type[BaseModel], source: str, pr
             _reject_unknown(value, inner, source, f"{prefix}{key}.")
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any) -> str:
+    """One of pydantic's errors in a line: the field, what is expected, what was found."""
     field = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("list_type", "tuple_type") and isinstance(error["input"], str):
+        message += f" (write {field}=[{error['input']}])"
     return f"{field}: {message}, found {error['input']!r}" if field and error["type"] != "value_error" else message

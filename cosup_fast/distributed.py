@@ -34,12 +34,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cosup_fast.kernels import dispatch
 from cosup_fast.kernels.last_hidden import accumulator, unit, unit_backward
 from cosup_fast.kernels.scores import Gradients, Needs, Scores, Softmax, Statistics, finite
 from cosup_fast.kernels.softmax_xent import column_gradient, gradient, statistics, statistics_and_gradient
+from cosup_fast.kernels.softmax_xent_op import once
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
 from cosup_fast.peers import PeerError, Peers, outside_graphs
 
@@ -287,18 +287,19 @@ class _Loss(torch.autograd.Function):
         return (loss, *by_row)  # pyright: ignore[reportReturnType]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
-        with torch.autocast(g.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             if ctx.later is None:
                 grads = [None if t is None else t * g for t in ctx.saved_tensors]
             else:
                 problem, s, stats = ctx.later
                 grads = problem.leave(problem.gradient(s, stats, g))
         wanted = ctx.needs_input_grad[1:]
-        return None, *(
-            t.to(dtype) if need and t is not None else None for t, dtype, need in zip(grads, ctx.dtypes, wanted)
-        )
+        with torch.no_grad():
+            grads = [
+                t.to(dtype) if need and t is not None else None for t, dtype, need in zip(grads, ctx.dtypes, wanted)
+            ]
+        return None, *once(g, grads)
 
 
 @outside_graphs
@@ -343,7 +344,10 @@ def info_nce(
     }
     pool = Pool.of(peers, query, keys, (scale, private), key_ids, same)
     if target is None or elsewhere:
-        check(target, pool.ids, positive_ids, pool.size)
+        if query.device.type == "cpu":  # elsewhere `check` reads no values
+            with peers.reporting("info_nce: positives"):
+                check(target, pool.ids, positive_ids, pool.size)
+            peers.meet("info_nce: positives")
     else:
         target = target + pool.offset
     if elsewhere and target is not None and pool.ids is not None and not keep_duplicates:

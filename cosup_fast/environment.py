@@ -107,8 +107,12 @@ def no_downloaded_kernels() -> Iterator[None]:
             sys.modules["kernels"] = before
 
 
-def choose_device(requested: str) -> torch.device:
+def choose_device(requested: str, name: str = "training.device") -> torch.device:
     """`auto` is CUDA when there is one, else the CPU; under torchrun `cuda` is the GPU of this rank.
+
+    Args:
+        requested: auto, or what torch calls a device.
+        name: of the option, for the error.
 
     Raises:
         ValueError: there is no such device, or not one for each rank.
@@ -120,9 +124,9 @@ def choose_device(requested: str) -> torch.device:
     try:
         device = torch.device(requested)
     except RuntimeError as error:
-        raise ValueError(f"training.device={requested!r}: {error}") from None
+        raise ValueError(f"{name}={requested!r}: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"training.device={requested!r}: this torch sees no CUDA device; use auto or cpu")
+        raise ValueError(f"{name}={requested!r}: this torch sees no CUDA device; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"there is no {device}, this machine has {torch.cuda.device_count()} GPUs: name another device, or "

@@ -240,7 +240,7 @@ def linear_cross_entropy(
         hidden: (T, D) floating.
         weight: (V, D), dtype and device of hidden.
         target: (T,) int64; target[t] is the label of hidden[t], already shifted.
-        bias: (V,) floating, or None.
+        bias: (V,) floating, or None. A token of bias -inf is no candidate: label smoothing passes it over too.
         ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
             Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
             graph capture and fake tensors every row is computed and the losses of the others are dropped. None: every
@@ -440,6 +440,8 @@ def _tensor(
         value.ndim == len(shape) and all(want is None or got == want for got, want in zip(value.shape, shape))
     )
     if shape is not None and not fits:
+        if value.ndim != len(shape):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; reshape it: it has {len(shape)} dimension(s)")
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(value.shape)}; the other arguments call for ({wanted})")
     if like is not None and value.device != like.device:
@@ -498,7 +500,8 @@ def _readable(t: Tensor) -> bool:
 def _in_range(name: str, index: Tensor, size: int, what: str) -> None:
     wrong = index[(index < 0) | (index >= size)]
     if len(wrong):
-        raise ValueError(f"{name} holds {int(wrong[0])}; every entry must be in 0..{size - 1}{what}")
+        allowed = f"every entry must be in 0..{size - 1}" if size else "there is none to choose among"
+        raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
 
 
 def _check_positives(positive: Tensor | None, key_ids: Tensor | None, positive_ids: Tensor | None, m: int) -> None:

@@ -40,6 +40,10 @@ def _over(result: Any, count: int | Tensor | None) -> Any:
     return result / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
+def _shown(**options: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+
+
 class InfoNCELoss(nn.Module):
     """InfoNCE of queries (N, D) against keys (M, D); the equation and the errors are those of `functional.info_nce`.
 
@@ -52,6 +56,7 @@ class InfoNCELoss(nn.Module):
         normalize, symmetric, label_smoothing, duplicates, reduction, impl, key_grad: as in `functional.info_nce`.
 
     Raises:
+        TypeError: temperature or scale is no number.
         ValueError: both temperature and scale are given; a value out of range.
     """
 
@@ -71,6 +76,11 @@ class InfoNCELoss(nn.Module):
         key_grad: KeyGrad = "global",
     ) -> None:
         super().__init__()
+        for name, value in (("temperature", temperature), ("scale", scale)):
+            if value is not None and not isinstance(value, (int, float)):
+                raise TypeError(
+                    f"{name} is a {type(value).__name__}; pass a number, with learnable_scale=True to train it"
+                )
         if temperature is not None:
             if scale is not None:
                 raise ValueError(
@@ -84,13 +94,26 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
         if learnable_scale and scale > max_scale:
             raise ValueError(f"scale is {scale}, above max_scale {max_scale}; raise max_scale or lower scale")
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32)) if learnable_scale else None
         self.fixed_scale, self.max_scale = scale, max_scale
         self.normalize, self.symmetric, self.label_smoothing = normalize, symmetric, label_smoothing
         self.duplicates: Duplicates = duplicates
         self.reduction: Reduction = reduction
         self.impl: Impl = impl
         self.key_grad: KeyGrad = key_grad
+        self(torch.empty(0, 1), torch.empty(0, 1))  # options are checked now, not at the first batch
+
+    def extra_repr(self) -> str:
+        learnt = self.log_scale is not None
+        return _shown(
+            scale=f"exp(log_scale), at most {self.max_scale:g}" if learnt else f"{self.fixed_scale:g}",
+            normalize=self.normalize or None,
+            symmetric=self.symmetric or None,
+            label_smoothing=self.label_smoothing or None,
+            duplicates=self.duplicates,
+            reduction=self.reduction,
+            impl=self.impl,
+        )
 
     @property
     def scale(self) -> float | Tensor:
@@ -165,6 +188,18 @@ class LinearCrossEntropyLoss(nn.Module):
         self.z_loss, self.label_smoothing = z_loss, label_smoothing
         self.reduction: Reduction = reduction
         self.impl: Impl = impl
+        self(torch.empty(0, 1), torch.empty(1, 1), torch.empty(0, dtype=torch.int64))  # checks the options
+
+    def extra_repr(self) -> str:
+        return _shown(
+            ignore_index=self.ignore_index,
+            scale=None if self.scale == 1.0 else self.scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss or None,
+            label_smoothing=self.label_smoothing or None,
+            reduction=self.reduction,
+            impl=self.impl,
+        )
 
     def forward(
         self,
@@ -228,6 +263,9 @@ class CoSupervisionLoss(nn.Module):
         for name, part in (("ntp", self.ntp), ("nsp", self.nsp)):
             if part.reduction != "mean":
                 raise ValueError(f"{name} has reduction {part.reduction!r}; a sum of two losses needs 'mean'")
+
+    def extra_repr(self) -> str:
+        return _shown(nsp_weight=self.nsp_weight)
 
     def forward(
         self,

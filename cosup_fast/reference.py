@@ -134,7 +134,9 @@ def linear_cross_entropy(
         z = softcap * torch.tanh(z / softcap)
     supervised = target != ignore_index
     target = target.masked_fill(~supervised, 0)
-    loss = F.cross_entropy(z, target, reduction="none", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(z, target, reduction="none")
+    if label_smoothing:  # torch's own is infinite where a token is no candidate, of bias -inf
+        loss = _softmax_xent(z, F.one_hot(target, len(weight)).bool(), label_smoothing)
     if z_loss:
         loss = loss + z_loss * z.logsumexp(1).square()
     loss = _reduce(loss.masked_fill(~supervised, 0.0), int(supervised.sum()), reduction)

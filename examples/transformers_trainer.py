@@ -27,9 +27,9 @@ NSP = "[NSP]"
 class CoSupervised(nn.Module):
     """Gen and Embseq; `forward` returns a dictionary with `loss`, as Trainer wants it."""
 
-    def __init__(self, gen: Any, embseq: Any, nsp_id: int, nsp_weight: float = 1.0):
+    def __init__(self, gen: Any, embseq: Any, nsp_weight: float = 1.0):
         super().__init__()
-        self.gen, self.embseq, self.nsp_id = gen, embseq, nsp_id
+        self.gen, self.embseq = gen, embseq
         self.criterion = CoSupervisionLoss(nsp_weight, nsp=InfoNCELoss(temperature=0.05, normalize=True))
 
     def forward(
@@ -37,18 +37,19 @@ class CoSupervised(nn.Module):
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor,
         labels: Tensor,  # (B, T), -100 where nothing is learnt
+        nsp_at: Tensor,  # (B,), where the question's [NSP] stands
         passage_ids: Tensor,  # (B, S), passage i answers question i
         passage_mask: Tensor,
     ) -> dict[str, Tensor]:
         hidden = self.gen.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         states = self.embseq(passage_ids, attention_mask=passage_mask, use_cache=False).last_hidden_state
-        last = passage_mask.sum(dim=1) - 1
+        rows, last = torch.arange(len(nsp_at), device=nsp_at.device), passage_mask.sum(dim=1) - 1
         out = self.criterion(
             hidden[:, :-1].flatten(0, 1),
             self.gen.get_output_embeddings().weight,
             labels[:, 1:].flatten(),
-            query=hidden[input_ids == self.nsp_id],
-            keys=states[torch.arange(len(last), device=last.device), last],
+            query=hidden[rows, nsp_at],
+            keys=states[rows, last],
         )
         return {"loss": out.loss, "ntp": out.ntp.detach(), "nsp": out.nsp.detach()}
 
@@ -66,17 +67,22 @@ class CoSupervisionTrainer(Trainer):
 
 
 class Collator:
-    """Tokenizes records and pads them on the right; the question and [NSP] are read, the answer is learnt."""
+    """Tokenizes records and pads them on the right; the question and [NSP] are read, the answer is learnt.
+
+    A question that leaves no room for [NSP] is cut, never [NSP]: without it all later queries would change passages.
+    """
 
     def __init__(self, tokenizer: Any, embseq_tokenizer: Any, max_length: int = 256):
         self.tokenizer, self.embseq_tokenizer, self.max_length = tokenizer, embseq_tokenizer, max_length
 
     def __call__(self, records: list[dict[str, str]]) -> dict[str, Tensor]:
-        rows, labels = [], []
+        rows, labels, nsp_at = [], [], []
         for record in records:
-            question = self.tokenizer(record["question"] + NSP)["input_ids"]
+            nsp = self.tokenizer.convert_tokens_to_ids(NSP)
+            question = [*self.tokenizer(record["question"])["input_ids"][: self.max_length - 1], nsp]
             answer = self.tokenizer(" " + record["answer"], add_special_tokens=False)["input_ids"]
             answer = [*answer, self.tokenizer.eos_token_id]
+            nsp_at.append(len(question) - 1)
             rows.append([*question, *answer][: self.max_length])
             labels.append([*[-100] * (len(question) - 1), question[-1], *answer][: self.max_length])
         end = self.embseq_tokenizer.eos_token_id
@@ -89,6 +95,7 @@ class Collator:
             "input_ids": input_ids,
             "attention_mask": mask,
             "labels": _padded(labels, -100)[0],
+            "nsp_at": torch.tensor(nsp_at),
             "passage_ids": passage_ids,
             "passage_mask": passage_mask,
         }
@@ -121,7 +128,7 @@ def main(arguments: list[str] | None = None) -> CoSupervisionTrainer:
     gen.resize_token_embeddings(max(len(tokenizer), gen.get_input_embeddings().num_embeddings))
     embseq = AutoModel.from_pretrained(embseq_name, use_safetensors=True, dtype=torch.float32)
     trainer = CoSupervisionTrainer(
-        model=CoSupervised(gen, embseq, tokenizer.convert_tokens_to_ids(NSP)),
+        model=CoSupervised(gen, embseq),
         args=TrainingArguments(
             output_dir=given.output,
             max_steps=given.steps,

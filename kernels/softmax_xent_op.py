@@ -6,6 +6,7 @@ above. reduction="none" learns the rows' weights in backward: it saves the stati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -231,8 +232,6 @@ def _differentiate(ctx: Any, upstream: list[Tensor]) -> tuple:
     g = upstream[0]
     if g is None:
         return (None,) * (len(ctx.options) + 10)
-    if g.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("this loss is differentiated once; pass impl='reference' for second derivatives")
     saved = ctx.saved_tensors
     with torch.no_grad():
         if ctx.at_once:
@@ -241,7 +240,25 @@ def _differentiate(ctx: Any, upstream: list[Tensor]) -> tuple:
             operands = saved[12:17]
             grads = _backward(g, list(saved[:12]), *operands, *saved[17:21], *ctx.options, ctx.needs)
         grads = [t.to(dtype) if need else None for t, dtype, need in zip(grads, ctx.dtypes, ctx.needs)]
-    return *grads, *([None] * (len(ctx.options) + 5))
+    return *once(g, grads), *([None] * (len(ctx.options) + 5))
+
+
+def once(g: Tensor, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients under an upstream g, which raise where they are differentiated.
+
+    Without a node of theirs what create_graph=True makes of them would be a constant, and its gradient 0 unnoticed.
+    """
+    return _Once.apply(g.detach().requires_grad_(), *grads) if torch.is_grad_enabled() else grads  # pyright: ignore
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError("this loss is differentiated once; pass impl='reference' for second derivatives")
 
 
 def _is_one(g: Tensor) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cosup_fast.data.records import read_examples, write_jsonl
+from cosup_fast.environment import Part
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
 
@@ -242,6 +243,12 @@ def test_env_and_show(cosup, fields):
     assert "lr: 0.25" in out
 
 
+def test_env_says_which_extra_to_install(cosup, monkeypatch):
+    part = Part("flash-attn", False, "not installed (pip install 'cosup-fast[gpu]')")
+    monkeypatch.setattr("cosup_fast.environment.describe", lambda: [part])
+    assert part.note in cosup("env")[1]
+
+
 def _start(fields, *options, limit=None, **changes):
     """A real process that trains."""
 
@@ -428,6 +435,8 @@ def test_every_system_answers_the_same_questions_and_is_compared(cosup, fields, 
     assert {row["metric"] for row in json.loads(out)["metrics"]} == {"containment"}
     status, _, err = cosup("compare", before, examples)
     assert (status, "is no report that can be read" in err) == (1, True)
+    status, _, err = cosup("compare", folder, after)
+    assert (status, "such as RUN/evaluation/co-supervised" in err) == (1, True)
 
 
 def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_path):
@@ -443,7 +452,7 @@ def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_p
         (["--examples", tmp_path / "lost.jsonl", "--system", "gold"], "expected the id of a passage in the corpus"),
         (["--examples", examples, "--judge", "nobody"], "nobody"),
         (["--examples", examples, "--fluency", "nobody"], "nobody"),
-        (["--system", "co-supervised"], "is no index"),
+        (["--system", "co-supervised"], "is no index, it has no index.json: make one with `cosup-fast index build`"),
     ]:
         system = [] if "--system" in options else ["--system", "closed-book"]
         status, _, err = cosup("evaluate", folder, *system, *options)
@@ -453,12 +462,28 @@ def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_p
     assert cosup(*command, "--max-new-tokens", 2)[0] == 0
     status, _, err = cosup(*command, "--max-new-tokens", 3)
     assert (status, "another generation.max_new_tokens (2, now 3)" in err) == (1, True)
+    answers = folder / "evaluation" / "closed-book" / "answers.jsonl"
+    before = answers.read_bytes()
+    for wrong in (["--judge", "nobody"], ["--index", "nowhere"], ["--max-new-tokens", "-1"]):
+        assert cosup(*command, *wrong, "--overwrite")[0] == 1
+        assert answers.read_bytes() == before
     assert cosup(*command, "--max-new-tokens", 3, "--overwrite")[0] == 0
 
 
 def test_generation_follows_the_runs_configuration_and_options_override_it(cosup, fields, data_folder):
     settings = {"generation.ret_first": "true", "generation.max_new_tokens": 3, "generation.max_retrievals": 1}
     assert cosup("train", *_arguments(fields, **settings))[0] == 0
+    closed_book = ["generate", fields["output"], "q", "--json", "--max-retrievals", "0"]
+    status, out, err = cosup(*closed_book, "--no-ret-first")
+    assert (status, json.loads(out)["retrievals"]) == (0, []), err  # without an index
+    for options, message in (
+        (["--ret-first"], "error: ret_first=true forces a retrieval and max_retrievals=0 forbids it: change one of"),
+        (["--temperature", "-1"], "error: temperature: Input should be greater than or equal to 0, found -1.0"),
+        (["--no-ret-first", "--top-p", "0.9"], "error: --top-p 0.9 samples, and --temperature 0 does not"),
+        (["--no-ret-first", "--device", "abacus"], "error: --device='abacus'"),
+    ):
+        status, _, err = cosup(*closed_book, *options)
+        assert (status, err.startswith(message), "pydantic" in err) == (1, True, False), err
     assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
     _, out, _ = cosup("generate", fields["output"], "q", "--json")
     answer = json.loads(out)

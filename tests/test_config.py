@@ -60,6 +60,7 @@ def test_an_override_of_a_text_field_is_taken_as_it_stands(override, value):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.train=mine.jsonl", "Input should be a valid list (write data.train=[mine.jsonl]), found 'mine.jsonl'"),
         ("training.lrr=1", "unknown field 'training.lrr', did you mean 'training.lr'"),
         ("temperature=0.1", "unknown field 'temperature', did you mean 'nsp.temperature'"),
         ("trainin.lr=1", "unknown field 'trainin'"),

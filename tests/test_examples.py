@@ -54,5 +54,13 @@ def test_the_losses_drop_into_a_transformers_trainer(records, llama_folder, gpt2
     hidden = model.gen.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
     states = model.embseq(inputs["passage_ids"], attention_mask=inputs["passage_mask"]).last_hidden_state
     keys = torch.stack([state[mask.sum() - 1] for state, mask in zip(states, inputs["passage_mask"], strict=True)])
-    scores = F.normalize(hidden[inputs["input_ids"] == model.nsp_id], dim=-1) @ F.normalize(keys, dim=-1).T / 0.05
+    nsp = trainer.data_collator.tokenizer.convert_tokens_to_ids("[NSP]")
+    scores = F.normalize(hidden[inputs["input_ids"] == nsp], dim=-1) @ F.normalize(keys, dim=-1).T / 0.05
     assert float(out["nsp"]) == pytest.approx(float(F.cross_entropy(scores, torch.arange(4))), rel=1e-3, abs=1e-5)
+
+    long = [{**rows[0], "question": "Paris " * 300}, {**rows[1], "question": "What is [NSP]?"}]
+    batch = trainer.data_collator(long)
+    assert batch["input_ids"][range(2), batch["nsp_at"]].tolist() == [nsp, nsp]
+    assert batch["nsp_at"][0] == batch["input_ids"].shape[1] - 1
+    assert batch["nsp_at"][1] == batch["attention_mask"][1].sum() - (batch["labels"][1] != -100).sum()
+    assert torch.isfinite(model(**batch)["loss"])

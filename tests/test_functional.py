@@ -366,6 +366,37 @@ def test_retained_graph_gives_the_same_gradient_twice(reduction):
         torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("impl", ["stored", "reference"])
+def test_label_smoothing_passes_over_tokens_of_bias_minus_infinity(impl):
+    hidden, weight = rand(4, 8).requires_grad_(), rand(10, 8, seed=1).requires_grad_()
+    target, bias = torch.tensor([1, 2, 3, 4]), torch.zeros(10, dtype=DOUBLE)
+    bias[7:] = -torch.inf
+    loss = linear_cross_entropy(hidden, weight, target, bias=bias, label_smoothing=0.1, impl=impl)
+    expected = F.cross_entropy(hidden @ weight[:7].T, target, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_penalty_is_refused_rather_than_dropped(reduction):
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
+    loss = info_nce(q, k, reduction=reduction).sum()
+    expected = torch.autograd.grad(loss, (q, k), retain_graph=True)
+    grads = torch.autograd.grad(loss, (q, k), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    with pytest.raises(RuntimeError, match="differentiated once; pass impl='reference'"):
+        (q.sum() + grads[0].square().sum()).backward()
+
+
+def test_a_shape_of_other_dimensions_is_told_how_many_to_pass():
+    q, k = rand(2, 5, 3), rand(8, 3)
+    with pytest.raises(ValueError, match=r"query has shape \(2, 5, 3\); reshape it: it has 2 dimension"):
+        info_nce(q, k)
+    with pytest.raises(ValueError, match="positive holds 0; there is none to choose among"):
+        info_nce(q[0], k[:0], torch.zeros(5, dtype=torch.int64))
+
+
 def test_inputs_changed_before_backward_are_noticed():
     q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
     loss = info_nce(q, k, reduction="none").sum()

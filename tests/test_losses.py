@@ -247,6 +247,47 @@ def test_co_supervision_errors(options, message):
         CoSupervisionLoss(**options)
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (InfoNCELoss, {"impl": "triton"}, ValueError, "impl is 'triton'; pass one of"),
+        (InfoNCELoss, {"duplicates": "drop"}, ValueError, "duplicates is 'drop'"),
+        (InfoNCELoss, {"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        (InfoNCELoss, {"key_grad": "own"}, ValueError, "key_grad is 'own'"),
+        (InfoNCELoss, {"label_smoothing": 2}, ValueError, "label_smoothing is 2"),
+        (InfoNCELoss, {"temperature": torch.tensor(0.05)}, TypeError, "temperature is a Tensor; pass a number, with"),
+        (InfoNCELoss, {"scale": "20"}, TypeError, "scale is a str"),
+        (LinearCrossEntropyLoss, {"impl": "triton"}, ValueError, "impl is 'triton'"),
+        (LinearCrossEntropyLoss, {"z_loss": -1}, ValueError, "z_loss is -1"),
+        (LinearCrossEntropyLoss, {"softcap": 0}, ValueError, "softcap is 0"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_when_the_module_is_made(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_a_learnt_scale_is_fp32_whatever_a_model_is_made_in():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss = InfoNCELoss(temperature=0.05, learnable_scale=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert loss.log_scale is not None
+    assert loss.log_scale.dtype == torch.float32
+    assert float(loss.scale) == pytest.approx(20, rel=1e-6)
+
+
+def test_a_printed_model_shows_the_options_of_its_loss():
+    loss = CoSupervisionLoss(0.5, LinearCrossEntropyLoss(softcap=30.0), InfoNCELoss(learnable_scale=True))
+    shown = str(loss)
+    assert "nsp_weight=0.5" in shown
+    assert "(ntp): LinearCrossEntropyLoss(ignore_index=-100, softcap=30.0, reduction=mean, impl=auto)" in shown
+    assert "(nsp): InfoNCELoss(scale=exp(log_scale), at most 100, duplicates=mask, reduction=mean, impl=auto)" in shown
+    assert str(InfoNCELoss(temperature=0.05, normalize=True)).startswith("InfoNCELoss(scale=20, normalize=True, ")
+
+
 def test_half_precision_models_get_fp32_losses():
     hidden, weight, keys = (
         t.detach().to(torch.bfloat16).requires_grad_() for t in (rand(4, 6), rand(17, 6), rand(5, 6))

@@ -201,7 +201,8 @@ def parse_object(where: str, line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected one JSON object, found {_short(line)} ({error})") from None
+        found = _short(line.decode("utf-8-sig").strip())
+        raise DataError(f"{where}: expected one JSON object, found {found} ({error})") from None
     if not isinstance(data, dict):
         raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
     return data

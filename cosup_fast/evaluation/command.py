@@ -54,7 +54,7 @@ def open_system(
     load_model: Callable[[Path], CoSupervisionModel],
     *,
     index: Path | None = None,
-    corpus: str,
+    corpus: str | None = None,
     seed: int = 0,
     allow_stale: bool = False,
 ) -> System:
@@ -65,21 +65,27 @@ def open_system(
         checkpoint: the run or checkpoint whose Gen writes.
         load_model: loads one.
         index: for `co-supervised` and `pair`; by default the one beside the checkpoint that retrieves.
-        corpus: the passages of the other retrievers.
+        corpus: the passages of the other retrievers; by default those of the checkpoint's run.
         seed: of `random`.
         allow_stale: take an index that another checkpoint made.
 
     Raises:
-        ValueError: what `split_name` or the retriever refuses.
+        ValueError: what `split_name` or the retriever refuses; an index or a corpus that this system does not read.
     """
     from cosup_fast.data.sources import load_corpus
     from cosup_fast.index import SequenceIndex
 
     kind, argument = split_name(name)
+    searching = kind in ("co-supervised", "pair")
+    if index and not searching:
+        raise ValueError(f"--system {name} searches no index: leave out --index {index}")
+    if corpus and (searching or kind == "closed-book"):
+        reads = "what its index holds" if searching else "no passages"
+        raise ValueError(f"--system {name} reads {reads}: leave out --corpus {corpus}")
     model = load_model(checkpoint)
     sources = {"checkpoint": str(checkpoint)}
     retriever: Any = None
-    if kind in ("co-supervised", "pair"):
+    if searching:
         retrieving = Path(argument) if kind == "pair" else checkpoint
         searcher = load_model(retrieving) if kind == "pair" else model
         index = index or retrieving / "index"
@@ -87,6 +93,7 @@ def open_system(
         retriever = (PairRetriever if kind == "pair" else IndexRetriever)(searcher, loaded)
         sources |= {"index": str(index)} | ({"retriever": argument} if kind == "pair" else {})
     elif kind != "closed-book":
+        corpus = corpus or corpus_of(checkpoint)
         passages = load_corpus(corpus)
         sources["corpus"] = corpus
         if kind == "gold":
@@ -99,19 +106,21 @@ def open_system(
     return System(f"dense:{argument}" if kind == "dense" else name, model, retriever, sources)
 
 
-def output_folder(output: Path | None, checkpoint: Path, system: str, *, overwrite: bool) -> Path:
-    """Where an evaluation is kept, by default `evaluation/SYSTEM` beside the checkpoint; emptied by `overwrite`.
+def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
+    """Where an evaluation is kept, by default `evaluation/SYSTEM` beside the checkpoint.
 
     Raises:
         ValueError: the folder holds something that is no evaluation.
     """
     kind, argument = split_name(system)
     name = "-".join(filter(None, (kind, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
-    folder = check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
-    if overwrite:
-        for file in (ANSWERS, VERDICTS, FLUENCY, REPORT, HTML):
-            (folder / file).unlink(missing_ok=True)
-    return folder
+    return check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
+
+
+def clear(folder: Path) -> None:
+    """Removes an evaluation, and nothing else that may lie there."""
+    for file in (ANSWERS, VERDICTS, FLUENCY, REPORT, HTML):
+        (folder / file).unlink(missing_ok=True)
 
 
 def corpus_of(checkpoint: Path) -> str:

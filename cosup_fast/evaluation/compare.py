@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
+from rich.markup import escape
 from rich.table import Table
 
 from cosup_fast.evaluation.estimates import Estimate, Gain, compare_values
@@ -54,7 +55,7 @@ class Comparison(BaseModel):
                 "" if gain.low is None else f"  [{scale * gain.low:{sign}.2f}, {scale * (gain.high or 0):{sign}.2f}]"
             )
             table.add_row(
-                f"{title}\n{row.dataset} {row.domain}".strip(),
+                escape(f"{title}\n{row.dataset} {row.domain}".strip()),
                 str(gain.count),
                 figure(row.metric, row.gain.before),
                 figure(row.metric, row.gain.after),

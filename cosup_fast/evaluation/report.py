@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.markup import escape
 from rich.table import Table
 
 from cosup_fast.data.records import Example, Passage
@@ -116,7 +117,7 @@ class Report(_Part):
             table.add_column(title, justify="right")
         for part in self.datasets:
             table.add_row(
-                "\n".join(filter(None, (part.dataset or "(no name)", part.domain))),
+                escape("\n".join(filter(None, (part.dataset or "(no name)", part.domain)))),
                 str(part.questions),
                 *(shown(name, part.metrics.get(name)) for name in columns),
                 *(
@@ -169,7 +170,8 @@ class Report(_Part):
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is no report that can be read ({reason}): expected the {REPORT} of `cosup-fast evaluate`"
+                f"{path} is no report that can be read ({reason}): expected what `cosup-fast evaluate` wrote, such "
+                f"as RUN/evaluation/co-supervised, or its {REPORT}"
             ) from None
 
 

@@ -337,9 +337,11 @@ def _so_far(example: Example, written: Sequence[Segment]) -> str:
 
 def _sentence_encoder(name: str, device: torch.device | str) -> Any:
     from cosup_fast.data.sources import resolve_model
+    from cosup_fast.environment import no_downloaded_kernels
 
     try:
-        from sentence_transformers import SentenceTransformer
+        with no_downloaded_kernels():
+            from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError("--system dense needs sentence-transformers: pip install 'cosup-fast[eval]'") from error
     source = resolve_model(name)

@@ -81,7 +81,7 @@ class Stamp(BaseModel):
         path = folder / STAMP
         if not path.is_file():
             raise ValueError(
-                f"{folder} is no index, it has no {STAMP}: expected a folder that `cosup-fast index` wrote"
+                f"{folder} is no index, it has no {STAMP}: make one with `cosup-fast index build`, or name another"
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

@@ -222,6 +222,10 @@ def test_bench_command_runs_from_anywhere(tmp_path):
 
 @pytest.mark.slow
 def test_module_runs_from_a_clone(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
     arguments = ["--shape", "32x32x16", "--loss", "info-nce", "--provider", "dense", "--output", str(tmp_path / "out")]
     for name in ("time", "count", "memory"):
         done = subprocess.run(

@@ -115,7 +115,7 @@ def test_each_fault_of_an_example_is_named(tmp_path, change, message):
     ("content", "message"),
     [
         (b"", ": expected at least one passage, found an empty file"),
-        (b"{", ":1: expected one JSON object, found b'{'"),
+        (b"{", ":1: expected one JSON object, found '{'"),
         (b"[" * 100_000, ":1: expected one JSON object"),
         (b"[1]", r":1: expected one JSON object, found \[1\]"),
         (b'{"id": "a", "title": "\xff"}', ":1: expected UTF-8, found byte 0xff"),

@@ -393,6 +393,20 @@ REFUSED = {
         "dtype is 'torch.float32' on rank 0 and 'torch.float64' on rank 1",
     ),
     "positive": ([{}, {"positive": torch.tensor([0, 3])}], "rank 1: positive holds 3; every entry must be in 0..2"),
+    "positive of all ranks": (
+        [
+            {"positive": torch.tensor([0, 5]), "positive_rows": "group"},
+            {"positive": torch.tensor([6, 0]), "positive_rows": "group"},
+        ],
+        "rank 1: positive holds 6; every entry must be in 0..5",
+    ),
+    "positive ids": (
+        [
+            {"key_ids": torch.arange(3), "positive_ids": torch.tensor([[4], [0]])},
+            {"key_ids": torch.arange(3, 6), "positive_ids": torch.tensor([[4], [9]])},
+        ],
+        "rank 1: positive_ids[1] is [9], none of which is in key_ids",
+    ),
     "rows": ([{}, {"keys": torch.randn(1, 4)}], "rank 1: keys has 1 rows for 2 queries"),
     "kind": ([{}, {"keys": torch.randn(3, 4).long()}], "rank 1: keys"),
     "reference": ([{"impl": "reference"}, {"impl": "reference"}], "impl is 'reference', which is of one process"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -222,6 +227,19 @@ def encoder_folder(make_folder, tmp_path_factory) -> str:
     return str(encoder)
 
 
+@pytest.mark.slow
+def test_a_dense_retriever_fetches_no_binary(encoder_folder, tmp_path):
+    """bitsandbytes, which sentence-transformers brings along, asks the package `kernels` for one at its import."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('FETCHED')\n    raise ImportError\n")
+    code = "import sys; from cosup_fast.evaluation.systems import _sentence_encoder as e; e(sys.argv[1], 'cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, encoder_folder], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, "FETCHED" in done.stdout) == (0, False), done.stderr
+    assert "pip install kernels" not in done.stderr
+
+
 def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, passages, examples, model):
     from sentence_transformers import SentenceTransformer
 
@@ -261,20 +279,35 @@ def test_systems_that_do_not_exist(name, message):
 def test_names_of_systems(tmp_path, model, data_folder):
     assert split_name("dense") == ("dense", "minilm")
     assert split_name("pair:runs/a:b") == ("pair", "runs/a:b")
-    folder = output_folder(None, tmp_path, "pair:runs/nsp only", overwrite=True)
+    folder = output_folder(None, tmp_path, "pair:runs/nsp only")
     assert folder == tmp_path / "evaluation" / "pair-nsp-only"
     for name in ("closed-book", "gold", "random"):
-        opened = open_system(name, tmp_path, lambda path: model, corpus=str(data_folder / "passages.jsonl"), seed=3)
+        corpus = None if name == "closed-book" else str(data_folder / "passages.jsonl")
+        opened = open_system(name, tmp_path, lambda path: model, corpus=corpus, seed=3)
         assert opened.name == name
         assert len(opened.passages) == (0 if name == "closed-book" else 11)
     assert isinstance(opened.retriever, RandomRetriever)
     assert opened.retriever.origin["seed"] == 3
     (tmp_path / "index").mkdir()
     SequenceIndex.build(model, list(opened.passages.values()), progress=False).save(tmp_path / "index")
-    assert isinstance(open_system("co-supervised", tmp_path, lambda path: model, corpus="").retriever, IndexRetriever)
-    paired = open_system(f"pair:{tmp_path}", tmp_path / "x", lambda path: model, corpus="")
+    assert isinstance(open_system("co-supervised", tmp_path, lambda path: model).retriever, IndexRetriever)
+    paired = open_system(f"pair:{tmp_path}", tmp_path / "x", lambda path: model)
     assert isinstance(paired.retriever, PairRetriever)
     assert paired.sources["retriever"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("gold", {"index": Path("i")}, "--system gold searches no index: leave out --index i"),
+        ("closed-book", {"index": Path("i")}, "closed-book searches no index"),
+        ("closed-book", {"corpus": "c"}, "closed-book reads no passages: leave out --corpus c"),
+        ("co-supervised", {"corpus": "c"}, "co-supervised reads what its index holds: leave out --corpus c"),
+    ],
+)
+def test_what_a_system_does_not_read_is_refused(name, given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_system(name, tmp_path, lambda path: pytest.fail("a model was loaded"), **given)
 
 
 def test_a_passage_that_nothing_was_written_on_is_still_read(model, passages, examples):
