@@ -127,7 +127,7 @@ def show(made: MemoryPlan, title: str) -> None:
         say(f"  with {switch.setting}: about {switch.peak_gib:.2f} GiB")
     if (time := made.step_time) is not None:
         say(
-            f"estimate, not measured: {time.seconds:.2g} s a step ({time.pflop:g} PFLOP at {time.utilization:.0%} of "
+            f"estimate, not measured: {time.seconds:.2g} s a step ({_flop(time.pflop)} at {time.utilization:.0%} of "
             f"{time.tflops_per_gpu:g} TFLOP/s on each GPU)"
         )
 
@@ -138,6 +138,10 @@ def _default_pack(sequences: int, length: int, limits: PackLimits) -> tuple[int,
         length = min(length, limits.tokens)
         sequences = limits.tokens // length
     return min(sequences, limits.sequences or sequences), length
+
+
+def _flop(pflop: float) -> str:
+    return f"{pflop:.3g} PFLOP" if pflop >= 1 else f"{1e3 * pflop:.3g} TFLOP"
 
 
 def _words(pack: tuple[int, int]) -> str:

@@ -46,6 +46,8 @@ SHOWN = {"recall@1": "R@1", "recall@5": "R@5", "containment": "answer in the out
 def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> None:
     """Runs the demo into `output` and prints before, after, the paired gains and three answers."""
     started = time.monotonic()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: name a folder")
     with resources.as_file(resources.files("cosup_fast") / "demo.yaml") as path:
         config = load_config(path, [*overrides, f"output={json.dumps(str(output / 'run'))}"])
 

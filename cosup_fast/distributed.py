@@ -280,7 +280,8 @@ class _Loss(torch.autograd.Function):
                 stats = problem.statistics(s)
             loss = problem.loss(s, stats)
         ctx.dtypes = [None if t is None else t.dtype for t in inputs]
-        ctx.save_for_backward(*(grads or []))
+        operands = [t for t in (s.x, s.w, s.scale, s.private) if isinstance(t, Tensor)]
+        ctx.save_for_backward(*(grads or operands))
         ctx.later = None if problem.reduction != "none" else (problem, s, stats)
         by_row = (stats.rows.lse, stats.rows.positive_logit, stats.rank, stats.top1) if problem.stats else ()
         ctx.mark_non_differentiable(*(t for t in by_row if t is not None))
@@ -289,8 +290,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            saved = ctx.saved_tensors  # of operands it raises where one was changed in place
             if ctx.later is None:
-                grads = [None if t is None else t * g for t in ctx.saved_tensors]
+                grads = [None if t is None else t * g for t in saved]
             else:
                 problem, s, stats = ctx.later
                 grads = problem.leave(problem.gradient(s, stats, g))

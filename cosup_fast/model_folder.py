@@ -149,7 +149,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / "cosup.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no co-supervised checkpoint (no cosup.json): expected a folder that `cosup-fast train` wrote"
+            f"{folder} is no co-supervised checkpoint (no cosup.json): expected one that `cosup-fast train` wrote, "
+            "such as RUN/checkpoints/step-000100"
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

@@ -199,8 +199,20 @@ def test_an_example_that_cannot_be_trained_on_is_named(cosup, fields, tmp_path, 
     assert "bad-one" in err or "bad.jsonl:1" in err
 
 
+def test_an_output_that_holds_something_else_is_left_alone(cosup, fields):
+    output = Path(fields["output"])
+    output.mkdir(parents=True)
+    (output / "thesis.tex").write_text("")
+    status, _, err = cosup("train", *_arguments(fields))
+    assert status == 1
+    assert "holds something else than a run, such as 'thesis.tex'" in err
+    assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+
+
 def test_an_output_that_holds_a_run_is_not_overwritten(cosup, fields):
-    assert cosup("train", *_arguments(fields))[0] == 0
+    status, _, err = cosup("train", *_arguments(fields), "--resume")
+    assert status == 0
+    assert "holds no checkpoint to continue behind: a new run" in " ".join(err.split())
     status, _, err = cosup("train", *_arguments(fields))
     assert status == 1
     assert "holds a run already: add --resume" in err

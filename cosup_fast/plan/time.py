@@ -53,7 +53,7 @@ def estimate_step(request: PlanRequest, *, tflops: float = DENSE_TFLOPS) -> Step
         if gen:
             flop += packs * 3 * 2 * tokens * width * model.vocab_size
     rate = UTILIZATION * tflops * 1e12
-    return StepTime(round(flop / rate, 2), round(request.gpus * flop / 1e15, 3), tflops, UTILIZATION)
+    return StepTime(float(f"{flop / rate:.3g}"), float(f"{request.gpus * flop / 1e15:.3g}"), tflops, UTILIZATION)
 
 
 def count_weights(config: dict[str, Any]) -> float:

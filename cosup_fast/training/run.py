@@ -58,6 +58,10 @@ Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch
 device, it returns what is printed, and raises ValueError where the run is not to begin."""
 
 
+# What a run that was killed at its beginning may have written before config.yaml.
+OWN = {"checkpoints", "curves.png", "data.json", "metrics.jsonl", "refused-step.json", "tensorboard", "warnings.log"}
+
+
 def run_training(
     config: RunConfig, *, resume: bool = False, check: Check | None = None, console: Console | None = None
 ) -> Path:
@@ -93,6 +97,8 @@ def _run(
     config: RunConfig, output: Path, resume: bool, check: Check | None, console: Console, peers: Peers | None
 ) -> Path:
     checkpoint = _checkpoint_to_resume(config, output, resume)
+    if resume and checkpoint is None:
+        console.print(f"{config.output} holds no checkpoint to continue behind: a new run", markup=False)
     device = choose_device(config.training.device)
     check_available(config.training.optimizer, rounded=config.rounds)
     corpus, examples, held_out = load_data(config)
@@ -191,6 +197,10 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
     saved = output / "config.yaml"
     if saved.is_file() and not resume:
         raise ConfigError(f"output={config.output!r} holds a run already: add --resume to continue it, or name another")
+    if not saved.is_file() and (strange := _strange(output)):
+        raise ConfigError(
+            f"output={config.output!r} holds something else than a run, such as {strange!r}: name a new or empty folder"
+        )
     found = checkpoints(output / "checkpoints")
     if not saved.is_file() or not found:
         return None
@@ -204,6 +214,12 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
             ": give the same value, or start a new run in another output"
         )
     return found[-1]
+
+
+def _strange(output: Path) -> str | None:
+    """A file or folder that no run has written, if there is one."""
+    names = (path.name for path in output.iterdir()) if output.is_dir() else ()
+    return min((name for name in names if name not in OWN and not name.startswith(".")), default=None)
 
 
 def _ask(

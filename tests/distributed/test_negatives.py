@@ -263,6 +263,12 @@ def test_a_passage_on_another_rank_is_never_its_own_negative(world):
     torch.testing.assert_close(answers[1]["loss"], twice[:1])
 
 
+def test_an_operand_that_was_changed_before_its_gradient_is_refused(world):
+    """Of losses by row the gradient is formed in the backward pass, from queries that must still be the same."""
+    for message in world.run("changed", make_parts(RAGGED[:2])):
+        assert "modified by an inplace operation" in message
+
+
 def test_labels_stay_aligned_where_ranks_bring_hard_negatives(world):
     """sentence-transformers, PR 3453: ranks bring P N N P N N, labels as of P P N N N N made negatives the targets."""
     eye = torch.eye(12, dtype=DOUBLE) * 20

@@ -264,6 +264,19 @@ def refusal(size: int, part: dict[str, Any]) -> tuple[str, str]:
     return found
 
 
+def changed(size: int, part: dict[str, Tensor]) -> str:
+    """What is said where an operand is changed in place between a loss and its gradient."""
+    tensors = leaves(part)
+    loss = functional.info_nce(**tensors, group=groups[size], reduction="none").sum()
+    with torch.no_grad():
+        tensors["query"].mul_(2.0)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def purposes(size: int, part: None) -> str:
     try:
         Peers(groups[size]).meet("evaluation" if RANK == 1 else "counts", {"n": 1})
