@@ -8,6 +8,7 @@ what a long run holds is missing. The peak is the process's: weights, gradients,
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import machine, peak, report
 from benchmarks.material import Material
@@ -30,6 +31,7 @@ class Setting(Material):
     """Of what, and how a step is cut."""
 
     tokens_per_micro_batch: int = 2048
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,12 @@ def here(setting: Setting, size: int) -> Row:
     model, corpus, examples = setting.load()
     if size > len(examples):
         raise ValueError(f"size={size}: there are {len(examples)} examples in {', '.join(setting.examples)}")
+    examples = random.Random(0).sample(examples, size)  # one step is an epoch of them
     config = TrainingConfig(
         steps=1,
         batch_size=size,
         tokens_per_micro_batch=setting.tokens_per_micro_batch,
+        precision=setting.precision,
         activation_checkpointing="full" if setting.checkpointing else "none",
         diagnose_every=None,
         eval_every=None,
@@ -84,11 +88,13 @@ def here(setting: Setting, size: int) -> Row:
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, config, examples, corpus, Path(folder))
-        accumulate_gradients(model, make_batch(examples[:2], corpus, model.template, config.pack_limits))
+        few = make_batch(examples[:2], corpus, model.template, config.pack_limits)
+        accumulate_gradients(model, few, precision=config.precision)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         batch = trainer.batch(0)
         counts = {"queries": batch.step.nsp, "passages": batch.step.passages, "micro_batches": len(batch.packs)}
+        assert len(trainer.batch_examples(0)) == size
         del batch
         begin = time.perf_counter()
         metrics = trainer._step()

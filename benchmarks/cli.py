@@ -309,6 +309,7 @@ def batch_memory_command(
     corpus: str = batch_memory.Setting.corpus,
     passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = batch_memory.Setting.passage_tokens,
     tokens_per_micro_batch: Annotated[int, typer.Option(min=1)] = batch_memory.Setting.tokens_per_micro_batch,
+    precision: Annotated[str, typer.Option(help="of products: float32 or bfloat16")] = batch_memory.Setting.precision,
     checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
     threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
     output: Output = None,
@@ -317,7 +318,7 @@ def batch_memory_command(
     """How much memory does a training step take whose negatives are a large batch's?"""
     setting = batch_memory.Setting(
         model, layers, corpus, tuple(examples or batch_memory.Setting.examples), passage_tokens, checkpointing, threads,
-        tokens_per_micro_batch,
+        tokens_per_micro_batch, precision,  # type: ignore[arg-type]  # the configuration says which there are
     )  # fmt: skip
     folder = output or report.ROOT / machine.folder() / "batch-memory"
     report.writable(folder, overwrite)
