@@ -57,6 +57,8 @@ def run() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _of_peers(error):
             raise  # a bug keeps its trace; else it is an argument, a file, a missing package, a lost rank
+        if _said_elsewhere(error):
+            sys.exit(1)
         err.print("[red]error:[/] " if leads() else f"[red]error on rank {os.environ['RANK']}:[/] ", end="")
         err.print(message_of(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -66,6 +68,15 @@ def _of_peers(error: RuntimeError) -> bool:
     from cosup_fast.peers import PeerError
 
     return isinstance(error, PeerError)
+
+
+def _said_elsewhere(error: Exception) -> bool:
+    """Whether another rank on this machine prints that too."""
+    from cosup_fast.config import ConfigError
+    from cosup_fast.data.records import DataError
+    from cosup_fast.peers import ReportedError
+
+    return os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, ConfigError | DataError | ReportedError)
 
 
 @app.command(epilog="Example: cosup-fast env")

@@ -48,6 +48,10 @@ class PeerError(RuntimeError):
     """Other ranks did not come, were lost, or ask for something else; the message names them."""
 
 
+class ReportedError(ValueError):
+    """A user error of another rank, which it reports (see `Peers.reporting`)."""
+
+
 class Peers:
     """The ranks of a process group: meetings, and the collectives that negatives across ranks need.
 
@@ -59,6 +63,7 @@ class Peers:
 
     Raises:
         ValueError: torch.distributed is not initialised, this process is not in the group, or a timeout <= 0.
+        PeerError: the group's store is gone.
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, timeout: float = TIMEOUT):
@@ -73,7 +78,10 @@ class Peers:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.names: list[int] = dist.get_process_group_ranks(self.group)
         """The global rank of each rank of the group: by these, errors name them."""
-        self._channel = _channel(self.group)
+        try:
+            self._channel = _channel(self.group)
+        except dist.DistError as error:
+            raise _store_is_gone("start", error) from error
 
     @classmethod
     @outside_graphs
@@ -86,7 +94,7 @@ class Peers:
 
         Raises:
             PeerError: a rank has not come in time, or has come for another purpose; the store is gone.
-            ValueError: a rank reports an error of its own (see `reporting`).
+            ReportedError: a rank reports an error of its own.
         """
         channel = self._channel
         said = {"purpose": purpose, **(note or {})}
@@ -95,9 +103,7 @@ class Peers:
         try:
             notes = channel.exchange(self.rank, self.size, said, self.timeout)
         except dist.DistError as error:
-            raise PeerError(
-                f"{purpose}: the store of the process group is gone ({error}); rank 0 holds it, or the launcher does"
-            ) from error
+            raise _store_is_gone(purpose, error) from error
         if missing := [name for name, one in zip(self.names, notes) if one is None]:
             raise PeerError(
                 f"{purpose}: {_ranks(missing)} did not come within {self.timeout:g} s; look there for the cause, or "
@@ -106,7 +112,7 @@ class Peers:
         found: list[dict[str, Any]] = [one for one in notes if one is not None]
         for name, one in zip(self.names, found):
             if "error" in one:
-                raise ValueError(f"rank {name}: {one['error']}")
+                raise ReportedError(f"rank {name}: {one['error']}")
             if one["purpose"] != purpose:
                 raise PeerError(f"{purpose}: rank {name} is at {one['purpose']!r}; every rank makes the same calls")
         return found
@@ -278,6 +284,12 @@ def _channel(group: ProcessGroup) -> _Channel:
     if group not in _channels:
         _channels[group] = _Channel(group)
     return _channels[group]
+
+
+def _store_is_gone(purpose: str, error: Exception) -> PeerError:
+    return PeerError(
+        f"{purpose}: the store of the process group is gone ({error}); rank 0 holds it, or the launcher does"
+    )
 
 
 def _padded(rows: Tensor, n: int) -> Tensor:

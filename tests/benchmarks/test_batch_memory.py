@@ -17,6 +17,7 @@ def test_a_row_is_a_real_step(llama_folder, data_folder):
     assert row.micro_batches > 2  # one each is the least
     assert row.nsp > 0
     assert row.peak_bytes > 50 << 20
+    assert batch_memory.here(setting, 3).queries < 6  # and not those of an epoch cut in halves
     with pytest.raises(ValueError, match="size=5: there are 4 examples in"):
         batch_memory.here(setting, 5)
 

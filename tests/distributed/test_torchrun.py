@@ -194,6 +194,12 @@ def test_a_wild_step_is_refused_by_all_and_saved_once(arguments, tmp_path, examp
 ALONE = {"optimizer_in_backward": True, "clip": None, "spike_factor": None, "diagnose_every": None}
 
 
+def test_what_every_rank_refuses_is_said_once(arguments):
+    status, _, err = torchrun(2, arguments("run", training__lr=-1.0))
+    assert status != 0
+    assert err.count("training.lr: Input should be greater than 0, found -1.0") == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
