@@ -227,7 +227,7 @@ def test_what_rank_0_is_told_before_the_run_ends_all_ranks(start, overrides, tmp
     assert not finished(processes, 60)
     assert [process.exitcode for process in processes] == [1, 1]
     said = [(tmp_path / f"refused.error-{rank}").read_text() for rank in (0, 1)]
-    assert said == [f"ValueError: {who}2 steps of 2 ranks do not fit" for who in ("", "rank 0: ")]
+    assert said == [f"{who}2 steps of 2 ranks do not fit" for who in ("ValueError: ", "ReportedError: rank 0: ")]
     assert not (tmp_path / "refused").exists()
 
 
