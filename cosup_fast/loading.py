@@ -74,6 +74,23 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def keep_layers(config: Any, layers: int, name: str) -> None:
+    """Cuts the configuration of a model, in place, down to its first decoder layers.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    stack = config.get_text_config()
+    if layers > stack.num_hidden_layers:
+        raise ValueError(
+            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
+            "lower model.gen_layers or model.embseq_layers"
+        )
+    stack.num_hidden_layers = layers
+    if getattr(stack, "layer_types", None):
+        stack.layer_types = stack.layer_types[:layers]
+
+
 def load_language_model(
     name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
 ) -> Any:
@@ -92,16 +109,8 @@ def load_language_model(
     source = resolve_model(name)
     dtype = getattr(torch, settings.dtype)
     config = AutoConfig.from_pretrained(source)
-    stack = config.get_text_config()
-    if layers is not None and layers > stack.num_hidden_layers:
-        raise ValueError(
-            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
-            "lower model.gen_layers or model.embseq_layers"
-        )
     if layers is not None:
-        stack.num_hidden_layers = layers
-        if getattr(stack, "layer_types", None):
-            stack.layer_types = stack.layer_types[:layers]
+        keep_layers(config, layers, name)
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise ValueError(
             f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "

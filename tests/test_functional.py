@@ -581,22 +581,6 @@ def test_gather_last_hidden_error(normalize, norm, dtype):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True}], ids=["", "l2"])
-def test_gather_last_hidden_gradcheck(options):
-    inputs = (rand(2, 5, 4).requires_grad_(), rand(4).requires_grad_())
-    assert torch.autograd.gradcheck(lambda h, w: gather_last_hidden(h, ROWS, norm_weight=w, **options), inputs)
-    assert torch.autograd.gradcheck(lambda h: gather_last_hidden(h, ROWS, **options), inputs[:1])
-
-
-def test_gather_last_hidden_of_nothing_and_of_zeros():
-    hidden = torch.zeros(4, 3, requires_grad=True)
-    out = gather_last_hidden(hidden, torch.tensor([1, 2]), normalize=True)
-    assert (out == 0).all()
-    assert (torch.autograd.grad(out.sum(), hidden)[0] == 0).all()
-    nothing = gather_last_hidden(hidden, torch.empty(0, dtype=torch.int64))
-    assert (torch.autograd.grad(nothing.sum(), hidden)[0] == 0).all()
-
-
 @pytest.mark.parametrize("impl", ["stored", "reference"])
 def test_nothing_is_ignored_where_every_row_is_supervised(impl):
     hidden, weight = torch.randn(7, 5, dtype=DOUBLE, requires_grad=True), torch.randn(11, 5, dtype=DOUBLE)

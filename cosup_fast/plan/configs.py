@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from cosup_fast.data.sources import resolve_model
+from cosup_fast.loading import keep_layers
 
 # Published sizes; a name stands for the same model on the hub.
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32000}
@@ -60,11 +61,7 @@ def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
             f"one of {', '.join(_SHIPPED)}"
         ) from None
     if layers is not None:
-        if layers > (there := config.get_text_config().num_hidden_layers):
-            raise ValueError(
-                f"{name} has {there} layers, {layers} were asked for: lower model.gen_layers or model.embseq_layers"
-            )
-        keep_layers(config, layers)
+        keep_layers(config, layers, name)
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("transformers_version", None)
     return values
@@ -73,11 +70,3 @@ def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
 def decoder(values: dict[str, Any]) -> Any:
     """The part of a configuration that describes the decoder layers, by the names that all models share."""
     return AutoConfig.for_model(**values).get_text_config()
-
-
-def keep_layers(config: Any, layers: int) -> None:
-    """Cuts a configuration, in place, down to its first layers."""
-    stack = config.get_text_config()
-    stack.num_hidden_layers = layers
-    if getattr(stack, "layer_types", None):
-        stack.layer_types = stack.layer_types[:layers]

@@ -32,8 +32,8 @@ from cosup_fast.attention import PACKED_SDPA
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCounts
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.kernels.softmax_xent_torch import operand_dtype
+from cosup_fast.loading import keep_layers
 from cosup_fast.modeling import CoSupervisionModel, NSPConfig
-from cosup_fast.plan.configs import keep_layers
 from cosup_fast.plan.memory import LiveMemory, phase
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.training.optimizers import LocalOptimizer, quiet_torchao
@@ -135,7 +135,7 @@ def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSuper
     def make(values: dict[str, Any], factory: Any, depth: int | None) -> Any:
         config = AutoConfig.for_model(**values)
         if depth is not None:
-            keep_layers(config, depth)
+            keep_layers(config, depth, config.model_type)
         return factory.from_config(config, dtype=dtype, attn_implementation=PACKED_SDPA)
 
     depths = layers or (None, None)

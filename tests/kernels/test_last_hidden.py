@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosup_fast import reference
+from cosup_fast import functional, reference
 from cosup_fast.kernels import last_hidden
 from cosup_fast.kernels.last_hidden import (
     gather_last_hidden,
@@ -458,3 +458,22 @@ def test_in_a_cuda_graph():
     graph.replay()
     for ours, right in zip(captured, step()):
         assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}], ids=["", "l2"])
+def test_gather_last_hidden_gradcheck(options):
+    rows = torch.tensor([9, 0, 3, 9, 7])
+    inputs = torch.randn(2, 5, 4, dtype=DOUBLE, requires_grad=True), torch.randn(4, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda h, w: functional.gather_last_hidden(h, rows, norm_weight=w, **options), inputs
+    )
+    assert torch.autograd.gradcheck(lambda h: functional.gather_last_hidden(h, rows, **options), inputs[:1])
+
+
+def test_gather_last_hidden_of_nothing_and_of_zeros():
+    hidden = torch.zeros(4, 3, requires_grad=True)
+    out = functional.gather_last_hidden(hidden, torch.tensor([1, 2]), normalize=True)
+    assert (out == 0).all()
+    assert (torch.autograd.grad(out.sum(), hidden)[0] == 0).all()
+    nothing = functional.gather_last_hidden(hidden, torch.empty(0, dtype=torch.int64))
+    assert (torch.autograd.grad(nothing.sum(), hidden)[0] == 0).all()

@@ -20,9 +20,10 @@ from cosup_fast.plan.planner import Simulator
 from cosup_fast.plan.request import PlanRequest
 
 with Simulator() as simulator:
-    request = PlanRequest(gen=model_config("smollm2-135m"), gpus=1, sharding="none")
+    gen = model_config("smollm2-135m") | {"num_hidden_layers": 400}
+    request = PlanRequest(gen=gen, gpus=1, sharding="none")
     print(simulator._process.pid, simulator.ask(request, layers=(1, 1))["trained"], flush=True)
-    simulator.ask(request, layers=(400, 400))
+    simulator.ask(request)
 """
 
 

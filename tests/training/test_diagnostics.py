@@ -90,7 +90,7 @@ def test_what_a_batch_does_not_have_is_none(make_model, examples, corpus):
     assert (found.nsp_grad_norm, found.grad_cosine) == (None, None)
     assert (found.query_uniformity, found.passage_uniformity) == (None, None)
     assert found.ntp_grad_norm > 0
-    assert found.alignment is not None
+    assert 0 < found.alignment < 4
 
 
 def test_uniformity_of_a_collapse_is_zero_and_of_opposites_is_low():
