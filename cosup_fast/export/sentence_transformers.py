@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, processors
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import Template
 from cosup_fast.export.card import RunFacts, model_card
 from cosup_fast.files import replace_folder
-from cosup_fast.model.loading import quiet_transformers
+from cosup_fast.model.pretrained import quiet_transformers, read_tokenizer
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
@@ -141,7 +141,7 @@ class _Side:
         return {module: f"{_MODULES}.{kind}" for module, kind in zip(modules, kinds, strict=True)}
 
     def _check(self, folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder)
         for probe in _PROBES:
             text, tokens = self.expected(probe)
             if (found := tokenizer(text, truncation=True)["input_ids"]) != tokens:
