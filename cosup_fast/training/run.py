@@ -37,6 +37,7 @@ from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
+from cosup_fast.terminal import SafeConsole
 from cosup_fast.training.checkpoint import checkpoints, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.log import RunLog, Silence, read_metrics
@@ -89,7 +90,7 @@ def run_training(
     output = Path(config.output)
     with _endings_explained(output), training_ranks(config.training) as peers:
         leads = peers is None or peers.rank == 0
-        console = (console or Console(stderr=True)) if leads else Console(quiet=True)
+        console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
         return _run(config, output, resume, check, console, peers)
 
 
