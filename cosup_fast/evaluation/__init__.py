@@ -1,7 +1,8 @@
 """Evaluation: systems answer questions; retrieval, correctness, grounding and fluency are measured, with intervals.
 
 `suites` and `metrics` say what is measured, `systems` what is evaluated, `workbench` keeps what many evaluations share,
-`run` does it, `report` and `html` show it, `compare` sets two runs side by side. Source: Lee et al. 2024, arXiv 2403.09024, section 4.
+`run` does it, `report` and `html` show it, `compare` sets two runs side by side. Source: Lee et al. 2024, arXiv
+2403.09024, section 4.
 """
 
 from cosup_fast.evaluation.compare import compare

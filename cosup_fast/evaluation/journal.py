@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, Self
 
 from cosup_fast.files import fcntl, sync
 
-
 SYNC_SECONDS = 1.0
 
 

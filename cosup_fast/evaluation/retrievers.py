@@ -1,4 +1,4 @@
-"""Where passages come from: the interface of retrievers, and those that search with a model's own queries or not at all.
+"""Where passages come from: the interface of retrievers, and those that search with a model's queries or not at all.
 
 `text_retrievers` has those that search with text.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.ranks import asked
-from cosup_fast.generation.config import Found
+from cosup_fast.generation.request import Found
 from cosup_fast.index import SequenceIndex, embed_queries
 from cosup_fast.index.embed import embed_asking
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 _RANKED_AT_ONCE = 256
 
@@ -83,7 +83,9 @@ class IndexRetriever:
     def rank(self, examples: Sequence[Example], k: int) -> list[Ranking]:
         # An output that retrieves nothing asks where it begins, as Gen may have done while it wrote: no need to read
         # that prompt again.
-        known = {i: self._first[_prompt(e)] for i, e in enumerate(examples) if not e.cited and _prompt(e) in self._first}
+        known = {
+            i: self._first[_prompt(e)] for i, e in enumerate(examples) if not e.cited and _prompt(e) in self._first
+        }
         unread = [example for i, example in enumerate(examples) if i not in known]
         queries, origins = embed_queries(self._model, unread, self.corpus.by_id)
         read: dict[int, list[Tensor]] = {}

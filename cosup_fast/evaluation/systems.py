@@ -21,14 +21,14 @@ from cosup_fast.evaluation.retrievers import (
     Request,
     Retriever,
 )
-from cosup_fast.evaluation.text_retrievers import BM25Retriever, DenseRetriever
+from cosup_fast.evaluation.text_retrievers import BM25Retriever
 from cosup_fast.generation import Answer, Asked, GenerationConfig, Generator
 from cosup_fast.generation import Request as Question
-from cosup_fast.generation.config import Found
+from cosup_fast.generation.request import Found
 
 if TYPE_CHECKING:
     from cosup_fast.evaluation.workbench import Workbench
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 
 @dataclass(frozen=True)

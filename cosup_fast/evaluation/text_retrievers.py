@@ -22,7 +22,7 @@ from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.ranks import asked
 from cosup_fast.evaluation.retrievers import Ranking, Request
 from cosup_fast.evaluation.scoring import DEPTH
-from cosup_fast.generation.config import Found
+from cosup_fast.generation.request import Found
 
 K1, B = 1.2, 0.75
 """Of BM25: how fast repetitions of a word saturate, and how much long passages are discounted."""

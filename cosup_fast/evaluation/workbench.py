@@ -22,7 +22,7 @@ from cosup_fast.index.embed import embed_passages
 from cosup_fast.index.origin import Origin
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 
 class Workbench:

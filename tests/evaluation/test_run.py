@@ -142,7 +142,17 @@ def test_table_shows_the_main_numbers(report):
     console = Console(width=170, file=io.StringIO())
     console.print(report.table())
     text = console.file.getvalue()
-    for title in ("cities", "out-of-domain", "average of 3", "R@1", "R@20", "chance", "contains", "grounded", "perplexity"):
+    for title in (
+        "cities",
+        "out-of-domain",
+        "average of 3",
+        "R@1",
+        "R@20",
+        "chance",
+        "contains",
+        "grounded",
+        "perplexity",
+    ):
         assert title in text
     assert f"{100 * report.datasets[0].metrics['recall@5'].mean:.1f}" in text
     assert "chance 45.5" in text  # 5 of 11
@@ -222,7 +232,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(make_model, llama_folder, pass
 from cosup_fast.data.records import read_examples, read_passages
 from cosup_fast.evaluation import RandomRetriever, System, evaluate
 from cosup_fast.generation import GenerationConfig
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.config.model import ModelConfig
+from cosup_fast.model import CoSupervisionModel
 model = CoSupervisionModel.from_pretrained(ModelConfig(gen={llama_folder!r}, shared=True))
 examples = read_examples({str(tmp_path / "examples.jsonl")!r}, None, allow_no_retrieval=True)
 system = System("random", model, RandomRetriever(read_passages({str(tmp_path / "passages.jsonl")!r})))

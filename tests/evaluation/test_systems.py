@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosup_fast.cli.evaluate import open_system, output_folder
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.evaluation import (
     DenseRetriever,
@@ -20,7 +21,6 @@ from cosup_fast.evaluation import (
     evaluate,
     load_test_sets,
 )
-from cosup_fast.evaluation.command import open_system, output_folder
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
 from cosup_fast.evaluation.retrievers import Request
 from cosup_fast.evaluation.systems import SYSTEMS, System, _Question, _Searches, split_name
@@ -301,7 +301,11 @@ def test_names_of_systems(tmp_path, model, data_folder):
     [
         ("gold", {"index": Path("i")}, "--system gold reads no index: leave out --index i"),
         ("closed-book", {"index": Path("i")}, "closed-book reads no index"),
-        ("co-supervised", {"index": Path("i"), "corpus": "c"}, "--index i holds its own passages: leave out --corpus c"),
+        (
+            "co-supervised",
+            {"index": Path("i"), "corpus": "c"},
+            "--index i holds its own passages: leave out --corpus c",
+        ),
     ],
 )
 def test_what_a_system_does_not_read_is_refused(name, given, message, tmp_path):

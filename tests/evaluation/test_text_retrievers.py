@@ -93,8 +93,7 @@ def test_the_prompts_of_an_encoder_are_used(make_folder, passages, tmp_path):
     retriever = DenseRetriever(str(tmp_path / "e5"), passages, "{title} {text}")
     plain = [f"passage: {p.title} {p.text}" for p in passages]
     queries, documents = (
-        encoder.encode(texts, normalize_embeddings=True)
-        for texts in ([f"query: {text}" for text in QUESTIONS], plain)
+        encoder.encode(texts, normalize_embeddings=True) for texts in ([f"query: {text}" for text in QUESTIONS], plain)
     )
     np.testing.assert_allclose(retriever.scores(QUESTIONS), queries @ documents.T, atol=1e-5)
     assert retriever.origin["weights"] != ""
