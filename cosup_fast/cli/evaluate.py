@@ -1,119 +1,128 @@
-"""What `cosup-fast evaluate` and `compare` do between their options and a report."""
+"""`cosup-fast evaluate` and `compare`: score a system, and compare two of its reports."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from cosup_fast.config import config_of
-from cosup_fast.evaluation.corpus import Corpus
-from cosup_fast.evaluation.html import HTML
-from cosup_fast.evaluation.report import REPORT
-from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
-from cosup_fast.evaluation.systems import System, split_name
-from cosup_fast.evaluation.workbench import Workbench
-from cosup_fast.files import check_replaceable
+import typer
 
-if TYPE_CHECKING:
-    from cosup_fast.model import CoSupervisionModel
+from cosup_fast.cli.common import Checkpoint, Device, Stale, err, generation_config, interruptible, load_model, out, say
 
 
-def open_system(
-    name: str,
-    checkpoint: Path,
-    load_model: Callable[[Path], CoSupervisionModel],
-    *,
-    index: Path | None = None,
-    corpus: str | None = None,
-    seed: int = 0,
-    allow_stale: bool = False,
-) -> System:
-    """The system that `--system` names.
+def evaluate(
+    checkpoint: Checkpoint,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(help="a JSONL file of examples or of KILT, or a prepared set; repeat it", show_default=False),
+    ] = None,
+    system: Annotated[
+        str,
+        typer.Option(help="co-supervised, closed-book, gold, random, bm25, dense:NAME, pair:RUN or untrained"),
+    ] = "co-supervised",
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside what retrieves")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="passages to search or hand over; default: those of the index, or the run's")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="of grounding: lexical, none, or an NLI model (folder or Hugging Face name)")
+    ] = "lexical",
+    fluency: Annotated[
+        str, typer.Option(help="model for perplexity: base (what the run's Gen began as), none, or a name")
+    ] = "base",
+    metric: Annotated[list[str] | None, typer.Option(help="report this metric for every data set too")] = None,
+    in_domain: Annotated[list[str] | None, typer.Option(help="a data set or source that training has seen")] = None,
+    out_of_domain: Annotated[list[str] | None, typer.Option(help="one that it has not")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
+    max_retrievals: Annotated[int | None, typer.Option(help="most retrievals of an answer")] = None,
+    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
+    seed: Annotated[int, typer.Option(help="of --limit and of random passages")] = 0,
+    allow_missing_gold: Annotated[
+        bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output holds answers.")] = False,
+    device: Device = "auto",
+    allow_stale: Stale = False,
+) -> None:
+    """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
-    Args:
-        name: as on the command line.
-        checkpoint: the run or checkpoint whose Gen writes.
-        load_model: loads one.
-        index: for `co-supervised` and `pair`; by default the one beside the checkpoint that retrieves.
-        corpus: the passages to search or to hand over; by default those of the index, or of the checkpoint's run.
-        seed: of `random`, and of an untrained model.
-        allow_stale: take an index that another checkpoint made.
-
-    Raises:
-        ValueError: what `split_name` or the retriever refuses; an index or a corpus that this system does not read.
+    Every answer is kept as soon as it is there: the same command goes on where it was stopped. The folder then holds
+    report.json (everything) and report.html (to read).
     """
-    from cosup_fast.data.sources import load_corpus
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast import evaluation
+    from cosup_fast.cli import systems as command
+    from cosup_fast.environment import choose_device
+    from cosup_fast.evaluation.suites import check_metrics
 
-    kind, argument = split_name(name)
-    if index and kind.reads != "index":
-        raise ValueError(f"--system {name} reads no index: leave out --index {index}")
-    if index and corpus:
-        raise ValueError(f"--index {index} holds its own passages: leave out --corpus {corpus}")
-    model = _untrained(checkpoint) if kind.name == "untrained" else load_model(checkpoint)
-    bench = Workbench(model, load=load_model, seed=seed)
-    run = argument if kind.name == "pair" else ""
-    sources = {"checkpoint": str(checkpoint)} | ({"retriever": run} if run else {})
-    searched: Corpus | None = None
-    if kind.reads == "index" and not corpus:
-        index = index or (Path(run) if run else checkpoint) / "index"
-        loaded = SequenceIndex.load(index, bench.searcher(run), allow_stale=allow_stale)
-        searched = Corpus.indexed(loaded, str(index))
-        bench.add_index(run, searched, loaded)
-        sources["index"] = str(index)
-    elif kind.reads or corpus:
-        corpus = corpus or corpus_of(checkpoint)
-        searched = Corpus(load_corpus(corpus), corpus)
-        sources["corpus"] = corpus
-    return replace(bench.system(name, () if searched is None else searched), sources=sources)
-
-
-def _untrained(checkpoint: Path) -> CoSupervisionModel:
-    """What the run of a checkpoint began as.
-
-    Raises:
-        ValueError: nothing says how it began.
-    """
-    import torch
-
-    from cosup_fast.model import CoSupervisionModel
-
-    run = config_of(checkpoint)
-    if run is None:
-        raise ValueError(f"--system untrained: {checkpoint} belongs to no run, whose config.yaml says how it began")
-    torch.manual_seed(run.training.seed)
-    return CoSupervisionModel.from_pretrained(run.model, run.text, run.nsp).eval()
-
-
-def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
-    """Where an evaluation is kept, by default `evaluation/SYSTEM` beside the checkpoint.
-
-    Raises:
-        ValueError: the folder holds something that is no evaluation.
-    """
-    kind, argument = split_name(system)
-    name = "-".join(filter(None, (kind.name, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
-    return check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
+    check_metrics(metric or [])
+    folder = command.output_folder(output, checkpoint, system)
+    config = generation_config(
+        checkpoint,
+        max_new_tokens=max_new_tokens,
+        max_retrievals=max_retrievals,
+        ret_first=ret_first,
+        ctx_truncate=ctx_truncate,
+    )
+    opened = command.open_system(
+        system,
+        checkpoint,
+        lambda path: load_model(path, device),
+        index=index,
+        corpus=corpus,
+        seed=seed,
+        allow_stale=allow_stale,
+    )
+    tests = evaluation.load_test_sets(
+        examples or ["questions/test-in", "questions/test-out"],
+        opened.passages,
+        in_domain=in_domain or (),
+        out_of_domain=out_of_domain or (),
+        limit=limit,
+        seed=seed,
+        allow_missing_gold=allow_missing_gold,
+    )
+    where = choose_device(device, "--device")
+    grounds = evaluation.load_judge(judge, device=where)
+    perplexed = command.fluency_model(fluency, checkpoint)
+    if overwrite:
+        command.clear(folder)
+    with interruptible("what is answered is kept; the same command goes on from there"):
+        report = evaluation.evaluate(
+            opened,
+            tests,
+            config,
+            judge=grounds,
+            fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
+            metrics=metric or (),
+            folder=folder,
+            batch=batch,
+        )
+    out.print(report.table())
+    say(f"report: {folder / 'report.html'}")
 
 
-def clear(folder: Path) -> None:
-    """Removes an evaluation, and nothing else that may lie there."""
-    for file in (ANSWERS, VERDICTS, FLUENCY, REPORT, HTML):
-        (folder / file).unlink(missing_ok=True)
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json of the baseline, or its folder", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="that of the other run", show_default=False)],
+    metric: Annotated[list[str] | None, typer.Option(help="only this metric; repeat it for several")] = None,
+    datasets: Annotated[bool, typer.Option("--datasets", help="Show every data set too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, data sets included.")] = False,
+) -> None:
+    """Compare two evaluations question by question: gain, paired 95% interval and p-value of every metric."""
+    from cosup_fast.evaluation import Report
+    from cosup_fast.evaluation import compare as compare_reports
 
-
-def corpus_of(checkpoint: Path) -> str:
-    """The corpus of a checkpoint's run, or the default one."""
-    run = config_of(checkpoint)
-    return run.data.corpus if run else "wiki-leads"
-
-
-def fluency_model(name: str, checkpoint: Path) -> str | None:
-    """The name of the fluency model: for `base`, what Gen of the run began as; None for `none`, or when unknown."""
-    if name != "base":
-        return None if name == "none" else name
-    run = config_of(checkpoint)
-    return run.model.gen if run else None
+    compared = compare_reports(Report.load(before), Report.load(after), metric or ())
+    if as_json:
+        print(compared.model_dump_json())
+        return
+    out.print(compared.table(datasets=datasets))
+    say(f"{compared.questions} questions in both, {compared.left_out} in one only")
+    for name in compared.differs:
+        err.print(f"[yellow]note:[/] the two runs differ in their {name} settings too", highlight=False)
