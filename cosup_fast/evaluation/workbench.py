@@ -56,7 +56,7 @@ class Workbench:
         self._origins: dict[str, Origin] = {}
         self._searchers: dict[str, CoSupervisionModel] = {}
         self._indexes: dict[tuple[str, str], SequenceIndex] = {}
-        self._retrievers: dict[tuple[str, str], Retriever] = {}
+        self._retrievers: dict[tuple[str, str, str], Retriever] = {}
 
     def system(self, name: str, corpora: Corpus | Iterable[Corpus] = ()) -> System:
         """The system of that name.
@@ -70,23 +70,27 @@ class Workbench:
         """
         kind, argument = split_name(name)
         open_ = kind.open
-        if not isinstance(corpora, Corpus):
-            corpora = {corpus.name: corpus for corpus in corpora}
+        named = {} if isinstance(corpora, Corpus) else {corpus.name: corpus for corpus in corpora}
         if open_ is None:
-            return System(name, self.model, corpora=corpora or None, fingerprint=self.fingerprint)
+            return System(
+                name,
+                self.model,
+                corpora=corpora if isinstance(corpora, Corpus) else named,
+                fingerprint=self.fingerprint,
+            )
         full = f"{kind.name}:{argument}" if argument else kind.name
 
         def retriever(corpus: Corpus) -> Retriever:
-            key = full, corpus.digest
+            key = full, corpus.name, corpus.digest
             if key not in self._retrievers:
                 self._retrievers[key] = open_(self, argument, corpus)
             return self._retrievers[key]
 
         if isinstance(corpora, Corpus):
             return System(full, self.model, retriever(corpora), fingerprint=self.fingerprint)
-        if not corpora:
+        if not named:
             raise ValueError(f"system {name!r} retrieves: give it a corpus")
-        made = {name: retriever(corpus) for name, corpus in corpora.items()}
+        made = {name: retriever(corpus) for name, corpus in named.items()}
         return System(full, self.model, made, fingerprint=self.fingerprint)
 
     def searcher(self, run: str) -> CoSupervisionModel:

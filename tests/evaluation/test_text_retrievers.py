@@ -25,7 +25,7 @@ def question(text: str, gold: str = "paris") -> Example:
 
 def test_bm25_is_its_formula(passages):
     documents = [_stems(f"{p.title} {p.text}") for p in passages]
-    mean = np.mean([len(words) for words in documents])
+    mean = sum(map(len, documents)) / len(documents)
 
     def score(query: str, words: list[str]) -> float:
         total, counts = 0.0, Counter(words)
