@@ -149,7 +149,8 @@ def info_nce(
                     raise ValueError(
                         f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
                     )
-        if positive is None and positive_ids is None:
+        given = positive is not None or positive_ids is not None
+        if not given:
             if m < n:
                 raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
             positive = torch.arange(n, device=query.device)
@@ -161,7 +162,7 @@ def info_nce(
             )
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
-        if peers is None or (positive is not None and not elsewhere):
+        if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
             _check_positives(positive, key_ids, positive_ids, m)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     if n == 0 and peers is None:
@@ -183,8 +184,9 @@ def info_nce(
             **options,
         )
     else:
+        checked = _readable(query) and query.device.type == "cpu"
         if query_ids is None and key_ids is not None and positive is not None and not elsewhere:
-            query_ids = key_ids[positive]
+            query_ids = key_ids[positive if checked else positive.clamp(0, m - 1)]
         options |= {
             "scale": scale,
             "private": private_negatives,
@@ -198,7 +200,7 @@ def info_nce(
             "impl": impl,
         }
         if peers is None:
-            loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, **options)
+            loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, checked=checked, **options)
         else:
             loss, *stats = distributed.info_nce(
                 peers,
@@ -302,7 +304,8 @@ def linear_cross_entropy(
         rows = supervised.nonzero().squeeze(1)
         hidden, target = hidden.index_select(0, rows), target[rows]
     else:
-        rows, target = None, target.where(supervised, -1)
+        # Neither a wrong target nor an ignored one is the other.
+        rows, target = None, target.where(target >= 0, v).where(supervised, -1)
     if len(hidden) == 0:
         loss, stats = _nothing((hidden, weight, scale, bias), reduction)
     else:
@@ -313,6 +316,7 @@ def linear_cross_entropy(
             ranks=return_stats,
             target=target,
             ignoring=not gather and ignore_index is not None,
+            checked=_readable(target) and target.device.type == "cpu",
             impl=impl,
             **options,
         )
@@ -498,8 +502,11 @@ def _readable(t: Tensor) -> bool:
 
 
 def _in_range(name: str, index: Tensor, size: int, what: str) -> None:
-    wrong = index[(index < 0) | (index >= size)]
-    if len(wrong):
+    if not index.numel():
+        return
+    low, high = index.aminmax()
+    if low < 0 or high >= size:
+        wrong = index[(index < 0) | (index >= size)]
         allowed = f"every entry must be in 0..{size - 1}" if size else "there is none to choose among"
         raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
 

@@ -82,6 +82,13 @@ class Plan:
     kind: type[Chunk] = field(repr=False)
 
 
+def kind(impl: str, s: Scores, ranks: bool, at_once: bool, gradients: int) -> type[Chunk]:
+    """The implementation of `plan`, without its figures where there is nothing to compare."""
+    if impl in ("auto", "stored") and s.x.device.type != "cuda":
+        return TorchChunk
+    return plan(impl, s, ranks=ranks, at_once=at_once, gradients=gradients).kind
+
+
 def plan(impl: str, s: Scores, *, ranks: bool = False, at_once: bool = True, gradients: int = 2) -> Plan:
     """The plan of the implementation asked for, or of the cheapest.
 

@@ -12,10 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .last_hidden import accumulator
+
+if TYPE_CHECKING:
+    from .softmax_xent import Sums
 
 
 class Softmax(NamedTuple):
@@ -176,13 +181,31 @@ class Chunk(ABC):
         `rows` and `columns` may be of more candidates and more rows than this chunk's. Callable once.
         """
 
-    def close(self) -> None:  # noqa: B027  most have nothing to give
-        """Gives its memory to the next chunk, when its logit gradient has been read for the last time."""
+    def accumulate(self, stats: Statistics, g: Tensor, h: Tensor | None, sums: Sums) -> None:
+        """Adds the gradients of the operands that these rows give, by products with `logit_gradient`. Callable once."""
+        sums.add(self.logit_gradient(stats.rows, stats.columns, g, h))
 
-    def statistics_and_logit_gradient(self, g: Tensor, *, ranks: bool) -> tuple[Statistics, Tensor]:
+    def statistics_and_accumulate(self, g: Tensor, sums: Sums, *, ranks: bool) -> Statistics:
         """Both, where the statistics of these rows are all that the gradient needs."""
         stats = self.statistics(ranks=ranks)
-        return stats, self.logit_gradient(stats.rows, None, g, None)
+        self.accumulate(stats, g, None, sums)
+        return stats
+
+    def close(self) -> None:  # noqa: B027  most have nothing to give
+        """Gives its memory to the next chunk, when nothing is left to be read of it."""
+
+
+def no_rows(s: Scores) -> Statistics:
+    """What no rows say of M candidates: nothing."""
+    wide = accumulator(s.x.dtype)
+
+    def softmax(n: int) -> Softmax:
+        none, zero = s.x.new_full((n,), -torch.inf, dtype=wide), s.x.new_zeros(n, dtype=wide)
+        smoothing = (zero, zero.long()) if s.label_smoothing else ()
+        return Softmax(none, zero, none, zero, *smoothing)
+
+    index = torch.empty(0, dtype=torch.int64, device=s.x.device)
+    return Statistics(softmax(0), softmax(len(s.w)) if s.symmetric else None, index, index)
 
 
 def finite(t: Tensor) -> Tensor:

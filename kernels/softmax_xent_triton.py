@@ -203,7 +203,7 @@ class _ProductChunk(_TritonChunk):
         """Runs a persistent kernel over the tiles of x w', whose result, if any is stored, is `out` (n, M)."""
         x, w, tile = self.x, self.w, configuration.constexprs
         strides = {"stride_x": x.stride(0), "stride_w": w.stride(0), "stride_out": 0 if out is None else out.stride(0)}
-        tma = self.target in DESCRIPTORS and all(_describable(t) for t in (x, w, out) if t is not None)
+        tma = self._described(out)
         if tma:
             x, w = _descriptor(x, tile["BM"], tile["BK"]), _descriptor(w, tile["BN"], tile["BK"])
             out = None if out is None else _descriptor(out, tile["BM"], tile["BN"] // tile["PARTS"])
@@ -215,30 +215,35 @@ class _ProductChunk(_TritonChunk):
         )  # fmt: skip
 
     def _score(self, *, store: bool, ranks: bool) -> _Partials:
-        reference = self._positives() if ranks else None
         extra = {name for name, on in (("out", store), ("ranks", ranks)) if on}
         configuration = self._configuration(
-            product_kernels.scores_fwd_kernel, extra, lambda c: self._score_with(c, store, reference)
+            product_kernels.scores_fwd_kernel, extra, lambda c: self._score_with(c, store, ranks)
         )
-        return self._score_with(configuration, store, reference)
+        return self._score_with(configuration, store, ranks)
 
-    def _score_with(self, configuration: Configuration, store: bool, reference: Tensor | None) -> _Partials:
-        made = self._partials(configuration, ranks=reference is not None, store=store)
+    def _score_with(self, configuration: Configuration, store: bool, ranks: bool) -> _Partials:
+        made = self._partials(configuration, ranks=ranks, store=store)
         self._product(
             product_kernels.scores_fwd_kernel, configuration, made.out, rows=made.rows, columns=made.columns,
-            positive=made.positive, ranks=made.ranks, reference=reference,
+            positive=made.positive, ranks=made.ranks, reference=self._positives(configuration) if ranks else None,
         )  # fmt: skip
         return made
 
-    def _positives(self) -> Tensor:
-        """The logits of the rows' targets."""
-        out, config = self._empty(self.n), shipped.POSITIVES
+    def _positives(self, configuration: Configuration) -> Tensor:
+        """The logits of the rows' targets, as a score product of this configuration sums them."""
+        out, tile = self._empty(self.n), configuration.constexprs
+        config = replace(configuration, constexprs={name: tile[name] for name in ("BM", "BN", "BK")})
         self._launch(
-            product_kernels.positives_fwd_kernel, triton.cdiv(self.n, config.constexprs["BR"]), config,
-            x=self.x, w=self.w, out=out, N=self.n, D=self.x.shape[1],
-            stride_x=self.x.stride(0), stride_w=self.w.stride(0), target=self.masks["target"], **self.scoring,
+            product_kernels.positives_fwd_kernel, triton.cdiv(self.n, min(tile["BM"], tile["BN"])), config,
+            x=self.x, w=self.w, out=out, D=self.x.shape[1], stride_x=self.x.stride(0), stride_w=self.w.stride(0),
+            target=self.masks["target"], TRANSPOSED=self._described(), PRECISION=_precision(), **self.shape,
+            **self.scoring,
         )  # fmt: skip
         return out
+
+    def _described(self, *more: Tensor | None) -> bool:
+        """Whether products load, and store `more`, through tensor descriptors."""
+        return self.target in DESCRIPTORS and all(_describable(t) for t in (self.x, self.w, *more) if t is not None)
 
 
 class FusedChunk(_ProductChunk):

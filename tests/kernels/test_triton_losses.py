@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cosup_fast import reference
 from cosup_fast.functional import explain, info_nce, linear_cross_entropy
 from cosup_fast.kernels.dispatch import KERNELS
-from cosup_fast.kernels.softmax_xent_op import softmax_xent
+from cosup_fast.kernels.softmax_xent_op import Call, softmax_xent
 from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, interpret, operands, sanitize, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -190,11 +190,12 @@ def test_compiled_whole(impl, reduction):
 @pytest.mark.parametrize("impl", KERNELS)
 def test_opcheck(impl, reduction):
     x, w = (t.requires_grad_() for t in operands(6, 9, 5))
-    masks, flags = (torch.arange(6), None, None, None), (False, False, None, 0.1, 0.0, False)
-    needs = [True, True, False, False, False]
-    arguments = (x, w, None, None, None, *masks, 1.0, True, x.dtype, reduction, True, *flags, impl, needs)
+    call = Call(
+        x, w, target=torch.arange(6), normalize=True, reduction=reduction, ranks=True, label_smoothing=0.1, impl=impl,
+        needs=[True, True, False, False, False],
+    )  # fmt: skip
     with interpret():
-        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, arguments)
+        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, tuple(call))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
