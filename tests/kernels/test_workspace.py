@@ -12,7 +12,8 @@ from cosup_fast.kernels import workspace
 
 
 @pytest.fixture(autouse=True)
-def empty():
+def empty(monkeypatch):
+    monkeypatch.setattr(workspace, "SMALL", 0)
     release_workspace()
     yield
     release_workspace()
@@ -58,7 +59,7 @@ def test_threads_do_not_share_a_buffer():
 
 
 def test_a_chunk_that_fails_leaves_the_workspace_usable(monkeypatch):
-    from cosup_fast.kernels.softmax_xent_torch import TorchChunk
+    from cosup_fast.kernels.softmax_xent.chunk_torch import TorchChunk
 
     def fail(*args, **kwargs):
         raise RuntimeError("no luck")
