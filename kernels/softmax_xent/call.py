@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        return self[: len(Needs._fields)]
+        return self.x, self.w, self.scale, self.bias, self.private
 
     @property
     def at_once(self) -> bool:

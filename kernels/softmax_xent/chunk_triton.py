@@ -89,7 +89,7 @@ class _TritonChunk(Chunk):
         height, width = cls._tile(scores)
         m, fields = len(scores.w), 2 + 2 * scores.several_positives + 2 * (scores.label_smoothing > 0)
         over_rows = triton.cdiv(rows, height) * m if scores.symmetric else 0
-        return 4 * fields * (triton.cdiv(m, width) * rows + over_rows)
+        return int(4 * fields * (triton.cdiv(m, width) * rows + over_rows))
 
     @classmethod
     def _tile(cls, scores: Scores) -> tuple[int, int]:

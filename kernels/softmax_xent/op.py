@@ -51,10 +51,10 @@ class _Loss(torch.autograd.Function):
         elif problem.wanted:
             s = problem.scores
             ctx.later = problem, stats
-            operands = (s.x, s.w, s.scale, s.bias, s.private)
-            ctx.save_for_backward(*(t for t in operands if isinstance(t, Tensor)))
+            scored = (s.x, s.w, s.scale, s.bias, s.private)
+            ctx.save_for_backward(*(t for t in scored if isinstance(t, Tensor)))
         ctx.mark_non_differentiable(*by_row)
-        return (loss, *by_row)
+        return (loss, *by_row)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
@@ -262,7 +262,7 @@ def _is_one(g: Tensor) -> bool:
 
 def _graph_is_kept() -> bool:
     """Whether this backward pass may be run again, which then needs what was saved."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    ask = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 
@@ -316,6 +316,6 @@ def softmax_xent(
     if not _has_values(x):
         loss, *by_row = _forward(*call)[: 1 + len(ByRow._fields)]
         return (loss, *(t.detach() for t in by_row)) if call.ranks else (loss,)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return _TransformedLoss.apply(*call)[: 1 + len(ByRow._fields) if call.ranks else 1]  # pyright: ignore
     return _Loss.apply(call, pool, *call.operands)  # pyright: ignore[reportReturnType]

@@ -41,7 +41,8 @@ class Problem:
             inside = target.clamp(0, keys - 1)
             void = inside != target if self.supervised is None else self.supervised & (inside != target)
             if os.environ.get("COSUP_CHECK_TARGETS") == "1":
-                torch._assert_async(~void.any(), f"a target is none of the rows 0..{keys - 1} of the candidates")
+                message = f"a target is none of the rows 0..{keys - 1} of the candidates"
+                torch.ops.aten._assert_async(~void.any(), message)
             # The columns of a symmetric loss do not know what their positives are.
             self.void, target = void.any().expand_as(void) if call.symmetric else void, inside
         elif self.supervised is not None and target is not None:
