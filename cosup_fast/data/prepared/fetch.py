@@ -147,7 +147,7 @@ def _stream(sdist: Sdist, part: Path, bars: Progress, row: TaskID, by_hand: str)
             trusted_hosts=settings.get("trusted-host", []), verify=verify, timeout=60.0, follow_redirects=True
         ) as client:
             client.auth = MultiDomainBasicAuth(index_urls=indexes)
-            finder = PackageFinder(client, index_urls=indexes, find_links=folders, no_binary=[sdist.package])
+            finder = PackageFinder(client, index_urls=indexes, find_links=folders, no_binary=[sdist.package])  # pyright: ignore[reportArgumentType]
             matches = finder.find_matches(requirement) if indexes or folders else []
             link = next((match.link for match in matches if match.link.filename == sdist.filename), None)
             if link is None:

@@ -6,7 +6,7 @@ set is put in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from cosup_fast.data.prepared.splits import SPLITS, check_splits, page_roles
@@ -30,7 +30,7 @@ def build_from_leads(
     return build
 
 
-def write_training(made: dict[str, Iterable[Example]], leads: list[Passage], home: Path, out: Path) -> None:
+def write_training(made: Mapping[str, Iterable[Example]], leads: list[Passage], home: Path, out: Path) -> None:
     """Writes a file a split, of the questions that no other split asks.
 
     Raises:

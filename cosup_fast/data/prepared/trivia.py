@@ -10,7 +10,7 @@ import csv
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -31,7 +31,9 @@ def read_trivia(red: Path, chatterbot: Path) -> Iterator[Question]:
         members = sorted(member.name for member in archive if member.name.startswith(_RED) and member.isfile())
         for name in members:
             topic = name.removeprefix(_RED).removesuffix(".yaml")
-            entries = yaml.safe_load(archive.extractfile(name).read())
+            file = archive.extractfile(name)
+            assert file, name
+            entries = yaml.safe_load(file.read())
             for number, (question, answers) in enumerate(entries.items()):
                 if isinstance(answers, list) and "http" not in str(question):
                     yield _question(f"red-{topic}-{number}", str(question), map(str, answers))
@@ -76,6 +78,6 @@ def build_trivia(packages: list[Path], home: Path, out: Path) -> None:
     write_training(made, list(leads.values()), home, out)
 
 
-def _question(source: str, text: str, answers: Iterator[str]) -> Question:
+def _question(source: str, text: str, answers: Iterable[str]) -> Question:
     bare = [re.sub(r"^(?:an?|the) |\.$", "", answer.strip(), flags=re.IGNORECASE) for answer in answers]
     return Question("trivia", source, " ".join(text.split()), [answer for answer in bare if answer], "string", None)
