@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semiparametric token-sequence co-supervision: train a generator and a sequence encoder together, "
     "index passages, and generate with retrieval.",
-    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare all[/].",
+    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare starter[/].",
 )
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
