@@ -16,14 +16,15 @@ def silent(stage: str, done: int, total: int) -> None:
 @contextmanager
 def bars() -> Iterator[OnProgress]:
     """A progress bar on stderr for each stage."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
     from rich.progress import TimeRemainingColumn as Remaining
 
+    from cosup_fast.terminal import SafeConsole
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed(), Remaining())
     rows: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    with Progress(*columns, console=SafeConsole(stderr=True)) as shown:
 
         def on_progress(stage: str, done: int, total: int) -> None:
             if stage not in rows:
