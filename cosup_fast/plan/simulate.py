@@ -138,7 +138,7 @@ def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSuper
         config = AutoConfig.for_model(**values)
         if depth is not None:
             keep_layers(config, depth, config.model_type)
-        return factory.from_config(config, dtype=dtype, attn_implementation=PACKED_SDPA)
+        return factory.from_config(config, dtype=dtype, attn_implementation=PACKED_SDPA, trust_remote_code=False)
 
     depths = layers or (None, None)
     gen = make(request.gen, AutoModelForCausalLM, depths[0])

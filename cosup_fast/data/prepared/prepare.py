@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosup_fast.data import sources
@@ -30,6 +29,7 @@ from cosup_fast.data.prepared.catalog import CATALOG, INFO, PASSAGES, Prepared, 
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
 from cosup_fast.files import sha256, sync
+from cosup_fast.terminal import SafeConsole
 
 
 class PreparedRow(NamedTuple):
@@ -265,6 +265,6 @@ def _bars(shown: bool) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=SafeConsole(stderr=True),
         disable=not shown,
     )
