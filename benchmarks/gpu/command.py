@@ -13,7 +13,7 @@ import typer
 
 from benchmarks import machine, report
 from benchmarks.gpu.page import page
-from benchmarks.gpu.session import Result, Session, Setting
+from benchmarks.gpu.session import Result, Session, Setting, Task
 from benchmarks.gpu.tasks import TASKS
 from cosup_fast.files import replace_file
 
@@ -23,7 +23,7 @@ def gpu(
         float, typer.Option(min=0.1, help="for all of it; what does not fit is left to the next run")
     ] = 12,
     task: Annotated[
-        list[str] | None, typer.Option(help="only those whose names begin so; repeat the option for several")
+        list[str] | None, typer.Option(help="only this one, or those that begin so; repeat the option for several")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run again what failed or was absent.")] = False,
     rehearse: Annotated[
@@ -39,13 +39,10 @@ def gpu(
     """
     if not rehearse and not torch.cuda.is_available():
         raise ValueError("no CUDA device is visible; pass --rehearse to try the command without one")
-    known = {one.name for one in TASKS}
-    if unknown := [name for name in task or [] if not any(one.startswith(name) for one in known)]:
-        raise ValueError(f"task is {unknown[0]!r}; choose from {', '.join(one.name for one in TASKS)}")
+    tasks = _chosen(task)
     setting = Setting("cpu" if rehearse else "cuda", rehearse)
     if output is None:
         output = Path(tempfile.mkdtemp(prefix="rehearsal-")) if rehearse else report.ROOT / machine.folder("cuda")
-    tasks = [one for one in TASKS if not task or any(one.name.startswith(name) for name in task)]
     command = f"    python -m benchmarks {shlex.join(sys.argv[1:])}"
     if rehearse:
         command += "\n\nA rehearsal: sizes are tiny and times mean nothing."
@@ -63,3 +60,15 @@ def gpu(
     waiting = session.run(tasks, retry=retry)
     write(waiting)
     print(f"written: {output}" + (f"; left for the next run: {', '.join(waiting)}" if waiting else ""))
+
+
+def _chosen(names: list[str] | None) -> list[Task]:
+    """All tasks, or those named; what is no whole name may be the beginning of several."""
+    known = [task.name for task in TASKS]
+    wanted: set[str] = set()
+    for name in names or known:
+        found = [name] if name in known else [one for one in known if one.startswith(name)]
+        if not found:
+            raise ValueError(f"task is {name!r}; choose from {', '.join(known)}")
+        wanted.update(found)
+    return [task for task in TASKS if task.name in wanted]

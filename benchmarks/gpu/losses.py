@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -162,11 +162,11 @@ def _asked(case: Case) -> dict[str, Any]:
 
 @contextmanager
 def _kernels(setting: Setting) -> Iterator[None]:
-    """In a rehearsal our kernels run in the interpreter."""
-    context: Any = nullcontext()
-    if setting.rehearse:
-        from cosup_fast.testing import interpret
+    """In a rehearsal our kernels run in the interpreter, and nothing is compiled."""
+    with ExitStack() as stack:
+        if setting.rehearse:
+            from cosup_fast.testing import interpret
 
-        context = interpret()
-    with context:
+            stack.enter_context(interpret())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -145,22 +145,37 @@ def test_without_a_gpu_it_says_what_can_be_tried(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_rehearsal_runs_every_task(tmp_path):
+def rehearse(output: Path, *arguments: str) -> dict[str, dict]:
+    """The results of a rehearsal, none of which failed."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--minutes", "8", "--output", str(tmp_path / "out")],
+        [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--output", str(output), *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert set(results) == {one.name for one in TASKS}
-    bad = {name: (one["reason"], one["trace"]) for name, one in results.items() if one["status"] == "failed"}
-    assert bad == {}
-    assert [name for name, one in results.items() if one["status"] == "absent"] == ["tiles"]
-    rows = {row["provider"]: row for row in results["loss-info-nce-8192x8192x1024-bf16"]["found"]["rows"]}
+    results = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
+    assert {name: (one["reason"], one["trace"]) for name, one in results.items() if one["status"] == "failed"} == {}
+    return results
+
+
+def test_a_rehearsal_of_one_task_of_each_kind(tmp_path):
+    names = ["limits", "loss-info-nce-8192x8192x1024-bf16", "step-llama2-7b", "generation-batch-1"]
+    results = rehearse(tmp_path / "out", "--minutes", "8", *(word for name in names for word in ("--task", name)))
+    assert set(names) == set(results)
+    rows = {row["provider"]: row for row in results[names[1]]["found"]["rows"]}
     for name in ("ours stored", "ours fused", "ours rows", "ours recomputed", "dense"):
         assert rows[name]["status"] == "ok", rows[name]
+    found = results["step-llama2-7b"]["found"]
+    assert found["plan"]["peak_bytes"] > 0
+    assert found["tokens/s"] > 0
+    assert results["generation-batch-1"]["found"]["generated"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_rehearsal_of_every_task(tmp_path):
+    results = rehearse(tmp_path / "out", "--minutes", "25")
+    assert set(results) == {one.name for one in TASKS}
+    assert [name for name, one in results.items() if one["status"] == "absent"] == ["tiles"]
     assert results["tests"]["found"]["failures"] == {}
-    assert results["tests"]["found"]["passed"] > 10
-    assert results["step-llama2-7b"]["found"]["plan"]["peak_bytes"] > 0
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "not yet" not in text
+    assert results["tests"]["found"]["passed"] >= 10
+    assert "not yet" not in (tmp_path / "out" / "README.md").read_text()
