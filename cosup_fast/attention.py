@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cosup_fast.model.batched_attention import LONGEST, PackLayout, batched_attention
+
 PACKED_SDPA = "packed_sdpa"
 
 
@@ -31,6 +33,14 @@ class SequenceLengths:
 
     def __init__(self, lengths: tuple[int, ...]):
         self.lengths = lengths
+        self._layouts: dict[tuple[Any, ...], PackLayout] = {}
+
+    def layout(self, lengths: tuple[int, ...], heads: int, key_heads: int) -> PackLayout:
+        """Of some of the sequences, the same for every layer."""
+        key = lengths, heads, key_heads
+        if key not in self._layouts:
+            self._layouts[key] = PackLayout(*key)
+        return self._layouts[key]
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -83,10 +93,20 @@ def packed_sdpa(
         return whole.transpose(1, 2), None
     for windows in _recorders:
         windows.applied.add(sliding_window)
-    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths.lengths)]
-    tokens = [length * count for length, count in runs]
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # as it casts the operands of torch's own
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    short = LONGEST.get(query.dtype, 0) if query.device.type == "cpu" and not dropout else 0
+    # Neighbours of equal length, and all neighbours that are short.
+    runs = [tuple(run) for _, run in groupby(sequence_lengths.lengths, lambda length: max(length, short))]
     pieces = []
-    for (length, count), *qkv in zip(runs, *(x[0].split(tokens, dim=1) for x in (query, key, value)), strict=True):
+    for lengths, *qkv in zip(runs, *(x[0].split([sum(run) for run in runs], dim=1) for x in (query, key, value)), strict=True):
+        length, count = lengths[0], len(lengths)
+        if length <= short:
+            layout = sequence_lengths.layout(lengths, query.shape[1], key.shape[1])
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            q, k, v = (x.transpose(0, 1) for x in qkv)
+            pieces.append(batched_attention(q, k, v, layout, scale=scale, window=sliding_window, softcap=softcap))
+            continue
         # Neighbours of equal length are a batch: (H, count * length, d) seen as (count, H, length, d).
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
         mask = None
@@ -94,7 +114,7 @@ def packed_sdpa(
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
         piece = attend(q, k, v, mask, causal=mask is None, scale=scaling, softcap=softcap, dropout=dropout)
         pieces.append(piece.transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces)[None], None
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
 
 
 def attend(
