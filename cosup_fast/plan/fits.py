@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cosup_fast.adapters import LoRAConfig
 from cosup_fast.config import ConfigError, RunConfig
+from cosup_fast.config.model import LoRAConfig
 from cosup_fast.data.packing import CoSupervisionBatch, Pack
 from cosup_fast.plan.planner import GIB, PlanError, make_plan, margin
 from cosup_fast.plan.request import PlanRequest

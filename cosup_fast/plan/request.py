@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cosup_fast.adapters import LoRAConfig
-from cosup_fast.decoder_layers import Recompute
+from cosup_fast.config.model import LoRAConfig, Recompute
+from cosup_fast.config.training import OptimizerName, Sharding
 from cosup_fast.plan.configs import model_config
-from cosup_fast.training.optimizers import OptimizerName
-from cosup_fast.training.sharding import Sharding
 
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig

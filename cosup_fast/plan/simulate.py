@@ -26,14 +26,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from cosup_fast import backbone, functional, modeling
-from cosup_fast.adapters import add_adapters
-from cosup_fast.attention import PACKED_SDPA
+from cosup_fast import functional
+from cosup_fast.config.model import NSPConfig
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCounts
 from cosup_fast.environment import no_downloaded_kernels
-from cosup_fast.kernels.softmax_xent_torch import operand_dtype
-from cosup_fast.loading import keep_layers
-from cosup_fast.modeling import CoSupervisionModel, NSPConfig
+from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
+from cosup_fast.model import CoSupervisionModel, backbone
+from cosup_fast.model import model as modeling
+from cosup_fast.model.adapters import add_adapters
+from cosup_fast.model.attention import PACKED_SDPA
+from cosup_fast.model.loading import keep_layers
 from cosup_fast.plan.memory import LiveMemory, phase
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.training.optimizers import LocalOptimizer, quiet_torchao

@@ -27,22 +27,22 @@ from transformers import AutoConfig
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
+from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples, resolve_model
-from cosup_fast.data.splits import check_splits
 from cosup_fast.data.template import Template
+from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device
 from cosup_fast.files import replace_file
-from cosup_fast.loading import load_template
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import PeerError, Peers
+from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.loading import load_template
 from cosup_fast.training.checkpoint import checkpoints, verify
-from cosup_fast.training.config import count_steps
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
+from cosup_fast.training.schedule import count_steps
 from cosup_fast.training.trainer import Trainer
 
 # What may change between the parts of one run: none of it touches a step already taken or the order of the data.

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.distributed import Peers
 from cosup_fast.files import replace_file
 from cosup_fast.losses import CoSupervisionOutput
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import Peers
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -38,12 +39,12 @@ from cosup_fast.training.checkpoint import (
     random_state,
     set_random_state,
 )
-from cosup_fast.training.config import TrainingConfig, count_steps, learning_rate_factor
 from cosup_fast.training.diagnostics import Diagnosis, diagnose
 from cosup_fast.training.metrics import HeldOut, StepMetrics
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.ranks import reduce_gradients
+from cosup_fast.training.schedule import count_steps, learning_rate_factor
 from cosup_fast.training.sharding import agree_on_norms, local, reshard, shard
 from cosup_fast.training.step import accumulate_gradients, autocast
 
