@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LONGEST = {torch.bfloat16: 384, torch.float32: 128, torch.float64: 128}
 """Tokens of the longest sequence that is attended to here, by dtype: torch's kernel catches up, or P takes too much."""
@@ -112,19 +113,16 @@ def batched_attention(
         window: how many tokens a query sees, itself included; all before it by default.
         softcap: c; none by default.
     """
-    return _BatchedAttention.apply(query, key, value, layout, scale, window, softcap)
+    return _BatchedAttention.apply(query, key, value, layout, scale, window, softcap)  # pyright: ignore
 
 
 class _BatchedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, *options: Any) -> Tensor:
         scale, window, softcap = options
-        q_all, k_all, v_all = _gather(query, layout.rows), _gather(key, layout.key_rows), _gather(value, layout.key_rows)
-        parts = zip(
-            layout.buckets, layout.split(q_all), layout.split(k_all, keys=True), layout.split(v_all, keys=True), strict=True
-        )
-        outs, kept = [], []
-        for bucket, q, k, v in parts:
+        gathered = _gather(query, layout.rows), _gather(key, layout.key_rows), _gather(value, layout.key_rows)
+        out, kept = [], []
+        for bucket, q, k, v in zip(layout.buckets, *_buckets(layout, gathered), strict=True):
             mask = layout.mask(bucket, window, q.dtype)
             if softcap is None:
                 scores = torch.baddbmm(mask, q, k.mT, alpha=scale)
@@ -134,37 +132,36 @@ class _BatchedAttention(torch.autograd.Function):
                 scores = capped * softcap + mask
             weights = torch.softmax(scores, dim=-1)
             kept.append(weights)
-            outs.append(torch.bmm(weights, v).view(-1, v.shape[-1]))
+            out.append(torch.bmm(weights, v))
         ctx.layout, ctx.scale, ctx.softcap, ctx.shapes = layout, scale, softcap, (query.shape, key.shape, value.shape)
-        ctx.save_for_backward(q_all, k_all, v_all, *kept)
-        return _joined(outs, layout.back).view(*query.shape[:2], -1)
+        ctx.save_for_backward(*gathered, *kept)
+        return _joined(out, layout.back).view(*query.shape[:2], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q_all, k_all, v_all, *kept = ctx.saved_tensors
-        layout, scale, softcap = ctx.layout, ctx.scale, ctx.softcap
-        g_all = _gather(grad, layout.rows).index_fill_(0, layout.padding, 0)
-        parts = zip(
-            layout.split(q_all),
-            layout.split(k_all, keys=True),
-            layout.split(v_all, keys=True),
-            layout.split(g_all),
-            strict=True,
-        )
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        *gathered, kept = *ctx.saved_tensors[:3], iter(ctx.saved_tensors[3:])
+        layout, scale = ctx.layout, ctx.scale
+        upstream = layout.split(_gather(gradient, layout.rows).index_fill_(0, layout.padding, 0))
         d_query, d_key, d_value = [], [], []
-        kept = iter(kept)
-        for q, k, v, g in parts:
-            capped = None if softcap is None else next(kept)
+        for g, q, k, v in zip(upstream, *_buckets(layout, gathered), strict=True):
+            capped = None if ctx.softcap is None else next(kept)
             weights = next(kept)
-            d_value.append(torch.bmm(weights.mT, g).view(-1, v.shape[-1]))
+            d_value.append(torch.bmm(weights.mT, g))
             d_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weights, -1, weights.dtype)
             if capped is not None:
-                d_scores = d_scores * (1 - capped * capped)
-            d_query.append(torch.bmm(d_scores, k).view(-1, q.shape[-1]))
-            d_key.append(torch.bmm(d_scores.mT, q).view(-1, k.shape[-1]))
-        d_query = _joined(d_query, layout.back).mul_(scale).view(ctx.shapes[0])
-        d_key = _joined(d_key, layout.key_back).mul_(scale).view(ctx.shapes[1])
-        return d_query, d_key, _joined(d_value, layout.key_back).view(ctx.shapes[2]), None, None, None, None
+                d_scores *= 1 - capped * capped
+            d_query.append(torch.bmm(d_scores, k))
+            d_key.append(torch.bmm(d_scores.mT, q))
+        d_query = _joined(d_query, layout.back).mul_(scale)
+        d_key, d_value = _joined(d_key, layout.key_back).mul_(scale), _joined(d_value, layout.key_back)
+        found = (x.view(shape) for x, shape in zip((d_query, d_key, d_value), ctx.shapes, strict=True))
+        return *found, None, None, None, None
+
+
+def _buckets(layout: PackLayout, gathered: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The gathered rows of queries, keys and values, bucket by bucket."""
+    return [layout.split(x, keys=i > 0) for i, x in enumerate(gathered)]
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -174,7 +171,8 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
 
 def _joined(parts: list[Tensor], back: Tensor) -> Tensor:
     """The rows of all buckets in the order of the pack, without padding."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, back)
+    rows = [part.view(-1, part.shape[-1]) for part in parts]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, back)
 
 
 def _places(rows: list[Tensor], real: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
