@@ -149,11 +149,11 @@ def _by_runs(
             layout = sequences.layout(lengths, q.shape[1], k.shape[1])
             pieces.append(batched_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap))
             continue
-        batch = (x.unflatten(0, (len(lengths), length)).transpose(1, 2) for x in (q, k, v))  # (B, H, n, d)
+        q, k, v = (x.unflatten(0, (len(lengths), length)).transpose(1, 2) for x in (q, k, v))  # (B, H, n, d)
         mask = None
         if window is not None and length > window:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        piece = attend(*batch, mask, causal=mask is None, scale=scale, softcap=softcap, dropout=dropout)
+        piece = attend(q, k, v, mask, causal=mask is None, scale=scale, softcap=softcap, dropout=dropout)
         pieces.append(piece.transpose(1, 2).flatten(0, 1))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

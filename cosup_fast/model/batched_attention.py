@@ -140,7 +140,8 @@ class _BatchedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        *gathered, kept = *ctx.saved_tensors[:3], iter(ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # read once: recomputation hands each out a single time
+        gathered, kept = saved[:3], iter(saved[3:])
         layout, scale = ctx.layout, ctx.scale
         upstream = layout.split(_gather(gradient, layout.rows).index_fill_(0, layout.padding, 0))
         d_query, d_key, d_value = [], [], []
@@ -148,7 +149,8 @@ class _BatchedAttention(torch.autograd.Function):
             capped = None if ctx.softcap is None else next(kept)
             weights = next(kept)
             d_value.append(torch.bmm(weights.mT, g))
-            d_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), weights, -1, weights.dtype)
+            d_weights = torch.bmm(g, v.mT)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             if capped is not None:
                 d_scores *= 1 - capped * capped
             d_query.append(torch.bmm(d_scores, k))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def embedding_rows(model: CoSupervisionModel) -> Iterator[None]:
     changed = [] if model.sharded else [m for m in (_embedding(part) for _, part in model.parts()) if m is not None]
     for module in changed:
         # An entry of the instance, past nn.Module's own bookkeeping: it comes and goes with every step.
-        module.__dict__["forward"] = functools.partial(embed, module.weight)
+        module.__dict__["forward"] = functools.partial(embed, cast(nn.Parameter, module.weight))
     try:
         yield
         _add(pending)
