@@ -13,52 +13,16 @@ from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.html import HTML
 from cosup_fast.evaluation.report import REPORT
 from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
-<<<<<<< HEAD
 from cosup_fast.evaluation.systems import System, split_name
 from cosup_fast.evaluation.workbench import Workbench
-from cosup_fast.files import check_replaceable
-=======
-from cosup_fast.evaluation.systems import (
-    DenseRetriever,
-    GoldRetriever,
-    IndexRetriever,
-    PairRetriever,
-    RandomRetriever,
-    System,
-)
 from cosup_fast.files import FolderKind, check_replaceable
->>>>>>> main
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
-<<<<<<< HEAD
-=======
-KINDS = ("co-supervised", "closed-book", "gold", "dense", "pair", "random")
+
 EVALUATION = FolderKind("an evaluation", ANSWERS, files=("*",))
 
-
-def split_name(name: str) -> tuple[str, str]:
-    """The kind of a system and what stands behind its colon: (`dense`, `minilm`).
-
-    Raises:
-        ValueError: no such kind, or a colon too many or too few.
-    """
-    kind, _, argument = name.partition(":")
-    if kind not in KINDS:
-        raise ValueError(
-            f"--system {name!r} is unknown{nearest(kind, KINDS)}: expected co-supervised, closed-book, gold, "
-            "dense:NAME, pair:RUN or random"
-        )
-    if kind == "dense":
-        argument = argument or "minilm"
-    elif kind == "pair" and not argument:
-        raise ValueError("--system pair needs the run that retrieves: --system pair:runs/nsp-only")
-    elif kind != "pair" and argument:
-        raise ValueError(f"--system {name!r}: {kind} takes nothing behind a colon")
-    return kind, argument
-
->>>>>>> main
 
 def open_system(
     name: str,
@@ -134,13 +98,8 @@ def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
         ValueError: the folder holds something that is no evaluation.
     """
     kind, argument = split_name(system)
-<<<<<<< HEAD
     name = "-".join(filter(None, (kind.name, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
-    return check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
-=======
-    name = "-".join(filter(None, (kind, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
     return check_replaceable(output or checkpoint / "evaluation" / name, EVALUATION)
->>>>>>> main
 
 
 def clear(folder: Path) -> None:
