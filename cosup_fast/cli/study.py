@@ -13,7 +13,7 @@ from cosup_fast.cli.common import err, interruptible, out, say
 def study(
     config: Annotated[Path, typer.Argument(help="a study: YAML with conditions, seeds and sets", show_default=False)],
     status: Annotated[bool, typer.Option("--status", help="Show the state of every cell, run nothing.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Write the report of the finished cells, run nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Report the finished cells, run nothing.")] = False,
     only: Annotated[str | None, typer.Option(help="run the cells whose names match, such as 'ntp-only-*'")] = None,
     output: Annotated[Path | None, typer.Option(help="where results go instead of the study's output")] = None,
     allow_mixed_commits: Annotated[

@@ -1,4 +1,4 @@
-"""One cell of a study: train, evaluate as every system, look closer, write the result. Each part resumes after a kill."""
+"""One cell of a study: train, evaluate as every system, look closer. Each part resumes after a kill."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosup_fast.evaluation import Corpus, QuestionRecord, Report, System, TestSe
 from cosup_fast.evaluation.scoring import DEPTH, chances, rank_scores, titles
 from cosup_fast.generation import Answer
 from cosup_fast.study.config import RANKS, Cell
-from cosup_fast.study.probes import run_probe
+from cosup_fast.study.probes import PROBES
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import machine, versions
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
@@ -108,7 +108,7 @@ def _looked_at(cell: Cell, questions: Questions, progress: Progress, console: Co
     for name in cell.settings.probes:
         console.print(f"{cell.name}: {name}", markup=False)
         with progress.stage(name):
-            probes[name] = run_probe(name, bench, questions, cell)
+            probes[name] = PROBES[name](bench, questions, cell)
     return {"systems": systems, "probes": probes}
 
 

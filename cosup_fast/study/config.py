@@ -1,15 +1,15 @@
 """A study's YAML: what its conditions share, what each of them changes, and the cells that follow.
 
-    output: benchmarks/results/my-study     # one small JSON file a cell, and the report
-    work: runs/my-study                     # checkpoints, answers: large, never committed
-    base: {model: ..., training: ...}       # sections of a run's configuration
-    sets: [squad, {name: nq, examples: questions/test-in, corpus: wiki-leads, domain: in-domain}]
-    seeds: [0]
-    conditions:
-      ntp-only:      {change: {nsp.weight: 0}, systems: [gold, closed-book], seeds: [0, 1, 2]}
-      nsp-only:      {change: {ntp.weight: 0}, systems: [ranks]}
-      co-supervised: {systems: [co-supervised, gold]}
-      pair:          {pair: {writer: ntp-only, retriever: nsp-only}}
+output: benchmarks/results/my-study     # one small JSON file a cell, and the report
+work: runs/my-study                     # checkpoints, answers: large, never committed
+base: {model: ..., training: ...}       # sections of a run's configuration
+sets: [squad, {name: nq, examples: questions/test-in, corpus: wiki-leads, domain: in-domain}]
+seeds: [0]
+conditions:
+  ntp-only:      {change: {nsp.weight: 0}, systems: [gold, closed-book], seeds: [0, 1, 2]}
+  nsp-only:      {change: {ntp.weight: 0}, systems: [ranks]}
+  co-supervised: {systems: [co-supervised, gold]}
+  pair:          {pair: {writer: ntp-only, retriever: nsp-only}}
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
 from cosup_fast.data.records import nearest
+from cosup_fast.evaluation.systems import split_name
+from cosup_fast.study.probes import check_probe
 
 RANKS = "ranks"
 """A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-# What a run may change without becoming another run: where it is, where it runs, and how often it reports.
+# Of `training`, what decides nothing: where a run is, and how often it reports or saves.
 _INCIDENTAL = {
-    "output": None,
-    "training": {"device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "rank_timeout"},
-}
+    "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "rank_timeout",
+}  # fmt: skip
 
 
 class StudyError(ValueError):
@@ -80,7 +81,9 @@ class Condition(_Part):
 
     what: str = Field(default="", description="a line for the report")
     change: dict[str, Any] = Field(default={}, description="fields of the run that differ from the base")
-    systems: tuple[str, ...] = Field(default=(), description="as `cosup-fast evaluate --system` takes them, and `ranks`")
+    systems: tuple[str, ...] = Field(
+        default=(), description="as `cosup-fast evaluate --system` takes them, and `ranks`"
+    )
     probes: tuple[str, ...] = Field(default=(), description="further looks at the trained model; see `probes`")
     seeds: tuple[int, ...] | None = Field(default=None, description="null: those of the study")
     train: bool = Field(default=True, description="false: evaluated as it is before training")
@@ -94,12 +97,19 @@ class Condition(_Part):
     def _consistent(self) -> Self:
         if self.pair is not None:
             if self.change or self.tune or self.probes or not self.train or self.systems:
-                raise ValueError("a pair trains nothing and is one system: leave out change, tune, probes, train, systems")
+                raise ValueError(
+                    "a pair trains nothing and is one system: leave out change, tune, probes, train, systems"
+                )
         elif not self.systems and not self.probes:
             raise ValueError("systems=[]: name at least one system, such as co-supervised, gold or ranks")
         for what in ("systems", "probes"):
             if twice := _twice(getattr(self, what)):
                 raise ValueError(f"{what}: {twice!r} is named twice")
+        for system in self.systems:
+            if system != RANKS:
+                split_name(system)
+        for probe in self.probes:
+            check_probe(probe)
         return self
 
 
@@ -349,7 +359,7 @@ def _decisive(run: RunConfig) -> dict[str, Any]:
     """A run's fields without those that decide nothing."""
     fields = run.model_dump(mode="json")
     del fields["output"]
-    for name in _INCIDENTAL["training"] or ():
+    for name in _INCIDENTAL:
         fields["training"].pop(name, None)
     return fields
 

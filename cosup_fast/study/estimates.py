@@ -125,4 +125,3 @@ def _matrix(values: Values) -> Matrix:
         return np.zeros((0, 0))
     order = sorted(set.intersection(*(set(row) for row in values.values())))
     return np.array([[values[s][q] for q in order] for s in sorted(values)])
-

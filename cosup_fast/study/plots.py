@@ -33,10 +33,9 @@ _COLUMNS = 2
 
 def plots(report: StudyReport) -> dict[str, str]:
     """Every plot that the finished cells give something for, SVG by title."""
+    labels = [one.title or f"{one.after} - {one.before}" for one in report.decisive]
     drawn = {
-        "What decides": _forest(report.decisive, [one.title or f"{one.after} - {one.before}" for one in report.decisive])
-        if report.decisive
-        else None,
+        "What decides": _forest(report.decisive, labels) if labels else None,
         "Held-out figures over steps": curves(report, "held-out"),
         "What the losses do to Gen and to the space of sequences": curves(report, "diagnosis"),
     }

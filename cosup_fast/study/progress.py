@@ -1,4 +1,4 @@
-"""How far a cell is, in a small file beside its work: what `--status` shows, and the seconds that it has taken so far."""
+"""How far a cell is and the seconds that it has taken, in a small file beside its work that `--status` reads."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def by_id(facts: SetFacts, packed: Packed) -> dict[str, float]:
 
 
 def curves(records: Sequence[Mapping[str, Any]], *, points: int = 120) -> dict[str, dict[str, list[Value]]]:
-    """A run's metrics as columns: each held-out evaluation and diagnosis, and means of steps in at most `points` spans."""
+    """A run's metrics as columns: held-out evaluations, diagnoses, and means of steps over at most `points` spans."""
     found = {}
     for kind in ("held-out", "diagnosis"):
         rows = [record for record in records if record["kind"] == kind]

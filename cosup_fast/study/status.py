@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from statistics import fmean
 
 from rich.table import Table
@@ -23,6 +24,8 @@ def status_table(study: Study) -> Table:
         if state == "finished":
             spent = _seconds(cell) or spent
         elif progress:
+            if state == "running":
+                spent += time.time() - progress["updated"]
             of = f" {progress['done']}/{progress['total']}" if progress["total"] else ""
             stage, left = f"{progress['stage']}{of}", time_left(progress) if state == "running" else None
         table.add_row(cell.name, state, duration(spent) if spent else "", stage, duration(left) if left else "")

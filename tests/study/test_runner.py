@@ -155,9 +155,7 @@ def test_only_makes_what_it_names_and_a_pair_trains_what_it_lacks(write_study):
 def test_trials_train_for_tuning_steps_and_are_not_evaluated(write_study):
     tune = [{"training.lr": 1e-3}, {"training.lr": 1e-2, "training.steps": 1}]
     study = load_study(
-        write_study(
-            conditions={"one": {"systems": ["gold"], "tune": tune}}, seeds=[0], tuning={"steps": 2}
-        )
+        write_study(conditions={"one": {"systems": ["gold"], "tune": tune}}, seeds=[0], tuning={"steps": 2})
     )
     assert _run(study, only="tune-*")[0] == []
     results = [read_cell(study.cells[f"tune-one-{i}"]) for i in (0, 1)]
