@@ -37,6 +37,9 @@ Kind = Literal["retriever", "query", "embseq", "gen"]
 EXPORT = FolderKind("an export", "export.json", frozenset({"kind", "fingerprint", "files"}))
 
 _MODULES = "sentence_transformers.models"
+# AutoTokenizer builds the tokenizers of some architectures (Qwen2's) anew from the vocabulary, without the normalizer
+# that carries the template. A type that has no class of its own is read from tokenizer.json as it is.
+_AS_IT_IS = {"tokenizer_type": "glm"}
 # Text that tokenizers like to treat in a way of their own.
 _PROBES = ("Who?", " two  spaces ", "a\nb\n", "[NSP] </s> <s> <|im_end|>", "é e\u0301 囲碁 👩‍👧", "x" * 40, "{a} 100%")
 
@@ -119,7 +122,7 @@ class _Side:
         self.backbone.save_pretrained(folder / modules[0])
         self.tokenizer.save_pretrained(folder / modules[0])
         self._check(folder / modules[0])
-        settings = {"max_seq_length": self.longest, "do_lower_case": False}
+        settings = {"max_seq_length": self.longest, "do_lower_case": False, "tokenizer_args": _AS_IT_IS}
         _write_json(folder / modules[0] / "sentence_bert_config.json", settings)
         modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
         pooling = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
@@ -142,7 +145,7 @@ class _Side:
         return {module: f"{_MODULES}.{kind}" for module, kind in zip(modules, kinds, strict=True)}
 
     def _check(self, folder: Path) -> None:
-        tokenizer = read_tokenizer(folder)
+        tokenizer = read_tokenizer(folder, **_AS_IT_IS)
         for probe in _PROBES:
             text, tokens = self.expected(probe)
             if (found := tokenizer(text, truncation=True)["input_ids"]) != tokens:

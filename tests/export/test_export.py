@@ -73,6 +73,19 @@ def test_retriever_as_sentence_transformer(pair, passages, tmp_path):
     _same(loaded.encode_query(QUESTIONS[0], convert_to_tensor=True), query)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2"])
+def test_the_template_is_carried_whatever_transformers_makes_of_an_architectures_tokenizer(
+    make_model, make_folder, passages, tmp_path, kind
+):
+    """AutoTokenizer makes Qwen2's anew from its vocabulary and would drop the template."""
+    model = make_model(gen=make_folder(kind, head_dim=8) if kind == "gemma2" else make_folder(kind))
+    export(model, tmp_path / "out", "retriever")
+    loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    _same(loaded.encode_document(_texts(model, passages), convert_to_tensor=True), embed_passages(model, passages))
+    expected, _ = embed_queries(model, [Example(id=q, question=q, output=[], gold=["p"]) for q in QUESTIONS], {})
+    _same(loaded.encode_query(QUESTIONS, convert_to_tensor=True), expected)
+
+
 def test_both_sides_apart(pair, passages, tmp_path):
     """As BEIR calls a pair of models: `encode` for both, passages as title, separator and text."""
     for kind in ("query", "embseq"):
