@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import Template
@@ -73,7 +73,15 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
 
 
 def _write_gen(model: CoSupervisionModel, folder: Path) -> None:
-    model.gen.save_pretrained(folder)
+    gen = model.gen
+    before = gen.generation_config
+    gen.generation_config = GenerationConfig(
+        bos_token_id=before.bos_token_id, eos_token_id=model.template.eos, pad_token_id=model.template.pad
+    )  # it was trained to end with this token, whatever its base names, and to be read greedily
+    try:
+        gen.save_pretrained(folder)
+    finally:
+        gen.generation_config = before
     model.template.tokenizer.save_pretrained(folder)
 
 
