@@ -55,8 +55,7 @@ def _load(kind: type[M], folder: Path, device: torch.device, attention: Attentio
         dtype=description["dtype"],
     )
     bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
-    for name, base in bases.items():
-        base.check(folder / name)
+    bases = {name: base.found(folder / name) for name, base in bases.items()}
     text, nsp = TextConfig(**description["text"]), NSPConfig(**description["nsp"])
     template, _ = load_template(parts, text)
 
