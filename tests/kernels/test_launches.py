@@ -7,19 +7,19 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing compiles", allow_module_level=True)
 
-from cosup_fast.functional import info_nce, linear_cross_entropy
-from cosup_fast.kernels import tuning
-from cosup_fast.kernels.last_hidden import kernels as last_hidden
-from cosup_fast.kernels.softmax_xent import chunk_triton
-from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
-from cosup_fast.testing import rehearse
+from cosup_fast.functional import info_nce, linear_cross_entropy  # noqa: E402
+from cosup_fast.kernels import tuning  # noqa: E402
+from cosup_fast.kernels.last_hidden import kernels as last_hidden  # noqa: E402
+from cosup_fast.kernels.softmax_xent import chunk_triton  # noqa: E402
+from cosup_fast.kernels.softmax_xent.dispatch import KERNELS  # noqa: E402
+from cosup_fast.testing import Rehearsal, rehearse  # noqa: E402
+from cosup_fast.testing import compile as compiler  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -87,16 +87,17 @@ def extract(rows: int, height: int, d: int, dtype: torch.dtype, norm: bool, unit
     last_hidden.backward(torch.randn_like(y), index, weight, *saved, height, unit, True, norm)
 
 
-def cases():
-    for impl, option in itertools.product(KERNELS, OPTIONS):
-        one_way = impl != "fused" or not ("symmetric" in option or "with all" in option)
-        if one_way and not (option == "ranks" and impl == "unranked"):
-            yield impl, option
+def fits(impl: str, option: str) -> bool:
+    """Fused holds exponentials of rows alone, which tell nothing of columns or of a softcap's derivative."""
+    return impl != "fused" or not ("symmetric" in option or "with all" in option)
 
 
-@pytest.mark.parametrize(("impl", "option"), cases(), ids=lambda value: str(value))
+CASES = [case for case in itertools.product(KERNELS, OPTIONS) if fits(*case)]
+
+
+@pytest.mark.parametrize(("impl", "option"), CASES, ids=str)
 def test_everything_binds_and_sizes_of_any_value_use_one_binary(gpu, impl, option):
-    """Rows, ids of a row and tiles make no other binary; columns do where they are no whole number of 16s."""
+    """Rows, ids of a row and tiles make no other binary; candidates do where they are no whole number of 16s."""
     with rehearse(gpu, compile=False) as rehearsal:
         for dtype in DTYPES:
             loss(impl, 64, 128, 64, dtype, option)
@@ -104,7 +105,76 @@ def test_everything_binds_and_sizes_of_any_value_use_one_binary(gpu, impl, optio
             for n, m, p in ((65, 128, 1), (1, 144, 16), (7, 1024, 5), (1000, 4096, 3)):
                 if "symmetric" in option:
                     n = min(n, m)
-                new = rehearsal.made_by(lambda: loss(impl, n, m, 64, dtype, option, p))  # noqa: B023
-                assert [str(one) for one in new] == [], (n, m, p)
-            assert rehearsal.count() == before
+                loss(impl, n, m, 64, dtype, option, p)
+                assert [str(one) for one in rehearsal.specializations[before:]] == [], (n, m, p)
     assert rehearsal.launches
+
+
+@pytest.mark.parametrize(("norm", "unit"), [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_extraction_binds_and_uses_one_binary_for_any_number_of_rows(norm, unit):
+    with rehearse("sm_90", compile=False) as rehearsal:
+        for dtype in DTYPES:
+            extract(16, 64, 96, dtype, norm, unit)
+            before = rehearsal.count()
+            for rows, height in ((1, 64), (17, 1), (33, 1000)):
+                extract(rows, height, 96, dtype, norm, unit)
+                assert [str(one) for one in rehearsal.specializations[before:]] == [], (rows, height)
+    assert len(set(rehearsal.launches)) == 1 + (norm or unit) + 1 + norm
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_nothing_compiles_in_a_cuda_graph_after_a_warm_up_of_another_size(gpu, impl):
+    with rehearse(gpu, compile=False) as rehearsal:
+        loss(impl, 64, 128, 64, torch.bfloat16, "ids")
+        rehearsal.capturing = True
+        loss(impl, 1, 16, 64, torch.bfloat16, "ids")
+
+
+@pytest.mark.parametrize("run", [*KERNELS, "extraction"])
+def test_a_cuda_graph_before_any_warm_up_is_refused(gpu, run):
+    with rehearse(gpu, compile=False) as rehearsal:
+        rehearsal.capturing = True
+        with pytest.raises(
+            RuntimeError, match=r"_kernel would be compiled while a CUDA graph is captured.*run the step"
+        ):
+            extract(4, 8, 16, torch.float32, True, True) if run == "extraction" else loss(
+                run, 64, 128, 64, torch.bfloat16, "plain"
+            )
+        assert not rehearsal.specializations
+        rehearsal.capturing = False
+        loss("rows", 64, 128, 64, torch.bfloat16, "plain")
+
+
+def test_the_commonest_loss_compiles_as_it_is_launched(gpu):
+    """Targets and nothing else, as NTP has them."""
+    with rehearse(gpu) as rehearsal:
+        loss("fused", 64, 128, 64, torch.bfloat16, "head")
+    check(rehearsal)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("gpu", TARGETS, indirect=True)
+def test_everything_compiles_as_it_is_launched(gpu, impl):
+    """Every option in bf16, all of them and ids in fp16 and fp32; candidates that are whole 16s and not."""
+    with rehearse(gpu) as rehearsal:
+        for option in filter(lambda option: fits(impl, option), OPTIONS):
+            for dtype in DTYPES if option in ("everything", "head", "symmetric with ids") else DTYPES[:1]:
+                for m in (128, 131):
+                    loss(impl, 64, m, 64, dtype, option)
+        if impl == "rows":
+            for dtype in DTYPES:
+                extract(16, 64, 96, dtype, True, True)
+    check(rehearsal)
+
+
+def check(rehearsal: Rehearsal) -> None:
+    """No spills, shared memory that exists, tensor cores in every product of half precision."""
+    core = compiler.TARGETS[rehearsal.target].tensor_core
+    wrong = []
+    for one, made in zip(rehearsal.specializations, rehearsal.binaries, strict=True):
+        half = one.name.startswith(("scores_", "positives_")) and one.dtype in ("bf16", "fp16")
+        if made.spills or made.shared > made.shared_limit or (half and core not in made.instructions):
+            wrong.append(f"{one}: {made}")
+    assert wrong == []
