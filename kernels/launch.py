@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from .tuning import capturing
+
 
 def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **kwargs: Any) -> None:
     """Launches a kernel on the device of `near`.
@@ -23,7 +25,7 @@ def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **kwarg
         RuntimeError: a CUDA graph is being captured, and the kernel has no binary for these arguments yet.
     """
     with torch.cuda.device_of(near):
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(near.device):
             with _compiling_nothing():
                 kernel[grid](*args, **kwargs)
         else:

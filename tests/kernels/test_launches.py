@@ -14,7 +14,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing compiles", allow_module_level=True)
 
 from cosup_fast.functional import info_nce, linear_cross_entropy  # noqa: E402
-from cosup_fast.kernels import tuning  # noqa: E402
+from cosup_fast.kernels import launch, tuning  # noqa: E402
 from cosup_fast.kernels.last_hidden import kernels as last_hidden  # noqa: E402
 from cosup_fast.kernels.softmax_xent import chunk_triton  # noqa: E402
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS  # noqa: E402
@@ -45,7 +45,7 @@ def gpu(request, monkeypatch):
     target = getattr(request, "param", "sm_90")
     for module in (tuning, chunk_triton):
         monkeypatch.setattr(module, "target_of", lambda device: target)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch, "capturing", lambda device: torch.cuda.is_current_stream_capturing())
     return target
 
 
