@@ -8,6 +8,7 @@ changes less.
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -42,10 +43,10 @@ class Worker:
     """The step of one checkout."""
 
     def __init__(self, folder: Path, setting: Setting):
-        command = [sys.executable, "-c", f"{_HEAD}sys.path.insert(0, {str(folder)!r})\n{_source()}\n_work()"]
-        self.process = subprocess.Popen(
-            [*command, json.dumps(asdict(setting))], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        code = f"{_HEAD}sys.path.insert(0, {str(folder)!r})\n{inspect.getsource(_work)}\n_work()"
+        command = [sys.executable, "-c", code, json.dumps(asdict(setting))]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True)
 
     def step(self, number: int, precision: str, *, learn: bool) -> dict[str, float]:
         """One step; without `learn` the weights stay what they are."""
@@ -61,12 +62,6 @@ class Worker:
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.process.wait()
-
-
-def _source() -> str:
-    """The part of this file that a worker runs, in whichever version it stands."""
-    text = Path(__file__).read_text()
-    return text[text.index("def _work") :]
 
 
 def measure(
@@ -118,6 +113,7 @@ def versions_report(found: list[list[dict[str, float]]], setting: Setting, said:
 
 def _work() -> None:
     """Answers each line of standard input with a step; of any version, so imports are tried."""
+    import contextlib
     import importlib
     import json
     import sys
@@ -142,10 +138,8 @@ def _work() -> None:
     make_batch = find("make_batch", "cosup_fast.data.packing")
     sampler = find("StepSampler", "cosup_fast.data.sampling")
     accumulate = find("accumulate_gradients", "cosup_fast.training.step")
-    try:
+    with contextlib.suppress(ImportError):
         find("keep_freed_memory", "cosup_fast.environment")()  # as training on a CPU does
-    except ImportError:
-        pass
     torch.manual_seed(0)
     model = model_class.from_pretrained(
         configuration(gen=setting["model"], gen_layers=setting["layers"], embseq_layers=setting["embseq_layers"]),
