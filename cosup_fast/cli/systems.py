@@ -19,12 +19,13 @@ from cosup_fast.evaluation.systems import (
     RandomRetriever,
     System,
 )
-from cosup_fast.files import check_replaceable
+from cosup_fast.files import FolderKind, check_replaceable
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
 KINDS = ("co-supervised", "closed-book", "gold", "dense", "pair", "random")
+EVALUATION = FolderKind("an evaluation", ANSWERS, files=("*",))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -114,7 +115,7 @@ def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
     """
     kind, argument = split_name(system)
     name = "-".join(filter(None, (kind, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
-    return check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
+    return check_replaceable(output or checkpoint / "evaluation" / name, EVALUATION)
 
 
 def clear(folder: Path) -> None:

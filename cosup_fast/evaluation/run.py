@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosup_fast.data.records import Example, Passage
@@ -28,6 +27,7 @@ from cosup_fast.evaluation.scoring import DEPTH, Ranked, rank_scores, score
 from cosup_fast.evaluation.suites import check_metrics, suite_of
 from cosup_fast.evaluation.systems import GoldRetriever, System
 from cosup_fast.generation import Answer, GenerationConfig
+from cosup_fast.terminal import SafeConsole
 
 ANSWERS, VERDICTS, FLUENCY = "answers.jsonl", "verdicts.jsonl", "fluency.jsonl"
 AT_ONCE = 16  # questions that a judge or a fluency model is given at a time
@@ -86,7 +86,7 @@ def evaluate(
     identity = system.settings(config)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     columns = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(*columns, console=SafeConsole(stderr=True), disable=not progress) as bar:
         answers = _answers(system, examples, keys, config, path and path / ANSWERS, identity, batch, bar)
         evidence = [_evidence(system, answer) for answer in answers]
         verdicts = _judged(judge, answers, evidence, keys, path and path / VERDICTS, bar)

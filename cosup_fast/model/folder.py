@@ -23,7 +23,8 @@ from cosup_fast.config.model import Attention, ModelConfig, NSPConfig
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from cosup_fast.model.adapters import adapter_state, has_adapters, save_adapter_config
-from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template, quiet_transformers
+from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template
+from cosup_fast.model.pretrained import quiet_transformers
 
 FORMAT_VERSION = 1
 HEADS = "heads.safetensors"
