@@ -20,7 +20,7 @@ from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_spe
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.files import sha256
 from cosup_fast.model.adapters import check_targets, keep_layout, quantization
-from cosup_fast.model.attention import PACKED_SDPA, choose_attention
+from cosup_fast.model.attention import PACKED, choose_attention
 from cosup_fast.model.backbone import positions, unpackable
 from cosup_fast.model.pretrained import quiet_transformers, read_config, read_model, read_tokenizer
 
@@ -97,11 +97,11 @@ def load_language_model(
     options: dict[str, Any] = {}
     if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
         options = {"quantization_config": quantized, "device_map": {"": device}}
-    attention = choose_attention(settings.attention, device, dtype)
+    attention = choose_attention(settings.attention, device)
     kind: Any = factory._model_mapping.get(type(config), None)
     # What transformers' own sdpa lacks (Gemma 2's soft cap), packed_sdpa may have: `check_packs` finds out.
     backend = kind is not None and kind._supports_attention_backend and not kind._supports_sdpa
-    loaded = "eager" if attention == PACKED_SDPA and backend else attention
+    loaded = "eager" if attention in PACKED and backend else attention
     try:
         if device.type == "meta":
             with quiet_transformers(), no_downloaded_kernels(), device:
