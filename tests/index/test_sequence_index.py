@@ -103,7 +103,7 @@ def test_wrong_corpora_are_refused(model, passages, index, tmp_path):
             SequenceIndex.build(model, [Passage(id="p", title="", text="word " * 400)], folder, progress=False)
     with pytest.raises(ValueError, match=r"\(2, width\), got shape \(3, 32\)"):
         SequenceIndex(MORE, torch.zeros(3, 32), index.origin)
-    with pytest.raises(ValueError, match="'x' stands more than once"):
+    with pytest.raises(ValueError, match="'x' occurs more than once"):
         SequenceIndex([MORE[1], MORE[1]], torch.zeros(2, 32), index.origin)
     with pytest.raises(ValueError, match="'x' is not finite"):
         SequenceIndex(MORE, torch.tensor([[0.0], [torch.inf]]), index.origin)
