@@ -8,6 +8,7 @@ cosup.json           the template, the geometry of NSP, and where the weights un
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig
 from cosup_fast.data.template import Template, TextConfig
@@ -83,8 +85,7 @@ def load_parts(folder: Path, device: torch.device, attention: Attention) -> Part
         dtype=description["dtype"],
     )
     bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
-    for name, base in bases.items():
-        base.check(folder / name)
+    bases = {name: base.found(folder / name) for name, base in bases.items()}
     template, _ = load_template(settings, TextConfig(**description["text"]))
 
     def load(name: str, source: str, *, head: bool) -> Any:
@@ -125,7 +126,8 @@ def save_folder(model: Stored, folder: Path, *, weights: bool = True) -> None:
             if has_adapters(part):
                 save_adapter_config(part, folder / name)
             elif part.can_generate() and part.generation_config is not None:
-                part.generation_config.save_pretrained(folder / name)
+                # `save_pretrained` refuses what `from_pretrained` accepts, such as a temperature that is not used.
+                part.generation_config.to_json_file(folder / name / GENERATION_CONFIG_NAME)
             tokenizers[name].save_pretrained(folder / name)
     for name, tensors in copied_weights(model).items() if weights else ():
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -141,6 +143,22 @@ def save_folder(model: Stored, folder: Path, *, weights: bool = True) -> None:
     if model.bases:
         description["adapters"] = {name: base.model_dump() for name, base in model.bases.items()}
     (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def check_saving(model: Stored) -> None:
+    """Writes all of a model but its weights into a temporary folder: what cannot be saved is known before a step.
+
+    Raises:
+        ValueError: a configuration or a tokenizer cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_folder(model, Path(folder), weights=False)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"this model could be trained and not saved ({error}): use a copy whose configuration and tokenizer "
+                "transformers can write"
+            ) from error
 
 
 def copied_weights(model: Stored, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:

@@ -35,6 +35,7 @@ from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device
 from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.folder import check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
@@ -129,6 +130,8 @@ def _run(
         torch.manual_seed(config.training.seed)
         with _reporting(peers, "the same weights"):
             model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
+            if load_on.type != "meta":
+                check_saving(model)
     else:
         _check_architecture(config, checkpoint)
         with _reporting(peers, "the same weights"):
