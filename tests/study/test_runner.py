@@ -70,6 +70,8 @@ def test_every_cell_has_one_small_file_and_its_checkpoints_are_gone(finished):
         assert not (cell.work / "run" / "checkpoints").exists()
         assert result.sets["cities"].ids == ["cities/e1", "cities/e2"]
         assert {*result.systems} == ({"pair"} if cell.parts else {*cell.settings.systems})
+        assert {*result.probes} == {*cell.settings.probes} - {"spaces"}
+        assert result.curves["spaces"].get("step", []) == ([0, 2, 4] if "spaces" in cell.settings.probes else [])
     assert "4 of 5" not in printed
     assert (study.work_folder / ".gitignore").read_text() == "*\n"
     assert _run(study)[1].strip() == "5 of 5 cells are finished"
