@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -93,6 +94,20 @@ def _optional(distribution: str, module: str, purpose: str, extra: str | None, *
     return Part(distribution, True, f"{purpose}: {version}")
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next large tensor; nothing where the C library is another one.
+
+    By default it hands blocks of megabytes back to the kernel, and a training step on a CPU, which frees all gradients
+    and asks for them again, touches as many new pages: some 150,000 page faults for 184 million weights. The process
+    then stays as large as it ever was.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
 @contextmanager
 def no_downloaded_kernels() -> Iterator[None]:
     """Around an import of bitsandbytes or peft: no binary is fetched and run.
@@ -133,6 +148,8 @@ def choose_device(requested: str, name: str = "training.device") -> torch.device
         device = torch.device(requested)
     except RuntimeError as error:
         raise ValueError(f"{name}={requested!r}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}={requested!r}: models run on cpu and cuda devices; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{name}={requested!r}: this torch sees no CUDA device; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

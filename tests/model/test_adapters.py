@@ -240,3 +240,18 @@ def test_a_mixture_of_experts_is_adapted_where_it_can_be_loaded_again_or_refused
         expected = model.eval().gen(input_ids=ids, use_cache=False).logits
         found = CoSupervisionModel.load(tmp_path / "saved").eval().gen(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected)
+
+
+def test_adapters_are_told_where_the_weights_under_them_have_moved(make_folder, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(make_folder("llama"), base)
+    lora = LoRAConfig(rank=2)
+    CoSupervisionModel.from_pretrained(ModelConfig(gen=str(base), shared=True, gen_lora=lora)).save(tmp_path / "saved")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"are not at .*base.*: set COSUP_BASE_GEN to the folder that holds them"):
+        CoSupervisionModel.load(tmp_path / "saved")
+    monkeypatch.setenv("COSUP_BASE_GEN", make_folder("llama", seed=5))
+    with pytest.raises(ValueError, match="belong to other weights"):
+        CoSupervisionModel.load(tmp_path / "saved")
+    monkeypatch.setenv("COSUP_BASE_GEN", str(tmp_path / "moved"))
+    CoSupervisionModel.load(tmp_path / "saved")
