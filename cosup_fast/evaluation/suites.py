@@ -92,14 +92,9 @@ SUITES = {
     "webquestions": _SHORT_ANSWER,
     "curatedtrec": Suite("answer_in_passage", "containment", ("exact_match",)),
     "hotpotqa": _SHORT_ANSWER_BY_ID,
-<<<<<<< HEAD
-    "fever": Suite("passage_f1", "label_accuracy"),
-    "vitaminc": Suite("passage_f1", "label_accuracy"),
-    "claims": Suite("passage_f1", "label_accuracy"),
-=======
     "fever": _LABEL,
     "vitaminc": _LABEL,
->>>>>>> main
+    "claims": _LABEL,
     "wow": Suite("passage_f1", "unigram_f1", ("rouge_l",)),
     "eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
     "alce_eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
