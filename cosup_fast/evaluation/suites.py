@@ -95,6 +95,7 @@ SUITES = {
     "hotpotqa": _SHORT_ANSWER_BY_ID,
     "fever": _LABEL,
     "vitaminc": _LABEL,
+    "claims": _LABEL,
     "wow": Suite("passage_f1", "unigram_f1", ("rouge_l",)),
     "eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
     "alce_eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
