@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from cosup_fast.data.answers import answer_spans
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.evaluation import Corpus, TestSet
-from cosup_fast.evaluation.metrics import answer_spans
 from cosup_fast.index.embed import evaluation_mode
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.attention import attending

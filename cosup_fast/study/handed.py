@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cosup_fast.data.answers import answer_spans, holds_answer
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sources import load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.evaluation import Corpus, GoldRetriever, QuestionRecord, System, TestSet, Workbench, evaluate
-from cosup_fast.evaluation.metrics import answer_spans, has_answer, normalize
+from cosup_fast.evaluation.metrics import normalize
 from cosup_fast.evaluation.scoring import has_label
 from cosup_fast.generation import GenerationConfig
 
@@ -85,14 +86,14 @@ def followed(
         if scored:
             found[source] = {
                 "follows_passage": {r.key: float(_follows_passage(name, one, r)) for one, r in scored},
-                "follows_memory": {r.key: float(has_answer(_written(r), one.original)) for one, r in scored},
+                "follows_memory": {r.key: float(holds_answer(_written(r), one.original)) for one, r in scored},
             }
     return found
 
 
 def _follows_passage(name: str, one: Handed, record: QuestionRecord) -> bool:
     if name == REPLACED:
-        return has_answer(_written(record), one.asked)
+        return holds_answer(_written(record), one.asked)
     first = next((s.text for s in record.answer.segments if s.passage is not None and s.text.strip()), "")
     read = f" {normalize(f'{one.passage.title} {one.passage.text}')} "
     return bool(normalize(first)) and f" {normalize(first)} " in read
@@ -107,7 +108,7 @@ def _swapped(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Hand
     rows = [(e, corpus.by_id[corpus.found(e.gold)[0]]) for e in readable(test, corpus, template)]
     for place, (example, _) in enumerate(rows):
         others = (passage for _, passage in (*rows[place + 1 :], *rows[:place]))
-        other = next((p for p in others if not has_answer(f"{p.title} {p.text}", example)), None)
+        other = next((p for p in others if not holds_answer(f"{p.title} {p.text}", example)), None)
         if other is not None:
             yield _handed(example, example, other)
 
@@ -132,7 +133,7 @@ def _replaced(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Han
             update={name: _replace(getattr(passage, name), example, new) for name in ("title", "text")}
         )
         asked = example.model_copy(update={"answers": [new], "answer_sets": []})
-        if has_answer(_read(altered, template), asked):
+        if holds_answer(_read(altered, template), asked):
             yield _handed(example, asked, altered)
 
 
@@ -145,7 +146,7 @@ def readable(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Exam
         found = corpus.found(example.gold)
         if example.answer_type == "regex" or not example.answers or has_label(example) or not found:
             continue
-        if has_answer(_read(corpus.by_id[found[0]], template), example):
+        if holds_answer(_read(corpus.by_id[found[0]], template), example):
             yield example
 
 
@@ -162,9 +163,7 @@ def _read(passage: Passage, template: Template) -> str:
 
 def _replace(text: str, example: Example, new: str) -> str:
     for start, end in reversed(answer_spans(text, example)):
-        tail = text[start:end]
-        closing = tail[len(tail.rstrip(".,;:!?)\"'")) :]  # punctuation after the last word belongs to the sentence
-        text = f"{text[:start]}{new}{closing}{text[end:]}"
+        text = f"{text[:start]}{new}{text[end:]}"
     return text
 
 
@@ -173,7 +172,7 @@ def _another(example: Example, held: str, answers: Sequence[str]) -> str | None:
     for answer in random.Random(example.id).sample(answers, len(answers)):
         as_answer = example.model_copy(update={"answers": [answer], "answer_sets": []})
         alike = _shape(answer) == _shape(example.answers[0])
-        if alike and not has_answer(answer, example) and not has_answer(held, as_answer):
+        if alike and not holds_answer(answer, example) and not holds_answer(held, as_answer):
             return answer
     return None
 

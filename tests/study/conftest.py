@@ -44,7 +44,10 @@ def make_study(passages, examples, llama_folder):
             "seeds": [0, 1],
             "conditions": {
                 "low": {"change": {"nsp.weight": 0.1}, "systems": ["gold", "ranks"]},
-                "high": {"systems": ["gold", "co-supervised", "swapped", "replaced"], "probes": ["attention", "spaces"]},
+                "high": {
+                    "systems": ["gold", "co-supervised", "swapped", "replaced"],
+                    "probes": ["attention", "spaces"],
+                },
                 "pair": {"pair": {"writer": "low", "retriever": "high"}, "seeds": [0]},
             },
             "main": "high/co-supervised",

@@ -75,7 +75,9 @@ def test_what_cannot_be_is_refused(changes, message, write_study):
 
 def test_a_condition_named_twice_is_refused(tmp_path):
     path = tmp_path / "study.yaml"
-    path.write_text("output: x\nconditions:\n  one: {systems: [gold]}\n  two: {systems: [gold]}\n  one: {systems: [gold]}\n")
+    path.write_text(
+        "output: x\nconditions:\n  one: {systems: [gold]}\n  two: {systems: [gold]}\n  one: {systems: [gold]}\n"
+    )
     with pytest.raises(StudyError, match=r"(?s)'one' is named twice.*line 3"):
         load_study(path)
     with pytest.raises(StudyError, match="no such study"):

@@ -1,4 +1,4 @@
-"""Means and differences over seeds, questions and sets: values by hand, what is resampled, and how often it is right."""
+"""Means and differences over seeds, questions and sets: values by hand, what is resampled, how often it is right."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_an_interval_covers_the_true_difference_about_as_often_as_it_says():
         for shift in (0.5, 0.0):
             runs = random.normal(0, 0.3, 5)
             matrix = random.random((5, 60)) < 1 / (1 + np.exp(-(hard + shift + runs[:, None])))
-            sides.append({"s": {seed: {str(q): float(x) for q, x in enumerate(row)} for seed, row in enumerate(matrix)}})
+            sides.append(
+                {"s": {seed: {str(q): float(x) for q, x in enumerate(row)} for seed, row in enumerate(matrix)}}
+            )
         found = difference(*sides, seed=trial)
         grid = np.random.default_rng(2).normal(size=(4000, 1)) + np.random.default_rng(3).normal(0, 0.3, 200)
         truth = (1 / (1 + np.exp(-(grid + 0.5))) - 1 / (1 + np.exp(-grid))).mean()

@@ -51,7 +51,7 @@ def test_a_swapped_passage_holds_no_answer(model):
 
 def test_punctuation_after_an_answer_stays_with_the_sentence():
     example = _asked("x", "?", "New York", "p")
-    assert _replace("In New York, or (new york). York", example, "Rome") == "In Rome, or Rome). York"
+    assert _replace("In New York, or (new york). York", example, "Rome") == "In Rome, or (Rome). York"
 
 
 def test_the_tokens_of_a_layout_spell_what_they_should(model):
@@ -67,27 +67,26 @@ def test_attention_is_that_of_transformers_own_eager_model(model):
     found = attention_by_layer(model, [TEST], {"": LEADS_CORPUS}, limit=2)
     assert found["questions"] == 2
     totals, even = torch.zeros(2), 0.0
+    hidden: dict[int, torch.Tensor] = {}
+    layers = model.gen.base_model.layers
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: hidden.__setitem__(i, kwargs["hidden_states"]), with_kwargs=True
+        )
+        for i, layer in enumerate(layers)
+    ]
     for example, passage in zip(ASKED[:2], LEADS[:2], strict=True):
         layout = _Layout(model, example, passage)
-        hidden: dict[int, torch.Tensor] = {}
-        layers = model.gen.base_model.layers
-        hooks = [
-            layer.self_attn.register_forward_pre_hook(
-                lambda _, args, kwargs, i=i: hidden.__setitem__(i, kwargs["hidden_states"]), with_kwargs=True
-            )
-            for i, layer in enumerate(layers)
-        ]
         ids = torch.tensor([layout.ids])
         with torch.no_grad():
             model.gen.base_model(input_ids=ids, use_cache=False)
             rotary = model.gen.base_model.rotary_emb(hidden[0], torch.arange(ids.shape[1])[None])
             for i, layer in enumerate(layers):
-                totals[i] += _weights(layer.self_attn, hidden[i], rotary)[:, layout.rows][..., layout.passage].sum(
-                    -1
-                ).mean()
-        for hook in hooks:
-            hook.remove()
+                weights = _weights(layer.self_attn, hidden[i], rotary)[:, layout.rows]
+                totals[i] += weights[..., layout.passage].sum(-1).mean()
         even += sum(len(layout.passage) / (row + 1) for row in layout.rows) / len(layout.rows)
+    for hook in hooks:
+        hook.remove()
     assert found["by_layer"]["passage"] == pytest.approx((totals / 2).tolist(), abs=2e-5)
     assert found["even"] == pytest.approx(even / 2, abs=2e-5)
     with pytest.raises(ValueError, match="no test set has a question whose answer stands in its gold passage"):
