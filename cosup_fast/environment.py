@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -45,8 +47,12 @@ _OPTIONAL = [
 ]
 
 
-def describe() -> list[Part]:
-    """Every part with its version, or why it cannot be used."""
+def describe(*, imports: bool = False) -> list[Part]:
+    """Every part with its version, or why it cannot be used.
+
+    Args:
+        imports: also import each optional package, which takes many seconds and finds broken binaries.
+    """
     from cosup_fast import __version__
 
     parts = [
@@ -64,10 +70,10 @@ def describe() -> list[Part]:
     else:
         built = "torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
         parts.append(Part("cuda", False, f"{built}; everything runs on the CPU"))
-    return parts + [_optional(*row) for row in _OPTIONAL]
+    return parts + [_optional(*row, imports=imports) for row in _OPTIONAL]
 
 
-def _optional(distribution: str, module: str, purpose: str, extra: str | None) -> Part:
+def _optional(distribution: str, module: str, purpose: str, extra: str | None, *, imports: bool) -> Part:
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -76,13 +82,30 @@ def _optional(distribution: str, module: str, purpose: str, extra: str | None) -
     if module == "flash_attn" and not torch.cuda.is_available():
         return Part(distribution, False, f"{purpose}: {version} installed, but there is no CUDA device")
     try:
-        with no_downloaded_kernels():
-            importlib.import_module(module)
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"no module named {module}")
+        if imports:
+            with no_downloaded_kernels():
+                importlib.import_module(module)
     except Exception as error:  # a broken binary may raise anything
         return Part(distribution, False, f"{purpose}: {version} does not import ({type(error).__name__}: {error})")
     if module == "triton" and not torch.cuda.is_available():
-        return Part(distribution, False, f"{purpose}: {version} imports, but there is no CUDA device")
+        return Part(distribution, False, f"{purpose}: {version} installed, but there is no CUDA device")
     return Part(distribution, True, f"{purpose}: {version}")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next large tensor; nothing where the C library is another one.
+
+    By default it hands blocks of megabytes back to the kernel, and a training step on a CPU, which frees all gradients
+    and asks for them again, touches as many new pages: some 150,000 page faults for 184 million weights. The process
+    then stays as large as it ever was.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 @contextmanager
@@ -125,6 +148,8 @@ def choose_device(requested: str, name: str = "training.device") -> torch.device
         device = torch.device(requested)
     except RuntimeError as error:
         raise ValueError(f"{name}={requested!r}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}={requested!r}: models run on cpu and cuda devices; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{name}={requested!r}: this torch sees no CUDA device; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

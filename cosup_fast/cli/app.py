@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from cosup_fast.cli.generate import generate
 from cosup_fast.cli.index import index_app
 from cosup_fast.cli.mine import mine
 from cosup_fast.cli.plan import plan
+from cosup_fast.cli.study import study
 from cosup_fast.cli.train import train
 
 app = typer.Typer(
@@ -34,6 +36,16 @@ app = typer.Typer(
     "index passages, and generate with retrieval.",
     epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare starter[/].",
 )
+DEBUG = {"on": bool(os.environ.get("COSUP_DEBUG"))}
+
+
+@app.callback()
+def _debug(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the trace of an error instead of one line.")] = False,
+) -> None:
+    DEBUG["on"] |= debug
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
@@ -71,6 +83,12 @@ COMMANDS: dict[Callable[..., None], list[str]] = {
         "evaluate runs/ntp --system pair:runs/nsp --examples nq-dev-kilt.jsonl --out-of-domain nq",
     ],
     compare: ["compare runs/ntp/evaluation/dense-minilm runs/cosup/evaluation/co-supervised"],
+    study: [
+        "study examples/study.yaml",
+        "study examples/study.yaml --only 'ntp-only-*'",
+        "study examples/study.yaml --status",
+        "study examples/study.yaml --report",
+    ],
     export: ["export runs/cosup out/retriever", "export runs/cosup out/gen --what gen --license apache-2.0"],
     mine: [
         "mine runs/cosup --examples questions/train --output mined.jsonl",
@@ -78,7 +96,7 @@ COMMANDS: dict[Callable[..., None], list[str]] = {
         "--output mined.jsonl; then: cosup-fast train 'data.train=[mined.jsonl]' output=runs/harder",
     ],
     demo: ["demo --output runs/demo"],
-    env: ["env"],
+    env: ["env", "env --imports"],
 }
 for command, shown in COMMANDS.items():
     app.command(epilog=examples(*shown))(command)
@@ -93,20 +111,40 @@ def run() -> None:
     hush()
     try:
         app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _of_peers(error):
-            raise  # a bug keeps its trace; else it is an argument, a file, a missing package, a lost rank
+    except Exception as error:
+        if DEBUG["on"]:
+            raise
         if _said_elsewhere(error):
             sys.exit(1)
         err.print("[red]error:[/] " if leads() else f"[red]error on rank {os.environ['RANK']}:[/] ", end="")
-        err.print(message_of(error), markup=False, highlight=False, soft_wrap=True)
+        err.print(_line(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
-def _of_peers(error: RuntimeError) -> bool:
+def _line(error: Exception) -> str:
+    """What a user is told of an error, whoever caused it."""
     from cosup_fast.distributed.peers import PeerError
 
-    return isinstance(error, PeerError)
+    if isinstance(error, ValueError | ImportError | PeerError):
+        return message_of(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            return f"{error}: free some space, or write to another disk"
+        return str(error)
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text or 'no more to be had'}): lower training.tokens_per_micro_batch or --batch, or use "
+            "fewer layers; `cosup-fast plan` says what a run takes"
+        )
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f", in {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else ""
+    return (
+        f"unexpected {type(error).__name__}: {text}{where}. Either a file is damaged in a way that is not recognised, "
+        "or this is a bug: `cosup-fast --debug ...` prints the trace"
+    )
 
 
 def _said_elsewhere(error: Exception) -> bool:

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.config.model import ModelConfig, NSPConfig
+from cosup_fast.config.reading import read_yaml
 from cosup_fast.config.training import TrainingConfig, check_rounding
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
+from cosup_fast.errors import CosupError
 
 
-class ConfigError(ValueError):
+class ConfigError(CosupError, ValueError):
     """A configuration that cannot be used; the message names the field, its value and the remedy."""
 
 
@@ -186,7 +188,7 @@ def _fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, A
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -200,7 +202,7 @@ def _parse(value: str, *, is_text: bool) -> Any:
     if is_text and value not in ("", "null") and value[0] not in "'\"":  # {text} would be a mapping, 2024 a number
         return value
     try:
-        parsed = yaml.safe_load(value)
+        parsed = read_yaml(value)
     except yaml.YAMLError:
         return value
     if isinstance(parsed, str) and not is_text:  # YAML 1.1 reads 1e-4 as text

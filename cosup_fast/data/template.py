@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.text import gap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,9 +169,12 @@ class Template:
             ids.extend(tokens)
             learned.extend([learn] * len(tokens))
 
+        written = ""
         for segment in example.output:
+            text = gap(written, segment.text) + segment.text
+            written = text or written
             if segment.passage is None:
-                append(self.encode(segment.text))
+                append(self.encode(text))
                 continue
             if segment.passage not in passages:
                 raise ValueError(
@@ -185,7 +189,7 @@ class Template:
                 [*self.inserted_passage(passages[segment.passage]), self.context_start],
                 self.config.label_passages,
             )
-            append([*self.encode(segment.text), self.context_end])
+            append([*self.encode(text), self.context_end])
         append([self.eos])
         if len(ids) > self.max_length:
             raise ValueError(

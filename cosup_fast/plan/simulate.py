@@ -32,7 +32,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCount
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.kernels.softmax_xent.call import Call
 from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
-from cosup_fast.model import CoSupervisionModel, backbone
+from cosup_fast.model import CoSupervisionModel, attention, backbone
 from cosup_fast.model import model as modeling
 from cosup_fast.model.adapters import add_adapters
 from cosup_fast.model.attention import PACKED_SDPA
@@ -302,6 +302,7 @@ def _patched(request: PlanRequest) -> Iterator[None]:
             setattr(owner, name, value)
 
         replace(modeling, "find_final_norm", _named_norm)
+        replace(attention, "LONGEST", {})  # a CPU's alone
         if request.gen_lora.rank or request.embseq_lora.rank:
             replace(nn.Module, "to", lambda self, *args, **kwargs: self)  # fake parameters cannot be moved in place
         if request.optimizer == "adamw-8bit":

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosup_fast.distributed import Peers
+from cosup_fast.errors import CosupError
 from cosup_fast.files import FolderKind, install_folder, remove_unfinished, sha256, sync
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
@@ -40,7 +41,7 @@ REMEDY = "remove this checkpoint, then --resume continues behind the one before"
 _PREFIX = "step-"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CosupError, ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
 
 

@@ -32,9 +32,10 @@ from cosup_fast.data.sampling import StepSampler, example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
-from cosup_fast.environment import choose_device
+from cosup_fast.environment import choose_device, keep_freed_memory
 from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.folder import check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
@@ -101,6 +102,8 @@ def _run(
     if resume and checkpoint is None:
         console.print(f"{config.output} holds no checkpoint to continue behind: a new run", markup=False)
     device = choose_device(config.training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     check_available(config.training.optimizer, rounded=config.rounds)
     corpus, examples, held_out = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
@@ -129,6 +132,8 @@ def _run(
         torch.manual_seed(config.training.seed)
         with _reporting(peers, "the same weights"):
             model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
+            if load_on.type != "meta":
+                check_saving(model)
     else:
         _check_architecture(config, checkpoint)
         with _reporting(peers, "the same weights"):

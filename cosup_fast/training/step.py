@@ -30,6 +30,7 @@ from cosup_fast.distributed import Peers
 from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.reference import Stats
+from cosup_fast.training.embedding_gradient import embedding_rows
 
 T = TypeVar("T")
 
@@ -57,6 +58,18 @@ def accumulate_gradients(
     """
     ntp_count = batch.step.ntp if ntp_count is None else ntp_count
     nsp_count = batch.step.nsp if nsp_count is None else nsp_count
+    with embedding_rows(model):
+        return _accumulate(model, batch, precision, ntp_count, nsp_count, group)
+
+
+def _accumulate(
+    model: CoSupervisionModel,
+    batch: CoSupervisionBatch,
+    precision: str,
+    ntp_count: int,
+    nsp_count: int,
+    group: Peers | None,
+) -> CoSupervisionOutput:
     weight, device = model.nsp.weight, model.device
     gen = [_GenPasses(model, part, precision, ntp_count) for part in batch.gen]
     embseq = [_EmbseqPasses(model, pack, precision) for pack in batch.passages]
