@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
@@ -156,6 +157,9 @@ class Template:
     def gen_sequence(self, example: Example, passages: Mapping[str, Passage]) -> GenSequence:
         """The training sequence of an example.
 
+        An output grounded on nothing begins with a query for the first gold passage that is known. Its text, if there
+        is any, is then grounded on that passage; without text the sequence ends with the query.
+
         Raises:
             ValueError: an unknown passage id, or a sequence longer than Gen's positions.
         """
@@ -168,25 +172,35 @@ class Template:
             ids.extend(tokens)
             learned.extend([learn] * len(tokens))
 
-        for segment in example.output:
-            if segment.passage is None:
-                append(self.encode(segment.text))
-                continue
-            if segment.passage not in passages:
-                raise ValueError(
-                    f"example {example.id!r}: unknown passage id {segment.passage!r}; "
-                    f"the corpus holds {len(passages)} passages"
-                )
+        def ask(passage: str) -> None:
             append([self.nsp])
             rows.append(len(ids) - 1)
-            wanted.append(segment.passage)
+            wanted.append(passage)
+
+        def ground(passage: str, texts: Iterable[str]) -> None:
             # [Cs] always follows the passage and is appended, not chosen, at inference.
-            append(
-                [*self.inserted_passage(passages[segment.passage]), self.context_start],
-                self.config.label_passages,
-            )
-            append([*self.encode(segment.text), self.context_end])
-        append([self.eos])
+            append([*self.inserted_passage(passages[passage]), self.context_start], self.config.label_passages)
+            append([*chain.from_iterable(map(self.encode, texts)), self.context_end])
+
+        gold = None if example.cited else next((name for name in example.gold if name in passages), None)
+        if gold is not None:
+            ask(gold)
+            if example.output:
+                ground(gold, (segment.text for segment in example.output))
+        else:
+            for segment in example.output:
+                if segment.passage is None:
+                    append(self.encode(segment.text))
+                    continue
+                if segment.passage not in passages:
+                    raise ValueError(
+                        f"example {example.id!r}: unknown passage id {segment.passage!r}; "
+                        f"the corpus holds {len(passages)} passages"
+                    )
+                ask(segment.passage)
+                ground(segment.passage, [segment.text])
+        if gold is None or example.output:
+            append([self.eos])
         if len(ids) > self.max_length:
             raise ValueError(
                 f"example {example.id!r} has {len(ids)} tokens, more than the {self.max_length} positions of Gen: "

@@ -197,7 +197,7 @@ class PairRetriever(IndexRetriever):
         template = self._model.template
         sequences = []
         for request in requests:
-            so_far = request.example.model_copy(update={"output": list(request.written)})
+            so_far = request.example.model_copy(update={"output": list(request.written), "gold": []})
             sequences.append([*template.gen_sequence(so_far, self.passages).input_ids[:-1], template.nsp])
         return [*self._index.retrieve_all(embed_asking(self._model, sequences), k)]
 
