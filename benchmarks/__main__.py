@@ -1,6 +1,6 @@
 """python -m benchmarks."""
 
-from cosup_fast.cli_common import hush
+from cosup_fast.cli.common import hush
 
 if __name__ == "__main__":
     hush()

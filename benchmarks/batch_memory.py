@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from benchmarks import machine, peak, report
 from benchmarks.material import Material
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
-from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import Trainer
 

@@ -17,7 +17,7 @@ from benchmarks import batch_memory, machine, report, run, train_step
 from benchmarks import gate as gates
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.providers import Provider, chosen
-from cosup_fast.kernels.softmax_xent_torch import multiplies_bf16
+from cosup_fast.kernels.softmax_xent.chunk_torch import multiplies_bf16
 
 app = typer.Typer(
     no_args_is_help=True,

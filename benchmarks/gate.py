@@ -14,7 +14,7 @@ from benchmarks.cases import LOSSES, Case
 from benchmarks.counting import Counts, count, count_kernels
 from benchmarks.machine import version
 from benchmarks.providers import ours
-from cosup_fast.kernels import softmax_xent_torch
+from cosup_fast.kernels.softmax_xent import chunk_torch
 
 PATH = Path(__file__).with_name("exact.json")
 SMALL_WORKSPACE = 2**18
@@ -55,7 +55,7 @@ def measure_torch() -> Figures:
                         continue
                     environment = {"COSUP_WORKSPACE_BYTES": str(workspace or 2**29)}
                     # As on a CPU without bf16 instructions, so that figures do not depend on the machine.
-                    bf16 = mock.patch.object(softmax_xent_torch, "multiplies_bf16", return_value=False)
+                    bf16 = mock.patch.object(chunk_torch, "multiplies_bf16", return_value=False)
                     with mock.patch.dict(os.environ, environment), bf16:
                         counts, _ = count(case, provider.make(case), inputs)
                     name = f"{case}, {provider.name}" + (f", workspace {workspace}" if workspace else "")

@@ -33,13 +33,13 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import machine, report  # noqa: E402
 from benchmarks.plain_decoder import plain_decode  # noqa: E402
-from cosup_fast import linear  # noqa: E402
+from cosup_fast.config.model import ModelConfig  # noqa: E402
 from cosup_fast.data.records import Passage  # noqa: E402
 from cosup_fast.data.sources import load_corpus  # noqa: E402
 from cosup_fast.data.template import TextConfig  # noqa: E402
 from cosup_fast.files import replace_file  # noqa: E402
 from cosup_fast.generation import Decoder, GenerationConfig, Grammar, Request, State  # noqa: E402
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig  # noqa: E402
+from cosup_fast.model import CoSupervisionModel, linear  # noqa: E402
 
 PLAIN, OURS, TORCH = "plain decoder", "batched decoder", "batched decoder, torch's products"
 

@@ -25,11 +25,12 @@ from transformers import AutoModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, report
+from cosup_fast.config.model import ModelConfig
 from cosup_fast.data.records import Passage
 from cosup_fast.data.sources import load_corpus, resolve_model
 from cosup_fast.data.template import TextConfig
 from cosup_fast.index import embed_passages
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.model import CoSupervisionModel
 
 Embed = Callable[[Sequence[Passage]], Tensor]
 MODEL, CORPUS = "smollm2-135m", "wiki-leads"

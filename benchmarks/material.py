@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from cosup_fast.config.model import ModelConfig
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import TextConfig
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.model import CoSupervisionModel
 
 
 class Loaded(NamedTuple):

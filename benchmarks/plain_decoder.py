@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from cosup_fast.data.records import Passage
 from cosup_fast.generation import GenerationConfig, Retrieve
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
 
 
 @dataclass

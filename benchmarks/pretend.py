@@ -19,10 +19,11 @@ CAPABILITY = (9, 0)
 @contextmanager
 def tiles() -> Iterator[None]:
     """Within, our kernels, which the interpreter runs anyway, have the tiles that are shipped for CAPABILITY."""
-    from cosup_fast.kernels import softmax_xent_triton, tuning
+    from cosup_fast.kernels import tuning
+    from cosup_fast.kernels.softmax_xent import chunk_triton
 
     with ExitStack() as stack:
-        for module in (tuning, softmax_xent_triton):
+        for module in (tuning, chunk_triton):
             stack.enter_context(mock.patch.object(module, "target_of", return_value=tuning.nearest(CAPABILITY)))
         yield
 

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cosup_fast.backbone import FinalNorm, bypassed, norm_rows, run_pack
 from cosup_fast.data.packing import CoSupervisionBatch, Pack
 from cosup_fast.functional import info_nce, linear_cross_entropy
 from cosup_fast.losses import CoSupervisionOutput
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.backbone import FinalNorm, bypassed, norm_rows, run_pack
 from cosup_fast.training.step import accumulate_gradients
 
 

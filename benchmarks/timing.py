@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import Case, Inputs
-from cosup_fast.kernels.softmax_xent_torch import operand_dtype
+from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
 
 Step = Callable[[], object]
 

@@ -37,7 +37,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler
 from cosup_fast.losses import CoSupervisionOutput
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.step import accumulate_gradients
 
 Say = Callable[[str], None]

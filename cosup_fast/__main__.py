@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Runs the command line."""
     try:
-        from cosup_fast.cli import run
+        from cosup_fast.cli.app import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("cosup_fast"):
             raise

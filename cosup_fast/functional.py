@@ -1,11 +1,12 @@
 """The operators: check the arguments, choose an implementation.
 
-`impl="stored"` is the chunked engine of `kernels/softmax_xent.py`: any device, the N x M scores never materialised,
-loss and gradients formed together in the forward pass. `impl="fused"`, `impl="rows"` and `impl="recomputed"` are its
-Triton kernels for a GPU. `impl="reference"` is `cosup_fast.reference`, which materialises every score and can be
-differentiated twice or in forward mode. `impl="auto"` is `stored`, and on a CUDA device the least expensive of all but
-the reference by the cost model of `kernels/dispatch.py`. An implementation that is asked for by name is the one that
-runs, or a `ValueError` that says why it cannot. `explain` says what a loss costs and which implementation runs.
+`impl="stored"` is the chunked engine of `kernels/softmax_xent/engine.py`: any device, the N x M scores never
+materialised, loss and gradients formed together in the forward pass. `impl="fused"`, `impl="rows"` and
+`impl="recomputed"` are its Triton kernels for a GPU. `impl="reference"` is `cosup_fast.reference`, which materialises
+every score and can be differentiated twice or in forward mode. `impl="auto"` is `stored`, and on a CUDA device the
+least expensive of all but the reference by the cost model of `kernels/softmax_xent/dispatch.py`. An implementation
+that is asked for by name is the one that runs, or a `ValueError` that says why it cannot. `explain` says what a loss
+costs and which implementation runs.
 
 Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
 operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
@@ -24,11 +25,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import reference
-from cosup_fast.kernels import dispatch, last_hidden
-from cosup_fast.kernels.dispatch import Plan
-from cosup_fast.kernels.scores import Scores
-from cosup_fast.kernels.softmax_xent_op import softmax_xent
-from cosup_fast.kernels.softmax_xent_torch import operand_dtype
+from cosup_fast.kernels.last_hidden import op as last_hidden
+from cosup_fast.kernels.numerics import accumulator
+from cosup_fast.kernels.softmax_xent import dispatch
+from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
+from cosup_fast.kernels.softmax_xent.dispatch import Plan
+from cosup_fast.kernels.softmax_xent.op import softmax_xent
+from cosup_fast.kernels.softmax_xent.scores import Scores
 from cosup_fast.kernels.workspace import release_workspace
 from cosup_fast.reference import Stats
 
@@ -125,9 +128,10 @@ def info_nce(
     """
     peers = None
     if group is not None:
-        from cosup_fast import distributed
+        from cosup_fast.distributed import Peers
+        from cosup_fast.distributed.info_nce import info_nce as across_ranks
 
-        peers = distributed.Peers.of(group)
+        peers = Peers.of(group)
     with nullcontext() if peers is None else peers.reporting("info_nce"):
         dtype = _operands("query", query, "keys", keys)
         n, m = len(query), len(keys)
@@ -200,7 +204,7 @@ def info_nce(
         if peers is None:
             loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, **options)
         else:
-            loss, *stats = distributed.info_nce(
+            loss, *stats = across_ranks(
                 peers,
                 query,
                 keys,
@@ -531,7 +535,7 @@ def _nothing(inputs: tuple[Any, ...], reduction: str) -> tuple[Tensor, tuple[Ten
     """The loss of no rows, 0 with gradients of 0, and its statistics."""
     loss = sum(t.flatten()[:0].sum() for t in inputs if isinstance(t, Tensor))
     assert isinstance(loss, Tensor)
-    loss = loss.to(last_hidden.accumulator(loss.dtype))
+    loss = loss.to(accumulator(loss.dtype))
     none, index = loss.new_empty(0), loss.new_empty(0, dtype=torch.int64)
     return loss.expand(0) if reduction == "none" else loss, (none, none, index, index)
 

@@ -29,8 +29,8 @@ def terminable() -> Iterator[None]:
 def deferred(on_first: Callable[[str], None]) -> Iterator[threading.Event]:
     """Turns the first Ctrl-C or SIGTERM into an event, to be read at a safe point.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Another SIGTERM does not: who sends one after a Ctrl-C, as torchrun
-    does, asks for the same.
+    A second Ctrl-C raises KeyboardInterrupt at once. Another SIGTERM does not: torchrun sends one after a Ctrl-C and
+    means the same by it.
 
     Args:
         on_first: told, when the event is set, by which signal.

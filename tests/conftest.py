@@ -165,8 +165,9 @@ def mistral_folder(make_folder) -> str:
 @pytest.fixture(scope="session")
 def make_model(llama_folder):
     """A function that makes a model in evaluation mode: Llama with Llama unless `embseq` or `shared` say otherwise."""
+    from cosup_fast.config.model import ModelConfig, NSPConfig
     from cosup_fast.data.template import TextConfig
-    from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
+    from cosup_fast.model import CoSupervisionModel
 
     def make(*, text: dict | None = None, nsp: dict | None = None, seed: int = 0, gen: str = llama_folder, **model):
         torch.manual_seed(seed)
@@ -188,8 +189,8 @@ def model(make_model):
 def cosup(monkeypatch, capsys):
     """Runs the command in this process: (exit status, standard output, standard error on one line)."""
 
-    from cosup_fast.cli import run
-    from cosup_fast.cli_common import err, out
+    from cosup_fast.cli.app import run
+    from cosup_fast.cli.common import err, out
 
     for console in (out, err):  # made when they were first imported, perhaps narrower
         monkeypatch.setattr(console, "_width", 200)

@@ -101,8 +101,9 @@ def example_lengths(
         lengths.append(len(sequence.input_ids) + sum(of_passage[name] for name in passages))
     if retrieval and not queries:
         raise ValueError(
-            f"none of the {len(examples)} examples of data.train asks for a passage, so NSP has nothing to learn: ground "
-            "a segment of their output on a passage, name their gold passages, or set nsp.weight=0 to train NTP alone"
+            f"none of the {len(examples)} examples of data.train asks for a passage, so NSP has nothing to learn: "
+            "ground a segment of their output on a passage, name their gold passages, or set nsp.weight=0 to train NTP "
+            "alone"
         )
     if ntp and not supervised:
         raise ValueError(

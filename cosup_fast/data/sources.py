@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cosup_fast.data.catalog import CATALOG, PASSAGES
+from cosup_fast.data.prepared.catalog import CATALOG, PASSAGES
 from cosup_fast.data.records import (
     DataError,
     Example,

@@ -9,7 +9,7 @@ contains the characters `[NSP]` is read as those five characters. Source: Lee et
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from string import Formatter

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cosup_fast.data.sources import resolve_model
-from cosup_fast.loading import quiet_transformers
+from cosup_fast.model.loading import quiet_transformers
 
 
 def load_pretrained(factory: Any, name: str, device: torch.device | str, role: str, **options: Any) -> tuple[Any, Any]:

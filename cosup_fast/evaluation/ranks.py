@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.index import SequenceIndex, embed_passages, embed_queries
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
 
 
 def asked(example: Example) -> list[tuple[tuple[Segment, ...], set[str]]]:

@@ -28,13 +28,13 @@ from cosup_fast.evaluation.metrics import is_gold
 from cosup_fast.evaluation.ranks import asked
 from cosup_fast.generation import Answer, Asked, GenerationConfig, Generator
 from cosup_fast.generation import Request as Question
-from cosup_fast.generation.config import Found
+from cosup_fast.generation.request import Found
 from cosup_fast.index import SequenceIndex, embed_queries
 from cosup_fast.index.embed import embed_asking
 from cosup_fast.index.shards import Passages
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 
 _RANKED_AT_ONCE = 256

@@ -18,11 +18,12 @@ command.py    what `cosup-fast generate` does
 Source: Lee et al. 2024, arXiv 2403.09024, section 3.
 """
 
+from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.generation.answer import Answer, AnswerSegment, Candidate, Retrieval
-from cosup_fast.generation.config import Asked, GenerationConfig, Request, Retrieve, Searcher
 from cosup_fast.generation.decoder import Decoder, Ticket
 from cosup_fast.generation.generator import Generator
 from cosup_fast.generation.grammar import Grammar, State, choose
+from cosup_fast.generation.request import Asked, Request, Retrieve, Searcher
 
 __all__ = [
     "Answer",

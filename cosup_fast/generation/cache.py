@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from cosup_fast.attention import attend, refuse_sinks
+from cosup_fast.model.attention import attend, refuse_sinks
 
 CACHED_SDPA = "cached_sdpa"
 CALL_BYTES = 1 << 21  # a call of attention costs about as much as reading so many bytes of keys and values

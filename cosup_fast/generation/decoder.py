@@ -20,16 +20,17 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.generation.answer import Answer, StopReason
 from cosup_fast.generation.cache import Chunk
-from cosup_fast.generation.config import Asked, Found, GenerationConfig, Index, Request, Searcher
 from cosup_fast.generation.grammar import Grammar, State, choose
+from cosup_fast.generation.request import Asked, Found, Index, Request, Searcher
 from cosup_fast.generation.runner import Runner, check_cache
 from cosup_fast.generation.task import Task
 from cosup_fast.index import SequenceIndex
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 _checked: WeakSet[torch.nn.Module] = WeakSet()
 

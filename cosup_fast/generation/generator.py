@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.generation.answer import Answer
 from cosup_fast.generation.cache import Chunk
-from cosup_fast.generation.config import GenerationConfig, Index, Request
 from cosup_fast.generation.decoder import Decoder, Ticket
 from cosup_fast.generation.grammar import Grammar
+from cosup_fast.generation.request import Index, Request
 from cosup_fast.generation.runner import Runner
 from cosup_fast.generation.task import prompt_tokens
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 
 class Generator:

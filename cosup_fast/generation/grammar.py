@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cosup_fast.generation.config import GenerationConfig
+from cosup_fast.config.generation import GenerationConfig
 
 if TYPE_CHECKING:
     from cosup_fast.data.template import Template

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cosup_fast.attention import attending
 from cosup_fast.generation.cache import CACHED_SDPA, Chunk, SlotCache, Step
-from cosup_fast.linear import fast_linears, plain_linears
+from cosup_fast.model.attention import attending
+from cosup_fast.model.linear import fast_linears, plain_linears
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 # Tokens that every vocabulary has: two requests, read in pieces and at once.
 _PROBES = ([40, 41, 42, 43, 44, 45, 46], [30, 31, 32, 33])
@@ -81,7 +81,7 @@ def check_cache(model: CoSupervisionModel) -> None:
     Raises:
         ValueError: Gen's attention is not the one that is cached here.
     """
-    from cosup_fast.backbone import agree, alone
+    from cosup_fast.model.backbone import agree, alone
 
     runner = Runner(model, 2)
     first, second = _PROBES

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.generation.answer import Answer, Candidate, Retrieval, StopReason, Transcript
-from cosup_fast.generation.config import Asked, Found, GenerationConfig, Request
 from cosup_fast.generation.grammar import Grammar, State
+from cosup_fast.generation.request import Asked, Found, Request
 
 if TYPE_CHECKING:
     from cosup_fast.data.template import Template

@@ -57,7 +57,7 @@ from cosup_fast.index.shards import (
 )
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 BUILD, INTAKE, TOKENS, LENGTHS = "build.json", "intake.json", "tokens.npy", "lengths.npy"
 _READ_AT_ONCE = 1024

@@ -19,7 +19,7 @@ from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 Precision = Literal["float32", "bfloat16"]
 

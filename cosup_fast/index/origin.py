@@ -13,7 +13,7 @@ from cosup_fast.files import replace_file
 from cosup_fast.index.embed import Precision
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 FORMAT_VERSION = 2
 STAMP = "index.json"

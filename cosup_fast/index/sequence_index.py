@@ -32,7 +32,7 @@ from cosup_fast.index.search import Engine
 from cosup_fast.index.shards import RECORD, Passages, PassagesById, Shard, hash_ids, repeated
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
 # Up to here an index is searched as one block in memory, beyond it shard by shard from the files.
 IN_MEMORY = 1 << 30

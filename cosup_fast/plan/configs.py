@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from cosup_fast.data.sources import resolve_model
-from cosup_fast.loading import keep_layers
+from cosup_fast.model.loading import keep_layers
 
 # Published sizes; a name stands for the same model on the hub.
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32000}

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cosup_fast.adapters import LoRAConfig
 from cosup_fast.config import ConfigError, RunConfig
+from cosup_fast.config.model import LoRAConfig
 from cosup_fast.data.packing import CoSupervisionBatch, Pack
 from cosup_fast.plan.planner import GIB, PlanError, make_plan, margin
 from cosup_fast.plan.request import PlanRequest
@@ -99,6 +99,6 @@ def _least(request: PlanRequest) -> float:
         return count_weights(config) * (weight + (0 if frozen or lora.rank else training))
 
     found = of(request.gen, request.gen_lora)
-    if not request.shared:
+    if request.has_embseq and not request.shared:
         found += of(request.embseq or request.gen, request.embseq_lora, frozen=request.freeze_embseq)
     return found / (request.gpus if request.sharding == "fsdp" else 1)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cosup_fast.testing.counters import Counts, count
     from cosup_fast.testing.inputs import LOGITS, ODD_SHAPES, Shape, logits, operands, with_gaps
     from cosup_fast.testing.interpreter import interpret
+    from cosup_fast.testing.rehearsal import Rehearsal, Specialization, rehearse
     from cosup_fast.testing.sanitizer import Finding, Sanitizer, SanitizerError, sanitize
     from cosup_fast.testing.tolerance import assert_close_to_fp64
 
@@ -31,6 +32,9 @@ _HOME = {
     "operands": "inputs",
     "with_gaps": "inputs",
     "interpret": "interpreter",
+    "Rehearsal": "rehearsal",
+    "Specialization": "rehearsal",
+    "rehearse": "rehearsal",
     "Finding": "sanitizer",
     "Sanitizer": "sanitizer",
     "SanitizerError": "sanitizer",
@@ -45,9 +49,11 @@ __all__ = [
     "Compiled",
     "Counts",
     "Finding",
+    "Rehearsal",
     "Sanitizer",
     "SanitizerError",
     "Shape",
+    "Specialization",
     "assert_close_to_fp64",
     "collect",
     "compile_case",
@@ -56,6 +62,7 @@ __all__ = [
     "interpret",
     "logits",
     "operands",
+    "rehearse",
     "sanitize",
     "with_gaps",
 ]

@@ -58,6 +58,12 @@ class Target:
     tensor_core: str
     """The key of this target's tensor-core instruction in `COUNTED`."""
 
+    def gpu(self) -> Any:
+        """The target as Triton names it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.backend, self.arch, 64 if self.backend == "hip" else 32)
+
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 163 * 1024, True, "HMMA"),
@@ -154,9 +160,7 @@ class Compiled:
 
 def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str) -> Compiled:
     """Compiles a case anew, without a GPU and past Triton's cache, and reads the binary."""
-    import triton
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     case = case if isinstance(case, CompileCase) else CompileCase(**case)
@@ -165,7 +169,27 @@ def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str)
             f"{case.name} was imported for the interpreter; unset TRITON_INTERPRET and leave interpret() to compile"
         )
     goal, source = TARGETS[target], case.source(dtype)
-    made = Compiled(case.name, dtype, target, goal.gate, shared_limit=goal.shared)
+    try:
+        _, made = compile_source(source, case.name, dtype, target, dict(case.options))
+    except Exception as error:
+        made = Compiled(case.name, dtype, target, goal.gate, shared_limit=goal.shared)
+        made.problems.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no message'}")
+        return made
+    if made.spills > case.spills:
+        made.problems.append(f"{made.spills} bytes spilled, {case.spills} allowed")
+    if made.shared > goal.shared:
+        made.problems.append(f"{made.shared} bytes of shared memory, {goal.shared} available")
+    if case.tensor_cores and dtype in ("bf16", "fp16") and goal.tensor_core not in made.instructions:
+        made.problems.append(f"no tensor-core instruction {goal.tensor_core}")
+    return made
+
+
+def compile_source(source: Any, name: str, dtype: str, target: str, options: dict[str, Any]) -> tuple[Any, Compiled]:
+    """Triton's compiled kernel of a source, and what it is made of. `options` are those of a launch."""
+    import triton
+    from triton import knobs
+
+    goal = TARGETS[target]
     log, start = io.StringIO(), time.perf_counter()
     with (
         knobs.nvidia.scope(),
@@ -180,15 +204,8 @@ def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str)
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
         knobs.cache.dir = cache
-        try:
-            binary = triton.compile(
-                source,
-                target=GPUTarget(goal.backend, goal.arch, 64 if goal.backend == "hip" else 32),
-                options=dict(case.options),
-            )
-        except Exception as error:
-            made.problems.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no message'}")
-            return made
+        binary = triton.compile(source, target=goal.gpu(), options=options)
+    made = Compiled(name, dtype, target, goal.gate, shared_limit=goal.shared)
     made.seconds = time.perf_counter() - start
     made.shared = binary.metadata.shared
     if goal.backend == "cuda":
@@ -199,13 +216,7 @@ def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str)
         made.registers, made.spills = _amd_figures(assembly)
     found = {name: len(re.findall(pattern, assembly)) for name, pattern in COUNTED.items()}
     made.instructions = {name: number for name, number in found.items() if number}
-    if made.spills > case.spills:
-        made.problems.append(f"{made.spills} bytes spilled, {case.spills} allowed")
-    if made.shared > goal.shared:
-        made.problems.append(f"{made.shared} bytes of shared memory, {goal.shared} available")
-    if case.tensor_cores and dtype in ("bf16", "fp16") and goal.tensor_core not in made.instructions:
-        made.problems.append(f"no tensor-core instruction {goal.tensor_core}")
-    return made
+    return binary, made
 
 
 def _ptxas_figures(log: str) -> tuple[int, int]:
@@ -242,11 +253,11 @@ def _listed(modules: str | ModuleType | Iterable[str | ModuleType]) -> list[str 
 
 
 def collect(modules: str | ModuleType | Iterable[str | ModuleType] = "cosup_fast.kernels") -> list[CompileCase]:
-    """The COMPILE_CASES of modules; a package stands for all its modules."""
+    """The COMPILE_CASES of modules; a package stands for all its modules and packages."""
     cases = []
     for item in _listed(modules):
         module = importlib.import_module(item) if isinstance(item, str) else item
-        inner = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []), f"{module.__name__}.")]
+        inner = [info.name for info in pkgutil.walk_packages(getattr(module, "__path__", []), f"{module.__name__}.")]
         for one in [module, *map(importlib.import_module, sorted(inner))]:
             for case in getattr(one, "COMPILE_CASES", []):
                 cases.append(case if isinstance(case, CompileCase) else CompileCase(**case))

@@ -10,6 +10,7 @@ reads as zero and drops what is stored, so that offsets beyond 2^31 can be run. 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import random
@@ -17,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -206,7 +207,10 @@ class _Session:
 
     def execute(self, kernel: str, fn: Callable, constexprs: set[str], grid: Any, args: tuple, kwargs: dict) -> None:
         spec = inspect.getfullargspec(fn)
-        kwargs = {k: v for k, v in kwargs.items() if k in spec.args or k in spec.kwonlyargs}
+        taken = {*spec.args, *spec.kwonlyargs}
+        if unknown := kwargs.keys() - taken - _launch_options():
+            raise KeyError(f"Keyword argument {min(unknown)} was specified but unrecognised")  # in a GPU's words
+        kwargs = {k: v for k, v in kwargs.items() if k in taken}
         named = inspect.getcallargs(fn, *args, **kwargs)
         sizes: list[int] = list(map(int, grid(named) if callable(grid) else grid))  # pyright: ignore
         if len(sizes) > 3:
@@ -357,6 +361,15 @@ def _rewritten(function: Any) -> Callable:
 def _constexprs(fn: Callable) -> set[str]:
     annotations = inspect.get_annotations(fn)
     return {name for name, kind in annotations.items() if "constexpr" in (kind if isinstance(kind, str) else str(kind))}
+
+
+@functools.cache
+def _launch_options() -> frozenset[str]:
+    """Keywords that a launch takes beside the kernel's arguments."""
+    from triton.backends.amd.compiler import HIPOptions
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return frozenset(option.name for kind in (CUDAOptions, HIPOptions) for option in fields(kind))
 
 
 def _run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:

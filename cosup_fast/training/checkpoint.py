@@ -30,10 +30,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosup_fast.distributed import Peers
 from cosup_fast.files import install_folder, remove_unfinished, replace_file, sha256, sync
-from cosup_fast.model_folder import copied_weights, save_folder
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import Peers
+from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.sharding import reshard

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cosup_fast.distributed.peers import Peers
+from cosup_fast.distributed import Peers
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.sharding import local
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import Peers
+from cosup_fast.distributed import Peers
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.ranks import reduce_gradients
 from cosup_fast.training.sharding import local
 from cosup_fast.training.step import autocast, rows

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from cosup_fast.config import RunConfig
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.distributed import Peers
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.index import embed_passages
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import Peers
-from cosup_fast.training.config import TrainingConfig
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.metrics import HeldOut
 from cosup_fast.training.sharding import passes_in_step
 from cosup_fast.training.step import autocast

@@ -21,16 +21,15 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cosup_fast.config.training import OptimizerName, check_rounding
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.training.sharding import local
-
-OptimizerName = Literal["adamw", "adamw-8bit", "adamw-8bit-torchao"]
 
 SMALL = 4096
 """Tensors of fewer elements keep fp32 states in both libraries."""
@@ -150,19 +149,6 @@ class LocalOptimizer:
             p.grad = None
 
         return step
-
-
-def check_rounding(name: str, *, rounded: bool) -> None:
-    """Refuses an optimizer that loses its steps in bf16 weights (`rounded`).
-
-    Raises:
-        ValueError: naming the fields and the remedy.
-    """
-    if name == "adamw-8bit" and rounded:
-        raise ValueError(
-            "training.optimizer=adamw-8bit rounds steps to the nearest weight, and with model.dtype=bfloat16 most of "
-            "them are lost: use adamw-8bit-torchao, which rounds stochastically, or model.dtype=float32"
-        )
 
 
 def check_available(name: str, *, rounded: bool) -> None:

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cosup_fast.config.training import TrainingConfig
+from cosup_fast.distributed import Peers
 from cosup_fast.environment import choose_device
-from cosup_fast.kernels.last_hidden import accumulator
-from cosup_fast.peers import Peers
-from cosup_fast.training.config import TrainingConfig
+from cosup_fast.kernels.numerics import accumulator
 from cosup_fast.training.sharding import unsharded_parameters
 
 BUCKET = 1 << 24

@@ -12,7 +12,7 @@ import torch
 
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.distributed.peers import Peers
+from cosup_fast.distributed import Peers
 from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.sharding import local, reshard

@@ -16,7 +16,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,14 +26,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cosup_fast.backbone import FinalNorm, run_pack
 from cosup_fast.data.packing import Pack
+from cosup_fast.model.backbone import FinalNorm, run_pack
 
 if TYPE_CHECKING:
-    from cosup_fast.modeling import CoSupervisionModel
-    from cosup_fast.peers import Peers
-
-Sharding = Literal["none", "ddp", "fsdp"]
+    from cosup_fast.distributed import Peers
+    from cosup_fast.model import CoSupervisionModel
 
 
 def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> None:

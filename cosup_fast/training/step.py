@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack
+from cosup_fast.distributed import Peers
 from cosup_fast.losses import CoSupervisionOutput
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import Peers
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.reference import Stats
 
 T = TypeVar("T")

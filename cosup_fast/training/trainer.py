@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.distributed import Peers
 from cosup_fast.losses import CoSupervisionOutput
-from cosup_fast.modeling import CoSupervisionModel
-from cosup_fast.peers import Peers
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.signals import deferred
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import (
@@ -35,7 +36,6 @@ from cosup_fast.training.checkpoint import (
     random_state,
     set_random_state,
 )
-from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.metrics import HeldOut, Metrics, Skipped, StepMetrics, as_record, peak_memory
@@ -115,8 +115,14 @@ class Trainer:
         self.schedule = self.asked = Schedule.of(config, model.nsp, len(examples))
         self.contrasts = model.nsp.weight > 0
         if lengths is None:
-            kinds = {"ntp": model.ntp.weight > 0, "retrieval": self.contrasts}
-            lengths = example_lengths(examples, corpus, model.template, config.pack_limits, **kinds)
+            lengths = example_lengths(
+                examples,
+                corpus,
+                model.template,
+                config.pack_limits,
+                ntp=model.ntp.weight > 0,
+                retrieval=self.contrasts,
+            )
         self.sampler = StepSampler(
             lengths,
             config.batch_size,
@@ -216,8 +222,8 @@ class Trainer:
         self._evaluate()
         if self.best.exhausted and self.step < self.total_steps:
             self.on_notice(
-                f"ended at step {self.step} of {self.total_steps}: no better held-out {config.keep_best} than after step "
-                f"{self.best.step} in {config.patience} evaluations"
+                f"ended at step {self.step} of {self.total_steps}: {config.patience} evaluations without a better "
+                f"held-out {config.keep_best} than after step {self.best.step}"
             )
         assert self.last_checkpoint is not None
         return self.last_checkpoint if self.best.step is None else checkpoint_folder(self.writer.root, self.best.step)

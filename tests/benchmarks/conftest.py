@@ -1,5 +1,5 @@
 """Makes `import benchmarks` mean the clone's."""
 
-from cosup_fast.bench import load_benchmarks
+from cosup_fast.cli.bench import load_benchmarks
 
 load_benchmarks()

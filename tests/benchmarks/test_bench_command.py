@@ -15,7 +15,7 @@ import torch
 from benchmarks import cli, machine, peak, report, run, timing
 from benchmarks.cases import Case
 from benchmarks.providers import chosen
-from cosup_fast import bench
+from cosup_fast.cli import bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -214,7 +214,7 @@ def test_bench_command(capsys):
 
 @pytest.mark.slow
 def test_bench_command_runs_from_anywhere(tmp_path):
-    code = "from cosup_fast.bench import run_benchmarks; run_benchmarks(['gate', '--help'])"
+    code = "from cosup_fast.cli.bench import run_benchmarks; run_benchmarks(['gate', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "cosup-fast bench gate" in done.stdout

@@ -126,4 +126,4 @@ def test_an_epoch_of_one_seed_is_not_one_of_the_next(balanced):
     one, other = (StepSampler(lengths, 8, seed, balanced=balanced) for seed in (3, 4))
     second = [one[one.steps_per_epoch + i] for i in range(one.steps_per_epoch)]
     assert second != [other[i] for i in range(other.steps_per_epoch)]
-    assert sorted(sum(second, [])) == list(range(40))
+    assert sorted(i for step in second for i in step) == list(range(40))

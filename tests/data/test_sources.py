@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cosup_fast.data import catalog, sources
+from cosup_fast.data import sources
+from cosup_fast.data.prepared import catalog
 from cosup_fast.data.records import DataError
 
 PASSAGE = {"id": "p", "title": "t", "text": "x"}

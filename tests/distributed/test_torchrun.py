@@ -15,9 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from cosup_fast.config import load_config
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import Segment, write_jsonl
 from cosup_fast.training.checkpoint import checkpoints, verify
-from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.ranks import training_ranks
 from cosup_fast.training.run import run_training

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from cosup_fast.config import load_config
+from cosup_fast.config.model import ModelConfig, NSPConfig
 from cosup_fast.data.packing import PackLimits, make_batch
 from cosup_fast.data.records import Example, Segment
 from cosup_fast.data.template import TextConfig
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.held_out import HeldOutEvaluator
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosup_fast import functional, losses, peers
-from cosup_fast.distributed import PeerError, Peers
-from cosup_fast.kernels import softmax_xent
+from cosup_fast import functional, losses
+from cosup_fast.distributed import PeerError, Peers, peers
+from cosup_fast.kernels.softmax_xent import engine
 
 RANK, SIZE, PORT, PIPE = (globals()[name] for name in ("RANK", "SIZE", "PORT", "PIPE"))
 groups: dict[int, dist.ProcessGroup] = {}
@@ -51,12 +51,12 @@ def chunks_of(rows: int | None) -> Iterator[None]:
     if rows is None:
         yield
         return
-    before, softmax_xent.MIN_ROWS = softmax_xent.MIN_ROWS, rows
+    before, engine.MIN_ROWS = engine.MIN_ROWS, rows
     os.environ["COSUP_WORKSPACE_BYTES"] = "1"
     try:
         yield
     finally:
-        softmax_xent.MIN_ROWS = before
+        engine.MIN_ROWS = before
         del os.environ["COSUP_WORKSPACE_BYTES"]
 
 
@@ -147,8 +147,9 @@ def grad_cache(size: int, part: dict[str, Tensor], weight: Tensor, rows: int) ->
 @functools.cache
 def co_supervised(settings: str, device: str = "cpu") -> Any:
     """The model of a JSON text: sections model, text, nsp."""
+    from cosup_fast.config.model import ModelConfig, NSPConfig
     from cosup_fast.data.template import TextConfig
-    from cosup_fast.modeling import CoSupervisionModel, ModelConfig, NSPConfig
+    from cosup_fast.model import CoSupervisionModel
 
     sections = json.loads(settings)
     torch.manual_seed(0)

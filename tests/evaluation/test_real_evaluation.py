@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from cosup_fast.data.prepare import prepare
+from cosup_fast.config.model import ModelConfig
+from cosup_fast.data.prepared.prepare import prepare
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import TextConfig
 from cosup_fast.evaluation import (
@@ -22,7 +23,7 @@ from cosup_fast.evaluation import (
 )
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.index import SequenceIndex
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.model import CoSupervisionModel
 
 CONFIG = GenerationConfig(max_new_tokens=4, max_retrievals=1, ret_first=True)
 

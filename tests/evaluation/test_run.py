@@ -221,7 +221,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(make_model, llama_folder, pass
 from cosup_fast.data.records import read_examples, read_passages
 from cosup_fast.evaluation import RandomRetriever, System, evaluate
 from cosup_fast.generation import GenerationConfig
-from cosup_fast.modeling import CoSupervisionModel, ModelConfig
+from cosup_fast.config.model import ModelConfig
+from cosup_fast.model import CoSupervisionModel
 model = CoSupervisionModel.from_pretrained(ModelConfig(gen={llama_folder!r}, shared=True))
 examples = read_examples({str(tmp_path / "examples.jsonl")!r}, None, allow_no_retrieval=True)
 system = System("random", model, RandomRetriever(read_passages({str(tmp_path / "passages.jsonl")!r})))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosup_fast.cli.evaluate import open_system, output_folder, split_name
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.evaluation import (
     DenseRetriever,
@@ -21,7 +22,6 @@ from cosup_fast.evaluation import (
     evaluate,
     load_test_sets,
 )
-from cosup_fast.evaluation.command import open_system, output_folder, split_name
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
 from cosup_fast.evaluation.systems import Request, _Question, _Searches
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cosup_fast.bench import load_benchmarks
+from cosup_fast.cli.bench import load_benchmarks
 from cosup_fast.data.packing import Pack
 from cosup_fast.generation import Decoder
 

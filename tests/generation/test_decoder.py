@@ -9,9 +9,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plain_decoder import plain_decode
-from cosup_fast.attention import attending
 from cosup_fast.generation import Decoder, GenerationConfig, Generator, Request, Ticket
 from cosup_fast.index import SequenceIndex
+from cosup_fast.model.attention import attending
 
 QUESTIONS = [
     "Who?",

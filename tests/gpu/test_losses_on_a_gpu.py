@@ -9,7 +9,7 @@ from torch import Tensor
 from cosup_fast import reference
 from cosup_fast.functional import explain, info_nce, linear_cross_entropy
 from cosup_fast.kernels import tuning
-from cosup_fast.kernels.dispatch import KERNELS
+from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
 from cosup_fast.testing import assert_close_to_fp64, operands
 
 pytestmark = [

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from cosup_fast.data.records import Passage
 from cosup_fast.index import Options, SequenceIndex, process_group
 from cosup_fast.index import build as build_module
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
 
 OPTIONS = Options(shard_size=4, progress=False)
 

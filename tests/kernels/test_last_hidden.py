@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import functional, reference
-from cosup_fast.kernels import last_hidden
-from cosup_fast.kernels.last_hidden import (
+from cosup_fast.kernels.last_hidden import op
+from cosup_fast.kernels.last_hidden.op import (
     gather_last_hidden,
     gather_last_hidden_backward_op,
     gather_last_hidden_op,
@@ -24,7 +24,7 @@ from cosup_fast.testing import assert_close_to_fp64, with_gaps
 if importlib.util.find_spec("triton") is not None:
     import triton.compiler.code_generator  # noqa: F401  first imported by interpreted code, it stays interpreted
 
-    from cosup_fast.kernels import last_hidden_triton
+    from cosup_fast.kernels.last_hidden import kernels as last_hidden_triton
     from cosup_fast.testing import sanitize
     from cosup_fast.testing.torch_ops import TorchOps
 
@@ -75,7 +75,7 @@ def assert_right(ours: dict[str, Tensor], hidden, rows, norm_weight, upstream, *
 
 def pretend(monkeypatch, block: int) -> None:
     pytest.importorskip("triton", reason="Triton's wheels are for Linux")
-    monkeypatch.setattr(last_hidden, "takes_triton", lambda device, dtype: dtype != DOUBLE)
+    monkeypatch.setattr(op, "takes_triton", lambda device, dtype: dtype != DOUBLE)
     monkeypatch.setattr(last_hidden_triton, "MAX_BLOCK", block)
     monkeypatch.setattr(last_hidden_triton, "GROUP", 16)
 
@@ -408,13 +408,13 @@ def test_last_rows_errors(cu_seqlens, message):
         last_rows(torch.tensor(cu_seqlens))
 
 
-@pytest.mark.compile_matrix("cosup_fast.kernels.last_hidden_triton", targets=["sm_90"])
+@pytest.mark.compile_matrix("cosup_fast.kernels.last_hidden.kernels", targets=["sm_90"])
 def test_binaries(compiled):
     compiled.check()
 
 
 @pytest.mark.slow
-@pytest.mark.compile_matrix("cosup_fast.kernels.last_hidden_triton", targets=["sm_80", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.compile_matrix("cosup_fast.kernels.last_hidden.kernels", targets=["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_binaries_elsewhere(compiled):
     compiled.check()
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cosup_fast import reference
-from cosup_fast.kernels import last_hidden_triton, softmax_xent_triton
-from cosup_fast.kernels import softmax_xent_tiles as shipped
-from cosup_fast.kernels.scores import Chunk, Scores, Softmax
-from cosup_fast.kernels.softmax_xent_torch import TorchChunk
-from cosup_fast.kernels.softmax_xent_triton import FusedChunk, RecomputedChunk, RowChunk
+from cosup_fast.kernels.last_hidden import kernels as last_hidden_triton
+from cosup_fast.kernels.softmax_xent import chunk_triton
+from cosup_fast.kernels.softmax_xent import configurations as shipped
+from cosup_fast.kernels.softmax_xent.chunk_torch import TorchChunk
+from cosup_fast.kernels.softmax_xent.chunk_triton import FusedChunk, RecomputedChunk, RowChunk
+from cosup_fast.kernels.softmax_xent.scores import Chunk, Scores, Softmax
 from cosup_fast.kernels.tuning import Configuration
 from cosup_fast.testing import LOGITS, operands, sanitize, with_gaps
 
@@ -144,7 +145,7 @@ class Tiles:
                 stack.enter_context(mock.patch.dict(shapes, interpreter=product))
             stack.enter_context(mock.patch.object(shipped, "MERGE", Configuration({"BT": self.step, "BR": 32})))
             if not self.descriptors:
-                stack.enter_context(mock.patch.object(softmax_xent_triton, "DESCRIPTORS", ()))
+                stack.enter_context(mock.patch.object(chunk_triton, "DESCRIPTORS", ()))
             yield
 
 

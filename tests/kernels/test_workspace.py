@@ -58,7 +58,7 @@ def test_threads_do_not_share_a_buffer():
 
 
 def test_a_chunk_that_fails_leaves_the_workspace_usable(monkeypatch):
-    from cosup_fast.kernels.softmax_xent_torch import TorchChunk
+    from cosup_fast.kernels.softmax_xent.chunk_torch import TorchChunk
 
     def fail(*args, **kwargs):
         raise RuntimeError("no luck")

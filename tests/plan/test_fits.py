@@ -13,7 +13,7 @@ from rich.console import Console
 from cosup_fast.config import load_config
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Passage
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.plan import fits
 from cosup_fast.plan.configs import model_config
 from cosup_fast.plan.planner import PlanError

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cosup_fast.adapters import LoRAConfig
 from cosup_fast.config import load_config
+from cosup_fast.config.model import LoRAConfig, ModelConfig
 from cosup_fast.functional import release_workspace
-from cosup_fast.loading import load_language_model
-from cosup_fast.modeling import ModelConfig
+from cosup_fast.model.loading import load_language_model
 from cosup_fast.plan import planner, simulate
 from cosup_fast.plan.configs import model_config
 from cosup_fast.plan.planner import Simulator

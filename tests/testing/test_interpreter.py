@@ -417,3 +417,12 @@ except ModuleNotFoundError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "interpret: Triton is not installed" in done.stdout, done.stderr
+
+
+def test_a_launch_keyword_that_no_gpu_knows_raises():
+    """As the compiler does: a misspelt option, or a tile size that the kernel does not take."""
+    x = torch.ones(16)
+    with interpret():
+        scaled_kernel[(1,)](x, 2.0, x.clone(), N=16, num_warps=2, num_stages=2, maxnreg=128, waves_per_eu=1)
+        with pytest.raises(KeyError, match="Keyword argument num_warp was specified but unrecognised"):
+            scaled_kernel[(1,)](x, 2.0, x.clone(), N=16, num_warp=2)

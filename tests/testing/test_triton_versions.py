@@ -59,7 +59,13 @@ def test_the_kit_on_triton(version, tritons):
 def test_shipped_binaries_on_triton(version, tritons):
     """Of the engine's default, fused: products that store their exponentials, and what makes those a gradient."""
     targets = [argument for target in ("sm_80", "sm_90", "sm_100") for argument in ("--target", target)]
-    command = ["cosup_fast.testing.compile", "cosup_fast.kernels.softmax_xent_tiles", "--kernel", "stored", *targets]
+    command = [
+        "cosup_fast.testing.compile",
+        "cosup_fast.kernels.softmax_xent.configurations",
+        "--kernel",
+        "stored",
+        *targets,
+    ]
     done = subprocess.run(
         [sys.executable, "-m", *command, "--format", "markdown"],
         env=environment(version, tritons), capture_output=True, text=True, check=False,

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from cosup_fast.config import load_config
-from cosup_fast.data.prepare import prepare
+from cosup_fast.data.prepared.prepare import prepare
 from cosup_fast.training.run import run_training
 
 WINDOW = 20

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cosup_fast.config import load_config
 from cosup_fast.data.records import DataError, write_jsonl
-from cosup_fast.modeling import CoSupervisionModel
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import load_data, run_training

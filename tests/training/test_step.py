@@ -181,7 +181,7 @@ def test_no_forward_runs_that_nobody_reads(forwards, made, mixed, corpus):
 
 def test_only_rows_that_are_read_are_normalised(made, examples, corpus, monkeypatch):
     """The last norm of either model never runs as a module; the operator sees supervised, [NSP] and last rows alone."""
-    from cosup_fast import backbone
+    from cosup_fast.model import backbone
 
     model, rows = made("pair"), []
     batch = make_batch(examples, corpus, model.template)

@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Segment
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
-from cosup_fast.training.config import TrainingConfig
 from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.metrics import HeldOut, StepMetrics, as_record
 from cosup_fast.training.step import accumulate_gradients
@@ -159,7 +159,7 @@ CUTS = {"pair": {"micro_batch_size": 1}, "shared": {"tokens_per_micro_batch": 25
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_gives_the_same_bits(variant, make_model, make_trainer, tmp_path):
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
     fields = {"steps": 6, "schedule": "cosine", "weight_decay": 0.1, **CUTS.get(variant, {})}
     whole: list[StepMetrics] = []
@@ -265,7 +265,7 @@ def planted(examples):
 
 def test_a_bad_example_ends_the_run_before_it_does_harm(make_model, make_trainer, planted, tmp_path):
     """A real run: it learns plain examples until the planted one's loss jumps."""
-    from cosup_fast.modeling import CoSupervisionModel
+    from cosup_fast.model import CoSupervisionModel
 
     fields = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,
               "spike_window": 16, "spike_factor": 10.0, "checkpoint_every": 4, "keep_checkpoints": 1}  # fmt: skip

@@ -1,0 +1,89 @@
+"""What the parts of the command line share: consoles, common arguments, loading a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from cosup_fast.model import CoSupervisionModel
+
+# What is printed is mostly other people's text: it is never read as markup or emoji codes.
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint, or a run's folder for its best or newest one.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+
+
+def hush() -> None:
+    """Silences what packages say at their import, of kernels for other machines."""
+    for noisy in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def message_of(error: Exception) -> str:
+    """A message for people, also of an option that pydantic refuses."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    from cosup_fast.config import explain
+
+    return "\n".join(map(explain, error.errors()))
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_once(text: str) -> None:
+    """Prints a line as it is, on rank 0 alone."""
+    if leads():
+        say(text)
+
+
+def leads() -> bool:
+    """Whether this process is rank 0 of those that torchrun started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
+    """The model of a checkpoint, or of the one that a run's folder stands for, its files verified first."""
+    from cosup_fast.environment import choose_device
+    from cosup_fast.model import CoSupervisionModel
+    from cosup_fast.training.checkpoint import MANIFEST, chosen_checkpoint, verify
+
+    folder = chosen_checkpoint(checkpoint)
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
+
+
+@contextmanager
+def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
+    """Ctrl-C inside ends the command with status 130, and says how far the work came.
+
+    Args:
+        otherwise: what is said where the work itself says nothing.
+        then: how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        text = (str(interrupt) or otherwise) + then
+        if leads():
+            err.print(f"[yellow]interrupted:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None

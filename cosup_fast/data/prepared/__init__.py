@@ -1,0 +1,1 @@
+"""Prepared models, corpora and questions: fetched from pinned packages, split once, checked."""

@@ -1,0 +1,5 @@
+"""Training across processes: what ranks say to one another, and InfoNCE with the negatives of all of them."""
+
+from cosup_fast.distributed.peers import PeerError, Peers, ReportedError
+
+__all__ = ["PeerError", "Peers", "ReportedError"]

@@ -1,0 +1,210 @@
+"""A co-supervised model on disk: two Hugging Face folders, and what joins them.
+
+gen/ embseq/         configuration, safetensors, tokenizer; of a model with adapters these alone; a Gen that was trained
+                     without an Embseq stands alone
+heads.safetensors    what belongs to neither model: the projection, a learnt temperature
+cosup.json           the template, the geometry of NSP, and where the weights under adapters come from
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
+from cosup_fast.data.template import TextConfig
+from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from cosup_fast.model.adapters import adapter_state, has_adapters, load_adapters, save_adapter_config
+from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template, quiet_transformers
+
+if TYPE_CHECKING:
+    from cosup_fast.model.model import CoSupervisionModel
+
+FORMAT_VERSION = 1
+
+M = TypeVar("M", bound="CoSupervisionModel")
+
+
+class Changes(NamedTuple):
+    """Settings in place of those that a checkpoint was saved with; with `nsp.weight` 0 its Embseq is not loaded."""
+
+    text: TextConfig
+    nsp: NSPConfig
+    ntp: NTPConfig
+    freeze_embseq: bool
+
+
+def load_folder(
+    kind: type[M], folder: Path, device: torch.device, attention: Attention, changes: Changes | None = None
+) -> M:
+    """A `kind` of model, with its adapters, if it has any, ready to be trained further.
+
+    Raises:
+        ValueError: see `CoSupervisionModel.load`.
+    """
+    try:
+        return _load(kind, folder, device, attention, changes)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
+
+
+def _load(kind: type[M], folder: Path, device: torch.device, attention: Attention, changes: Changes | None) -> M:
+    description = read_description(folder)
+    text, nsp, ntp, freeze_embseq = changes or Changes(
+        TextConfig(**description["text"]),
+        NSPConfig(**description["nsp"]),
+        NTPConfig(**description.get("ntp", {})),
+        description["freeze_embseq"],
+    )
+    has_embseq = description.get("has_embseq", True)
+    if changes is not None and has_embseq and nsp.weight == 0:
+        has_embseq = freeze_embseq = False
+    parts = ModelConfig(
+        gen=str(folder / "gen"),
+        embseq=str(folder / "embseq") if has_embseq and not description["shared"] else None,
+        shared=description["shared"] or not has_embseq,
+        attention=attention,
+        dtype=description["dtype"],
+    )
+    bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
+    if not has_embseq:
+        bases.pop("embseq", None)
+    for name, base in bases.items():
+        base.check(folder / name)
+    template, _ = load_template(parts, text)
+
+    def load_part(name: str, source: str, *, head: bool) -> Any:
+        base = bases.get(name)
+        if base is None:
+            return load_language_model(source, parts, device, head=head)
+        settings = parts.model_copy(update={f"{name}_lora": base.lora})
+        return load_language_model(base.name, settings, device, layers=base.layers, head=head)
+
+    gen = load_part("gen", parts.gen, head=True)
+    if "gen" in bases and bases["gen"].new_tokens:
+        embed_special_tokens(gen, template)
+    gen.config.pad_token_id = template.pad
+    embseq = None if parts.embseq is None else load_part("embseq", parts.embseq, head=False)
+    model = kind(gen, embseq, template, nsp, ntp=ntp, freeze_embseq=freeze_embseq, has_embseq=has_embseq)
+    _load_heads(model, folder / "heads.safetensors", changed=changes is not None)
+    model.to(device)
+    model.check(str(folder / "gen"), str(folder / "embseq"))
+    for name, base in bases.items():
+        model.adapt(name, base)
+        load_adapters(getattr(model, name), folder / name)
+    return model
+
+
+def save_folder(model: CoSupervisionModel, folder: Path, *, weights: bool = True) -> None:
+    """Writes a model into an existing or new folder.
+
+    Args:
+        model: the model.
+        folder: where to.
+        weights: with those files that `copied_weights` names; nobody else writes them then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizers = {"gen": model.template.tokenizer, "embseq": model.template.embseq_tokenizer}
+    dtype = str(model.dtype).removeprefix("torch.")
+    with quiet_transformers():
+        for name, part in model.parts():
+            part.config.architectures = [type(part).__name__.removeprefix("FSDP")]
+            part.config.dtype = dtype
+            part.config.save_pretrained(folder / name)
+            if has_adapters(part):
+                save_adapter_config(part, folder / name)
+            elif part.can_generate() and part.generation_config is not None:
+                part.generation_config.save_pretrained(folder / name)
+            tokenizers[name].save_pretrained(folder / name)
+    for name, tensors in copied_weights(model).items() if weights else ():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    save_file(_heads(model), folder / "heads.safetensors")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "shared": model.shared,
+        "has_embseq": model.has_embseq,
+        "freeze_embseq": model.freeze_embseq,
+        "dtype": dtype,
+        "text": model.template.config.model_dump(),
+        "nsp": model.nsp.model_dump(),
+        "ntp": model.ntp.model_dump(),
+    }
+    if model.bases:
+        description["adapters"] = {name: base.model_dump() for name, base in model.bases.items()}
+    (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def copied_weights(model: CoSupervisionModel, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
+    """Copies of the trained weights in the CPU's memory, by the file of the folder that they go into.
+
+    Ranks that have shared them out share the writing, too: weights are gathered for it, so that every rank calls
+    this. Of others, rank 0 writes everything.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, part in model.parts():
+        if has_adapters(part):
+            file, writers = f"{name}/{ADAPTER_WEIGHTS}", 1
+            tensors = {f"base_model.model.{key}": x for key, x in adapter_state(part).items()}
+        else:
+            file, writers = f"{name}/model.safetensors", ranks if model.sharded else 1
+            if writers > 1:
+                file = f"{name}/model-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+            tied = {key for key, _ in part.named_parameters(remove_duplicate=False)}
+            tensors = dict(part.named_parameters()) | {k: x for k, x in part.state_dict().items() if k not in tied}
+        for i, (key, x) in enumerate(tensors.items()):
+            whole = cast(Any, x).full_tensor() if hasattr(x, "full_tensor") else x
+            if i % writers == rank:
+                found.setdefault(file, {})[key] = whole.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The `cosup.json` of a folder.
+
+    Raises:
+        ValueError: it is not there, is no JSON object, is of another format version, or is incomplete.
+    """
+    path = folder / "cosup.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no co-supervised checkpoint (no cosup.json): expected one that `cosup-fast train` wrote, "
+            "such as RUN/checkpoints/step-000100"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description.get("format_version")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}")
+    if missing := {"shared", "freeze_embseq", "dtype", "text", "nsp"} - set(description):
+        raise ValueError(f"{path} is incomplete, it lacks {', '.join(sorted(missing))}")
+    return description
+
+
+def _heads(model: CoSupervisionModel) -> dict[str, Tensor]:
+    """What belongs to neither model: the loss's learnable scale and the projection."""
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("criterion.", "projection."))
+    }
+
+
+def _load_heads(model: CoSupervisionModel, path: Path, *, changed: bool) -> None:
+    """Loads what is saved; where settings are `changed`, the temperature is theirs."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is incomplete: {path.name} is missing")
+    heads = load_file(path)
+    if changed:
+        made = _heads(model)
+        heads = {name: heads.get(name, x) if name.startswith("projection.") else x for name, x in made.items()}
+    model.load_state_dict(heads, strict=False)
+    if heads.keys() != (expected := _heads(model)).keys():
+        raise ValueError(f"{path} holds {sorted(heads)}, expected {sorted(expected)}")

@@ -1,0 +1,197 @@
+"""The two language models and their template, from folders or the hub: what is asked for, checked, and read.
+
+Weights are safetensors alone; nothing that could run code is read or fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+import transformers
+from pydantic import BaseModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from cosup_fast.config.model import LoRAConfig, ModelConfig
+from cosup_fast.data.sources import resolve_model
+from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_special_tokens
+from cosup_fast.environment import no_downloaded_kernels
+from cosup_fast.files import sha256
+from cosup_fast.model.adapters import check_targets, keep_layout, quantization
+from cosup_fast.model.attention import PACKED_SDPA, choose_attention
+from cosup_fast.model.backbone import positions, unpackable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Base(BaseModel):
+    """Where the weights under adapters come from; a checkpoint holds this and the adapters."""
+
+    name: str
+    layers: int | None
+    lora: LoRAConfig
+    sha256: dict[str, str]  # of the safetensors files
+    new_tokens: bool = False  # whether rows for the special tokens are added
+
+    @classmethod
+    def of(cls, name: str, layers: int | None, lora: LoRAConfig, new_tokens: bool = False) -> Self:
+        """That of a model by its name or folder, which is then found from any working directory."""
+        name = str(Path(name).resolve()) if Path(resolve_model(name)) == Path(name) and Path(name).is_dir() else name
+        return cls(name=name, layers=layers, lora=lora, sha256=_digests(name), new_tokens=new_tokens)
+
+    def check(self, folder: Path) -> None:
+        """Refuses weights that are not those that the adapters in a folder were trained over.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if (found := _digests(self.name)) != self.sha256:
+            raise ValueError(
+                f"the adapters in {folder} belong to other weights of {self.name!r} than there are now "
+                f"(sha256 {_first(self.sha256)} then, {_first(found)} now): restore them"
+            )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def keep_layers(config: Any, layers: int, name: str) -> None:
+    """Cuts the configuration of a model, in place, down to its first decoder layers.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    stack = config.get_text_config()
+    if layers > stack.num_hidden_layers:
+        raise ValueError(
+            f"{name} has {stack.num_hidden_layers} layers, {layers} were asked for: "
+            "lower model.gen_layers or model.embseq_layers"
+        )
+    stack.num_hidden_layers = layers
+    if getattr(stack, "layer_types", None):
+        stack.layer_types = stack.layer_types[:layers]
+
+
+def load_language_model(
+    name: str, settings: ModelConfig, device: torch.device, *, layers: int | None = None, head: bool = True
+) -> Any:
+    """A pretrained causal LM with its head, as Gen, or without, as Embseq.
+
+    Args:
+        name: a prepared name, a local folder or a Hugging Face name.
+        settings: dtype, attention, and whether the weights are kept in 4 bits.
+        device: where 4-bit weights go at once; "meta": no weights are read.
+        layers: keep only the first ones.
+        head: with the head.
+
+    Raises:
+        ValueError: what `CoSupervisionModel.from_pretrained` says of a single model.
+    """
+    source = resolve_model(name)
+    dtype = getattr(torch, settings.dtype)
+    config = AutoConfig.from_pretrained(source)
+    if layers is not None:
+        keep_layers(config, layers, name)
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise ValueError(
+            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
+            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    factory = AutoModelForCausalLM if head else AutoModel
+    field = "gen_lora" if head else "embseq_lora"
+    options: dict[str, Any] = {}
+    if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
+        options = {"quantization_config": quantized, "device_map": {"": device}}
+    attention = choose_attention(settings.attention, device, dtype)
+    kind: Any = factory._model_mapping.get(type(config), None)
+    # What transformers' own sdpa lacks (Gemma 2's soft cap), packed_sdpa may have: `check_packs` finds out.
+    backend = kind is not None and kind._supports_attention_backend and not kind._supports_sdpa
+    loaded = "eager" if attention == PACKED_SDPA and backend else attention
+    try:
+        with quiet_transformers(), no_downloaded_kernels():
+            if device.type == "meta":
+                with device:
+                    model = factory.from_config(config, dtype=dtype, attn_implementation=loaded)
+            else:
+                model = factory.from_pretrained(
+                    source, config=config, dtype=dtype, attn_implementation=loaded, use_safetensors=True, **options
+                )
+            model.config._attn_implementation = attention
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name!r} are damaged ({error}): use another copy") from None
+    except (KeyError, ImportError, ValueError) as error:
+        if attention not in str(error) and "attention" not in str(error).lower():
+            raise
+        raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
+    if options:
+        keep_layout(model)
+    return model
+
+
+def load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]:
+    """The template of two models, and whether Gen has yet to learn some of its special tokens; no weight is read."""
+    gen = resolve_model(model.gen)
+    embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
+    tokenizer = AutoTokenizer.from_pretrained(gen)
+    new = add_special_tokens(tokenizer) > 0
+    lengths = (positions(AutoConfig.from_pretrained(source)) for source in (gen, embseq))
+    embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
+    return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
+
+
+def lm_head(gen: PreTrainedModel) -> nn.Linear:
+    """The LM head: weight (V, D), and a bias (V,) or None."""
+    head = gen.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{gen.name_or_path} ({type(gen).__name__}) has no LM head, so it cannot be Gen")
+    return cast(nn.Linear, head)
+
+
+@torch.no_grad()
+def embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
+    """Gives Gen rows for the special tokens: the means of their descriptions' rows."""
+    tokenizer = template.tokenizer
+    gen.resize_token_embeddings(max(len(tokenizer), len(lm_head(gen).weight)), mean_resizing=False)
+    vocabulary = tokenizer.get_vocab()
+    head = lm_head(gen)
+    for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
+        for token, text in DESCRIPTIONS.items():
+            rows[vocabulary[token]] = rows[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(dim=0)
+
+
+def check_adapters(model: ModelConfig) -> None:
+    """Refuses adapters that cannot be, before any weight is read."""
+    for field, name in (("gen_lora", model.gen), ("embseq_lora", model.embseq or model.gen)):
+        lora: LoRAConfig = getattr(model, field)
+        quantization(lora, f"model.{field}", getattr(torch, model.dtype))
+        if lora.rank:
+            check_targets(lora, f"model.{field}", AutoConfig.from_pretrained(resolve_model(name)))
+
+
+def _digests(name: str) -> dict[str, str]:
+    """SHA-256 of the weights of a model by file name."""
+    folder = Path(str(cached_file(resolve_model(name), "config.json"))).parent
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _first(digests: dict[str, str]) -> str:
+    return f"{min(digests.values(), default='none')[:12]}…"

@@ -1,0 +1,194 @@
+"""Kernels over scores that another kernel, or cuBLAS, has multiplied: statistics and gradients of rows, their merging.
+
+Each tile of a chunk is read, turned and written once. Partials of tiles are merged by a kernel of their own, so that
+one row can be the work of many programs and still every element has one owner.
+
+Legend: N rows, M candidates; tiles of (BM, BN) scores, T columns of tiles; F fields of a partial, see `logit_tile`.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tile import candidates, finite, logit_gradient, logits, positives, store_positive, store_ranks, store_softmax
+
+
+@triton.jit
+def merge_fwd_kernel(
+    parts, out, T, N, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """A program owns BR softmaxes of out (F, N), merged from partials (T, F, N)."""
+    F: tl.constexpr = 2 + 2 * SEVERAL + 2 * SMOOTHING
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m_r = o_r < N
+    for i_f in tl.static_range(0, F - 2 * SMOOTHING, 2):
+        b_max = tl.full((BR,), -float("inf"), dtype=tl.float32)
+        b_sum = tl.zeros((BR,), dtype=tl.float32)
+        for i_t in range(0, T, BT):
+            o_t = tl.cast(i_t, tl.int64) + tl.arange(0, BT)
+            m = (o_t < T)[:, None] & m_r[None, :]
+            p = parts + (o_t[:, None] * F + i_f) * N + o_r[None, :]
+            b_part = tl.load(p, mask=m, other=-float("inf"))
+            b_top = tl.maximum(b_max, tl.max(b_part, 0))
+            b_shift = finite(b_top)
+            b_new = tl.load(p + N, mask=m, other=0.0) * tl.exp(b_part - b_shift[None, :])
+            b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(b_new, 0)
+            b_max = b_top
+        p_out = out + tl.cast(N, tl.int64) * i_f + o_r
+        tl.store(p_out, b_max, mask=m_r)
+        tl.store(p_out + N, b_sum, mask=m_r)
+    if SMOOTHING:
+        for i_f in tl.static_range(F - 2, F):
+            b_sum = tl.zeros((BR,), dtype=tl.float32)
+            for i_t in range(0, T, BT):
+                o_t = tl.cast(i_t, tl.int64) + tl.arange(0, BT)
+                m = (o_t < T)[:, None] & m_r[None, :]
+                b_sum += tl.sum(tl.load(parts + (o_t[:, None] * F + i_f) * N + o_r[None, :], mask=m, other=0.0), 0)
+            tl.store(out + tl.cast(N, tl.int64) * i_f + o_r, b_sum, mask=m_r)
+
+
+@triton.jit
+def weights_bwd_kernel(
+    max, sum, pos_max, pos_sum, count, g, scale, out, N, smoothing, z_loss, BR: tl.constexpr
+):  # fmt: skip
+    """A program owns BR columns of out (5, N): max, the weight of p, pos_max, the weights of t and of the uniform."""
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m = o_r < N
+    b_max = tl.load(max + o_r, mask=m, other=0.0).to(tl.float32)
+    b_sum = tl.load(sum + o_r, mask=m, other=0.0).to(tl.float32)
+    b_pos_sum = tl.load(pos_sum + o_r, mask=m, other=0.0).to(tl.float32)
+    b_g = tl.load(g + o_r, mask=m, other=0.0).to(tl.float32)
+    if scale.dtype.is_ptr():
+        b_g = b_g * tl.load(scale)
+    else:
+        b_g = b_g * scale
+    b_p = b_g
+    if z_loss is not None:
+        b_p = b_p * (1 + 2 * z_loss * (b_max + tl.log(b_sum)))
+    p = out + o_r
+    row = tl.cast(N, tl.int64)
+    tl.store(p, b_max, mask=m)
+    tl.store(p + row, tl.where(b_sum > 0, b_p / b_sum, 0.0), mask=m)
+    tl.store(p + 2 * row, tl.load(pos_max + o_r, mask=m, other=0.0).to(tl.float32), mask=m)
+    b_t = tl.where(b_pos_sum > 0, b_g / b_pos_sum, 0.0)
+    if smoothing is not None:
+        b_count = tl.load(count + o_r, mask=m, other=0).to(tl.float32)
+        b_t = b_t * (1 - smoothing)
+        tl.store(p + 4 * row, tl.where(b_count > 0, b_g * smoothing / b_count, 0.0), mask=m)
+    tl.store(p + 3 * row, b_t, mask=m)
+
+
+@triton.jit
+def stored_bwd_logits_kernel(
+    e, stride_e, parts, rows, N, M,
+    bias, target, key_ids, query_ids, positive_ids, P,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A program owns a (BM, BN) tile of e, exponentials above the maxima in `parts`, and turns it into the gradient.
+
+    BN is that of the tiles whose maxima these are. The one positive's p - t is formed from its fp32 logit.
+    """
+    F: tl.constexpr = 2 + 2 * SEVERAL + 2 * SMOOTHING
+    tiles_n = tl.cdiv(M, BN)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < N, o_n < M
+    p_e = e + o_m.to(tl.int64)[:, None] * stride_e + o_n[None, :]
+    b_e = tl.load(p_e, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+    p_part = parts + i_n.to(tl.int64) * F * N + o_m
+    p_row = rows + o_m
+    row = tl.cast(N, tl.int64)
+    b_shift = finite(tl.load(p_row, mask=m_m, other=0.0))
+    b_p = tl.load(p_row + row, mask=m_m, other=0.0)
+    b_pos_max = tl.load(p_row + 2 * row, mask=m_m, other=0.0)
+    b_t = tl.load(p_row + 3 * row, mask=m_m, other=0.0)
+    b_rest = b_p * tl.exp(tl.load(p_part, mask=m_m, other=-float("inf")) - b_shift)
+    m_pos = positives(
+        b_e, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
+    if SEVERAL:
+        b_own = tl.load(p_part + 2 * row, mask=m_m, other=-float("inf"))
+        b_pos = b_p * tl.exp(b_own - b_shift) - b_t * tl.exp(b_own - finite(b_pos_max))
+        b_d = b_e * tl.where(m_pos, b_pos[:, None], b_rest[:, None])
+    else:
+        b_pos = b_p * tl.exp(b_pos_max - b_shift) - b_t
+        b_d = tl.where(m_pos, b_pos[:, None], b_e * b_rest[:, None])
+    if SMOOTHING:
+        m = candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+        if bias is not None:
+            m = m & (tl.load(bias + o_n, mask=m_n, other=0.0) > -float("inf"))[None, :]
+        b_d -= tl.where(m, tl.load(p_row + 4 * row, mask=m_m, other=0.0)[:, None], 0.0)
+    tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def rows_fwd_kernel(
+    a, stride_a, rows, columns, positive,
+    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A program owns the partials of the rows and columns of a (BM, BN) tile of the products a."""
+    tiles_n = tl.cdiv(M, BN)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
+    m_pos = positives(
+        b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
+    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    if positive is not None:
+        store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN)
+    if columns is not None:
+        store_softmax(b_z, m_pos, columns, i_m, o_n, M, 0, SEVERAL, SMOOTHING)
+    store_softmax(b_z, m_pos, rows, i_n, o_m, N, 1, SEVERAL, SMOOTHING)
+
+
+@triton.jit
+def ranks_fwd_kernel(
+    a, stride_a, ranks, reference,
+    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A program owns, of a (BM, BN) tile of the products a, each row's count above its best positive and its best."""
+    tiles_n = tl.cdiv(M, BN)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
+    m_pos = positives(
+        b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
+    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN)
+
+
+@triton.jit
+def rows_bwd_logits_kernel(
+    a, stride_a, out, stride_out, rows, columns,
+    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A program owns the gradient `out` of a (BM, BN) tile of the products a; out may be a."""
+    tiles_n = tl.cdiv(M, BN)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
+    m_pos = positives(
+        b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+    )
+    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
+    tl.store(out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :], b_d.to(out.dtype.element_ty), mask=m)

@@ -1,0 +1,95 @@
+"""bf16 products of a CPU: rounded scores where they can be trusted, compensated or fp32 ones where they cannot.
+
+torch multiplies bf16 on every CPU, with instructions for it or, slowly, without: the route is taken here on any.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosup_fast import reference
+from cosup_fast.functional import info_nce, linear_cross_entropy
+from cosup_fast.kernels.softmax_xent import chunk_torch
+from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, operands
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def bf16_instructions(monkeypatch):
+    monkeypatch.setattr(chunk_torch, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(chunk_torch, "SMALL", 0)
+
+
+def run(loss, x: Tensor, w: Tensor, **options):
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    value = loss(x, w, **options)
+    return dict(zip(("loss", "x", "w"), (value.detach().sum(), *torch.autograd.grad(value.sum(), (x, w)))))
+
+
+def compare(ours, eager, x: Tensor, w: Tensor, well: bool = True, **options) -> None:
+    exact = run(eager, x.double(), w.double(), **options)
+    atol = 2.0**-18 * (x.double() @ w.double().T).abs().max().item()
+    assert_close_to_fp64(
+        run(ours, x, w, **options), run(eager, x, w, **options), exact, dtype=HALF, atol=atol, well_conditioned=well
+    )
+
+
+@pytest.mark.parametrize("block", [2**20, 2**12], ids=["one block", "blocks"])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_gradients_are_those_of_exact_scores(kind, block, monkeypatch):
+    monkeypatch.setattr(chunk_torch, "BLOCK_BYTES", block)
+    x, w = operands(40, 72, 64, kind, HALF)
+    compare(info_nce, reference.info_nce, x, w, well=kind != "near-uniform")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": True},
+        {"symmetric": True, "reduction": "none"},
+        {"label_smoothing": 0.1, "reduction": "none"},
+        {"key_ids": torch.arange(72) % 30, "duplicates": "positive"},
+        {"key_ids": torch.arange(72) % 30, "symmetric": True},
+    ],
+    ids=", ".join,
+)
+@pytest.mark.parametrize("size", [1.0, 20.0], ids=["trusted", "compensated"])
+def test_options(options, size, monkeypatch):
+    monkeypatch.setattr(chunk_torch, "BLOCK_BYTES", 2**12)
+    x, w = operands(40, 72, 64, "normal", HALF)
+    compare(info_nce, reference.info_nce, size * x, w, **options)
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0], ids=["trusted", "compensated"])
+def test_language_model_head(size):
+    x, w = operands(24, 300, 64, "normal", HALF)
+    options = {"target": torch.arange(24) * 7, "softcap": 30.0, "z_loss": 1e-3}
+    compare(linear_cross_entropy, reference.linear_cross_entropy, size * x, w, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "products"),
+    [("tiny", {"bf16": 3}), ("extreme", {"bf16": 3, "fp32": 1})],
+    ids=["trusted", "exact"],
+)
+def test_products(kind, products):
+    x, w = operands(64, 64, 64, kind, HALF)
+    with count() as counts:
+        run(info_nce, x, w)
+    assert {name: flops / (2 * 64**3) for name, flops in counts.torch_products.items()} == products
+
+
+def test_large_scores_are_compensated_by_one_bf16_product():
+    x, w = operands(64, 64, 64, "normal", HALF)
+    with count() as counts:
+        run(info_nce, 20 * x, w)
+    assert dict(counts.torch_products) == {"bf16": 4 * 2 * 64**3}
+
+
+def test_a_row_that_cannot_be_trusted_leaves_those_before_it_alone():
+    x, w = operands(64, 64, 64, "tiny", HALF)
+    x[40:] *= 2.0**15
+    compare(info_nce, reference.info_nce, x, w)

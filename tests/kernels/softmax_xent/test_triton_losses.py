@@ -1,0 +1,230 @@
+"""The losses by Triton kernels in the interpreter: against fp64, sanitized, counted, and behind torch's machinery."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+import triton.compiler.code_generator  # noqa: F401  (first imported while interpreting, it breaks later compilations)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cosup_fast import reference
+from cosup_fast.functional import explain, info_nce, linear_cross_entropy
+from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
+from cosup_fast.kernels.softmax_xent.op import softmax_xent
+from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, interpret, operands, sanitize, with_gaps
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = torch.arange(75) % 37
+IDS[70:] = -1
+
+
+def run(loss, x: Tensor, w: Tensor, upstream: float = 1.7, **options):
+    leaves = {"x": x, "w": w, **{k: v for k, v in options.items() if isinstance(v, Tensor) and v.is_floating_point()}}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    rest = {name: t for name, t in leaves.items() if name not in ("x", "w")}
+    value = loss(leaves["x"], leaves["w"], **{**options, **rest})
+    return {
+        "loss": value.detach(),
+        **dict(zip(leaves, torch.autograd.grad(upstream * value.sum(), (*leaves.values(),)))),
+    }
+
+
+def compare(loss, eager, impl: str, x: Tensor, w: Tensor, well: bool = True, rounding: float = 0.0, **options) -> None:
+    def wide(value):
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    exact = run(eager, x.double(), w.double(), **{name: wide(value) for name, value in options.items()})
+    atol = 2.0**-22 * (x.double() @ w.double().T).abs().max().item() + rounding
+    plain = run(eager, x, w, **options)
+    with sanitize():
+        ours = run(loss, x, w, impl=impl, **options)
+    assert_close_to_fp64(ours, plain, exact, dtype=x.dtype, atol=atol, well_conditioned=well)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_info_nce(impl, kind, dtype):
+    x, w = operands(37, 75, 40, kind, dtype)
+    rounding = 0.0
+    if kind == "near-uniform":
+        # Rows of dL/dz sum to 0 and keys are nearly alike: dx is what rounding dL/dz to its dtype leaves.
+        d = torch.softmax(x.double() @ w.double().T, 1)
+        d[torch.arange(37), torch.arange(37)] -= 1
+        rounding = torch.finfo(dtype).eps / 2 * 1.7 / 37 * (d.abs() @ w.double().abs()).norm().item()
+    # fp16 cannot hold gradients of 1e-5 to its usual precision.
+    well = kind not in ("near-uniform", "extreme") and (kind, dtype) != ("tiny", torch.float16)
+    compare(info_nce, reference.info_nce, impl, x, w, well, rounding)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_ids": IDS, "positive": torch.arange(37) + 1},
+        {"key_ids": IDS, "positive": torch.arange(37) + 31, "duplicates": "positive"},
+        {"key_ids": IDS, "positive_ids": torch.stack([torch.arange(37) % 29, torch.full((37,), -1)], 1)},
+        {"reduction": "none"},
+        {"reduction": "sum", "scale": torch.tensor(3.0)},
+        {"label_smoothing": 0.1, "normalize": True, "scale": 10.0},
+        {"private_negatives": torch.randn(37, 2, 40)},
+        {"symmetric": True},
+    ],
+    ids=", ".join,
+)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_info_nce_options(impl, options):
+    x, w = operands(37, 75, 40)
+    if impl == "fused" and "symmetric" in options:
+        with sanitize(), pytest.raises(ValueError, match="impl is 'fused', which normalises rows alone"):
+            info_nce(x, w, impl=impl, **options)
+    else:
+        compare(info_nce, reference.info_nce, impl, x, w, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_linear_cross_entropy(impl, dtype):
+    x, w = operands(21, 90, 33, dtype=dtype)
+    target = torch.arange(21) * 4
+    target[::5] = -100
+    options = {"target": target, "z_loss": 1e-2, "label_smoothing": 0.1, "bias": torch.randn(90, dtype=dtype)}
+    compare(linear_cross_entropy, reference.linear_cross_entropy, impl, x, with_gaps(w), **options)
+    if impl != "fused":
+        compare(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, softcap=2.0, **options)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_chunks_of_rows(impl, monkeypatch):
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
+    x, w = operands(70, 75, 40)
+    compare(info_nce, reference.info_nce, impl, x, w)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_statistics_by_row(impl):
+    x, w = operands(37, 75, 40)
+    with sanitize():
+        _, ours = info_nce(x, w, impl=impl, return_stats=True)
+    _, eager = info_nce(x, w, impl="reference", return_stats=True)
+    assert torch.equal(ours.rank, eager.rank)
+    assert torch.equal(ours.top1, eager.top1)
+    torch.testing.assert_close(ours.lse, eager.lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.positive_logit, eager.positive_logit, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("impl", "products"), [("fused", 3.0), ("rows", 3.0), ("recomputed", 4.0)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_products_and_atomics(impl, products, dtype):
+    n = 256
+    x, w = operands(n, n, 64, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    with count() as counts:
+        run(info_nce, x, w, impl=impl)
+        plan = explain(n, n, 64, dtype=x.dtype, impl=impl)
+    assert counts.products(n, n, 64) == products == plan.products
+    assert set(counts.dots) == ({dtype} if impl != "rows" else set())
+    assert not counts.atomics
+
+
+@pytest.mark.parametrize(("impl", "times"), [("fused", 2), ("rows", 1), ("recomputed", 1)])
+def test_how_often_a_score_is_stored(impl, times):
+    """A fused one as an exponential and as a gradient, others as a gradient alone (and by torch's product for rows)."""
+    n, m, d = 64, 160, 32
+    with count() as counts:
+        run(info_nce, *operands(n, m, d, dtype=torch.bfloat16), impl=impl)
+    small = ("merge_fwd_kernel", "weights_bwd_kernel", "positives_fwd_kernel")
+    stored = [size for (kernel, name), size in counts.stored.items() if name in ("out", "e") and kernel not in small]
+    assert sum(stored) == 2 * n * m * times
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_probability_near_one_keeps_its_gradient(impl, dtype):
+    """p = 0.999 at the target: p - 1 formed from a rounded p would be 0 or twice as large in bf16."""
+    m = 64
+    w = torch.eye(m, dtype=dtype)
+    x = (math.log(0.999 / 0.001 * (m - 1)) + torch.linspace(-0.3, 0.3, m)).diag().to(dtype)
+    compare(info_nce, reference.info_nce, impl, x, w)
+    with interpret():
+        ours = run(info_nce, x, w, impl=impl)["x"].diagonal().double()
+    exact = run(reference.info_nce, x.double(), w.double())["x"].diagonal()
+    assert ((exact * m / 1.7 + 0.001).abs() < 5e-4).all()
+    # The logit's gradient, dx and its product with the upstream one are rounded once each; p is good to 8 ulp of fp32.
+    torch.testing.assert_close(ours, exact, rtol=1.5 * torch.finfo(dtype).eps + 2.0**-10, atol=0.0)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_all_rows_ignored(impl):
+    x, w = operands(9, 40, 16)
+    leaves = x.requires_grad_(), w.requires_grad_(), torch.randn(40).requires_grad_()
+    with sanitize():
+        for ignoring in (True, False):
+            if ignoring:  # as under torch.compile, where rows are computed and their losses dropped
+                loss, *_ = softmax_xent(x, w, bias=leaves[2], target=torch.full((9,), -1), ignoring=True, impl=impl)
+            else:
+                loss = linear_cross_entropy(x, w, torch.full((9,), -100), bias=leaves[2], impl=impl)
+            grads = torch.autograd.grad(loss, leaves)
+            assert loss == 0
+            assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_compiled_whole(impl, reduction):
+    def f(x, w, scale):
+        return info_nce(x * 2, w, scale=scale, reduction=reduction, impl=impl).square().sum() * 3
+
+    outcomes = []
+    with interpret():
+        for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+            leaves = [t.requires_grad_() for t in (*operands(20, 33, 24), torch.tensor(2.0))]
+            loss = g(*leaves)
+            outcomes.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_opcheck(impl, reduction):
+    x, w = (t.requires_grad_() for t in operands(6, 9, 5))
+    masks, flags = (torch.arange(6), None, None, None), (False, False, None, 0.1, 0.0, False)
+    needs = [True, True, False, False, False]
+    arguments = (x, w, None, None, None, *masks, 1.0, True, x.dtype, reduction, True, *flags, impl, needs)
+    with interpret():
+        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_tensors_without_memory(impl, device):
+    """Nothing runs: shapes of 2^20 by 2^20 scores. A torch without CUDA aborts on gradients of its fake tensors."""
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        x, w = (torch.empty(2**20, 4096, dtype=torch.bfloat16, device=device) for _ in range(2))
+        leaves = [] if device == "cuda" else [x.requires_grad_(), w.requires_grad_()]
+        for reduction, shape in (("mean", ()), ("none", (2**20,))):
+            loss, stats = info_nce(x, w, impl=impl, reduction=reduction, return_stats=True)
+            assert (loss.shape, loss.dtype, stats.rank.shape) == (shape, torch.float32, (2**20,))
+            for leaf, grad in zip(leaves, torch.autograd.grad(loss.sum(), leaves) if leaves else ()):
+                assert (grad.shape, grad.dtype, grad.device.type) == (leaf.shape, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_without_a_gpu_they_are_refused(impl):
+    x, w = operands(4, 4, 4)
+    with pytest.raises(ValueError, match=f"impl is '{impl}', which needs a GPU, and the operands are on cpu"):
+        info_nce(x, w, impl=impl)
+
+
+def test_what_a_kernel_cannot_do_is_refused():
+    x, w = operands(4, 4, 4, dtype=torch.float64)
+    ids = {"key_ids": torch.arange(4), "positive_ids": torch.arange(4)[:, None]}
+    with interpret():
+        with pytest.raises(ValueError, match=r"impl is 'rows', which has no kernels for torch\.float64"):
+            info_nce(x, w, impl="rows")
+        with pytest.raises(ValueError, match="impl is 'recomputed', which ranks one positive, and rows have several"):
+            info_nce(x.float(), w.float(), impl="recomputed", return_stats=True, **ids)
+        with pytest.raises(ValueError, match="impl is 'fused', which holds exponentials"):
+            linear_cross_entropy(x.float(), w.float(), torch.arange(4), softcap=1.0, impl="fused")

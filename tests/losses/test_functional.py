@@ -1,0 +1,594 @@
+"""The stored engine against the reference in fp64, budgeted by the error that eager code makes on the same inputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cosup_fast import functional, reference
+from cosup_fast.functional import gather_last_hidden, info_nce, linear_cross_entropy
+from cosup_fast.kernels.softmax_xent import engine
+from cosup_fast.kernels.softmax_xent.scores import Needs, Scores, Statistics
+
+DOUBLE, HALF = torch.float64, torch.bfloat16
+# Eager's own error, twice, may not excuse an error above these where a problem is well conditioned.
+CEILING = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A budget that no chunk of more than three rows fits."""
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
+    monkeypatch.setattr(engine, "MIN_ROWS", 3)
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
+    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=g, dtype=DOUBLE).to(dtype)
+
+
+def run(f: Callable, tensors: dict[str, Tensor], upstream: float | Tensor = 1.7, **options):
+    """Value and gradients of f at copies of the tensors."""
+    tensors = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    loss = f(**tensors, **options)
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+    grads = torch.autograd.grad((loss * upstream).sum(), tuple(leaves.values()))
+    assert [g.dtype for g in grads] == [t.dtype for t in leaves.values()]
+    return {"loss": loss.detach(), **dict(zip(leaves, grads))}
+
+
+def error(a: Tensor, truth: Tensor) -> float:
+    """Largest error relative to the largest entry; absolute where the truth is 0."""
+    largest = truth.abs().max().item()
+    return (a.to(DOUBLE) - truth).abs().max().item() / (largest or 1.0)
+
+
+def assert_within_budget(ours: Callable, eager: Callable, tensors: dict[str, Tensor], well=True, **options) -> None:
+    """|ours - truth| <= 2 (|eager - truth| + rounding) and below the ceiling, all relative to the largest entry.
+
+    Rounding is that of the result and a few of the fp32 arithmetic that any route to it takes.
+    """
+    dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    exact = {name: t.to(DOUBLE) if t.is_floating_point() else t for name, t in tensors.items()}
+    truth = run(eager, exact, **options)
+    a, b = run(ours, tensors, **options), run(eager, tensors, **options)
+    for name in truth:
+        rounding = torch.finfo(a[name].dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps
+        allowed = 2 * (error(b[name], truth[name]) + rounding)
+        if well:
+            allowed = min(allowed, CEILING[dtype])
+        assert error(a[name], truth[name]) <= allowed, f"{name}: eager {error(b[name], truth[name])}"
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-11) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+SHAPES = [(1, 1, 1), (1, 7, 5), (7, 7, 33), (123, 257, 64), (257, 257, 7)]
+IDS = torch.tensor([3, 1, 4, 1, 5, -1, 2, 6, 5, 3, 5])
+
+
+def problem(n: int, m: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
+    return {"query": rand(n, d, dtype=dtype) * scale, "keys": rand(m, d, seed=1, dtype=dtype) * scale}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize": True, "scale": 20.0, "symmetric": True},
+        {"label_smoothing": 0.1, "reduction": "sum"},
+        {"symmetric": True, "reduction": "none", "scale": 0.4},
+    ],
+    ids=["plain", "cosine, symmetric", "smoothing, sum", "symmetric, none"],
+)
+def test_info_nce_error(options, shape, dtype, small_chunks):
+    n, m, d = shape
+    tensors = problem(n, m, d, dtype, d**-0.25)
+    upstream = {"upstream": torch.linspace(0.5, 2, n)} if options.get("reduction") == "none" else {}
+    # Where p is near 1 the loss is a small difference of scores, and bf16 scores cannot be well conditioned.
+    assert_within_budget(info_nce, reference.info_nce, tensors, well=min(shape) > 1, **options, **upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 2.0, "z_loss": 1e-2}, {"label_smoothing": 0.1, "reduction": "none"}],
+    ids=["plain", "softcap, z-loss", "smoothing, none"],
+)
+def test_linear_cross_entropy_error(options, shape, dtype, small_chunks):
+    t, v, d = shape
+    target = torch.randint(v, (t,), generator=torch.Generator().manual_seed(t))
+    target[1::3] = -100
+    tensors = {
+        "hidden": rand(t, d, dtype=dtype) * d**-0.25,
+        "weight": rand(v, d, seed=1, dtype=dtype) * d**-0.25,
+        "bias": rand(v, dtype=dtype),
+        "target": target,
+    }
+    assert_within_budget(linear_cross_entropy, reference.linear_cross_entropy, tensors, well=min(shape) > 1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("case", ["raw dots near 1800", "p = 0.999", "near-uniform", "scale 0.01"])
+def test_extreme_logits(case, dtype, small_chunks):
+    n, m, d = 33, 129, 64
+    q, k = rand(n, d), rand(m, d, seed=1)
+    scale = 1.0
+    if case == "raw dots near 1800":
+        common = rand(1, d, seed=2)
+        common *= math.sqrt(1800) / common.norm()
+        q, k = common + 0.3 * q, common + 0.3 * k
+    elif case == "p = 0.999":
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        k[:n] = q
+        scale = 11.5
+    elif case == "near-uniform":
+        q, k = 1e-3 * q, 1e-3 * k
+    else:
+        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        scale = 100.0
+    tensors = {"query": q.to(dtype), "keys": k.to(dtype)}
+    loss, stats = info_nce(**tensors, scale=scale, return_stats=True, reduction="none")
+    p = (-loss).exp()
+    if case == "raw dots near 1800":
+        assert 1700 < stats.lse.median() < 2100
+    elif case == "p = 0.999":
+        assert 0.99 < p.median() < 0.9999
+    elif case == "near-uniform":
+        assert (p * m - 1).abs().max() < 1e-2
+    assert_within_budget(info_nce, reference.info_nce, tensors, well=case == "near-uniform", scale=scale)
+    assert_within_budget(info_nce, reference.info_nce, tensors, well=False, scale=scale, symmetric=True)
+
+
+def test_large_raw_scores_in_bf16_are_exact():
+    """Eager bf16 scores near 1,800 come in steps of 8; the engine's products have fp32 results."""
+    common = rand(1, 64, seed=2)
+    common *= math.sqrt(1800) / common.norm()
+    tensors = {"query": (common + 0.3 * rand(33, 64)).to(HALF), "keys": (common + 0.3 * rand(99, 64, seed=1)).to(HALF)}
+    truth = run(reference.info_nce, {name: t.to(DOUBLE) for name, t in tensors.items()})
+    ours, eager = run(info_nce, tensors), run(reference.info_nce, tensors)
+    assert error(ours["query"], truth["query"]) < 2**-7 < 0.1 < error(eager["query"], truth["query"])
+
+
+class Draw:
+    """A random problem: sizes, options and tensors."""
+
+    def __init__(self, draw, sizes):
+        self.n, self.d = draw(sizes), draw(sizes)
+        self.m = self.n + draw(st.integers(0, 9))
+        seed = draw(st.integers(0, 2**16))
+        g = torch.Generator().manual_seed(seed)
+        n, m, d = self.n, self.m, self.d
+        self.tensors = {
+            "query": torch.randn(n, d, generator=g, dtype=DOUBLE),
+            "keys": torch.randn(m, d, generator=g, dtype=DOUBLE),
+        }
+        options = {
+            # In one dimension unit vectors tie, and a rank among ties is a matter of rounding.
+            "normalize": draw(st.booleans()) and d > 1,
+            "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+            "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
+            "duplicates": draw(st.sampled_from(["mask", "positive", "keep"])),
+        }
+        positive = torch.randint(m, (n,), generator=g) if draw(st.booleans()) else None
+        if draw(st.booleans()):
+            self.tensors["scale"] = torch.rand((), generator=g, dtype=DOUBLE) + 0.2
+        if draw(st.booleans()):
+            self.tensors["private_negatives"] = torch.randn(n, draw(st.integers(0, 3)), d, generator=g, dtype=DOUBLE)
+        if draw(st.booleans()):
+            key_ids = torch.randint(-1, max(2, m // 2), (m,), generator=g)
+            if draw(st.booleans()):
+                p = draw(st.integers(1, 3))
+                ids = torch.randint(-1, max(2, m // 2), (n, p), generator=g)
+                key_ids[-1] = 0
+                ids[:, 0] = 0
+                options["positive_ids"] = ids
+                if draw(st.booleans()):
+                    positive = torch.randint(m, (n,), generator=g)
+            if positive is None and "positive_ids" not in options:
+                positive = torch.arange(n)
+            if positive is not None:
+                key_ids[positive] = key_ids[positive].clamp(min=0)
+            if draw(st.booleans()):
+                options["query_ids"] = torch.randint(0, max(2, m // 2), (n,), generator=g)
+            options["key_ids"] = key_ids
+        options["positive"] = positive
+        options["symmetric"] = draw(st.booleans()) and (positive is not None or "positive_ids" not in options)
+        self.options = options
+        self.upstream = torch.rand(n, generator=g, dtype=DOUBLE) if options["reduction"] == "none" else -2.5
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_info_nce_equals_reference_for_any_options(data):
+    p = Draw(data.draw, st.sampled_from([1, 2, 3, 7, 8, 31]))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setenv("COSUP_WORKSPACE_BYTES", "1")
+            patch.setattr(engine, "MIN_ROWS", data.draw(st.integers(1, 4)))
+        ours = run(info_nce, p.tensors, p.upstream, **p.options)
+    assert_same(ours, run(reference.info_nce, p.tensors, p.upstream, **p.options), 1e-9)
+    _, a = info_nce(**p.tensors, **p.options, return_stats=True)
+    _, b = reference.info_nce(**p.tensors, **p.options, return_stats=True)
+    assert_same(a._asdict(), b._asdict(), 1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_linear_cross_entropy_equals_reference_for_any_options(data):
+    sizes = st.sampled_from([1, 2, 3, 7, 8, 31])
+    t, v, d = data.draw(sizes), data.draw(sizes), data.draw(sizes)
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    tensors = {
+        "hidden": torch.randn(t, d, generator=g, dtype=DOUBLE),
+        "weight": torch.randn(v, d, generator=g, dtype=DOUBLE),
+    }
+    if data.draw(st.booleans()):
+        tensors["bias"] = torch.randn(v, generator=g, dtype=DOUBLE)
+    if data.draw(st.booleans()):
+        tensors["scale"] = torch.rand((), generator=g, dtype=DOUBLE) + 0.2
+    ignore_index = data.draw(st.sampled_from([-100, -1, 0, 10**6]))
+    target = torch.randint(v, (t,), generator=g)
+    target[torch.rand(t, generator=g) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))] = ignore_index
+    options = {
+        "target": target,
+        "ignore_index": ignore_index,
+        "softcap": data.draw(st.sampled_from([None, 0.7])),
+        "z_loss": data.draw(st.sampled_from([0.0, 0.3])),
+        "label_smoothing": data.draw(st.sampled_from([0.0, 0.2])),
+        "reduction": data.draw(st.sampled_from(["none", "mean", "sum"])),
+    }
+    upstream = torch.rand(t, generator=g, dtype=DOUBLE) if options["reduction"] == "none" else 3.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COSUP_WORKSPACE_BYTES", "1")
+        patch.setattr(engine, "MIN_ROWS", data.draw(st.integers(1, 9)))
+        if data.draw(st.booleans(), label="rows cannot be gathered"):
+            patch.setattr(functional, "_readable", lambda t: False)
+        ours = run(linear_cross_entropy, tensors, upstream, **options)
+        _, a = linear_cross_entropy(**tensors, **options, return_stats=True)
+    assert_same(ours, run(reference.linear_cross_entropy, tensors, upstream, **options), 1e-9)
+    _, b = reference.linear_cross_entropy(**tensors, **options, return_stats=True)
+    assert_same(a._asdict(), b._asdict(), 1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_info_nce_gradcheck(symmetric, reduction, small_chunks):
+    inputs = (rand(5, 3), rand(8, 3), torch.tensor(1.3, dtype=DOUBLE), rand(5, 2, 3))
+    ids = torch.tensor([1, 2, 1, 3, 4, -1, 2, 9])
+
+    def f(query, keys, scale, private_negatives):
+        options = {"private_negatives": private_negatives, "key_ids": ids, "duplicates": "positive", "normalize": True}
+        return info_nce(
+            query, keys, scale=scale, symmetric=symmetric, label_smoothing=0.1, reduction=reduction, **options
+        )
+
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_linear_cross_entropy_gradcheck(reduction, small_chunks):
+    inputs = (rand(5, 3), rand(6, 3), rand(6), torch.tensor(0.7, dtype=DOUBLE))
+    target = torch.tensor([0, 5, -100, 2, 2])
+
+    def f(hidden, weight, bias, scale):
+        options = {"softcap": 1.1, "z_loss": 0.2, "label_smoothing": 0.1, "reduction": reduction}
+        return linear_cross_entropy(hidden, weight, target, bias=bias, scale=scale, **options)
+
+    assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("options", [{}, {"linear_bias": True}], ids=["no bias", "bias"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_linear_cross_entropy_equals_torch(reduction, options):
+    tensors = {"hidden": rand(123, 33), "weight": rand(257, 33), **({"bias": rand(257)} if options else {})}
+    target = torch.arange(123) * 2
+    target[::4] = -100
+
+    def theirs(hidden, weight, bias=None):
+        if hasattr(F, "linear_cross_entropy"):
+            return F.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction)
+        return F.cross_entropy(F.linear(hidden, weight, bias), target, reduction=reduction)
+
+    upstream = torch.linspace(1, 2, 123, dtype=DOUBLE) if reduction == "none" else 2.0
+    ours = run(linear_cross_entropy, tensors, upstream, target=target, reduction=reduction)
+    assert_same(ours, run(theirs, tensors, upstream))
+
+
+def test_chunks_and_runs_agree_bit_for_bit(monkeypatch):
+    q, k = rand(40, 8, dtype=torch.float32), rand(60, 8, dtype=torch.float32)
+    positive = torch.arange(40) // 3
+    one = run(info_nce, {"query": q, "keys": k}, positive=positive, symmetric=True)
+    two = run(info_nce, {"query": q, "keys": k}, positive=positive, symmetric=True)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_inputs(frozen, reduction):
+    tensors = {"query": rand(5, 3), "keys": rand(8, 3), "private_negatives": rand(5, 2, 3), "scale": rand().exp()}
+    whole = run(info_nce, tensors, reduction=reduction)
+    for t, freeze in zip(tensors.values(), frozen):
+        t.requires_grad_(not freeze)
+    loss = info_nce(**tensors, reduction=reduction)
+    assert loss.requires_grad == (not all(frozen))
+    if loss.requires_grad:
+        (loss * 1.7).sum().backward()
+    for (name, t), freeze in zip(tensors.items(), frozen):
+        if freeze:
+            assert t.grad is None
+        else:
+            torch.testing.assert_close(t.grad, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_views_and_expanded_inputs():
+    wide, tall = rand(9, 14), rand(7, 22)
+    views = {"query": wide[:, ::2], "keys": tall.t()[:11]}
+    copies = {name: t.contiguous() for name, t in views.items()}
+
+    def gradient(tensors):
+        tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        return torch.autograd.grad(info_nce(**tensors, symmetric=True), tuple(tensors.values()))
+
+    for a, b in zip(gradient(views), gradient(copies)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    row = rand(1, 7).requires_grad_()
+    keys = rand(5, 7)
+    (dq,) = torch.autograd.grad(info_nce(row.expand(4, 7), keys), row)
+    (expected,) = torch.autograd.grad(reference.info_nce(row.expand(4, 7).contiguous(), keys), row)
+    torch.testing.assert_close(dq, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retained_graph_gives_the_same_gradient_twice(reduction):
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
+    loss = info_nce(q, k, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (q, k), torch.tensor(3.0, dtype=DOUBLE), retain_graph=True)
+    second = torch.autograd.grad(loss, (q, k))
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["stored", "reference"])
+def test_label_smoothing_passes_over_tokens_of_bias_minus_infinity(impl):
+    hidden, weight = rand(4, 8).requires_grad_(), rand(10, 8, seed=1).requires_grad_()
+    target, bias = torch.tensor([1, 2, 3, 4]), torch.zeros(10, dtype=DOUBLE)
+    bias[7:] = -torch.inf
+    loss = linear_cross_entropy(hidden, weight, target, bias=bias, label_smoothing=0.1, impl=impl)
+    expected = F.cross_entropy(hidden @ weight[:7].T, target, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_penalty_is_refused_rather_than_dropped(reduction):
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
+    loss = info_nce(q, k, reduction=reduction).sum()
+    expected = torch.autograd.grad(loss, (q, k), retain_graph=True)
+    grads = torch.autograd.grad(loss, (q, k), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    with pytest.raises(RuntimeError, match="differentiated once; pass impl='reference'"):
+        (q.sum() + grads[0].square().sum()).backward()
+
+
+def test_a_shape_of_other_dimensions_is_told_how_many_to_pass():
+    q, k = rand(2, 5, 3), rand(8, 3)
+    with pytest.raises(ValueError, match=r"query has shape \(2, 5, 3\); reshape it: it has 2 dimension"):
+        info_nce(q, k)
+    with pytest.raises(ValueError, match="positive holds 0; there is none to choose among"):
+        info_nce(q[0], k[:0], torch.zeros(5, dtype=torch.int64))
+
+
+def test_inputs_changed_before_backward_are_noticed():
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
+    loss = info_nce(q, k, reduction="none").sum()
+    with torch.no_grad():
+        k += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inputs_are_left_alone():
+    q, k, p = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_(), rand(5, 2, 3).requires_grad_()
+    before = [t.detach().clone() for t in (q, k, p)]
+    info_nce(q, k, private_negatives=p, symmetric=True, scale=2.0).backward()
+    assert all(torch.equal(a, b) for a, b in zip((q, k, p), before))
+
+
+def test_fp16_keeps_gradients_that_its_loss_scale_will_lift():
+    n, d = 256, 16
+    tensors = {"query": 2e-4 * rand(n, d), "keys": 2e-4 * rand(4 * n, d)}
+    tensors = {name: t.to(torch.float16) for name, t in tensors.items()}
+    exact = run(reference.info_nce, {name: t.to(DOUBLE) for name, t in tensors.items()}, 2.0**16)
+    ours = run(info_nce, tensors, 2.0**16)
+    assert error(ours["keys"], exact["keys"]) < 2**-9
+    assert error(ours["query"], exact["query"]) < 2**-9
+
+
+@pytest.mark.parametrize("kind", ["info_nce", "linear_cross_entropy"])
+def test_autocast_rounds_operands_like_matmul_and_nothing_else(kind):
+    x, w = rand(33, 16, dtype=torch.float32), rand(65, 16, dtype=torch.float32)
+    if kind == "info_nce":
+        names, ours, eager, options = ("query", "keys"), info_nce, reference.info_nce, {"scale": 0.5}
+    else:
+        names, ours, eager = ("hidden", "weight"), linear_cross_entropy, reference.linear_cross_entropy
+        options = {"target": torch.arange(33), "scale": 0.5}
+    with torch.autocast("cpu", dtype=HALF):
+        a = run(ours, dict(zip(names, (x, w))), **options)
+        # A bf16 hidden state against an fp32 weight, as a model under autocast meets its head.
+        mixed = run(ours, dict(zip(names, (x.to(HALF), w))), **options)
+    rounded = {name: t.to(HALF).to(DOUBLE) for name, t in zip(names, (x, w))}
+    truth = run(eager, rounded, **options)
+    assert a["loss"].dtype == torch.float32
+    for name, value in truth.items():
+        assert error(a[name], value) < 2**-18, name
+        assert error(mixed[name], value) < 2**-7, name
+    with torch.autocast("cpu", dtype=HALF):
+        wide = run(ours, {name: t.to(DOUBLE) for name, t in zip(names, (x, w))}, **options)
+    exact = run(eager, {name: t.to(DOUBLE) for name, t in zip(names, (x, w))}, **options)
+    assert_same(wide, exact)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_grad(context):
+    q, k = rand(5, 3).requires_grad_(), rand(8, 3)
+    expected = info_nce(q, k)
+    with context():
+        loss = info_nce(q, k)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "stored"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 5], ids=["no rows", "all ignored"])
+def test_nothing_to_predict_costs_nothing(rows, reduction, impl):
+    hidden, weight, bias = (t.requires_grad_() for t in (rand(rows, 3), rand(7, 3), rand(7)))
+    target = torch.full((rows,), -100)
+    options = {"bias": bias, "reduction": reduction, "impl": impl, "label_smoothing": 0.1, "z_loss": 0.1}
+    loss, stats = linear_cross_entropy(hidden, weight, target, return_stats=True, **options)
+    torch.testing.assert_close(loss, torch.zeros((rows,) if reduction == "none" else (), dtype=DOUBLE))
+    assert [s.tolist() for s in stats] == [[0] * rows, [0] * rows, [-1] * rows, [-1] * rows]
+    for g in torch.autograd.grad(loss.sum(), (hidden, weight, bias)):
+        assert (g == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "stored"])
+@pytest.mark.parametrize("keys", [0, 4])
+def test_no_queries(keys, impl):
+    q, k = rand(0, 3).requires_grad_(), rand(keys, 3).requires_grad_()
+    for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
+        loss, stats = info_nce(q, k, reduction=reduction, impl=impl, return_stats=True)
+        torch.testing.assert_close(loss, torch.zeros(shape, dtype=DOUBLE))
+        assert all(len(s) == 0 for s in stats)
+        assert (torch.autograd.grad(loss.sum(), k)[0] == 0).all()
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, target = rand(6, 3), rand(5, 3), torch.tensor([1, 99, 2, 99, 0, 4])
+    clean = run(linear_cross_entropy, {"hidden": hidden[[0, 2, 4, 5]], "weight": weight}, target=target[[0, 2, 4, 5]])
+    hidden[[1, 3]] = torch.tensor([[math.nan], [math.inf]], dtype=DOUBLE)
+    dirty = run(linear_cross_entropy, {"hidden": hidden, "weight": weight}, target=target, ignore_index=99)
+    torch.testing.assert_close(dirty["loss"], clean["loss"])
+    torch.testing.assert_close(dirty["weight"], clean["weight"])
+    torch.testing.assert_close(dirty["hidden"][[0, 2, 4, 5]], clean["hidden"])
+    assert (dirty["hidden"][[1, 3]] == 0).all()
+
+
+def test_not_a_number_is_never_hidden():
+    q, k = rand(4, 3), rand(5, 3)
+    q[2, 0] = math.nan
+    out = run(info_nce, {"query": q, "keys": k})
+    assert all(t.isnan().any() for t in out.values())
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+    q, k = rand(3, 4, dtype=torch.float32), rand(5, 4, dtype=torch.float32)
+    q[1], k[4] = 0, 0
+    out = run(info_nce, {"query": q, "keys": k}, normalize=True, scale=20.0)
+    exact = run(reference.info_nce, {"query": q.to(DOUBLE), "keys": k.to(DOUBLE)}, normalize=True, scale=20.0)
+    for name, value in exact.items():
+        assert error(out[name], value) < 2**-18, name
+    assert (out["query"][1] == 0).all()
+    assert (out["keys"][4] == 0).all()
+
+
+def test_two_phases_apart_equal_one_call():
+    """Candidates split over two holders, each with its own keys, merged statistics and a column share."""
+    q, k = rand(6, 4), rand(10, 4)
+    positive = torch.tensor([0, 3, 4, 1, 2, 0])
+    whole = run(info_nce, {"query": q, "keys": k}, 1.0, positive=positive, symmetric=True, reduction="sum")
+    parts = [Scores(q[i : i + 3], k, target=positive[i : i + 3], symmetric=True) for i in (0, 3)]
+    stats = [engine.statistics(s) for s in parts]
+    columns = stats[0].columns.merge(stats[1].columns)
+    half = torch.full((3,), 0.5, dtype=DOUBLE)
+    h = sum(engine.column_gradient(s, half) for s in parts)
+    needs = Needs(True, True, False, False, False)
+    grads = [engine.gradient(s, Statistics(one.rows, columns), half, needs, h=h) for s, one in zip(parts, stats)]
+    torch.testing.assert_close(torch.cat([g.x for g in grads]), whole["query"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[0].w + grads[1].w, whole["keys"], rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_of_split_candidates_merge():
+    q, k = 30 * rand(6, 4), 30 * rand(10, 4)
+    ids, mine = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, -1, 2]), torch.arange(6)
+    options = {"query_ids": mine, "duplicates_are_positive": True, "label_smoothing": 0.1}
+
+    def rows(part):
+        scores = Scores(q, k[part], key_ids=ids[part], positive_ids=mine[:, None], **options)
+        return engine.statistics(scores).rows
+
+    merged, whole = rows(slice(0, 4)).merge(rows(slice(4, 10))), rows(slice(0, 10))
+    torch.testing.assert_close(merged.loss(0.1), whole.loss(0.1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["stored", "auto"])
+def test_named_implementation_is_the_one_that_runs(impl, monkeypatch):
+    monkeypatch.setattr(reference, "info_nce", lambda *a, **k: pytest.fail("fell back to the reference"))
+    info_nce(rand(3, 2), rand(3, 2), impl=impl)
+    monkeypatch.setattr(functional, "softmax_xent", lambda *a, **k: (torch.tensor(42.0),))
+    assert info_nce(rand(3, 2), rand(3, 2), impl=impl) == 42
+    monkeypatch.undo()
+    monkeypatch.setattr(functional, "softmax_xent", lambda *a, **k: pytest.fail("fell back to the engine"))
+    info_nce(rand(3, 2), rand(3, 2), impl="reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "reduction": "none"}], ids=str)
+def test_cuda_error(options, shape, dtype, small_chunks):
+    n, m, d = shape
+    tensors = {name: t.cuda() for name, t in problem(n, m, d, dtype, d**-0.25).items()}
+    assert_within_budget(info_nce, reference.info_nce, tensors, **options)
+    target = torch.arange(n, device="cuda") % m
+    target[::3] = -100
+    tensors = {"hidden": tensors["query"], "weight": tensors["keys"]}
+    options = {"reduction": options.get("reduction", "mean"), "target": target}
+    assert_within_budget(linear_cross_entropy, reference.linear_cross_entropy, tensors, **options)
+
+
+ROWS = torch.tensor([9, 0, 3, 9, 7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["", "rms"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "l2"])
+def test_gather_last_hidden_error(normalize, norm, dtype):
+    tensors = {"hidden": rand(2, 5, 33, dtype=dtype)} | ({"norm_weight": rand(33, dtype=dtype)} if norm else {})
+    assert_within_budget(
+        gather_last_hidden, reference.gather_last_hidden, tensors, upstream=rand(5, 33), rows=ROWS, normalize=normalize
+    )
+
+
+@pytest.mark.parametrize("impl", ["stored", "reference"])
+def test_nothing_is_ignored_where_every_row_is_supervised(impl):
+    hidden, weight = torch.randn(7, 5, dtype=DOUBLE, requires_grad=True), torch.randn(11, 5, dtype=DOUBLE)
+    target = torch.randint(11, (7,))
+    ours, stats = linear_cross_entropy(hidden, weight, target, ignore_index=None, return_stats=True, impl=impl)
+    expected, others = linear_cross_entropy(hidden, weight, target, return_stats=True, impl=impl)
+    assert torch.equal(ours, expected)
+    assert all(torch.equal(a, b) for a, b in zip(stats, others, strict=True))
+    assert torch.equal(*(torch.autograd.grad(loss, hidden)[0] for loss in (ours, expected)))
+    with pytest.raises(ValueError, match="target holds -100"):
+        linear_cross_entropy(hidden, weight, target.index_fill(0, torch.tensor([2]), -100), ignore_index=None)

@@ -1,0 +1,171 @@
+"""What is installed and imported: the kernels come along, nothing else does."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import cosup_fast
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kernels_are_reached_through_a_link():
+    link = ROOT / "cosup_fast" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    listed = subprocess.run(
+        ["git", "ls-files", "--stage", "cosup_fast/kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode == 0 and listed.stdout:
+        assert listed.stdout.startswith("120000 "), "committed as something other than a symbolic link"
+
+
+def test_version_is_the_installed_one():
+    assert cosup_fast.__version__ == importlib.metadata.version("cosup-fast")
+
+
+def test_top_level_kernels_is_nothing_of_ours():
+    """The name belongs to a library that transformers looks for."""
+    code = """
+import importlib.util
+spec = importlib.util.find_spec("kernels")
+print(spec is None or spec.origin is None, spec is not None and spec.loader is not None and spec.origin is not None)
+try:
+    import kernels
+    print([name for name in dir(kernels) if not name.startswith("__")])
+except ModuleNotFoundError:
+    print([])
+"""
+    usable = python(code).splitlines()
+    assert usable == ["True False", "[]"]
+
+
+def test_transformers_works_where_a_folder_is_called_kernels():
+    pytest.importorskip("transformers")
+    code = """
+import transformers
+from transformers.utils import is_kernels_available
+from transformers import AutoModelForCausalLM, LlamaConfig
+print(is_kernels_available())
+"""
+    here, elsewhere = python(code), python(code, Path(sys.prefix))
+    assert here.splitlines()[-1] == elsewhere.splitlines()[-1]
+
+
+def test_losses_import_neither_transformers_nor_triton():
+    code = """
+import sys
+import cosup_fast
+assert "torch" not in sys.modules
+import torch
+before = set(sys.modules)
+import cosup_fast.losses, cosup_fast.reference
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    assert python(code) == "['cosup_fast']"
+
+
+def test_no_package_asks_one_that_asks_it_back():
+    """Which folder of cosup_fast imports which, also inside functions: the arrows point one way."""
+    package = Path(cosup_fast.__file__).parent
+    folders = {path.parent.name for path in package.glob("*/*.py")}
+    arrows: dict[str, set[str]] = {name: set() for name in folders}
+    for path in package.glob("*/**/*.py"):
+        name = path.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            parts = [one.split(".") for one in imported if one.startswith("cosup_fast.")]
+            arrows[name] |= {part[1] for part in parts if part[1] in folders} - {name}
+    assert "training" in arrows["plan"]
+    assert list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.slow
+def test_losses_import_in_the_time_of_torch():
+    def seconds(module: str) -> float:
+        return float(python(f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"))
+
+    pairs = [(seconds("torch"), seconds("cosup_fast.losses")) for _ in range(5)]
+    torch_alone, ours = (statistics.median(column) for column in zip(*pairs))
+    assert ours < 1.5 * torch_alone
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs a source tree")
+def test_wheel_and_sdist_hold_the_kernels_and_the_data(tmp_path):
+    pytest.importorskip("build")
+    source = tmp_path / "source"
+    # A copy: a build in place would leave its folders behind.
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, files.stdout.decode().split("\0")):
+        origin, copy = ROOT / name, source / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if origin.is_symlink():
+            copy.symlink_to(os.readlink(origin))
+        elif origin.is_file():
+            copy.write_bytes(origin.read_bytes())
+    # Without isolation nothing is downloaded; the wheel is made from the sdist, as on an index.
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    package = ROOT / "cosup_fast"
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "*.html", "*.yaml", "*.tsv", "py.typed")
+        for folder in (package, package / "kernels")
+        for path in folder.rglob(pattern)
+    }
+    assert {"cosup_fast/kernels/softmax_xent/engine.py", "cosup_fast/kernels/last_hidden/op.py"} <= wanted
+    in_wheel = set(zipfile.ZipFile(wheel).namelist())
+    assert wanted <= in_wheel
+    assert not any(name.startswith(("kernels/", "tests/")) for name in in_wheel)
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    assert wanted <= in_sdist
+
+    # What was built works without the tree: from the wheel's own files, with a value computed.
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(wheel)!r})
+import torch, cosup_fast, cosup_fast.functional
+print(json.dumps([cosup_fast.__file__, float(cosup_fast.info_nce(torch.eye(2), torch.eye(2)))]))
+"""
+    where, value = json.loads(python(code, tmp_path))
+    assert where.startswith(str(wheel))
+    assert value == pytest.approx(0.31326, abs=1e-4)
