@@ -222,7 +222,8 @@ class CoSupervisionModel(nn.Module):
     ) -> CoSupervisionOutput:
         """The loss of a batch: w * NTP + lambda * NSP. With lambda = 0, NSP is reported and reaches no parameter.
 
-        With w = 0 NTP is computed where nothing is differentiated, as a diagnosis, and is 0 elsewhere.
+        With w = 0 NTP is computed where nothing is differentiated, as a diagnosis, and is 0 elsewhere; without an
+        Embseq NSP is a constant 0.
         Where it is differentiated the activations of all packs are kept; `training.step` keeps those of one.
 
         Args:
@@ -234,6 +235,9 @@ class CoSupervisionModel(nn.Module):
         with_ntp = self.ntp.weight > 0 or not torch.is_grad_enabled()
         losses, queries = zip(*(self.gen_losses(part, ntp_count, ntp=with_ntp) for part in batch.gen), strict=True)
         ntp, query = torch.stack(losses).sum(), torch.cat(queries)
+        if not self.has_embseq:
+            nsp = torch.zeros_like(ntp)
+            return CoSupervisionOutput(self.criterion.combine(ntp, nsp), ntp, nsp, None)
         with self.nsp_gradient():
             states = [self.sequence_states(part) for part in batch.passages]
             keys = self.project(torch.cat(states)) if states else query[:0]
@@ -413,7 +417,8 @@ class CoSupervisionModel(nn.Module):
         if not self.has_embseq:
             raise ValueError(
                 f"{otherwise}: this model is a Gen without an Embseq, trained with nsp.weight=0. Give a checkpoint of "
-                "a run with nsp.weight above 0"
+                "a run with nsp.weight above 0; this one writes without passages (--max-retrievals 0) or with those of "
+                "another retriever (evaluate --system dense:NAME or pair:RUN)"
             )
 
     @property

@@ -59,8 +59,9 @@ def diagnose(
     passes = _Passes(model, precision, peers)
     weight = model.nsp.weight if nsp_weight is None else nsp_weight
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        query, keys = passes.embeddings(batch)
-        nsp = passes.nsp_gradients(batch, query, keys, weight) if batch.step.nsp and weight else None
+        asked = batch.step.nsp > 0 and model.nsp.weight > 0
+        query, keys = passes.embeddings(batch) if asked else (torch.empty(0, 1),) * 2
+        nsp = passes.nsp_gradients(batch, query, keys, weight) if asked and weight else None
         ntp = passes.ntp_gradients(batch) if model.ntp.weight else None
     ntp_norm, nsp_norm = (None if g is None else math.sqrt(passes.dot(g, g)) for g in (ntp, nsp))
     cosine = None
@@ -68,7 +69,7 @@ def diagnose(
         cosine = passes.dot(ntp, nsp) / (ntp_norm * nsp_norm)
     q, k = (normalize(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (query, keys))
     positive = batch.positive
-    if peers is not None:
+    if peers is not None and asked:
         counts = peers.counts(len(q))
         q, positive = peers.gather(q, counts), peers.gather(positive, counts)
         k = peers.gather(k, peers.counts(len(k)))
@@ -96,8 +97,7 @@ class _Passes:
     @torch.no_grad()
     def embeddings(self, batch: CoSupervisionBatch) -> tuple[Tensor, Tensor]:
         """Queries (N, D) and passages (M, D) of a batch."""
-        asking = batch.gen if batch.step.nsp else ()
-        queries = [self._query(part, i) for i, part in enumerate(asking)]
+        queries = [self._query(part, i) for i, part in enumerate(batch.gen)]
         states = [self._passage(part, i) for i, part in enumerate(batch.passages)]
         with autocast(self.model.device, self.precision):
             keys = self.model.project(rows(states, self.model.embseq_width, self.model))

@@ -138,6 +138,7 @@ class Trainer:
         if config.sharding == "fsdp" and peers is not None:
             agree_on_norms(model, peers)
             shard(model, peers.mesh(device.type), precision=config.precision)
+        _check_rates(model, config)
         self.optimizer = LocalOptimizer(
             model.named_parameters(),
             config.optimizer,
@@ -427,6 +428,18 @@ class Trainer:
     def _warn(self, messages: Iterable[str]) -> None:
         for message in messages:
             self.on_warning(message)
+
+
+def _check_rates(model: CoSupervisionModel, config: TrainingConfig) -> None:
+    """Refuses a learning rate of its own for what the model does not have, or does not train."""
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    for field, parts, reason in (
+        ("embseq_lr", {"embseq", "projection"}, "Embseq is frozen (model.freeze_embseq), or Gen itself (model.shared)"),
+        ("temperature_lr", {"criterion"}, "the temperature is fixed (nsp.learnable_temperature)"),
+    ):
+        rate = getattr(config, field)
+        if rate is not None and not parts & trained:
+            raise ValueError(f"training.{field}={rate} has nothing to train: {reason}; omit it")
 
 
 @contextlib.contextmanager
