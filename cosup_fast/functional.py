@@ -18,13 +18,28 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import reference
+from cosup_fast.checks import (
+    Duplicates,
+    Impl,
+    KeyGrad,
+    PositiveRows,
+    Reduction,
+    check_choice,
+    check_common,
+    check_in_range,
+    check_operands,
+    check_positives,
+    check_softcap,
+    check_tensor,
+    readable,
+)
 from cosup_fast.kernels.last_hidden import op as last_hidden
 from cosup_fast.kernels.numerics import accumulator
 from cosup_fast.kernels.softmax_xent import dispatch
@@ -41,12 +56,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from cosup_fast.distributed import Peers
-
-Reduction = Literal["none", "mean", "sum"]
-Duplicates = Literal["mask", "positive", "keep"]
-Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
-KeyGrad = Literal["global", "local"]
-PositiveRows = Literal["rank", "group"]
 
 
 def info_nce(
@@ -133,14 +142,14 @@ def info_nce(
 
         peers = Peers.of(group)
     with nullcontext() if peers is None else peers.reporting("info_nce"):
-        dtype = _operands("query", query, "keys", keys)
+        dtype = check_operands("query", query, "keys", keys)
         n, m = len(query), len(keys)
         if private_negatives is not None:
-            _operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
-        _choice("duplicates", duplicates, Duplicates)
-        _choice("key_grad", key_grad, KeyGrad)
-        _choice("positive_rows", positive_rows, PositiveRows)
-        _common(query, scale, label_smoothing, reduction, impl)
+            check_operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
+        check_choice("duplicates", duplicates, Duplicates)
+        check_choice("key_grad", key_grad, KeyGrad)
+        check_choice("positive_rows", positive_rows, PositiveRows)
+        check_common(query, scale, label_smoothing, reduction, impl)
         for name, ids, shape in (
             ("positive", positive, (n,)),
             ("key_ids", key_ids, (m,)),
@@ -148,7 +157,7 @@ def info_nce(
             ("positive_ids", positive_ids, (n, None)),
         ):
             if ids is not None:
-                _tensor(name, ids, shape, query, torch.int64)
+                check_tensor(name, ids, shape, query, torch.int64)
                 if key_ids is None and name != "positive":
                     raise ValueError(
                         f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
@@ -166,7 +175,7 @@ def info_nce(
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
         if peers is None or (positive is not None and not elsewhere):
-            _check_positives(positive, key_ids, positive_ids, m)
+            check_positives(positive, key_ids, positive_ids, m)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     if n == 0 and peers is None:
         loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
@@ -213,7 +222,7 @@ def info_nce(
                 key_grad=key_grad,
                 elsewhere=elsewhere,
                 keep_duplicates=duplicates == "keep",
-                check=_check_positives,
+                check=check_positives,
                 **options,
             )
     return (loss, Stats(*stats)) if return_stats else loss
@@ -268,22 +277,22 @@ def linear_cross_entropy(
     Sources: next token prediction of Lee et al. 2024, arXiv 2403.09024, section 3; z_loss of Chowdhery et al. 2022,
     arXiv 2204.02311, section 5; softcap of the Gemma 2 report, arXiv 2408.00118, section 2.
     """
-    dtype = _operands("hidden", hidden, "weight", weight)
+    dtype = check_operands("hidden", hidden, "weight", weight)
     t, v = len(hidden), len(weight)
-    _tensor("target", target, (t,), hidden, torch.int64)
-    _common(hidden, scale, label_smoothing, reduction, impl)
+    check_tensor("target", target, (t,), hidden, torch.int64)
+    check_common(hidden, scale, label_smoothing, reduction, impl)
     if v == 0:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, no token to predict; pass the LM head's (V, D) weight"
         )
     if bias is not None:
-        _tensor("bias", bias, (v,), hidden)
-    _capped(softcap)
+        check_tensor("bias", bias, (v,), hidden)
+    check_softcap(softcap)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; pass a number >= 0")
     supervised = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
-    if _readable(target) and target.device.type == "cpu":
-        _in_range("target", target[supervised], v, f" or ignore_index ({ignore_index})")
+    if readable(target) and target.device.type == "cpu":
+        check_in_range("target", target[supervised], v, f" or ignore_index ({ignore_index})")
     options = {
         "bias": bias,
         "scale": scale,
@@ -301,7 +310,7 @@ def linear_cross_entropy(
             return_stats=return_stats,
             **options,
         )
-    gather = _readable(target) and ignore_index is not None
+    gather = readable(target) and ignore_index is not None
     if gather:
         rows = supervised.nonzero().squeeze(1)
         hidden, target = hidden.index_select(0, rows), target[rows]
@@ -371,9 +380,9 @@ def explain(
             raise ValueError(f"{name} is {size}; pass a size of at least 1")
     if gradients not in (0, 1, 2):
         raise ValueError(f"gradients is {gradients}; pass how many of the two operands need one: 0, 1 or 2")
-    _capped(softcap)
-    _choice("reduction", reduction, Reduction)
-    _choice("impl", impl, Impl)
+    check_softcap(softcap)
+    check_choice("reduction", reduction, Reduction)
+    check_choice("impl", impl, Impl)
     if impl == "reference":
         raise ValueError("impl is 'reference', which materialises every score; pass 'auto' or 'stored' for a plan")
     device = torch.device(device)
@@ -414,121 +423,18 @@ def gather_last_hidden(
 
     Source: query and sequence embeddings of Lee et al. 2024, arXiv 2403.09024, section 3.
     """
-    _tensor("hidden", hidden)
+    check_tensor("hidden", hidden)
     if hidden.ndim < 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; pass (..., D) with at least one leading dimension")
     hidden = hidden.flatten(0, -2)
-    _tensor("rows", rows, (None,), hidden, torch.int64)
-    if _readable(rows) and rows.device.type == "cpu":
-        _in_range("rows", rows, len(hidden), ", the flattened leading dimensions of hidden")
+    check_tensor("rows", rows, (None,), hidden, torch.int64)
+    if readable(rows) and rows.device.type == "cpu":
+        check_in_range("rows", rows, len(hidden), ", the flattened leading dimensions of hidden")
     if norm_weight is not None:
-        _tensor("norm_weight", norm_weight, (hidden.shape[1],), hidden)
+        check_tensor("norm_weight", norm_weight, (hidden.shape[1],), hidden)
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; pass a number >= 0")
     return last_hidden.gather_last_hidden(hidden, rows, norm_weight, eps, normalize)
-
-
-def _tensor(
-    name: str,
-    value: Any,
-    shape: tuple[int | None, ...] | None = None,
-    like: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """A tensor of this shape (None: any size), on the device of `like`, of this dtype (None: floating)."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
-    if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
-        raise TypeError(f"{name} has dtype {value.dtype}; convert it to {dtype or 'a floating dtype'}")
-    fits = shape is None or (
-        value.ndim == len(shape) and all(want is None or got == want for got, want in zip(value.shape, shape))
-    )
-    if shape is not None and not fits:
-        if value.ndim != len(shape):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; reshape it: it has {len(shape)} dimension(s)")
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; the other arguments call for ({wanted})")
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}, the operands on {like.device}; move them to one device")
-
-
-def _operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | None, ...] = (None, None)) -> torch.dtype:
-    """Checks two factors of a product and says what they are rounded to before it, as torch.matmul under autocast."""
-    _tensor(name, x, (None, None))
-    _tensor(other, w, shape, x)
-    if w.shape[-1] != x.shape[-1]:
-        raise ValueError(
-            f"{other} has width {w.shape[-1]}, {name} has {x.shape[-1]}; project one of them to the other's width"
-        )
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    if x.dtype != w.dtype:
-        raise TypeError(f"{other} has dtype {w.dtype}, {name} has {x.dtype}; convert one of them, or use autocast")
-    return x.dtype
-
-
-def _choice(name: str, value: Any, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
-
-
-def _capped(softcap: float | None) -> None:
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
-
-
-def _common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, impl: str) -> None:
-    _choice("reduction", reduction, Reduction)
-    _choice("impl", impl, Impl)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; pass a number between 0 and 1")
-    if isinstance(scale, Tensor):
-        _tensor("scale", scale, (), x)
-        if scale.device.type != "cpu" or not _readable(scale):
-            return
-        scale = scale.item()
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"scale is a {type(scale).__name__}; pass a number or a 0-d tensor")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
-
-
-def _readable(t: Tensor) -> bool:
-    """Whether t's values can be read here and now: no fake or meta tensor, nothing being compiled or captured."""
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling():
-        return False
-    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _in_range(name: str, index: Tensor, size: int, what: str) -> None:
-    wrong = index[(index < 0) | (index >= size)]
-    if len(wrong):
-        allowed = f"every entry must be in 0..{size - 1}" if size else "there is none to choose among"
-        raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
-
-
-def _check_positives(positive: Tensor | None, key_ids: Tensor | None, positive_ids: Tensor | None, m: int) -> None:
-    """On CPU, that every query has a positive that is a candidate."""
-    given = [t for t in (positive, key_ids, positive_ids) if t is not None]
-    if not all(t.device.type == "cpu" and _readable(t) for t in given):
-        return
-    if positive is not None:
-        _in_range("positive", positive, m, ", the rows of keys")
-        padding = positive[:0] if key_ids is None else (key_ids[positive] < 0).nonzero()
-        if len(padding):
-            i = int(padding[0])
-            raise ValueError(
-                f"positive[{i}] is {int(positive[i])}, a key that key_ids marks as padding; leave that query out"
-            )
-    elif key_ids is not None and positive_ids is not None:
-        present = (torch.isin(positive_ids, key_ids) & (positive_ids >= 0)).any(1)
-        if not present.all():
-            i = int((~present).nonzero()[0])
-            raise ValueError(
-                f"positive_ids[{i}] is {positive_ids[i].tolist()}, none of which is in key_ids; "
-                "add a key that answers the query or leave the query out"
-            )
 
 
 def _nothing(inputs: tuple[Any, ...], reduction: str) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -6,6 +6,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import typer
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -26,6 +28,11 @@ def load_benchmarks() -> None:
     assert spec.loader is not None
     module = sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+
+def bench(context: typer.Context) -> None:
+    """Time, count and weigh the losses beside other libraries (from a clone; `cosup-fast bench --help` tells more)."""
+    run_benchmarks(context.args)
 
 
 def run_benchmarks(arguments: list[str]) -> None:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from cosup_fast.config import RunConfig
+    from cosup_fast.generation import GenerationConfig
     from cosup_fast.model import CoSupervisionModel
 
 # What is printed is mostly other people's text: it is never read as markup or emoji codes.
@@ -25,6 +27,12 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: how it is used."""
+    shown = (c if c.startswith("torchrun") else f"cosup-fast {c}" for c in commands)
+    return f"Example{'s' if len(commands) > 1 else ''}: {' | '.join(shown)}"
 
 
 def hush() -> None:
@@ -72,16 +80,39 @@ def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
 
 
+def generation_config(checkpoint: Path, **options: object) -> GenerationConfig:
+    """The `generation` section of the run that a checkpoint is of, with the options that were given."""
+    from cosup_fast.config import config_of
+    from cosup_fast.generation import GenerationConfig
+
+    run = config_of(checkpoint)
+    base = run.generation if run else GenerationConfig()
+    return base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
+
+
+def run_config(arguments: list[str]) -> RunConfig:
+    """The configuration of `[CONFIG.yaml] [section.field=value]...`."""
+    from cosup_fast.config import ConfigError, load_config
+
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"expected one configuration file, got {files}: overrides read section.field=value")
+    return load_config(files[0] if files else None, [a for a in arguments if "=" in a])
+
+
 @contextmanager
 def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
-    """Ctrl-C inside ends the command with status 130, and says how far the work came.
+    """Ctrl-C or SIGTERM inside ends the command with status 130, and says how far the work came.
 
     Args:
         otherwise: what is said where the work itself says nothing.
         then: how to go on.
     """
+    from cosup_fast.signals import terminable
+
     try:
-        yield
+        with terminable():
+            yield
     except KeyboardInterrupt as interrupt:
         text = (str(interrupt) or otherwise) + then
         if leads():

@@ -1,4 +1,4 @@
-"""`cosup-fast data convert`: published training and evaluation files to ours."""
+"""`cosup-fast data`: list, prepare, check, convert."""
 
 from __future__ import annotations
 
@@ -7,15 +7,68 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
+from rich.table import Table
 
-from cosup_fast.cli.common import say
+from cosup_fast.cli.common import out, say
 
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
 convert_app = typer.Typer(no_args_is_help=True, help="Convert published training and evaluation files (docs/data.md).")
+data_app.add_typer(convert_app, name="convert")
 
 Output = Annotated[Path, typer.Option(help="folder to write; it appears whole or not at all", show_default=False)]
 Skip = Annotated[
     bool, typer.Option("--skip-malformed", help="Leave malformed lines out, with their numbers, instead of stopping.")
 ]
+
+
+@data_app.command("list", epilog="Example: cosup-fast data list")
+def data_list() -> None:
+    """List what can be prepared, its licence, and whether it is ready."""
+    from cosup_fast.data.prepared.prepare import list_prepared
+
+    table = Table("name", "what", "licence", "download", "on disk")
+    for row in list_prepared():
+        ready = f"[green]{decimal(row.size)}[/]" if row.ready else "not prepared"
+        table.add_row(row.name, row.what, row.licence, decimal(row.download), ready)
+    out.print(table)
+
+
+@data_app.command("prepare", epilog="Examples: cosup-fast data prepare all | cosup-fast data prepare smollm2-135m")
+def data_prepare(name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, or all")]) -> None:
+    """Fetch, verify and convert a model or a data set; takes up where it stopped."""
+    from cosup_fast.data.prepared.prepare import prepare
+
+    say(f"ready: {prepare(name)}")
+
+
+@data_app.command("check", epilog="Example: cosup-fast data check my-examples.jsonl --corpus my-passages.jsonl")
+def data_check(
+    examples: Annotated[
+        list[str] | None, typer.Argument(help="example sets: JSONL files or names; none: check what was prepared")
+    ] = None,
+    corpus: Annotated[str, typer.Option(help="the passages: a JSONL file or a name")] = "wiki-leads",
+    allow_no_retrieval: Annotated[
+        bool, typer.Option("--allow-no-retrieval", help="Accept examples whose output names no passage.")
+    ] = False,
+) -> None:
+    """Validate passages and examples line by line, or the prepared sets against their checksums and splits."""
+    from cosup_fast.data.prepared.prepare import check, list_prepared
+    from cosup_fast.data.sources import load_corpus, load_examples
+
+    if not examples:
+        ready = [row.name for row in list_prepared() if row.ready]
+        if not ready:
+            raise ValueError("nothing is prepared yet: cosup-fast data prepare all")
+        if problems := check():
+            raise ValueError("\n".join(problems))
+        say(f"{', '.join(ready)}: as first made, and no tested passage is trained on")
+        return
+    passages = {passage.id for passage in load_corpus(corpus)}
+    say(f"{corpus}: {len(passages)} passages")
+    for name in examples:
+        count = len(load_examples(name, passages, allow_no_retrieval=allow_no_retrieval))
+        say(f"{name}: {count} examples")
 
 
 @convert_app.command("self-rag", epilog="Example: cosup-fast data convert self-rag train.jsonl --output data/self-rag")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli.generate import print_answer
+from cosup_fast.cli.answers import print_answer
 from cosup_fast.config import RunConfig, load_config
 from cosup_fast.data.prepared.prepare import prepare
 from cosup_fast.data.records import Example, Passage

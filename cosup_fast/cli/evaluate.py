@@ -1,137 +1,127 @@
-"""What `cosup-fast evaluate` and `compare` do between their options and a report."""
+"""`cosup-fast evaluate` and `compare`: score a system, and compare two of its reports."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from cosup_fast.config import config_of
-from cosup_fast.data.records import nearest
-from cosup_fast.evaluation.report import HTML, REPORT
-from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
-from cosup_fast.evaluation.systems import (
-    DenseRetriever,
-    GoldRetriever,
-    IndexRetriever,
-    PairRetriever,
-    RandomRetriever,
-    System,
-)
-from cosup_fast.files import check_replaceable
+import typer
 
-if TYPE_CHECKING:
-    from cosup_fast.model import CoSupervisionModel
-
-KINDS = ("co-supervised", "closed-book", "gold", "dense", "pair", "random")
+from cosup_fast.cli.common import Checkpoint, Device, Stale, err, generation_config, interruptible, load_model, out, say
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """The kind of a system and what stands behind its colon: (`dense`, `minilm`).
+def evaluate(
+    checkpoint: Checkpoint,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(help="a JSONL file of examples or of KILT, or a prepared set; repeat it", show_default=False),
+    ] = None,
+    system: Annotated[
+        str, typer.Option(help="co-supervised, closed-book, gold, dense:NAME, pair:RUN or random")
+    ] = "co-supervised",
+    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside what retrieves")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="passages of gold, dense and random; default: the run's corpus")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="of grounding: lexical, none, or an NLI model (folder or Hugging Face name)")
+    ] = "lexical",
+    fluency: Annotated[
+        str, typer.Option(help="model for perplexity: base (what the run's Gen began as), none, or a name")
+    ] = "base",
+    metric: Annotated[list[str] | None, typer.Option(help="report this metric for every data set too")] = None,
+    in_domain: Annotated[list[str] | None, typer.Option(help="a data set or source that training has seen")] = None,
+    out_of_domain: Annotated[list[str] | None, typer.Option(help="one that it has not")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
+    max_retrievals: Annotated[int | None, typer.Option(help="most retrievals of an answer")] = None,
+    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
+    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
+    seed: Annotated[int, typer.Option(help="of --limit and of random passages")] = 0,
+    allow_missing_gold: Annotated[
+        bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output holds answers.")] = False,
+    device: Device = "auto",
+    allow_stale: Stale = False,
+) -> None:
+    """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
-    Raises:
-        ValueError: no such kind, or a colon too many or too few.
+    Every answer is kept as soon as it is there: the same command goes on where it was stopped. The folder then holds
+    report.json (everything) and report.html (to read).
     """
-    kind, _, argument = name.partition(":")
-    if kind not in KINDS:
-        raise ValueError(
-            f"--system {name!r} is unknown{nearest(kind, KINDS)}: expected co-supervised, closed-book, gold, "
-            "dense:NAME, pair:RUN or random"
+    from cosup_fast import evaluation
+    from cosup_fast.cli import systems as command
+    from cosup_fast.environment import choose_device
+    from cosup_fast.evaluation.suites import check_metrics
+
+    check_metrics(metric or [])
+    folder = command.output_folder(output, checkpoint, system)
+    config = generation_config(
+        checkpoint,
+        max_new_tokens=max_new_tokens,
+        max_retrievals=max_retrievals,
+        ret_first=ret_first,
+        ctx_truncate=ctx_truncate,
+    )
+    opened = command.open_system(
+        system,
+        checkpoint,
+        lambda path: load_model(path, device),
+        index=index,
+        corpus=corpus,
+        seed=seed,
+        allow_stale=allow_stale,
+    )
+    tests = evaluation.load_test_sets(
+        examples or ["questions/test-in", "questions/test-out"],
+        opened.passages,
+        in_domain=in_domain or (),
+        out_of_domain=out_of_domain or (),
+        limit=limit,
+        seed=seed,
+        allow_missing_gold=allow_missing_gold,
+    )
+    where = choose_device(device, "--device")
+    grounds = evaluation.load_judge(judge, device=where)
+    perplexed = command.fluency_model(fluency, checkpoint)
+    if overwrite:
+        command.clear(folder)
+    with interruptible("what is answered is kept; the same command goes on from there"):
+        report = evaluation.evaluate(
+            opened,
+            tests,
+            config,
+            judge=grounds,
+            fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
+            metrics=metric or (),
+            folder=folder,
+            batch=batch,
         )
-    if kind == "dense":
-        argument = argument or "minilm"
-    elif kind == "pair" and not argument:
-        raise ValueError("--system pair needs the run that retrieves: --system pair:runs/nsp-only")
-    elif kind != "pair" and argument:
-        raise ValueError(f"--system {name!r}: {kind} takes nothing behind a colon")
-    return kind, argument
+    out.print(report.table())
+    say(f"report: {folder / 'report.html'}")
 
 
-def open_system(
-    name: str,
-    checkpoint: Path,
-    load_model: Callable[[Path], CoSupervisionModel],
-    *,
-    index: Path | None = None,
-    corpus: str | None = None,
-    seed: int = 0,
-    allow_stale: bool = False,
-) -> System:
-    """The system that `--system` names.
+def compare(
+    before: Annotated[Path, typer.Argument(help="report.json of the baseline, or its folder", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="that of the other run", show_default=False)],
+    metric: Annotated[list[str] | None, typer.Option(help="only this metric; repeat it for several")] = None,
+    datasets: Annotated[bool, typer.Option("--datasets", help="Show every data set too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, data sets included.")] = False,
+) -> None:
+    """Compare two evaluations question by question: gain, paired 95% interval and p-value of every metric."""
+    from cosup_fast.evaluation import Report
+    from cosup_fast.evaluation import compare as compare_reports
 
-    Args:
-        name: as on the command line.
-        checkpoint: the run or checkpoint whose Gen writes.
-        load_model: loads one.
-        index: for `co-supervised` and `pair`; by default the one beside the checkpoint that retrieves.
-        corpus: the passages of the other retrievers; by default those of the checkpoint's run.
-        seed: of `random`.
-        allow_stale: take an index that another checkpoint made.
-
-    Raises:
-        ValueError: what `split_name` or the retriever refuses; an index or a corpus that this system does not read.
-    """
-    from cosup_fast.data.sources import load_corpus
-    from cosup_fast.index import SequenceIndex
-
-    kind, argument = split_name(name)
-    searching = kind in ("co-supervised", "pair")
-    if index and not searching:
-        raise ValueError(f"--system {name} searches no index: leave out --index {index}")
-    if corpus and (searching or kind == "closed-book"):
-        reads = "what its index holds" if searching else "no passages"
-        raise ValueError(f"--system {name} reads {reads}: leave out --corpus {corpus}")
-    model = load_model(checkpoint)
-    sources = {"checkpoint": str(checkpoint)}
-    retriever: Any = None
-    if searching:
-        retrieving = Path(argument) if kind == "pair" else checkpoint
-        searcher = load_model(retrieving) if kind == "pair" else model
-        index = index or retrieving / "index"
-        loaded = SequenceIndex.load(index, searcher, allow_stale=allow_stale)
-        retriever = (PairRetriever if kind == "pair" else IndexRetriever)(searcher, loaded)
-        sources |= {"index": str(index)} | ({"retriever": argument} if kind == "pair" else {})
-    elif kind != "closed-book":
-        corpus = corpus or corpus_of(checkpoint)
-        passages = load_corpus(corpus)
-        sources["corpus"] = corpus
-        if kind == "gold":
-            retriever = GoldRetriever(passages)
-        elif kind == "random":
-            retriever = RandomRetriever(passages, seed)
-        else:
-            template = model.template.config.passage
-            retriever = DenseRetriever(argument, passages, template, device=model.device, progress=True)
-    return System(f"dense:{argument}" if kind == "dense" else name, model, retriever, sources)
-
-
-def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
-    """Where an evaluation is kept, by default `evaluation/SYSTEM` beside the checkpoint.
-
-    Raises:
-        ValueError: the folder holds something that is no evaluation.
-    """
-    kind, argument = split_name(system)
-    name = "-".join(filter(None, (kind, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
-    return check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
-
-
-def clear(folder: Path) -> None:
-    """Removes an evaluation, and nothing else that may lie there."""
-    for file in (ANSWERS, VERDICTS, FLUENCY, REPORT, HTML):
-        (folder / file).unlink(missing_ok=True)
-
-
-def corpus_of(checkpoint: Path) -> str:
-    """The corpus of a checkpoint's run, or the default one."""
-    run = config_of(checkpoint)
-    return run.data.corpus if run else "wiki-leads"
-
-
-def fluency_model(name: str, checkpoint: Path) -> str | None:
-    """The name of the fluency model: for `base`, what Gen of the run began as; None for `none`, or when unknown."""
-    if name != "base":
-        return None if name == "none" else name
-    run = config_of(checkpoint)
-    return run.model.gen if run else None
+    compared = compare_reports(Report.load(before), Report.load(after), metric or ())
+    if as_json:
+        print(compared.model_dump_json())
+        return
+    out.print(compared.table(datasets=datasets))
+    say(f"{compared.questions} questions in both, {compared.left_out} in one only")
+    for name in compared.differs:
+        err.print(f"[yellow]note:[/] the two runs differ in their {name} settings too", highlight=False)

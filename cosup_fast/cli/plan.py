@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cosup_fast.cli.common import err, interruptible, out, say
+from cosup_fast.cli.common import err, interruptible, out, run_config, say
 
 if TYPE_CHECKING:
     from cosup_fast.data.packing import PackLimits
@@ -54,26 +54,21 @@ def plan(
     not simulated (CUDA context, NCCL, cuBLAS, scratch of attention, fragmentation) is left a margin. Exits with 1 if it
     does not fit.
     """
-    from cosup_fast.config import ConfigError, load_config
     from cosup_fast.plan.planner import make_plan
     from cosup_fast.plan.presets import PRESETS
     from cosup_fast.plan.request import PlanRequest
     from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 
     given = arguments or []
-    files = [a for a in given if "=" not in a]
-    if len(files) > 1:
-        raise ConfigError(f"expected one configuration file, got {files}: overrides read section.field=value")
-    overrides = [a for a in given if "=" in a]
     known = None
     if preset is not None:
         if preset not in PRESETS:
             raise ValueError(f"--preset {preset}: there is no such preset, only {', '.join(PRESETS)}")
         known = PRESETS[preset]
-        overrides = [f"{name}={json.dumps(value)}" for name, value in known.settings.items()] + overrides
+        given = [f"{name}={json.dumps(value)}" for name, value in known.settings.items()] + given
     gpus = gpus or (known.gpus if known else 1)
     gpu_memory = gpu_memory or (known.gpu_memory_gib if known else 80.0)
-    config = inherit(load_config(files[0] if files else None, overrides))
+    config = inherit(run_config(given))
     if config.model.init_from is not None:
         config = as_in(initial_checkpoint(config), config)
     limits = config.training.pack_limits

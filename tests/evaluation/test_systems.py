@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosup_fast.cli.evaluate import open_system, output_folder, split_name
+from cosup_fast.cli.systems import open_system, output_folder, split_name
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.evaluation import (
     DenseRetriever,

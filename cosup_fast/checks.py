@@ -1,0 +1,121 @@
+"""Validation of the operators' arguments: their types, shapes, dtypes, devices, ranges and combinations.
+
+Shapes, dtypes and devices are always checked; values only where reading them needs no synchronisation, see `readable`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+Duplicates = Literal["mask", "positive", "keep"]
+Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
+KeyGrad = Literal["global", "local"]
+PositiveRows = Literal["rank", "group"]
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | None, ...] | None = None,
+    like: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A tensor of this shape (None: any size), on the device of `like`, of this dtype (None: floating)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
+    if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
+        raise TypeError(f"{name} has dtype {value.dtype}; convert it to {dtype or 'a floating dtype'}")
+    fits = shape is None or (
+        value.ndim == len(shape) and all(want is None or got == want for got, want in zip(value.shape, shape))
+    )
+    if shape is not None and not fits:
+        if value.ndim != len(shape):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; reshape it: it has {len(shape)} dimension(s)")
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; the other arguments call for ({wanted})")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the operands on {like.device}; move them to one device")
+
+
+def check_operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | None, ...] = (None, None)) -> torch.dtype:
+    """Checks two factors of a product and says what they are rounded to before it, as torch.matmul under autocast."""
+    check_tensor(name, x, (None, None))
+    check_tensor(other, w, shape, x)
+    if w.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"{other} has width {w.shape[-1]}, {name} has {x.shape[-1]}; project one of them to the other's width"
+        )
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    if x.dtype != w.dtype:
+        raise TypeError(f"{other} has dtype {w.dtype}, {name} has {x.dtype}; convert one of them, or use autocast")
+    return x.dtype
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
+
+
+def check_common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, impl: str) -> None:
+    check_choice("reduction", reduction, Reduction)
+    check_choice("impl", impl, Impl)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; pass a number between 0 and 1")
+    if isinstance(scale, Tensor):
+        check_tensor("scale", scale, (), x)
+        if scale.device.type != "cpu" or not readable(scale):
+            return
+        scale = scale.item()
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale is a {type(scale).__name__}; pass a number or a 0-d tensor")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
+
+
+def readable(t: Tensor) -> bool:
+    """Whether t's values can be read here and now: no fake or meta tensor, nothing being compiled or captured."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_in_range(name: str, index: Tensor, size: int, what: str) -> None:
+    wrong = index[(index < 0) | (index >= size)]
+    if len(wrong):
+        allowed = f"every entry must be in 0..{size - 1}" if size else "there is none to choose among"
+        raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
+
+
+def check_positives(positive: Tensor | None, key_ids: Tensor | None, positive_ids: Tensor | None, m: int) -> None:
+    """On CPU, that every query has a positive that is a candidate."""
+    given = [t for t in (positive, key_ids, positive_ids) if t is not None]
+    if not all(t.device.type == "cpu" and readable(t) for t in given):
+        return
+    if positive is not None:
+        check_in_range("positive", positive, m, ", the rows of keys")
+        padding = positive[:0] if key_ids is None else (key_ids[positive] < 0).nonzero()
+        if len(padding):
+            i = int(padding[0])
+            raise ValueError(
+                f"positive[{i}] is {int(positive[i])}, a key that key_ids marks as padding; leave that query out"
+            )
+    elif key_ids is not None and positive_ids is not None:
+        present = (torch.isin(positive_ids, key_ids) & (positive_ids >= 0)).any(1)
+        if not present.all():
+            i = int((~present).nonzero()[0])
+            raise ValueError(
+                f"positive_ids[{i}] is {positive_ids[i].tolist()}, none of which is in key_ids; "
+                "add a key that answers the query or leave the query out"
+            )

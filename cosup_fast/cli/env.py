@@ -1,0 +1,18 @@
+"""`cosup-fast env`: versions, devices, and which optional parts are usable."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from cosup_fast.cli.common import out
+
+
+def env() -> None:
+    """Show versions, devices, and which optional parts are usable and why not."""
+    from cosup_fast.environment import describe
+
+    table = Table("part", "state", "note")
+    for part in describe():
+        table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", escape(part.note))
+    out.print(table)

@@ -1,0 +1,32 @@
+"""`cosup-fast export`: write a checkpoint for sentence-transformers or transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cosup_fast.cli.common import Checkpoint, load_model, say
+
+
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+    what: Annotated[
+        str,
+        typer.Option(help="retriever (both sides, for sentence-transformers), query or embseq (one of them), or gen"),
+    ] = "retriever",
+    licence: Annotated[str | None, typer.Option("--license", help="of the model, for its card, as apache-2.0")] = None,
+    name: Annotated[str | None, typer.Option(help="title of the model card; default: the run's folder")] = None,
+) -> None:
+    """Write a checkpoint for sentence-transformers (MTEB, BEIR) or transformers, with a model card."""
+    from cosup_fast.export.card import RunFacts
+    from cosup_fast.export.sentence_transformers import MARKER
+    from cosup_fast.export.sentence_transformers import export as write
+    from cosup_fast.files import check_replaceable
+
+    check_replaceable(output, MARKER)
+    facts = RunFacts.of(checkpoint, name=name, licence=licence)
+    write(load_model(checkpoint, "cpu"), output, what, facts)  # type: ignore[arg-type]  # it says which there are
+    say(f"{what}: {output}")
