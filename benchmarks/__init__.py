@@ -8,6 +8,7 @@ counting.py     what does it cost exactly? products, FLOPs, bytes, workspace; Tr
 binaries.py     what are the kernels made of? peers' kernels compiled for a GPU that is not there
 peak.py         how much memory? resident set in a subprocess, or the allocator of a GPU
 train_step.py   how fast is a step of training beside the published one, in recipe.py?
+gpu/            what is a GPU worth? everything above and more, within a budget, by one command
 batch_memory.py how much memory does a step take, by the size of its batch?
 gate.py         have the exact figures changed? against exact.json
 report.py       tables and plots, in a folder that is there whole or not at all

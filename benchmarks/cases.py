@@ -77,20 +77,24 @@ class Case:
         return f"{self.loss} {self.shape} {self.dtype}"
 
     def inputs(self) -> Inputs:
-        """Rows like those of a model in training: some positives are found, some are not. The same on every call."""
-        generator = torch.Generator().manual_seed(0)
-        x, w = (torch.randn(size, self.d, generator=generator) for size in (self.n, self.m))
-        if self.loss == "linear-cross-entropy":
-            w /= self.d**0.5  # logits of deviation 1
-            target = torch.randint(self.m, (self.n,), generator=generator)
-            x += torch.empty(self.n, 1).uniform_(6, 14, generator=generator) * w[target]
-        else:
-            target = torch.arange(self.n)
-            x, w = torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)
-            cosine = torch.empty(self.n, 1).uniform_(0.3, 0.7, generator=generator)
-            w[: self.n] = cosine * x + (1 - cosine**2).sqrt() * w[: self.n]
+        """Rows like those of a model in training: some positives are found, some are not.
+
+        Each call on a device returns the same.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        with torch.device(self.device):
+            x, w = (torch.randn(size, self.d, generator=generator) for size in (self.n, self.m))
+            if self.loss == "linear-cross-entropy":
+                w /= self.d**0.5  # logits of deviation 1
+                target = torch.randint(self.m, (self.n,), generator=generator)
+                x += torch.empty(self.n, 1).uniform_(6, 14, generator=generator) * w[target]
+            else:
+                target = torch.arange(self.n)
+                x, w = torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)
+                cosine = torch.empty(self.n, 1).uniform_(0.3, 0.7, generator=generator)
+                w[: self.n] = cosine * x + (1 - cosine**2).sqrt() * w[: self.n]
         dtype = DTYPES[self.dtype]
-        return Inputs(x.to(self.device, dtype), w.to(self.device, dtype), target.to(self.device))
+        return Inputs(x.to(dtype), w.to(dtype), target)
 
     def eager(self, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
         """The definition of correct, in the dtype of its inputs."""

@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks import batch_memory, machine, report, run, train_step
 from benchmarks import gate as gates
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
+from benchmarks.gpu.command import gpu
 from benchmarks.providers import Provider, chosen
 from cosup_fast.kernels.softmax_xent.chunk_torch import multiplies_bf16
 
@@ -218,6 +219,9 @@ def memory_command(
         run.memory_report,
         lambda rows: run.plots(rows, "memory"),
     )
+
+
+app.command("gpu", epilog="Examples: python -m benchmarks gpu --minutes 12 | python -m benchmarks gpu --rehearse")(gpu)
 
 
 @app.command("gate", epilog="Example: python -m benchmarks gate --update")

@@ -92,8 +92,11 @@ def readable(t: Tensor) -> bool:
 
 
 def check_in_range(name: str, index: Tensor, size: int, what: str) -> None:
-    wrong = index[(index < 0) | (index >= size)]
-    if len(wrong):
+    if not index.numel():
+        return
+    low, high = index.aminmax()
+    if low < 0 or high >= size:
+        wrong = index[(index < 0) | (index >= size)]
         allowed = f"every entry must be in 0..{size - 1}" if size else "there is none to choose among"
         raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -45,8 +46,12 @@ _OPTIONAL = [
 ]
 
 
-def describe() -> list[Part]:
-    """Every part with its version, or why it cannot be used."""
+def describe(*, imports: bool = False) -> list[Part]:
+    """Every part with its version, or why it cannot be used.
+
+    Args:
+        imports: also import each optional package, which takes many seconds and finds broken binaries.
+    """
     from cosup_fast import __version__
 
     parts = [
@@ -64,10 +69,10 @@ def describe() -> list[Part]:
     else:
         built = "torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
         parts.append(Part("cuda", False, f"{built}; everything runs on the CPU"))
-    return parts + [_optional(*row) for row in _OPTIONAL]
+    return parts + [_optional(*row, imports=imports) for row in _OPTIONAL]
 
 
-def _optional(distribution: str, module: str, purpose: str, extra: str | None) -> Part:
+def _optional(distribution: str, module: str, purpose: str, extra: str | None, *, imports: bool) -> Part:
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -76,12 +81,15 @@ def _optional(distribution: str, module: str, purpose: str, extra: str | None) -
     if module == "flash_attn" and not torch.cuda.is_available():
         return Part(distribution, False, f"{purpose}: {version} installed, but there is no CUDA device")
     try:
-        with no_downloaded_kernels():
-            importlib.import_module(module)
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"no module named {module}")
+        if imports:
+            with no_downloaded_kernels():
+                importlib.import_module(module)
     except Exception as error:  # a broken binary may raise anything
         return Part(distribution, False, f"{purpose}: {version} does not import ({type(error).__name__}: {error})")
     if module == "triton" and not torch.cuda.is_available():
-        return Part(distribution, False, f"{purpose}: {version} imports, but there is no CUDA device")
+        return Part(distribution, False, f"{purpose}: {version} installed, but there is no CUDA device")
     return Part(distribution, True, f"{purpose}: {version}")
 
 

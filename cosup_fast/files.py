@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import platform
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TextIO
 
@@ -37,9 +42,10 @@ def sync(path: Path) -> None:
 def replace_file(path: str | Path) -> Iterator[TextIO]:
     """A text file to write into, which takes the place of `path` once all of it is on disk."""
     path = Path(path)
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open_new(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -48,34 +54,100 @@ def replace_file(path: str | Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+def open_new(path: Path) -> TextIO:
+    """A text file to write into that is new: neither an earlier one of this name nor what a link there points to."""
+    path.unlink(missing_ok=True)
+    return open(path, "x", encoding="utf-8", newline="\n")  # exclusive creation follows no link
+
+
+def check_regular(path: Path) -> None:
+    """Refuses to replace what is not a regular file: as root, renaming over a device would remove it.
+
+    Raises:
+        ValueError: it is a folder, a link, a device, a pipe or a socket.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path} is a folder: name a file in it")
+    if stat.S_ISLNK(mode):
+        raise ValueError(f"{path} is a link to {path.resolve()}: name that file itself")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is a device, a pipe or a socket: name a regular file")
+
+
 def check_writable(path: str | Path) -> Path:
     """The path of a file that `replace_file` may write; long work asks this before it begins.
 
     Raises:
-        ValueError: the folder that is to hold it does not exist, or `path` is a folder.
+        ValueError: the folder that is to hold it does not exist, or `path` is anything but a regular file.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
+    check_regular(path)
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path.parent} is no folder: make it first, or name another file")
     return path
 
 
-def check_replaceable(folder: str | Path, marker: str) -> Path:
+_DESKTOP = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""What file managers leave in any folder."""
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that is written, and replaced, as a whole; it is known by the content of its marker."""
+
+    name: str
+    """As errors call it: "an index"."""
+    marker: str
+    """A JSON file in it."""
+    keys: frozenset[str] = frozenset()
+    """Fields that the marker has to have; with none its content is not looked at."""
+    files: tuple[str, ...] = ()
+    """Patterns of the paths in it; none: the marker lists them in its field `files`."""
+
+    def foreign(self, folder: Path) -> str:
+        """Why a folder with files in it is not of this kind alone; nothing when it is."""
+        path = folder / self.marker
+        if not path.is_file():
+            return f"it has no {self.marker}"
+        listed = self.files
+        if self.keys:
+            try:
+                described = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(described, dict) or not described.keys() >= self.keys:
+                    return f"its {self.marker} is not that of {self.name}"
+                listed = listed or tuple(described["files"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                return f"its {self.marker} is not that of {self.name}"
+        for file in sorted(p for p in folder.rglob("*") if not p.is_dir()):
+            name = file.relative_to(folder).as_posix()
+            known = (
+                name == self.marker or file.name in _DESKTOP or (file.name.startswith(".") and name.endswith(".new"))
+            )
+            if not known and not any(name == one or fnmatch(name, one) for one in listed):
+                return f"{name} in it is not part of {self.name}"
+        return ""
+
+
+def check_replaceable(folder: str | Path, kind: FolderKind) -> Path:
     """The absolute path of a folder that `replace_folder` may write; long work asks this before it begins.
 
     Raises:
-        ValueError: `folder` is a file, or holds files but no `marker`.
+        ValueError: `folder` is a file, or holds anything that does not belong to an earlier result of this kind.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not (folder / marker).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something else, it has no {marker}: give a new or an empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} holds something else, it is a file: give a new or an empty folder")
+    if folder.exists() and any(folder.iterdir()) and (why := kind.foreign(folder)):
+        raise ValueError(f"{folder} holds something else, {why}: give a new or an empty folder")
     return folder
 
 
 @contextmanager
-def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
+def replace_folder(folder: str | Path, kind: FolderKind) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` once all of it is on disk.
 
     One writer at a time in the folder above; another one waits. What a killed writer left is removed, or put back if it
@@ -83,12 +155,12 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
 
     Args:
         folder: where the result should stand; an earlier result there is replaced.
-        marker: the file by which an earlier result is known.
+        kind: what it is, by which an earlier result is known.
 
     Raises:
-        ValueError: `folder` is a file, or holds files but no `marker`.
+        ValueError: `folder` is a file, or holds anything that does not belong to an earlier result of this kind.
     """
-    folder = check_replaceable(folder, marker)
+    folder = check_replaceable(folder, kind)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new")
     with locked(folder.parent):
@@ -104,9 +176,9 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
-def install_folder(new: Path, folder: str | Path, marker: str) -> None:
+def install_folder(new: Path, folder: str | Path, kind: FolderKind) -> None:
     """Puts a finished folder, whose files are on disk, in the place of `folder`, as `replace_folder` does."""
-    folder = check_replaceable(folder, marker)
+    folder = check_replaceable(folder, kind)
     with locked(folder.parent):
         _recover(folder)
         _install(new, folder)
@@ -147,6 +219,34 @@ def remove_unwritten(folder: Path) -> None:
     """Removes the files and folders under temporary names that killed writers left in a folder, at any depth."""
     for leftover in list(folder.rglob(".*.new")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path, work: str) -> Iterator[None]:
+    """Keeps other processes from doing the same work on a file or folder; the lock ends with the process at the latest.
+
+    Args:
+        path: what is written; the lock is the file `.<name>.lock` beside it, which says who holds it.
+        work: as the error calls it: "generate".
+
+    Raises:
+        ValueError: another process is at it, named by its number and machine.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        taken = FileLock(lock).acquire(blocking=False)
+    except Timeout:
+        holder = lock.read_text(encoding="utf-8").strip() or "another process"
+        raise ValueError(
+            f"{path} is being written by {holder}: wait for that {work} to end, stop it, or give another output"
+        ) from None
+    with taken:
+        lock.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        yield
 
 
 @contextmanager

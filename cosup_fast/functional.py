@@ -11,7 +11,10 @@ costs and which implementation runs.
 Losses and statistics are fp32 (fp64 for fp64 inputs), gradients have their input's dtype. Under autocast the
 operands of products are cast as `torch.matmul` casts them. Shapes, dtypes and devices are always checked; values
 (an index out of range, a query without an answer) only where reading them needs no synchronisation: on CPU
-tensors outside torch.compile.
+tensors outside torch.compile. COSUP_CHECK_TARGETS=1 turns an index out of range into a device assertion everywhere.
+
+The losses are differentiated in reverse mode, once, also by torch.func.grad and vjp; forward mode, second derivatives
+and vmap are errors that name impl="reference".
 """
 
 from __future__ import annotations
@@ -128,7 +131,9 @@ def info_nce(
         ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
             positive_ids but without positive, which leaves open which key answers a query; an option out of its
             range, or not the same on every rank; on CPU also an index out of range or a query whose positives are all
-            padding or absent (elsewhere a device assertion, inf or NaN). What is wrong on one rank is raised on all.
+            padding or absent. Elsewhere, and under torch.compile, a query without an answer has an infinite loss, and
+            one whose index is out of range NaN (every query, if symmetric), in the loss and in its gradient. What is
+            wrong on one rank is raised on all.
         PeerError: another rank did not come in time, or was lost; the message names it.
 
     Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,
@@ -162,7 +167,8 @@ def info_nce(
                     raise ValueError(
                         f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
                     )
-        if positive is None and positive_ids is None:
+        given = positive is not None or positive_ids is not None
+        if not given:
             if m < n:
                 raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
             positive = torch.arange(n, device=query.device)
@@ -174,7 +180,7 @@ def info_nce(
             )
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
-        if peers is None or (positive is not None and not elsewhere):
+        if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
             check_positives(positive, key_ids, positive_ids, m)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     if n == 0 and peers is None:
@@ -196,8 +202,9 @@ def info_nce(
             **options,
         )
     else:
+        checked = readable(query) and query.device.type == "cpu"
         if query_ids is None and key_ids is not None and positive is not None and not elsewhere:
-            query_ids = key_ids[positive]
+            query_ids = key_ids[positive if checked else positive.clamp(0, m - 1)]
         options |= {
             "scale": scale,
             "private": private_negatives,
@@ -211,7 +218,7 @@ def info_nce(
             "impl": impl,
         }
         if peers is None:
-            loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, **options)
+            loss, *stats = softmax_xent(query, keys, target=positive, key_ids=key_ids, checked=checked, **options)
         else:
             loss, *stats = across_ranks(
                 peers,
@@ -272,7 +279,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; an option out of its range; on CPU also a supervised target
-            outside 0..V-1 (elsewhere a device assertion).
+            outside 0..V-1. Elsewhere, and under torch.compile, its loss and gradient are NaN.
 
     Sources: next token prediction of Lee et al. 2024, arXiv 2403.09024, section 3; z_loss of Chowdhery et al. 2022,
     arXiv 2204.02311, section 5; softcap of the Gemma 2 report, arXiv 2408.00118, section 2.
@@ -315,7 +322,8 @@ def linear_cross_entropy(
         rows = supervised.nonzero().squeeze(1)
         hidden, target = hidden.index_select(0, rows), target[rows]
     else:
-        rows, target = None, target.where(supervised, -1)
+        # Neither a wrong target nor an ignored one is the other.
+        rows, target = None, target.where(target >= 0, v).where(supervised, -1)
     if len(hidden) == 0:
         loss, stats = _nothing((hidden, weight, scale, bias), reduction)
     else:
@@ -326,6 +334,7 @@ def linear_cross_entropy(
             ranks=return_stats,
             target=target,
             ignoring=not gather and ignore_index is not None,
+            checked=readable(target) and target.device.type == "cpu",
             impl=impl,
             **options,
         )

@@ -68,9 +68,14 @@ def runs_as(target: str) -> str:
 
 
 def target_of(device: torch.device) -> str:
-    """ "sm_80", "sm_86", "sm_90", "sm_100", "sm_120" or "gfx942" for a GPU, "interpreter" for anything else."""
+    """ "sm_80", "sm_86", "sm_90", "sm_100", "sm_120" or "gfx942" for a GPU, "interpreter" for anything else.
+
+    A GPU that is not there, but planned for, is an sm_90.
+    """
     if device.type != "cuda":
         return "interpreter"
+    if not torch.cuda.is_available():
+        return "sm_90"
     return "gfx942" if torch.version.hip else nearest(torch.cuda.get_device_capability(device))
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 WORKSPACE_BYTES = 512 * 2**20
 """Bytes of a chunk of scores; the environment variable COSUP_WORKSPACE_BYTES overrides it."""
 
+SMALL = 2**18
+"""Bytes below which memory is not worth keeping: the allocator has it at hand."""
+
 _lock = threading.Lock()
 _kept: list[Tensor] = []  # at most one buffer, that nobody uses
 

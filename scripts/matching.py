@@ -11,7 +11,7 @@ A question goes with the first of its five best leads by BM25 that
    and at least half where the title stands in the question.
 
 A FEVER claim goes with its single human gold page when that is among the leads. A question that another has asked
-before, word for word, is left out.
+before, word for word, is left out. Trivia questions go by the same rule with leads that may be trained on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cosup_fast.data import sources
-from cosup_fast.data.prepared.catalog import PYSERINI
+from cosup_fast.data.prepared import trivia
+from cosup_fast.data.prepared.catalog import CHATTERBOT, PYSERINI, RED_TRIVIA
 from cosup_fast.data.prepared.prepare import fetch, prepare
 from cosup_fast.data.prepared.questions import Question, bare_title, make_cloze, read_questions, short_answer
-from cosup_fast.data.prepared.splits import TABLE, Item, assign, read_table, write_table
+from cosup_fast.data.prepared.splits import TABLE, Item, assign, page_roles, read_table, write_table
 from cosup_fast.data.records import Passage, read_passages
 from cosup_fast.data.text import STOPWORDS, occurs, stem, tokens
 
@@ -56,6 +57,13 @@ def make_table(passages: list[Passage], wheel: Path) -> list[Item]:
             asked.add(made[1])
             gold.append(("cloze", str(made[0]), passage.id))
     return sorted(assign(gold, passages))
+
+
+def match_trivia(passages: list[Passage], red: Path, chatterbot: Path) -> dict[str, str]:
+    """The lead of every trivia question that has one among those for training and tuning."""
+    roles = page_roles(passages)
+    matched = match(list(trivia.read_trivia(red, chatterbot)), passages)
+    return {question.source: passage.id for question, passage in matched if roles[passage.id] != "test"}
 
 
 def _search(questions: list[Question], passages: list[Passage]) -> list[list[Passage]]:
@@ -95,23 +103,27 @@ def _stems(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Checks or writes the table."""
+    """Checks or writes the tables."""
     parser = argparse.ArgumentParser(
         prog="python scripts/matching.py", description="Checks or writes the table of splits."
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="compare the committed table with one made anew")
-    action.add_argument("--write", action="store_true", help="write the table")
+    action.add_argument("--check", action="store_true", help="compare the committed tables with those made anew")
+    action.add_argument("--write", action="store_true", help="write the tables")
     arguments = parser.parse_args()
     passages = read_passages(prepare("wiki-leads") / "passages.jsonl")
-    table = make_table(passages, fetch(PYSERINI, sources.home()))
+    home = sources.home()
+    table = make_table(passages, fetch(PYSERINI, home))
+    trivia_table = match_trivia(passages, fetch(RED_TRIVIA, home), fetch(CHATTERBOT, home))
     if arguments.write:
         write_table(table)
-        print(f"{TABLE.name}: {len(table)} questions")
+        trivia.write_trivia_table(trivia_table)
     elif changed := set(table) ^ set(read_table()):
         sys.exit(f"{TABLE.name} differs in {len(changed)} lines, among them {sorted(changed)[:5]}")
+    elif changed := set(trivia_table.items()) ^ set(trivia.read_trivia_table().items()):
+        sys.exit(f"{trivia.TABLE.name} differs in {len(changed)} lines, among them {sorted(changed)[:5]}")
     else:
-        print(f"{TABLE.name}: {len(table)} questions, as made anew")
+        print(f"{TABLE.name}: {len(table)} questions, {trivia.TABLE.name}: {len(trivia_table)}, as made anew")
 
 
 if __name__ == "__main__":

@@ -218,3 +218,11 @@ def keyboard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model, tmp_path_factory):
+    """A checkpoint that indexes are built with; tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save(folder)
+    return folder

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cosup_fast.data.records import DataError, String, Text
+from cosup_fast.files import open_new
 from cosup_fast.generation.answer import Answer
 from cosup_fast.generation.generator import Generator
 from cosup_fast.generation.request import Request
@@ -92,7 +93,7 @@ def answer_questions(
         file: TextIO | None = None
         if partial is not None:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(partial, "w", encoding="utf-8", newline="\n"))
+            file = stack.enter_context(open_new(partial))
         shown = _Lines(questions, file or sys.stdout) if lines else _Shown(questions, out)
         progress = stack.enter_context(_progress(err, disable=not lines or (as_json and out.is_terminal)))
         bar = progress.add_task("Answering", total=len(questions), speed="")

@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -32,8 +33,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semiparametric token-sequence co-supervision: train a generator and a sequence encoder together, "
     "index passages, and generate with retrieval.",
-    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare all[/].",
+    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare starter[/].",
 )
+DEBUG = {"on": bool(os.environ.get("COSUP_DEBUG"))}
+
+
+@app.callback()
+def _debug(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the trace of an error instead of one line.")] = False,
+) -> None:
+    DEBUG["on"] |= debug
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
@@ -78,7 +89,7 @@ COMMANDS: dict[Callable[..., None], list[str]] = {
         "--output mined.jsonl; then: cosup-fast train 'data.train=[mined.jsonl]' output=runs/harder",
     ],
     demo: ["demo --output runs/demo"],
-    env: ["env"],
+    env: ["env", "env --imports"],
 }
 for command, shown in COMMANDS.items():
     app.command(epilog=examples(*shown))(command)
@@ -93,20 +104,40 @@ def run() -> None:
     hush()
     try:
         app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _of_peers(error):
-            raise  # a bug keeps its trace; else it is an argument, a file, a missing package, a lost rank
+    except Exception as error:
+        if DEBUG["on"]:
+            raise
         if _said_elsewhere(error):
             sys.exit(1)
         err.print("[red]error:[/] " if leads() else f"[red]error on rank {os.environ['RANK']}:[/] ", end="")
-        err.print(message_of(error), markup=False, highlight=False, soft_wrap=True)
+        err.print(_line(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
-def _of_peers(error: RuntimeError) -> bool:
+def _line(error: Exception) -> str:
+    """What a user is told of an error, whoever caused it."""
     from cosup_fast.distributed.peers import PeerError
 
-    return isinstance(error, PeerError)
+    if isinstance(error, ValueError | ImportError | PeerError):
+        return message_of(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            return f"{error}: free some space, or write to another disk"
+        return str(error)
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text or 'no more to be had'}): lower training.tokens_per_micro_batch or --batch, or use "
+            "fewer layers; `cosup-fast plan` says what a run takes"
+        )
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f", in {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else ""
+    return (
+        f"unexpected {type(error).__name__}: {text}{where}. Either a file is damaged in a way that is not recognised, "
+        "or this is a bug: `cosup-fast --debug ...` prints the trace"
+    )
 
 
 def _said_elsewhere(error: Exception) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+
+from cosup_fast.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
 # What is printed is mostly other people's text: it is never read as markup or emoji codes.
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+out = SafeConsole(emoji=False)
+err = SafeConsole(stderr=True, emoji=False)
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="A checkpoint, or a run's folder for its best or newest one.", show_default=False)

@@ -34,8 +34,10 @@ def data_list() -> None:
     out.print(table)
 
 
-@data_app.command("prepare", epilog="Examples: cosup-fast data prepare all | cosup-fast data prepare smollm2-135m")
-def data_prepare(name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, or all")]) -> None:
+@data_app.command("prepare", epilog="Examples: cosup-fast data prepare starter | cosup-fast data prepare smollm2-135m")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, starter, or all")],
+) -> None:
     """Fetch, verify and convert a model or a data set; takes up where it stopped."""
     from cosup_fast.data.prepared.prepare import prepare
 
@@ -59,7 +61,7 @@ def data_check(
     if not examples:
         ready = [row.name for row in list_prepared() if row.ready]
         if not ready:
-            raise ValueError("nothing is prepared yet: cosup-fast data prepare all")
+            raise ValueError("nothing is prepared yet: cosup-fast data prepare starter")
         if problems := check():
             raise ValueError("\n".join(problems))
         say(f"{', '.join(ready)}: as first made, and no tested passage is trained on")

@@ -17,11 +17,12 @@ def evaluate(
         typer.Option(help="a JSONL file of examples or of KILT, or a prepared set; repeat it", show_default=False),
     ] = None,
     system: Annotated[
-        str, typer.Option(help="co-supervised, closed-book, gold, dense:NAME, pair:RUN or random")
+        str,
+        typer.Option(help="co-supervised, closed-book, gold, random, bm25, dense:NAME, pair:RUN or untrained"),
     ] = "co-supervised",
     index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside what retrieves")] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="passages of gold, dense and random; default: the run's corpus")
+        str | None, typer.Option(help="passages to search or hand over; default: those of the index, or the run's")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint")

@@ -22,11 +22,11 @@ def export(
 ) -> None:
     """Write a checkpoint for sentence-transformers (MTEB, BEIR) or transformers, with a model card."""
     from cosup_fast.export.card import RunFacts
-    from cosup_fast.export.sentence_transformers import MARKER
+    from cosup_fast.export.sentence_transformers import EXPORT
     from cosup_fast.export.sentence_transformers import export as write
     from cosup_fast.files import check_replaceable
 
-    check_replaceable(output, MARKER)
+    check_replaceable(output, EXPORT)
     facts = RunFacts.of(checkpoint, name=name, licence=licence)
     write(load_model(checkpoint, "cpu"), output, what, facts)  # type: ignore[arg-type]  # it says which there are
     say(f"{what}: {output}")

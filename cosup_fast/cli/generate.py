@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +47,7 @@ def generate(
     as in the `generation` section of the run's configuration.
     """
     from cosup_fast.cli.answers import answer_questions, read_questions
+    from cosup_fast.files import check_regular, held
     from cosup_fast.generation import Generator
     from cosup_fast.index import SequenceIndex
 
@@ -64,14 +66,15 @@ def generate(
     )
     if top_p is not None and config.temperature == 0:
         raise ValueError(f"--top-p {top_p} samples, and --temperature 0 does not: give a temperature above 0")
-    if output is not None and output.is_dir():
-        raise ValueError(f"output {output} is a folder: name a file for the answers")
-    model = load_model(checkpoint, device)
-    folder = index or checkpoint / "index"
-    searched = SequenceIndex.load(folder, model, allow_stale=allow_stale) if config.max_retrievals else _no_passages
-    generator = Generator(model, searched, config, max_batch=min(batch, len(asked)))
-    with interruptible():
-        failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
+    if output is not None:
+        check_regular(output)
+    with held(output, "generate") if output is not None else nullcontext():
+        model = load_model(checkpoint, device)
+        folder = index or checkpoint / "index"
+        searched = SequenceIndex.load(folder, model, allow_stale=allow_stale) if config.max_retrievals else _no_passages
+        generator = Generator(model, searched, config, max_batch=min(batch, len(asked)))
+        with interruptible():
+            failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
     if output is not None:
         err.print(f"answers: {output} ({len(asked)} questions)", markup=False, highlight=False, soft_wrap=True)
     if failed:

@@ -51,9 +51,9 @@ def index_build(
     same command; torchrun shares it among processes.
     """
     from cosup_fast.files import check_replaceable
-    from cosup_fast.index import STAMP, Options, SequenceIndex, process_group
+    from cosup_fast.index import INDEX, Options, SequenceIndex, process_group
 
-    output = check_replaceable(output or checkpoint / "index", STAMP)
+    output = check_replaceable(output or checkpoint / "index", INDEX)
     options = Options(
         shard_size=shard_size,
         batch_tokens=batch_tokens,

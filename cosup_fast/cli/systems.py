@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosup_fast.config import config_of
-from cosup_fast.data.records import nearest
-from cosup_fast.evaluation.report import HTML, REPORT
+from cosup_fast.evaluation.corpus import Corpus
+from cosup_fast.evaluation.html import HTML
+from cosup_fast.evaluation.report import REPORT
 from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
-from cosup_fast.evaluation.systems import (
-    DenseRetriever,
-    GoldRetriever,
-    IndexRetriever,
-    PairRetriever,
-    RandomRetriever,
-    System,
-)
-from cosup_fast.files import check_replaceable
+from cosup_fast.evaluation.systems import System, split_name
+from cosup_fast.evaluation.workbench import Workbench
+from cosup_fast.files import FolderKind, check_replaceable
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
-KINDS = ("co-supervised", "closed-book", "gold", "dense", "pair", "random")
 
-
-def split_name(name: str) -> tuple[str, str]:
-    """The kind of a system and what stands behind its colon: (`dense`, `minilm`).
-
-    Raises:
-        ValueError: no such kind, or a colon too many or too few.
-    """
-    kind, _, argument = name.partition(":")
-    if kind not in KINDS:
-        raise ValueError(
-            f"--system {name!r} is unknown{nearest(kind, KINDS)}: expected co-supervised, closed-book, gold, "
-            "dense:NAME, pair:RUN or random"
-        )
-    if kind == "dense":
-        argument = argument or "minilm"
-    elif kind == "pair" and not argument:
-        raise ValueError("--system pair needs the run that retrieves: --system pair:runs/nsp-only")
-    elif kind != "pair" and argument:
-        raise ValueError(f"--system {name!r}: {kind} takes nothing behind a colon")
-    return kind, argument
+EVALUATION = FolderKind("an evaluation", ANSWERS, files=("*",))
 
 
 def open_system(
@@ -65,8 +41,8 @@ def open_system(
         checkpoint: the run or checkpoint whose Gen writes.
         load_model: loads one.
         index: for `co-supervised` and `pair`; by default the one beside the checkpoint that retrieves.
-        corpus: the passages of the other retrievers; by default those of the checkpoint's run.
-        seed: of `random`.
+        corpus: the passages to search or to hand over; by default those of the index, or of the checkpoint's run.
+        seed: of `random`, and of an untrained model.
         allow_stale: take an index that another checkpoint made.
 
     Raises:
@@ -76,34 +52,43 @@ def open_system(
     from cosup_fast.index import SequenceIndex
 
     kind, argument = split_name(name)
-    searching = kind in ("co-supervised", "pair")
-    if index and not searching:
-        raise ValueError(f"--system {name} searches no index: leave out --index {index}")
-    if corpus and (searching or kind == "closed-book"):
-        reads = "what its index holds" if searching else "no passages"
-        raise ValueError(f"--system {name} reads {reads}: leave out --corpus {corpus}")
-    model = load_model(checkpoint)
-    sources = {"checkpoint": str(checkpoint)}
-    retriever: Any = None
-    if searching:
-        retrieving = Path(argument) if kind == "pair" else checkpoint
-        searcher = load_model(retrieving) if kind == "pair" else model
-        index = index or retrieving / "index"
-        loaded = SequenceIndex.load(index, searcher, allow_stale=allow_stale)
-        retriever = (PairRetriever if kind == "pair" else IndexRetriever)(searcher, loaded)
-        sources |= {"index": str(index)} | ({"retriever": argument} if kind == "pair" else {})
-    elif kind != "closed-book":
+    if index and kind.reads != "index":
+        raise ValueError(f"--system {name} reads no index: leave out --index {index}")
+    if index and corpus:
+        raise ValueError(f"--index {index} holds its own passages: leave out --corpus {corpus}")
+    model = _untrained(checkpoint) if kind.name == "untrained" else load_model(checkpoint)
+    bench = Workbench(model, load=load_model, seed=seed)
+    run = argument if kind.name == "pair" else ""
+    sources = {"checkpoint": str(checkpoint)} | ({"retriever": run} if run else {})
+    searched: Corpus | None = None
+    if kind.reads == "index" and not corpus:
+        index = index or (Path(run) if run else checkpoint) / "index"
+        loaded = SequenceIndex.load(index, bench.searcher(run), allow_stale=allow_stale)
+        searched = Corpus.indexed(loaded, str(index))
+        bench.add_index(run, searched, loaded)
+        sources["index"] = str(index)
+    elif kind.reads or corpus:
         corpus = corpus or corpus_of(checkpoint)
-        passages = load_corpus(corpus)
+        searched = Corpus(load_corpus(corpus), corpus)
         sources["corpus"] = corpus
-        if kind == "gold":
-            retriever = GoldRetriever(passages)
-        elif kind == "random":
-            retriever = RandomRetriever(passages, seed)
-        else:
-            template = model.template.config.passage
-            retriever = DenseRetriever(argument, passages, template, device=model.device, progress=True)
-    return System(f"dense:{argument}" if kind == "dense" else name, model, retriever, sources)
+    return replace(bench.system(name, () if searched is None else searched), sources=sources)
+
+
+def _untrained(checkpoint: Path) -> CoSupervisionModel:
+    """What the run of a checkpoint began as.
+
+    Raises:
+        ValueError: nothing says how it began.
+    """
+    import torch
+
+    from cosup_fast.model import CoSupervisionModel
+
+    run = config_of(checkpoint)
+    if run is None:
+        raise ValueError(f"--system untrained: {checkpoint} belongs to no run, whose config.yaml says how it began")
+    torch.manual_seed(run.training.seed)
+    return CoSupervisionModel.from_pretrained(run.model, run.text, run.nsp).eval()
 
 
 def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
@@ -113,8 +98,8 @@ def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
         ValueError: the folder holds something that is no evaluation.
     """
     kind, argument = split_name(system)
-    name = "-".join(filter(None, (kind, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
-    return check_replaceable(output or checkpoint / "evaluation" / name, ANSWERS)
+    name = "-".join(filter(None, (kind.name, re.sub(r"[^\w.-]+", "-", Path(argument).name))))
+    return check_replaceable(output or checkpoint / "evaluation" / name, EVALUATION)
 
 
 def clear(folder: Path) -> None:

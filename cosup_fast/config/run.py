@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
+from cosup_fast.config.reading import read_yaml
 from cosup_fast.config.rules import RULES
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import nearest
@@ -143,7 +144,7 @@ def _fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, A
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -157,7 +158,7 @@ def _parse(value: str, *, is_text: bool) -> Any:
     if is_text and value not in ("", "null") and value[0] not in "'\"":  # {text} would be a mapping, 2024 a number
         return value
     try:
-        parsed = yaml.safe_load(value)
+        parsed = read_yaml(value)
     except yaml.YAMLError:
         return value
     if isinstance(parsed, str) and not is_text:  # YAML 1.1 reads 1e-4 as text

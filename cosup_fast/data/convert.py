@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, Self, TextIO, TypeVar
 
 from pydantic import BaseModel
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cosup_fast.data.records import DataError, Example, Passage, lines, parse_object, to_line, validate
-from cosup_fast.files import replace_folder, sha256
+from cosup_fast.files import FolderKind, replace_folder, sha256
+from cosup_fast.terminal import SafeConsole
 
-MARKER = "converted.json"
+CONVERTED = FolderKind("converted data", "converted.json", frozenset({"form", "sources", "counts", "files"}))
 PASSAGES = "passages.jsonl"
 Gold = Literal["paragraph", "page"]
 Provenance = tuple[str, int, int]
@@ -314,7 +314,7 @@ def _read(
     path: Path, convert: Callable[[str, int, dict[str, Any]], T], counts: Counter[str], what: str, skip: bool, bar: bool
 ) -> Iterator[tuple[str, T]]:
     """What `convert` makes of each line, and where it stood; malformed lines stop it, or are shown and counted."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not bar) as progress:
         task = progress.add_task(path.name, total=path.stat().st_size if path.is_file() else None)
@@ -342,7 +342,7 @@ class _Output:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._folder = stack.enter_context(replace_folder(self._target, MARKER))
+            self._folder = stack.enter_context(replace_folder(self._target, CONVERTED))
             self._open = stack.pop_all()
         return self
 
@@ -357,5 +357,5 @@ class _Output:
 
     def finish(self, form: str, sources: Sequence[Path], counts: Counter[str]) -> None:
         made_of = {source.name: sha256(source) for source in sources}
-        note = {"form": form, "sources": made_of, "counts": dict(counts)}
-        (self._folder / MARKER).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        note = {"form": form, "sources": made_of, "counts": dict(counts), "files": sorted(self._files)}
+        (self._folder / CONVERTED.marker).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cosup_fast.data.prepared.catalog import CATALOG, PASSAGES
+from cosup_fast.data.prepared.catalog import CATALOG, PASSAGES, is_corpus
 from cosup_fast.data.records import (
     DataError,
     Example,
@@ -70,8 +70,8 @@ def _sets(kind: str) -> dict[str, tuple[str, str]]:
     found = {}
     for name, entry in CATALOG.items():
         for file in entry.files:
-            if (file == PASSAGES) == (kind == "corpus"):
-                found[name if kind == "corpus" else f"{name}/{file.removesuffix('.jsonl')}"] = (name, file)
+            if is_corpus(file) == (kind == "corpus"):
+                found[name if file == PASSAGES else f"{name}/{file.removesuffix('.jsonl')}"] = (name, file)
     return found
 
 

@@ -47,8 +47,8 @@ class Comparison(BaseModel):
             if row.dataset and not datasets:
                 continue
             known = METRICS.get(row.metric)
-            geometric = known is not None and known.geometric
-            scale, sign = (1, "") if geometric else (100, "+")
+            unit = known.unit if known else "share"
+            scale, sign = {"share": (100, "+"), "count": (1, "+"), "geometric": (1, "")}[unit]
             title = known.title if known else SUMMARY[row.metric]
             gain = row.gain.gain
             interval = (
@@ -110,7 +110,7 @@ def compare(before: Report, after: Report, metrics: Sequence[str] = ()) -> Compa
 
 
 def _gain(metric: str, before: dict[str, float], after: dict[str, float]) -> Gain:
-    if metric not in METRICS or not METRICS[metric].geometric:
+    if metric not in METRICS or METRICS[metric].unit != "geometric":
         return compare_values(before, after)
     logs = compare_values(*({key: math.log(value) for key, value in side.items()} for side in (before, after)))
     low, high = (None if x is None else math.exp(x) for x in (logs.gain.low, logs.gain.high))

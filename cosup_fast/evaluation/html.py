@@ -13,6 +13,9 @@ from cosup_fast.data.records import Example
 from cosup_fast.evaluation.metrics import answer_spans, is_gold, normalize, require
 from cosup_fast.evaluation.report import QuestionRecord, Report, figure, shown
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
+from cosup_fast.files import replace_file
+
+HTML = "report.html"
 
 SHOWN = 1000
 """Most questions in the file; `report.json` has all."""
@@ -42,10 +45,22 @@ def render(report: Report) -> str:
         metrics=METRICS,
         summary=SUMMARY,
         shown=lambda name, value: shown(name, value).split("\n"),
+        figure=figure,
         questions=[_question(record, retrieval[record.example.dataset]) for record in report.questions[:SHOWN]],
         titles={**SUMMARY, **{name: metric.title for name, metric in METRICS.items()}},
         most=SHOWN,
     )
+
+
+def write_html(report: Report, folder: str | Path) -> None:
+    """Writes `report.html` into a folder; it appears whole.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    page = render(report)
+    with replace_file(Path(folder) / HTML) as file:
+        file.write(page)
 
 
 def _question(record: QuestionRecord, retrieval: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class TestSet:
         source: the file or the name they come from.
         examples: they may be of several data sets (`Example.dataset`).
         domain: `in-domain`, `out-of-domain`, or empty when that is not known; or one for each data set.
+        corpus: the name of the corpus that they search, where a system has several.
     """
 
     __test__ = False  # no class of tests, whatever pytest thinks
@@ -38,6 +39,7 @@ class TestSet:
     source: str
     examples: Sequence[Example]
     domain: str | Mapping[str, str] = ""
+    corpus: str = ""
 
     def domain_of(self, example: Example) -> str:
         """The domain of one of the examples."""

@@ -1,16 +1,21 @@
 """A journal: one JSON line for each finished piece of long work, flushed to disk as it comes, read again by a rerun.
 
-The first line says what the work is of. A last line that a killed process left unfinished is dropped.
+The first line says what the work is of. Every line ends in the CRC-32 of what comes before it, so that a changed one is
+refused and not used. A last line that a killed process left unfinished is dropped.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from cosup_fast.files import fcntl, sync
+
+SYNC_SECONDS = 1.0
 
 
 class Journal:
@@ -19,7 +24,7 @@ class Journal:
     Args:
         path: the file; made with its folder when it is not there.
         settings: what the work is of, JSON values.
-        restart: begin anew when the file's settings are others, rather than refuse them.
+        restart: start over when the file's settings differ, rather than refuse them.
 
     Raises:
         ValueError: the file holds work with other settings (the first that differs is named), is no journal, or another
@@ -30,6 +35,7 @@ class Journal:
         self.path = path
         self.done: dict[str, Any] = {}
         self._file: BinaryIO | None = None
+        self._synced = 0.0
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,18 +57,25 @@ class Journal:
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
+            self._sync()
             self._file.close()
 
     def add(self, key: str, value: Any) -> None:
-        """Keeps a finished piece, on disk before this returns."""
+        """Keeps a finished piece: written before this returns, on disk within a second or when the journal closes."""
         self.done[key] = value
         self._write(_line({"key": key, "value": value}))
 
     def _write(self, line: bytes) -> None:
         if self._file is not None:
             self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.flush()  # what the system has survives a kill; only a crash of the machine needs more
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self._sync()
+
+    def _sync(self) -> None:
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def _lock(self) -> None:
         if fcntl is None or self._file is None:
@@ -75,33 +88,53 @@ class Journal:
             ) from None
 
     def _read(self, settings: dict[str, Any], restart: bool) -> int:
-        """Fills `done`; returns the length of what is whole, in bytes, 0 to begin anew."""
+        """Fills `done`; returns the length of what is whole, in bytes, 0 to start over."""
         assert self._file is not None
         lines = self._file.read().split(b"\n")[:-1]
         whole = 0
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = _entry(line)
                 if number == 1:
                     theirs = entry["settings"]
                 else:
                     self.done[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}:{number} is damaged ({error}): remove the line, or the file to begin anew"
+                    f"{self.path}:{number} is damaged ({error}): remove the line, or the file to start over"
                 ) from None
             if number == 1 and (name := _difference(theirs, json.loads(json.dumps(settings)))):
                 if restart:
                     return 0
                 raise ValueError(
-                    f"{self.path} holds work with another {name}: give another --output, or --overwrite to begin anew"
+                    f"{self.path} holds work with another {name}: give another --output, or --overwrite to start over"
                 )
             whole += len(line) + 1
         return whole
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(entry, ensure_ascii=False).encode()[:-1]
+    return text + _ending(text) + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    """The entry in a line.
+
+    Raises:
+        ValueError: the line is not as it was written.
+    """
+    text, ending = line[:-_ENDING], line[-_ENDING:]
+    if ending != _ending(text):
+        raise ValueError("its checksum does not agree, or it has none")
+    return json.loads(line)
+
+
+def _ending(text: bytes) -> bytes:
+    return b', "crc32": "%08x"}' % zlib.crc32(text)
+
+
+_ENDING = len(_ending(b""))
 
 
 def _difference(theirs: Any, ours: Any, name: str = "settings") -> str:

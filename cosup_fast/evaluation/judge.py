@@ -149,16 +149,16 @@ class NLIJudge:
     """
 
     def __init__(self, name: str, *, device: torch.device | str = "cpu", batch_size: int = 8):
-        from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+        from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-        from cosup_fast.data.sources import resolve_model
+        from cosup_fast.model.pretrained import read_config
 
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a forward needs at least one pair")
         self.name = name
         self._batch_size = batch_size
         try:
-            config = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+            config = read_config(name)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"judge {name!r} cannot be loaded: {error}") from error
         self._seq2seq = bool(config.is_encoder_decoder) and "SequenceClassification" not in str(config.architectures)

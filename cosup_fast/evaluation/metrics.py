@@ -147,6 +147,13 @@ def has_answer(text: str, example: Example) -> bool:
     return contains_answer(text, [*example.answers, *(a for answers in example.answer_sets for a in answers)])
 
 
+def is_answer(text: str, example: Example) -> bool:
+    """Whether a text is, as a whole, one of the gold answers of the example or matches one of its patterns."""
+    if example.answer_type == "regex":
+        return any(matches(pattern, text.strip(), whole=True) for pattern in answer_patterns(example))
+    return bool(exact_match(text, [*example.answers, *(a for answers in example.answer_sets for a in answers)]))
+
+
 def answer_spans(text: str, example: Example) -> list[tuple[int, int]]:
     """Where the gold answers stand in a text, as (start, end) in order and without overlap; for reports."""
     found: list[tuple[int, int]] = []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cosup_fast.data.sources import resolve_model
-from cosup_fast.model.loading import quiet_transformers
+from cosup_fast.model.pretrained import read_model, read_tokenizer
 
 
 def load_pretrained(factory: Any, name: str, device: torch.device | str, role: str, **options: Any) -> tuple[Any, Any]:
@@ -24,20 +22,9 @@ def load_pretrained(factory: Any, name: str, device: torch.device | str, role: s
     Raises:
         ValueError: no such model, none of the factory's kind, weights that are no safetensors, or code of its own.
     """
-    from transformers import AutoTokenizer
-
-    source = resolve_model(name)
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise ValueError(
-            f"{role} {name!r} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is "
-            "never read: convert it once with transformers, from_pretrained(folder).save_pretrained(folder)"
-        )
     try:
-        with quiet_transformers():
-            model = factory.from_pretrained(
-                source, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = read_model(factory, name, dtype="auto", **options)
+        tokenizer = read_tokenizer(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{role} {name!r} cannot be loaded: {error}") from error
     return model.to(device).eval(), tokenizer

@@ -1,7 +1,6 @@
 """The report of an evaluation: what happened to every question, and the metrics of every data set with intervals.
 
-report.json    `Report`, whole: settings, metrics, questions
-report.html    the same to read, one file that loads nothing (`html`)
+`report.json` holds a `Report` whole: settings, metrics, questions.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,13 +20,15 @@ from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.estimates import Estimate, bootstrap_mean, macro_average
 from cosup_fast.evaluation.inputs import IN_DOMAIN, OUT_OF_DOMAIN
 from cosup_fast.evaluation.judge import Verdict
+from cosup_fast.evaluation.scoring import Titles
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, Suite
 from cosup_fast.files import replace_file
 from cosup_fast.generation import Answer
 
 FORMAT = "cosup-fast evaluation"
-FORMAT_VERSION = 1
-REPORT, HTML = "report.json", "report.html"
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 lacks chance, titles and the name of the corpus
+REPORT = "report.json"
 
 
 class _Part(BaseModel):
@@ -38,8 +40,11 @@ class QuestionRecord(_Part):
 
     key: str  # data set and id
     domain: str
+    corpus: str = ""  # the name of what was searched
     example: Example
     ranks: tuple[int | None, ...]  # of the first gold passage for each teacher-forced [NSP], from 1; None: not found
+    chance: dict[str, float] = {}  # what each recall would be if the passages were ranked at random
+    titles: Titles = Titles()
     answer: Answer
     evidence: dict[str, Passage]  # the passages that Gen was given
     verdicts: tuple[Verdict, ...]  # on the grounded segments, in order; empty without a judge
@@ -55,6 +60,7 @@ class DatasetReport(_Part):
     retrieval: str  # which metric stands for retrieval
     correctness: str
     metrics: dict[str, Estimate]
+    chance: dict[str, float] = {}  # of the recalls
 
 
 class Report(_Part):
@@ -64,6 +70,7 @@ class Report(_Part):
     format_version: int = FORMAT_VERSION
     settings: dict[str, Any]
     overall: dict[str, Estimate]  # means over all questions
+    chance: dict[str, float] = {}  # of the recalls, over all questions
     averages: dict[str, dict[str, Estimate]]  # `SUMMARY`, means over data sets: of all, and of those in each domain
     datasets: tuple[DatasetReport, ...]
     questions: tuple[QuestionRecord, ...]
@@ -78,6 +85,7 @@ class Report(_Part):
         return cls(
             settings=settings,
             overall=_estimates(questions),
+            chance=_chance(questions),
             averages={
                 name: _averages([members for group, members in groups.items() if name in ("all", group[1])])
                 for name in ("all", *domains)
@@ -90,6 +98,7 @@ class Report(_Part):
                     retrieval=suites[dataset, domain].retrieval,
                     correctness=suites[dataset, domain].correctness,
                     metrics=_estimates(members),
+                    chance=_chance(members),
                 )
                 for (dataset, domain), members in groups.items()
             ),
@@ -106,10 +115,37 @@ class Report(_Part):
             raise ValueError(f"metric={metric!r}: expected one of {', '.join([*METRICS, *SUMMARY])}")
         return {record.key: record.scores[metric] for record in self.questions if metric in record.scores}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat record of each question, JSON values: what a study keeps of an evaluation.
+
+        `retrieved` are the ids of the passages that Gen was given; `ranks` and `chance` are those of the teacher-forced
+        lists; `answer` is all that Gen wrote.
+        """
+        return [
+            {
+                "key": record.key,
+                "dataset": record.example.dataset,
+                "domain": record.domain,
+                "corpus": record.corpus,
+                "gold": record.example.gold,
+                "retrieved": [found.best.passage for found in record.answer.retrievals],
+                "ranks": list(record.ranks),
+                "answer": record.answer.text,
+                "stop_reason": record.answer.stop_reason,
+                "verdicts": [verdict.entailed for verdict in record.verdicts],
+                "answer_is_gold_title": record.titles.answer_is_gold,
+                "answer_is_retrieved_title": record.titles.answer_is_retrieved,
+                "wrote_retrieved_title": record.titles.wrote_retrieved,
+                "chance": record.chance,
+                "scores": record.scores,
+            }
+            for record in self.questions
+        ]
+
     def table(self) -> Table:
         """The main metrics with their intervals, a row for each data set and average."""
         table = Table(caption="percent (perplexity apart), with 95% bootstrap intervals")
-        columns = [name for name in ("recall@1", "recall@5", "mrr") if name in self.overall]
+        columns = [name for name in ("recall@1", "recall@5", "recall@20") if name in self.overall]
         last = [name for name in ("grounded", "perplexity") if name in self.overall]
         table.add_column("data set")
         table.add_column("questions", justify="right")
@@ -119,7 +155,7 @@ class Report(_Part):
             table.add_row(
                 escape("\n".join(filter(None, (part.dataset or "(no name)", part.domain)))),
                 str(part.questions),
-                *(shown(name, part.metrics.get(name)) for name in columns),
+                *(_with_chance(shown(name, part.metrics.get(name)), name, part.chance) for name in columns),
                 *(
                     "-"
                     if part.metrics.get(name) is None
@@ -141,15 +177,11 @@ class Report(_Part):
         return table
 
     def save(self, folder: str | Path) -> None:
-        """Writes `report.json` and `report.html` into a folder; each appears whole."""
-        from cosup_fast.evaluation.html import render
-
+        """Writes `report.json` into a folder; it appears whole. `html.write_html` writes the page to read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        page = render(self)
-        for name, text in ((REPORT, self.model_dump_json(indent=1) + "\n"), (HTML, page)):
-            with replace_file(folder / name) as file:
-                file.write(text)
+        with replace_file(folder / REPORT) as file:
+            file.write(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -162,7 +194,7 @@ class Report(_Part):
         path = path / REPORT if path.is_dir() else path
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or data["format_version"] != FORMAT_VERSION:
+            if data["format"] != FORMAT or data["format_version"] not in READABLE:
                 raise ValueError(
                     f"format {data['format']!r} version {data['format_version']!r}, this release reads {FORMAT_VERSION}"
                 )
@@ -177,7 +209,7 @@ class Report(_Part):
 
 def estimate(metric: str, values: Sequence[float]) -> Estimate:
     """The mean of a metric's values with its interval; the geometric one where the metric has that."""
-    if metric in METRICS and METRICS[metric].geometric:
+    if metric in METRICS and METRICS[metric].unit == "geometric":
         logs = bootstrap_mean([math.log(value) for value in values])
         low, high = (None if x is None else math.exp(x) for x in (logs.low, logs.high))
         return Estimate(mean=math.exp(logs.mean), low=low, high=high, count=logs.count)
@@ -195,10 +227,15 @@ def shown(metric: str, value: Estimate | None) -> str:
 
 
 def figure(metric: str, value: float) -> str:
-    """A value as text: percent, or a geometric metric itself."""
-    if metric not in METRICS or not METRICS[metric].geometric:
-        return f"{100 * value:.1f}"
+    """A value as text: a share in percent, any other metric itself."""
+    unit = METRICS[metric].unit if metric in METRICS else "share"
+    if unit != "geometric":
+        return f"{100 * value:.1f}" if unit == "share" else f"{value:.2f}"
     return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _with_chance(text: str, metric: str, chance: Mapping[str, float]) -> str:
+    return f"{text}\nchance {figure(metric, chance[metric])}" if metric in chance else text
 
 
 def _estimates(records: Sequence[QuestionRecord]) -> dict[str, Estimate]:
@@ -207,6 +244,11 @@ def _estimates(records: Sequence[QuestionRecord]) -> dict[str, Estimate]:
         if values := [record.scores[name] for record in records if name in record.scores]:
             found[name] = estimate(name, values)
     return found
+
+
+def _chance(records: Sequence[QuestionRecord]) -> dict[str, float]:
+    names = {name: None for record in records for name in record.chance}
+    return {name: fmean(r.chance[name] for r in records if name in r.chance) for name in names}
 
 
 def _averages(groups: Sequence[Sequence[QuestionRecord]]) -> dict[str, Estimate]:

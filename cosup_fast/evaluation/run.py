@@ -1,7 +1,7 @@
-"""One evaluation: rank, answer, judge and score, each question kept on disk as soon as it is done.
+"""One evaluation: answer, rank, judge and score, each question kept on disk as soon as it is done.
 
-1. Every question's gold passages are ranked (teacher-forced), which takes one pass over the questions.
-2. The system answers; answers go to `answers.jsonl` one by one, and a rerun goes on behind them.
+1. The system answers; answers go to `answers.jsonl` one by one, and a rerun resumes after the last of them.
+2. Every question's gold passages are ranked, teacher-forced.
 3. The judge reads the grounded segments, the fluency model the texts (`verdicts.jsonl`, `fluency.jsonl`).
 4. Everything is scored and summed up in a `Report`.
 """
@@ -11,29 +11,55 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.fluency import FluencyModel
+from cosup_fast.evaluation.html import write_html
 from cosup_fast.evaluation.inputs import TestSet
 from cosup_fast.evaluation.journal import Journal
 from cosup_fast.evaluation.judge import Judge, LexicalJudge, Verdict
 from cosup_fast.evaluation.metrics import answer_patterns, require
+from cosup_fast.evaluation.progress import OnProgress, bars, silent
 from cosup_fast.evaluation.report import QuestionRecord, Report
-from cosup_fast.evaluation.scoring import DEPTH, Ranked, rank_scores, score
+from cosup_fast.evaluation.retrievers import GoldRetriever, Retriever
+from cosup_fast.evaluation.scoring import DEPTH, Ranked, chances, rank_scores, score, titles
 from cosup_fast.evaluation.suites import check_metrics, suite_of
-from cosup_fast.evaluation.systems import GoldRetriever, System
+from cosup_fast.evaluation.systems import System
 from cosup_fast.generation import Answer, GenerationConfig
 
 ANSWERS, VERDICTS, FLUENCY = "answers.jsonl", "verdicts.jsonl", "fluency.jsonl"
 AT_ONCE = 16  # questions that a judge or a fluency model is given at a time
+RANKED_AT_ONCE = 256
 
 T = TypeVar("T")
 LEXICAL = LexicalJudge()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of the evaluation: its test set, and what the system searches for it."""
+
+    example: Example
+    test: TestSet
+    retriever: Retriever | None
+
+    @property
+    def key(self) -> str:
+        """Unique in the evaluation."""
+        return f"{self.example.dataset}/{self.example.id}" if self.example.dataset else self.example.id
+
+    @property
+    def domain(self) -> str:
+        return self.test.domain_of(self.example)
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """The data set and the domain that it is counted in."""
+        return self.example.dataset, self.domain
 
 
 def evaluate(
@@ -46,7 +72,7 @@ def evaluate(
     metrics: Collection[str] = (),
     folder: str | Path | None = None,
     batch: int = 16,
-    progress: bool = True,
+    progress: bool | OnProgress = True,
 ) -> Report:
     """Answers every question and scores retrieval, correctness, grounding and fluency.
 
@@ -57,9 +83,9 @@ def evaluate(
         judge: of grounding; None leaves it out.
         fluency: the model that perplexity is measured with; None leaves it out.
         metrics: metrics of correctness to report besides those of each data set's suite.
-        folder: where finished work is kept and the report written; a rerun with the same settings goes on there.
+        folder: where finished work is kept and the report written; a rerun with the same settings resumes there.
         batch: questions answered at once.
-        progress: show progress bars on stderr.
+        progress: show progress bars on stderr, or call this with each stage's name, questions done and questions.
 
     Raises:
         ValueError: no example, one twice, a prompt longer than Gen's positions, an answer pattern that does not
@@ -70,73 +96,83 @@ def evaluate(
         require(module, package)  # what is missing should not be found out after an hour of generation
     check_metrics(metrics)
     config = config or GenerationConfig()
-    plain = TestSet("examples", [test for test in tests if isinstance(test, Example)])
-    sets = [plain, *(test for test in tests if isinstance(test, TestSet))]
-    questions = [(test, example) for test in sets for example in test.examples]
-    examples = [example for _, example in questions]
-    _check(system, examples)
-    keys = [_key(example) for example in examples]
+    sets = _test_sets(tests)
+    questions = [
+        Question(example, test, system.retriever_of(test.corpus)) for test in sets for example in test.examples
+    ]
+    _check(system, questions)
     groups: dict[tuple[str, str], list[Example]] = {}
-    for test, example in questions:
-        groups.setdefault((example.dataset, test.domain_of(example)), []).append(example)
+    for question in questions:
+        groups.setdefault(question.group, []).append(question.example)
     suites = {group: suite_of(group[0], members, metrics) for group, members in groups.items()}
 
-    ranked = _ranked(system, examples, progress)
     path = Path(folder) if folder is not None else None
     identity = system.settings(config)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    columns = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        answers = _answers(system, examples, keys, config, path and path / ANSWERS, identity, batch, bar)
-        evidence = [_evidence(system, answer) for answer in answers]
-        verdicts = _judged(judge, answers, evidence, keys, path and path / VERDICTS, bar)
-        nats = _fluent(fluency, answers, keys, path and path / FLUENCY, bar)
-    records = [
-        QuestionRecord(
-            key=key,
-            domain=test.domain_of(example),
-            example=example,
-            ranks=tuple(entry.rank for entry in ranks),
-            answer=answer,
-            evidence=passages,
-            verdicts=tuple(judged),
-            scores=score(
-                example,
-                answer,
-                suites[example.dataset, test.domain_of(example)],
-                {} if system.retriever is None else system.passages,
-                ranks,
-                judged,
-                nats_per_token,
-            ),
+    with ExitStack() as stack:
+        show = progress if callable(progress) else stack.enter_context(bars()) if progress else silent
+        answers = _answers(system, questions, config, path and path / ANSWERS, identity, batch, show)
+        ranked = _ranked(questions, show)
+        evidence = [_evidence(question, answer) for question, answer in zip(questions, answers, strict=True)]
+        verdicts = _judged(judge, questions, answers, evidence, path and path / VERDICTS, show)
+        nats = _fluent(fluency, questions, answers, path and path / FLUENCY, show)
+    records = []
+    for question, ranks, answer, passages, judged, nats_per_token in zip(
+        questions, ranked, answers, evidence, verdicts, nats, strict=True
+    ):
+        example, corpus = question.example, system.corpus_of(question.test.corpus)
+        facts = titles(example, answer, corpus)
+        searched = {} if question.retriever is None else question.retriever.corpus.by_id
+        records.append(
+            QuestionRecord(
+                key=question.key,
+                domain=question.domain,
+                corpus=corpus.name if corpus else "",
+                example=example,
+                ranks=tuple(entry.rank for entry in ranks),
+                chance=chances(example, corpus) if ranks else {},
+                titles=facts,
+                answer=answer,
+                evidence=passages,
+                verdicts=tuple(judged),
+                scores=score(example, answer, suites[question.group], searched, ranks, judged, nats_per_token, facts),
+            )
         )
-        for (test, example), key, ranks, answer, passages, judged, nats_per_token in zip(
-            questions, keys, ranked, answers, evidence, verdicts, nats, strict=True
-        )
-    ]
     settings = {
         "system": system.name,
         "sources": system.sources,
         **{name: value for name, value in identity.items() if name != "system"},
         "judge": judge.name if judge else None,
         "fluency": fluency.name if fluency else None,
-        "tests": [{"source": t.source, "domain": t.domain, "questions": len(t.examples)} for t in sets if t.examples],
+        "tests": [_described(system, test) for test in sets],
         "versions": _versions(),
     }
     report = Report.of(settings, records, suites)
     if path is not None:
         report.save(path)
+        write_html(report, path)
     return report
 
 
-def _check(system: System, examples: Sequence[Example]) -> None:
+def _test_sets(tests: Sequence[TestSet] | Sequence[Example]) -> list[TestSet]:
+    plain = TestSet("examples", [test for test in tests if isinstance(test, Example)])
+    return [test for test in (plain, *(t for t in tests if isinstance(t, TestSet))) if test.examples]
+
+
+def _described(system: System, test: TestSet) -> dict[str, Any]:
+    corpus = system.corpus_of(test.corpus)
+    about = {"source": test.source, "domain": test.domain, "questions": len(test.examples)}
+    return about | ({} if corpus is None else {"searched": {"name": corpus.name, **corpus.identity}})
+
+
+def _check(system: System, questions: Sequence[Question]) -> None:
     """Everything that would stop the work half-way and can be known before."""
-    if not examples:
+    if not questions:
         raise ValueError("evaluation needs at least one example, got none")
     template = system.model.template
     seen: set[str] = set()
-    for example in examples:
-        if (key := _key(example)) in seen:
+    for question in questions:
+        example, key = question.example, question.key
+        if key in seen:
             raise ValueError(f"example {key!r} stands more than once: ids must be unique in a data set")
         seen.add(key)
         answer_patterns(example)
@@ -146,50 +182,75 @@ def _check(system: System, examples: Sequence[Example]) -> None:
                 f"example {key!r}: its prompt has {length} tokens, which leaves no room among the "
                 f"{template.max_length} positions of Gen: shorten the question or the instruction, or leave it out"
             )
-    if isinstance(system.retriever, GoldRetriever):
-        system.retriever.check(examples)
-
-
-def _key(example: Example) -> str:
-    return f"{example.dataset}/{example.id}" if example.dataset else example.id
-
-
-def _ranked(system: System, examples: Sequence[Example], progress: bool) -> list[tuple[Ranked, ...]]:
-    lists = None if system.retriever is None else system.retriever.rank(examples, DEPTH, progress=progress)
-    return [() for _ in examples] if lists is None else rank_scores(examples, lists)
+    for question in questions:
+        if isinstance(question.retriever, GoldRetriever):
+            question.retriever.check([question.example])
 
 
 def _answers(
     system: System,
-    examples: Sequence[Example],
-    keys: Sequence[str],
+    questions: Sequence[Question],
     config: GenerationConfig,
     path: Path | None,
     identity: dict[str, Any],
     batch: int,
-    bar: Progress,
+    show: OnProgress,
 ) -> list[Answer]:
-    # A question is known by its text too: an id may stand for another one in another file.
-    names = [f"{key} {_digest(example)}" for key, example in zip(keys, examples, strict=True)]
+    # A question is known by its text and its corpus, too: an id may be another one's in another file.
+    names = [f"{question.key} {_digest(_asked(question))}" for question in questions]
     with Journal(path, identity) as journal:
         open_ = [i for i, name in enumerate(names) if name not in journal.done]
-        task = bar.add_task("Answering", total=len(names), completed=len(names) - len(open_))
+        done = len(names) - len(open_)
+        show("Answering", done, len(names))
 
         def keep(row: int, answer: Answer) -> None:
+            nonlocal done
             journal.add(names[open_[row]], answer.model_dump(mode="json"))
-            bar.advance(task)
+            done += 1
+            show("Answering", done, len(names))
 
-        system.answer([examples[i] for i in open_], config, keep, batch=batch)
+        if open_:
+            asked = [questions[i] for i in open_]
+            corpora = [question.test.corpus for question in asked]
+            system.answer([q.example for q in asked], config, keep, corpora=corpora, batch=batch)
         return [Answer.model_validate(journal.done[name]) for name in names]
+
+
+def _asked(question: Question) -> list[Any]:
+    example = question.example
+    corpus = [question.retriever.corpus.digest] if question.test.corpus and question.retriever else []
+    return [example.question, example.instruction, example.gold, *corpus]
+
+
+def _ranked(questions: Sequence[Question], show: OnProgress) -> list[tuple[Ranked, ...]]:
+    ranked: list[tuple[Ranked, ...]] = [() for _ in questions]
+    by_retriever: dict[int, list[int]] = {}
+    for row, question in enumerate(questions):
+        if question.retriever is not None:
+            by_retriever.setdefault(id(question.retriever), []).append(row)
+    done, total = 0, sum(map(len, by_retriever.values()))
+    for rows in by_retriever.values():
+        for start in range(0, len(rows), RANKED_AT_ONCE):
+            part = rows[start : start + RANKED_AT_ONCE]
+            retriever, examples = questions[part[0]].retriever, [questions[row].example for row in part]
+            assert retriever is not None
+            lists = retriever.rank(examples, DEPTH)
+            if lists is None:
+                break
+            for row, entry in zip(part, rank_scores(examples, lists), strict=True):
+                ranked[row] = entry
+            done += len(part)
+            show("Ranking", done, total)
+    return ranked
 
 
 def _judged(
     judge: Judge | None,
+    questions: Sequence[Question],
     answers: Sequence[Answer],
     evidence: Sequence[dict[str, Passage]],
-    keys: Sequence[str],
     path: Path | None,
-    bar: Progress,
+    show: OnProgress,
 ) -> list[list[Verdict]]:
     if judge is None:
         return [[] for _ in answers]
@@ -197,61 +258,69 @@ def _judged(
         [(passages[s.passage], s.text) for s in answer.segments if s.passage is not None]
         for answer, passages in zip(answers, evidence, strict=True)
     ]
-    silent = Verdict(entailed=False, score=0.0, why="nothing is said")
+    nothing = Verdict(entailed=False, score=0.0, why="nothing is said")
 
     def judged(rows: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
         spoken = [pair for i in rows for pair in claims[i] if pair[1].strip()]
         found = iter(judge.judge(spoken) if spoken else [])
         for i in rows:
-            yield [(next(found) if text.strip() else silent).model_dump() for _, text in claims[i]]
+            yield [(next(found) if text.strip() else nothing).model_dump() for _, text in claims[i]]
 
-    names = [f"{key} {_digest([[p.model_dump(), text] for p, text in c])}" for key, c in zip(keys, claims, strict=True)]
-    done = _in_chunks("Judging", names, judged, path, {"judge": judge.name}, bar)
+    names = [
+        f"{question.key} {_digest([[p.model_dump(), text] for p, text in claim])}"
+        for question, claim in zip(questions, claims, strict=True)
+    ]
+    done = _in_chunks("Judging", names, judged, path, {"judge": judge.name}, show)
     return [[Verdict.model_validate(verdict) for verdict in verdicts] for verdicts in done]
 
 
 def _fluent(
-    model: FluencyModel | None, answers: Sequence[Answer], keys: Sequence[str], path: Path | None, bar: Progress
+    model: FluencyModel | None,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    path: Path | None,
+    show: OnProgress,
 ) -> list[float | None]:
     if model is None:
         return [None for _ in answers]
     texts = [" ".join(segment.text.strip() for segment in answer.segments) for answer in answers]
-    names = [f"{key} {_digest(text)}" for key, text in zip(keys, texts, strict=True)]
+    names = [f"{question.key} {_digest(text)}" for question, text in zip(questions, texts, strict=True)]
     return _in_chunks(
         "Fluency", names, lambda rows: iter(model.nats_per_token([texts[i] for i in rows])), path,
-        {"model": model.name}, bar,
+        {"model": model.name}, show,
     )  # fmt: skip
 
 
 def _in_chunks(
-    title: str,
+    stage: str,
     names: Sequence[str],
     work: Callable[[Sequence[int]], Iterator[T]],
     path: Path | None,
     settings: dict[str, Any],
-    bar: Progress,
+    show: OnProgress,
 ) -> list[T]:
     """The work on each row, from the journal where it is done already."""
     with Journal(path, settings, restart=True) as journal:
         open_ = [i for i, name in enumerate(names) if name not in journal.done]
-        task = bar.add_task(title, total=len(names), completed=len(names) - len(open_))
+        done = len(names) - len(open_)
         for start in range(0, len(open_), AT_ONCE):
             rows = open_[start : start + AT_ONCE]
             for i, value in zip(rows, work(rows), strict=True):
                 journal.add(names[i], value)
-                bar.advance(task)
+            done += len(rows)
+            show(stage, done, len(names))
         return [journal.done[name] for name in names]
 
 
-def _evidence(system: System, answer: Answer) -> dict[str, Passage]:
-    given = dict.fromkeys(found.best.passage for found in answer.retrievals)
-    return {name: system.passages[name] for name in given}
+def _evidence(question: Question, answer: Answer) -> dict[str, Passage]:
+    if question.retriever is None:
+        return {}
+    passages = question.retriever.corpus.by_id
+    return {name: passages[name] for name in dict.fromkeys(found.best.passage for found in answer.retrievals)}
 
 
-def _digest(value: Example | Any) -> str:
-    """A short name for a question's text, or for any JSON value."""
-    if isinstance(value, Example):
-        value = [value.question, value.instruction, value.gold]
+def _digest(value: Any) -> str:
+    """A short name for any JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 

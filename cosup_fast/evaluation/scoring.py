@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.metrics import (
     LABELS,
@@ -17,9 +18,11 @@ from cosup_fast.evaluation.metrics import (
     best_f1,
     exact_match,
     has_answer,
+    is_answer,
     is_gold,
     matches,
     named_label,
+    normalize,
     passage_scores,
     ranking_scores,
     rouge_l,
@@ -40,6 +43,43 @@ class Ranked(BaseModel):
 
     rank: int | None  # of the first gold passage, from 1; None when it is not among the first `DEPTH`
     scores: dict[str, float]
+
+
+class Titles(BaseModel):
+    """How a question's answer and the titles of passages go together; None where that is not known.
+
+    A model that always writes the title of what it retrieved is right where the answer is that title, and nowhere else.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    answer_is_gold: bool | None = None  # a gold answer is the title of a gold passage
+    answer_is_retrieved: bool | None = None  # a gold answer is the title of a passage that Gen was given
+    wrote_retrieved: bool | None = None  # what Gen wrote is the title of a passage that it was given
+
+
+def titles(example: Example, answer: Answer, corpus: Corpus | None) -> Titles:
+    """Whether gold answers and what was written are titles; of a label neither is asked."""
+    if corpus is None or has_label(example):
+        return Titles()
+    gold = [corpus.by_id[name].title for name in corpus.found(example.gold)]
+    given = [found.best.title for found in answer.retrievals]
+    written = normalize(" ".join(segment.text for segment in answer.segments))
+    known = bool(example.answers or example.answer_sets)
+    return Titles(
+        answer_is_gold=any(is_answer(title, example) for title in gold) if known and gold else None,
+        answer_is_retrieved=any(is_answer(title, example) for title in given) if known and given else None,
+        wrote_retrieved=any(normalize(title) == written for title in given) if written and given else None,
+    )
+
+
+def chances(example: Example, corpus: Corpus | None) -> dict[str, float]:
+    """What each recall of an example's ranked lists would be by chance; nothing where nothing is searched."""
+    lists = [] if corpus is None else [gold for _, gold in asked(example)]
+    if corpus is None or not lists:
+        return {}
+    depths = {name: int(name.removeprefix("recall@")) for name in RANKING if name.startswith("recall@")}
+    return {name: float(np.mean([corpus.chance(gold, k) for gold in lists])) for name, k in depths.items()}
 
 
 def rank_scores(examples: Sequence[Example], lists: Sequence[Sequence[tuple[str, float]]]) -> list[tuple[Ranked, ...]]:
@@ -74,7 +114,7 @@ def retrieval_scores(
     given = [found.best.passage for found in answer.retrievals]
     if example.gold:
         scores |= passage_scores(given, example.gold)
-    if (example.answers or example.answer_sets) and not _has_label(example):
+    if (example.answers or example.answer_sets) and not has_label(example):
         held = [has_answer(f"{passages[name].title} {passages[name].text}", example) for name in given]
         scores["answer_in_passage"] = float(np.mean(held or [0]))
     return scores
@@ -102,7 +142,7 @@ def correctness_scores(example: Example, answer: Answer) -> dict[str, float]:
     scores["f1"] = best_f1(first, example.answers)
     scores["unigram_f1"] = best_f1(text, example.answers)
     scores["rouge_l"] = rouge_l(text, example.answers)
-    if _has_label(example):
+    if has_label(example):
         scores["label_accuracy"] = float(named_label(text) in example.answers)
     return scores
 
@@ -115,12 +155,18 @@ def score(
     ranked: Sequence[Ranked] = (),
     verdicts: Sequence[Verdict] = (),
     nats_per_token: float | None = None,
+    titled: Titles | None = None,
 ) -> dict[str, float]:
     """The metrics of a suite that are defined for a question, and `retrieval` and `correctness` that stand for them.
 
-    `grounded` is the share of the grounded segments whose passage entails them.
+    `grounded` is the share of the grounded segments whose passage entails them; `beyond_titles` is `correctness` where
+    no gold answer is the title of a gold passage.
     """
     scores = retrieval_scores(example, answer, ranked, passages) | correctness_scores(example, answer)
+    if passages:
+        scores["retrievals"] = float(len(answer.retrievals))
+    if suite.correctness in scores and titled is not None and titled.answer_is_gold is False:
+        scores["beyond_titles"] = scores[suite.correctness]
     if verdicts:
         scores["grounded"] = float(np.mean([verdict.entailed for verdict in verdicts]))
     if nats_per_token is not None:
@@ -132,5 +178,6 @@ def score(
     return kept
 
 
-def _has_label(example: Example) -> bool:
+def has_label(example: Example) -> bool:
+    """Whether an example's gold answer is a label."""
     return any(answer in LABELS for answer in example.answers)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cosup_fast.data.records import Example, nearest
-from cosup_fast.evaluation.metrics import RANKING
+from cosup_fast.evaluation.metrics import LABELS, RANKING
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Metric:
 
     title: str
     what: str
-    geometric: bool = False  # a positive number with a geometric mean, not a share
+    unit: Literal["share", "count", "geometric"] = "share"
+    """A share is shown in percent; `geometric` is a positive number with a geometric mean."""
 
 
 METRICS = {
@@ -40,15 +42,22 @@ METRICS = {
     "unigram_f1": Metric("unigram F1", "words of all that Gen wrote against the best reference"),
     "rouge_l": Metric("ROUGE-L", "longest common subsequence with the best reference"),
     "string_em": Metric("string EM", "share of the short-answer sets of which one stands in what Gen wrote"),
+    "beyond_titles": Metric(
+        "beyond titles", "correctness on questions of which no gold answer is the title of a gold passage"
+    ),
     "grounded": Metric("grounded", "share of the grounded segments that the cited passage entails, by the judge"),
-    "perplexity": Metric("perplexity", "of what Gen wrote under the fluency model; lower is better", geometric=True),
+    "perplexity": Metric("perplexity", "of what Gen wrote under the fluency model; lower is better", "geometric"),
+    "retrievals": Metric("retrievals", "passages given to Gen in an answer", "count"),
 }
-"""All metrics in the order of columns; shares, but for perplexity."""
+"""All metrics in the order of columns."""
 
 SUMMARY = {"retrieval": "retrieval", "correctness": "correctness", "grounded": "grounded"}
 """What averages over data sets are taken of: each data set's own retrieval and correctness metric, and grounding."""
 
-_COMMON = (*RANKING, "passage_precision", "passage_recall", "passage_f1", "answer_in_passage", "grounded", "perplexity")
+_COMMON = (
+    *RANKING, "passage_precision", "passage_recall", "passage_f1", "answer_in_passage", "beyond_titles", "grounded",
+    "perplexity", "retrievals",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Suite:
 
 _SHORT_ANSWER = Suite("answer_in_passage", "containment", ("exact_match", "f1"))
 _SHORT_ANSWER_BY_ID = Suite("passage_f1", "containment", ("exact_match", "f1"))
+_LABEL = Suite("passage_f1", "label_accuracy")
 SUITES = {
     "nq": _SHORT_ANSWER,
     "triviaqa": _SHORT_ANSWER,
@@ -82,7 +92,8 @@ SUITES = {
     "webquestions": _SHORT_ANSWER,
     "curatedtrec": Suite("answer_in_passage", "containment", ("exact_match",)),
     "hotpotqa": _SHORT_ANSWER_BY_ID,
-    "fever": Suite("passage_f1", "label_accuracy"),
+    "fever": _LABEL,
+    "vitaminc": _LABEL,
     "wow": Suite("passage_f1", "unigram_f1", ("rouge_l",)),
     "eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
     "alce_eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
@@ -102,18 +113,20 @@ def suite_of(dataset: str, examples: Sequence[Example] = (), metrics: Collection
 
     Args:
         dataset: its name.
-        examples: its questions: sets of short answers ask for string EM, other answers for containment.
+        examples: its questions: sets of short answers ask for string EM, labels for their accuracy, other answers
+            for containment.
         metrics: correctness metrics to report in any case.
     """
     name = re.sub(r"[\W_]", "", dataset.lower())
     known = {re.sub(r"_", "", key): suite for key, suite in SUITES.items()}
     suite = known.get(_ALIASES.get(name, name))
     if suite is None:
-        suite = (
-            Suite("passage_f1", "string_em", ("rouge_l",))
-            if any(example.answer_sets for example in examples)
-            else _SHORT_ANSWER_BY_ID
-        )
+        if any(example.answer_sets for example in examples):
+            suite = Suite("passage_f1", "string_em", ("rouge_l",))
+        elif examples and all(set(example.answers) & LABELS.keys() for example in examples):
+            suite = _LABEL
+        else:
+            suite = _SHORT_ANSWER_BY_ID
     return Suite(suite.retrieval, suite.correctness, (*suite.more, *(metrics or ())))
 
 

@@ -1,78 +1,34 @@
 """The systems under test: one writer, Gen with its decoder, and one retriever that hands it passages.
 
-    co-supervised   Gen's own queries search the index that its Embseq made
-    closed-book     nothing is retrieved
-    gold            the gold passages are handed over, in order
-    dense:NAME      a sentence-transformers model searches with the question and what is written so far
-    pair:RUN        another checkpoint retrieves: its Gen reads the same text and makes the query, its Embseq the index
-    random          passages drawn by a seed
-
-All write with the same prompts and decoding, many questions at once, so that only what is retrieved differs. With a
-Gen trained on NTP alone, `dense` and `pair` are the single-supervision baselines of Lee et al. 2024, arXiv 2403.09024,
-section 4.
+All write with the same prompts and decoding, many questions at once, so that only what is retrieved differs. `SYSTEMS`
+lists them. With a Gen trained on NTP alone, `dense` and `pair` are the single-supervision baselines of Lee et al. 2024,
+arXiv 2403.09024, section 4.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.evaluation.metrics import is_gold
-from cosup_fast.evaluation.ranks import asked
+from cosup_fast.data.records import Example, Passage, Segment, nearest
+from cosup_fast.evaluation.corpus import Corpus
+from cosup_fast.evaluation.retrievers import (
+    GoldRetriever,
+    IndexRetriever,
+    PairRetriever,
+    RandomRetriever,
+    Request,
+    Retriever,
+)
+from cosup_fast.evaluation.text_retrievers import BM25Retriever
 from cosup_fast.generation import Answer, Asked, GenerationConfig, Generator
 from cosup_fast.generation import Request as Question
 from cosup_fast.generation.request import Found
-from cosup_fast.index import SequenceIndex, embed_queries
-from cosup_fast.index.embed import embed_asking
-from cosup_fast.index.shards import Passages
 
 if TYPE_CHECKING:
+    from cosup_fast.evaluation.workbench import Workbench
     from cosup_fast.model import CoSupervisionModel
-
-
-_RANKED_AT_ONCE = 256
-
-Ranking = list[tuple[str, float]]
-"""Ids of passages with their scores, best first."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One [NSP] that Gen has just written."""
-
-    example: Example
-    query: Tensor  # (D,) Gen's query there
-    written: tuple[Segment, ...]  # the output before it
-    number: int  # retrievals before it
-
-
-class Retriever(Protocol):
-    """Where passages come from."""
-
-    @property
-    def passages(self) -> Mapping[str, Passage]:
-        """All that it can give, by id."""
-        ...
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What decides its results, JSON values."""
-        ...
-
-    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
-        """For each of the requests that came at the same step at most k passages, at least one."""
-        ...
-
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking] | None:
-        """The k best passages for each entry of `asked`, example by example; None if nothing is searched."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,25 +38,64 @@ class System:
     Args:
         name: as `--system` takes it.
         model: Gen, and for `co-supervised` the Embseq that made the index.
-        retriever: None retrieves nothing.
+        retriever: None retrieves nothing; a mapping has one for each corpus, by its name, and every question searches
+            that of its test set.
+        sources: where its parts come from, for the report.
+        corpora: of a system that retrieves nothing, the corpora whose titles answers are compared with.
+        fingerprint: of the checkpoint, where it is known already or the model was cast to another dtype since.
     """
 
     name: str
     model: CoSupervisionModel
-    retriever: Retriever | None = None
-    sources: dict[str, str] = field(default_factory=dict)  # where its parts come from, for the report
+    retriever: Retriever | Mapping[str, Retriever] | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    corpora: Corpus | Mapping[str, Corpus] | None = None
+    fingerprint: str | None = None
 
     @property
     def passages(self) -> Mapping[str, Passage]:
-        """All that can be retrieved, by id."""
-        return {} if self.retriever is None else self.retriever.passages
+        """All that can be retrieved, by id, of a system with one retriever."""
+        if isinstance(self.retriever, Mapping):
+            raise ValueError(f"system {self.name!r} has a corpus for each test set: {', '.join(self.retriever)}")
+        return {} if self.retriever is None else self.retriever.corpus.by_id
+
+    def retriever_of(self, corpus: str) -> Retriever | None:
+        """The retriever of the questions whose test set names this corpus.
+
+        Raises:
+            ValueError: there are several, and none of that name.
+        """
+        if not isinstance(self.retriever, Mapping):
+            return self.retriever
+        if corpus not in self.retriever:
+            raise ValueError(
+                f"system {self.name!r} has no retriever for the corpus {corpus!r}{nearest(corpus, self.retriever)}: "
+                f"it has {', '.join(self.retriever)}"
+            )
+        return self.retriever[corpus]
+
+    def corpus_of(self, name: str) -> Corpus | None:
+        """The corpus of the questions whose test set gives it this name, if there is one.
+
+        Raises:
+            ValueError: what `retriever_of` refuses.
+        """
+        if (retriever := self.retriever_of(name)) is not None:
+            return retriever.corpus
+        return self.corpora.get(name) if isinstance(self.corpora, Mapping) else self.corpora
 
     def settings(self, config: GenerationConfig) -> dict[str, Any]:
-        """What decides the answers, JSON values."""
+        """What decides the answers besides the questions and the corpora of a mapping, JSON values."""
+        retriever: Any = self.retriever
+        if isinstance(retriever, Mapping):
+            origin = next(iter(retriever.values())).origin
+        else:
+            origin = None if retriever is None else {**retriever.origin, **retriever.corpus.identity}
         return {
             "system": self.name.partition(":")[0],
-            "checkpoint": self.model.fingerprint(),
-            "retriever": None if self.retriever is None else self.retriever.origin,
+            "checkpoint": self.fingerprint or self.model.fingerprint(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "retriever": origin,
             "generation": self._decoding(config).model_dump(mode="json"),
         }
 
@@ -110,6 +105,7 @@ class System:
         config: GenerationConfig,
         on_answer: Callable[[int, Answer], None],
         *,
+        corpora: Sequence[str] | None = None,
         batch: int = 16,
     ) -> None:
         """Writes the answers; this is the one place of the evaluation that knows the decoder.
@@ -118,6 +114,7 @@ class System:
             examples: the questions.
             config: how to write.
             on_answer: called with the row of an example and its answer as soon as it is complete, in any order.
+            corpora: the name of the corpus that each example searches, where there are several.
             batch: questions answered at once.
 
         Raises:
@@ -131,13 +128,21 @@ class System:
             else:
                 failed[row] = answer.error
 
-        generator = Generator(self.model, _Searches(self.retriever), self._decoding(config), max_batch=batch)
-        generator.generate_all((_Question(e.question, e.instruction, example=e) for e in examples), on_answer=ended)
+        names = [""] * len(examples) if corpora is None else corpora
+        searches = {name: _Searches(self.retriever_of(name)) for name in dict.fromkeys(names)}
+        generator = Generator(self.model, _Searches(None), self._decoding(config), max_batch=batch)
+        generator.generate_all(
+            (
+                _Question(e.question, e.instruction, index=searches[name], example=e)
+                for e, name in zip(examples, names, strict=True)
+            ),
+            on_answer=ended,
+        )
         if failed:
             first = min(failed)
             raise ValueError(
                 f"{len(failed)} of {len(examples)} questions could not be answered, first {examples[first].id!r}: "
-                f"{failed[first]} (the other answers are kept; leave these questions out, or mend what is wrong)"
+                f"{failed[first]} (the other answers are kept; leave these questions out, or fix what is wrong)"
             )
 
     def _decoding(self, config: GenerationConfig) -> GenerationConfig:
@@ -167,187 +172,101 @@ class _Searches:
         return self._retriever.retrieve(requests, k)
 
 
-class IndexRetriever:
-    """The index of a model, searched with that model's queries.
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table of systems.
 
     Args:
-        model: whose teacher-forced queries `rank` searches; Gen of the writing model makes those of `retrieve`.
-        index: the index that `model` built.
+        name: what `--system` calls it.
+        retrieves: what Gen is given, for help and docs.
+        reads: what has to be there besides the checkpoint.
+        open: makes its retriever over a corpus, given a workbench and what follows the colon.
+        argument: what follows the colon, if anything does.
+        default: that argument when it is left out; without a default it is required.
     """
 
-    def __init__(self, model: CoSupervisionModel, index: SequenceIndex):
-        self.passages = index.by_id
-        self.origin = {"index": index.origin.fingerprint, **_corpus(index.passages)}
-        self._model, self._index = model, index
+    name: str
+    retrieves: str
+    reads: str  # "index", "corpus" or ""
+    open: Callable[[Workbench, str, Corpus], Retriever] | None
+    argument: str = ""
+    default: str = ""
 
-    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
-        return [*self._index.retrieve_all(torch.stack([request.query for request in requests]), k)]
-
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking]:
-        queries, _ = embed_queries(self._model, examples, self.passages, progress=progress)
-        # The texts of k passages for each question may not fit into memory, their ids do.
-        parts = queries.split(_RANKED_AT_ONCE) if len(queries) else ()
-        return [_ids(found) for part in parts for found in self._index.retrieve_all(part, k)]
+    @property
+    def form(self) -> str:
+        """How it is written: `dense:NAME`."""
+        return f"{self.name}:{self.argument}" if self.argument else self.name
 
 
-class PairRetriever(IndexRetriever):
-    """A second checkpoint retrieves: its Gen reads what the writer has written so far and makes the query itself."""
+SYSTEMS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "co-supervised",
+            "what Gen's own queries find in the index of its Embseq",
+            "index",
+            lambda bench, _, corpus: IndexRetriever(bench.model, bench.index("", corpus), corpus),
+        ),
+        Kind("closed-book", "nothing", "", None),
+        Kind("gold", "the gold passages, in order", "corpus", lambda bench, _, corpus: GoldRetriever(corpus)),
+        Kind(
+            "random",
+            "passages drawn by `--seed`",
+            "corpus",
+            lambda bench, _, corpus: RandomRetriever(corpus, bench.seed),
+        ),
+        Kind(
+            "bm25",
+            "what BM25 (bm25s) finds with the question and the text written so far",
+            "corpus",
+            lambda bench, _, corpus: BM25Retriever(corpus),
+        ),
+        Kind(
+            "dense",
+            "what a sentence-transformers model finds with the question and the text written so far; `dense:minilm` "
+            "is prepared by `cosup-fast data prepare minilm`",
+            "corpus",
+            lambda bench, name, corpus: bench.dense(name, corpus),
+            argument="NAME",
+            default="minilm",
+        ),
+        Kind(
+            "pair",
+            "what another run finds: its Gen reads the same text and makes the query, its Embseq made the index",
+            "index",
+            lambda bench, run, corpus: PairRetriever(bench.searcher(run), bench.index(run, corpus), corpus),
+            argument="RUN",
+        ),
+        Kind(
+            "untrained",
+            "what the run's model finds before training, which writes, too",
+            "corpus",
+            lambda bench, _, corpus: IndexRetriever(bench.model, bench.index("", corpus), corpus),
+        ),
+    )
+}
+"""Every system, by what its name begins with. Error text, help and the table in docs/evaluation.md come from here."""
 
-    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
-        template = self._model.template
-        sequences = []
-        for request in requests:
-            so_far = request.example.model_copy(update={"output": list(request.written), "gold": []})
-            sequences.append([*template.gen_sequence(so_far, self.passages).input_ids[:-1], template.nsp])
-        return [*self._index.retrieve_all(embed_asking(self._model, sequences), k)]
+
+def forms() -> str:
+    """All systems as they are written, for help and errors."""
+    names = [kind.form for kind in SYSTEMS.values()]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-class DenseRetriever:
-    """A sentence-transformers model, searched exactly by the inner product of its normalised embeddings.
-
-    The query is the question and the text that Gen has written so far; passages are embedded in the text that Gen is
-    given. Weights are read from safetensors alone and no code of a model is run.
-
-    Args:
-        name: a prepared model (`minilm`), a folder or a Hugging Face name.
-        passages: the corpus.
-        passage_template: `TextConfig.passage`.
-        device: where it runs.
-        progress: show a progress bar on stderr.
+def split_name(name: str) -> tuple[Kind, str]:
+    """The kind of a system and what follows its colon: `dense` gives that of `dense:NAME` and `minilm`.
 
     Raises:
-        ValueError: the model cannot be loaded.
-        ImportError: sentence-transformers is not installed.
+        ValueError: there is no such kind, its argument is missing, or it takes none.
     """
-
-    def __init__(
-        self,
-        name: str,
-        passages: Sequence[Passage],
-        passage_template: str,
-        *,
-        device: torch.device | str = "cpu",
-        progress: bool = False,
-    ):
-        self.passages = {passage.id: passage for passage in passages}
-        self.origin = {"encoder": name, **_corpus(passages)}
-        self._rows = list(passages)
-        self._encoder = _sentence_encoder(name, device)
-        self._template, self._progress = passage_template, progress
-
-    @cached_property
-    def _embeddings(self) -> Tensor:
-        """Of the corpus; made when first searched, after all that can be checked has been."""
-        texts = [self._template.format(title=p.title, text=p.text) for p in self._rows]
-        return self._embed(texts, self._progress)
-
-    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
-        return self._search([_so_far(request.example, request.written) for request in requests], k)
-
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking]:
-        texts = [_so_far(example, before) for example in examples for before, _ in asked(example)]
-        return [_ids(found) for found in self._search(texts, k)] if texts else []
-
-    def _search(self, texts: list[str], k: int) -> list[Found]:
-        queries = self._embed(texts, False)
-        found: list[Found] = []
-        chunk = max(1, (1 << 26) // len(self._rows))
-        for start in range(0, len(texts), chunk):
-            scores = queries[start : start + chunk] @ self._embeddings.T
-            best = scores.topk(min(k, len(self._rows)), dim=1)
-            for values, rows in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                found.append([(self._rows[row], value) for row, value in zip(rows, values, strict=True)])
-        return found
-
-    def _embed(self, texts: list[str], progress: bool) -> Tensor:
-        embeddings = self._encoder.encode(
-            texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=progress
-        )
-        return embeddings.float().cpu()
-
-
-class GoldRetriever:
-    """Hands over an example's gold passages in order, the last of them again when Gen asks for more."""
-
-    def __init__(self, passages: Sequence[Passage]):
-        self.passages = {passage.id: passage for passage in passages}
-        self.origin = {"given": "gold", **_corpus(passages)}
-
-    def check(self, examples: Sequence[Example]) -> None:
-        """Refuses an example without a gold passage in the corpus.
-
-        Raises:
-            ValueError: naming it.
-        """
-        for example in examples:
-            self._gold(example, 0)
-
-    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
-        return [[(self._gold(request.example, request.number), 1.0)] for request in requests]
-
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> None:
-        return None
-
-    def _gold(self, example: Example, number: int) -> Passage:
-        found = [self.passages[name] for name in example.gold if name in self.passages]
-        pages = set(example.gold) - {passage.id for passage in found}
-        if pages:  # the first paragraph of each page
-            paragraphs = {page: p for p in reversed([*self.passages.values()]) if (page := is_gold(p.id, pages))}
-            found += [paragraphs[page] for page in example.gold if page in paragraphs]
-        if not found:
-            raise ValueError(
-                f"example {example.id!r} has no gold passage in the corpus, which --system gold hands over: leave it "
-                "out, or add gold ids"
-            )
-        return found[min(number, len(found) - 1)]
-
-
-class RandomRetriever:
-    """Hands over passages drawn by the seed, the question and the number of the retrieval."""
-
-    def __init__(self, passages: Sequence[Passage], seed: int = 0):
-        self.passages = {passage.id: passage for passage in passages}
-        self.origin = {"given": "random", "seed": seed, **_corpus(passages)}
-        self._rows, self._seed = list(passages), seed
-
-    def retrieve(self, requests: Sequence[Request], k: int) -> list[Found]:
-        return [self._draw(request.example, request.number, k) for request in requests]
-
-    def rank(self, examples: Sequence[Example], k: int, *, progress: bool) -> list[Ranking]:
-        return [_ids(self._draw(example, number, k)) for example in examples for number, _ in enumerate(asked(example))]
-
-    def _draw(self, example: Example, number: int, k: int) -> Found:
-        draw = random.Random(f"{self._seed} {example.dataset} {example.id} {number}")
-        return [(passage, 0.0) for passage in draw.sample(self._rows, min(k, len(self._rows)))]
-
-
-def _corpus(passages: Sequence[Passage]) -> dict[str, Any]:
-    """The size and a digest of a corpus."""
-    rows = passages if isinstance(passages, Passages) else Passages([passages])
-    return {"passages": len(rows), "corpus": rows.digest()}
-
-
-def _ids(found: Found) -> Ranking:
-    return [(passage.id, score) for passage, score in found]
-
-
-def _so_far(example: Example, written: Sequence[Segment]) -> str:
-    return " ".join([example.question, *filter(None, (segment.text.strip() for segment in written))])
-
-
-def _sentence_encoder(name: str, device: torch.device | str) -> Any:
-    from cosup_fast.data.sources import resolve_model
-    from cosup_fast.environment import no_downloaded_kernels
-
-    try:
-        with no_downloaded_kernels():
-            from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError("--system dense needs sentence-transformers: pip install 'cosup-fast[eval]'") from error
-    source = resolve_model(name)
-    try:
-        return SentenceTransformer(
-            source, device=str(device), trust_remote_code=False, model_kwargs={"use_safetensors": True}
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dense retriever {name!r} cannot be loaded: {error}") from error
+    first, _, argument = name.partition(":")
+    if first not in SYSTEMS:
+        raise ValueError(f"--system {name!r} is unknown{nearest(first, SYSTEMS)}: expected {forms()}")
+    kind = SYSTEMS[first]
+    argument = argument or kind.default
+    if kind.argument and not argument:
+        raise ValueError(f"--system {name!r} needs its {kind.argument}: write {kind.form}")
+    if argument and not kind.argument:
+        raise ValueError(f"--system {name!r}: {kind.name} takes nothing after a colon")
+    return kind, argument

@@ -1,6 +1,6 @@
 """Checkpoints for sentence-transformers and transformers, with their model cards."""
 
 from cosup_fast.export.card import RunFacts
-from cosup_fast.export.sentence_transformers import MARKER, export
+from cosup_fast.export.sentence_transformers import EXPORT, export
 
-__all__ = ["MARKER", "RunFacts", "export"]
+__all__ = ["EXPORT", "RunFacts", "export"]

@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, processors
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import Template
 from cosup_fast.export.card import RunFacts, model_card
-from cosup_fast.files import replace_folder
-from cosup_fast.model.loading import quiet_transformers
+from cosup_fast.files import FolderKind, replace_folder
+from cosup_fast.model.pretrained import quiet_transformers, read_tokenizer
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
 Kind = Literal["retriever", "query", "embseq", "gen"]
-MARKER = "export.json"
+EXPORT = FolderKind("an export", "export.json", frozenset({"kind", "fingerprint", "files"}))
 
 _MODULES = "sentence_transformers.models"
 # Text that tokenizers like to treat in a way of their own.
@@ -58,7 +58,7 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
         raise ValueError(f"kind={kind!r}: choose from {', '.join(get_args(Kind))}")
     if kind != "gen":
         model.require_embseq(f"kind={kind!r} cannot be exported")
-    with replace_folder(folder, MARKER) as new, quiet_transformers():
+    with replace_folder(folder, EXPORT) as new, quiet_transformers():
         if kind == "gen":
             _write_gen(model, new)
         elif kind == "retriever":
@@ -67,7 +67,8 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
             _write_side(model, _query_side(model) if kind == "query" else _document_side(model), new)
         card = model_card(kind, model.template.config, model.nsp, facts or RunFacts())
         (new / "README.md").write_text(card, encoding="utf-8")
-        _write_json(new / MARKER, {"kind": kind, "fingerprint": model.fingerprint()})
+        files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
+        _write_json(new / EXPORT.marker, {"kind": kind, "fingerprint": model.fingerprint(), "files": files})
 
 
 def _write_gen(model: CoSupervisionModel, folder: Path) -> None:
@@ -143,7 +144,7 @@ class _Side:
         return {module: f"{_MODULES}.{kind}" for module, kind in zip(modules, kinds, strict=True)}
 
     def _check(self, folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder)
         for probe in _PROBES:
             text, tokens = self.expected(probe)
             if (found := tokenizer(text, truncation=True)["input_ids"]) != tokens:

@@ -55,6 +55,7 @@ from cosup_fast.index.shards import (
     write_passages,
     write_record,
 )
+from cosup_fast.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
@@ -137,7 +138,7 @@ class Build:
             "precision": options.precision,
             "context": context,
         }
-        self._console = Console(stderr=True)
+        self._console = SafeConsole(stderr=True)
 
     def __enter__(self) -> Build:
         with ExitStack() as stack:

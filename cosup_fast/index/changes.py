@@ -83,7 +83,14 @@ class Change:
         self.commit(names, appended=True)
 
     def write(self, parts: Sequence[Part]) -> str:
-        """Writes rows as a new shard, and returns its name."""
+        """Writes rows as a new shard, and returns its name; shards of the index are verified before they are copied.
+
+        Raises:
+            ValueError: one of them is damaged: the copy would be given a checksum of the damage.
+        """
+        for shard, _ in parts:
+            if shard.folder is not None and shard.folder.name in self._stamp.shards:
+                check_shard(self._folder, shard.folder.name, self._stamp, contents=True)
         name = self._new_name()
         write_shard(self._folder / name, parts)
         return name
@@ -95,10 +102,13 @@ class Change:
             update={
                 "generation": self._stamp.generation + 1,
                 "count": sum(map(len, shards.values())),
-                "shards": {name: sha256(self._folder / name / RECORD) for name in shards},
+                "shards": {
+                    name: self._stamp.shards.get(name) or sha256(self._folder / name / RECORD) for name in shards
+                },
             }
         )
         if (kept := self._stamp.approximate) is not None:
+            check_approximate(self._folder, self._stamp, contents=True)
             index = nearest.read_approximate(self._folder / kept.file, stamp.dim, self._stamp.count)
             if not appended:
                 index.reset()
@@ -169,15 +179,20 @@ def check_index(folder: Path, stamp: Stamp, *, contents: bool) -> None:
         ValueError: a file is missing, damaged or changed.
     """
 
-    def check(name: str) -> None:
-        check_files(folder / name, RECORD, contents=contents)
-        if sha256(folder / name / RECORD) != stamp.shards[name]:
-            raise ValueError(
-                f"{folder / name / RECORD} was changed, it is not what {STAMP} says: build the index again"
-            )
-
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        list(threads.map(check, stamp.shards))
+        list(threads.map(lambda name: check_shard(folder, name, stamp, contents=contents), stamp.shards))
+    check_approximate(folder, stamp, contents=contents)
+
+
+def check_shard(folder: Path, name: str, stamp: Stamp, *, contents: bool) -> None:
+    """`check_index` of one shard."""
+    check_files(folder / name, RECORD, contents=contents)
+    if sha256(folder / name / RECORD) != stamp.shards[name]:
+        raise ValueError(f"{folder / name / RECORD} was changed, it is not what {STAMP} says: build the index again")
+
+
+def check_approximate(folder: Path, stamp: Stamp, *, contents: bool) -> None:
+    """`check_index` of the approximate index, if there is one."""
     if stamp.approximate is not None:
         path = folder / stamp.approximate.file
         if not path.is_file() or (contents and sha256(path) != stamp.approximate.sha256):

@@ -11,12 +11,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.terminal import SafeConsole
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
@@ -190,4 +190,4 @@ def _packs(lengths: Sequence[int], batch_tokens: int, title: str, progress: bool
             room = batch_tokens
         packs[-1].append(row)
         room -= lengths[row]
-    yield from track(packs, title, console=Console(stderr=True), transient=True, disable=not progress)
+    yield from track(packs, title, console=SafeConsole(stderr=True), transient=True, disable=not progress)

@@ -29,7 +29,6 @@ from typing import Any, Self
 import regex
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from cosup_fast.data.text import tokens
 from cosup_fast.files import replace_file
 from cosup_fast.index import Origin, SequenceIndex, embed_queries
 from cosup_fast.model import CoSupervisionModel
+from cosup_fast.terminal import SafeConsole
 
 BLOCK = 256
 """Examples that are embedded, searched and recorded together."""
@@ -115,7 +115,7 @@ def mine(
     miner = _Miner(model, index, examples, config or MiningConfig())
     done = {} if journal is None else _read(journal, miner.stamp)
     blocks = [examples[i : i + BLOCK] for i in range(0, len(examples), BLOCK)]
-    bar = track(blocks, "Mining", console=Console(stderr=True), transient=True, disable=not progress)
+    bar = track(blocks, "Mining", console=SafeConsole(stderr=True), transient=True, disable=not progress)
     for block in bar:
         if block[-1].id in done:
             continue

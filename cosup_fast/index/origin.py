@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cosup_fast.data.template import TextConfig
-from cosup_fast.files import replace_file
+from cosup_fast.files import FolderKind, replace_file
 from cosup_fast.index.embed import Precision
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ class Origin(BaseModel):
         return ""
 
 
+INDEX = FolderKind(
+    "an index",
+    STAMP,
+    frozenset({"format_version", "generation", "dim", "origin", "shards"}),
+    ("shard-*/*", "approximate-*.faiss", "build.json"),
+)
+
+
 class Approximate(BaseModel):
     """The approximate FAISS index beside the embeddings."""
 
@@ -53,7 +61,7 @@ class Approximate(BaseModel):
 
     factory: str
     parameters: str
-    file: str
+    file: str = Field(pattern=r"^approximate-\d+\.faiss$")
     sha256: str
 
 
@@ -68,7 +76,7 @@ class Stamp(BaseModel):
     dim: int
     precision: Precision
     origin: Origin
-    shards: dict[str, str]  # in the order of the rows: folder, SHA-256 of its shard.json
+    shards: dict[Annotated[str, Field(pattern=r"^shard-\d+$")], str]  # in the order of the rows: SHA-256 of shard.json
     approximate: Approximate | None = None
 
     @classmethod

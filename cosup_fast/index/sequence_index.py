@@ -27,7 +27,7 @@ from cosup_fast.index import search as nearest
 from cosup_fast.index.build import Build, Options, check_finite
 from cosup_fast.index.changes import Change, check_index, make_approximate, with_approximate, write_shard
 from cosup_fast.index.embed import Precision, embed_passages
-from cosup_fast.index.origin import STAMP, Origin, Stamp
+from cosup_fast.index.origin import INDEX, STAMP, Origin, Stamp
 from cosup_fast.index.search import Engine
 from cosup_fast.index.shards import RECORD, Passages, PassagesById, Shard, hash_ids, repeated
 
@@ -136,7 +136,7 @@ class SequenceIndex:
             index = cls(passages, _embed(model, passages, options), Origin.of(model), engine=engine, device=device)
             index.precision = options.precision
             return index
-        folder = check_replaceable(folder, STAMP)
+        folder = check_replaceable(folder, INDEX)
         folder.parent.mkdir(parents=True, exist_ok=True)
         origin = Origin.of(model)
         with Build(folder.with_name(f".{folder.name}.building"), model, source, origin, options) as build:
@@ -156,7 +156,7 @@ class SequenceIndex:
                         made = make_approximate(factory, parameters, model.width, shards)
                         stamp = with_approximate(stamp, build.work, made, factory, parameters)
                     stamp.write(build.work)
-                    install_folder(build.work, folder, STAMP)
+                    install_folder(build.work, folder, INDEX)
         return cls._open(folder, Stamp.read(folder), engine, device)
 
     @classmethod
@@ -415,7 +415,7 @@ class SequenceIndex:
         folder = Path(folder)
         if self.folder is not None and folder.resolve() == self.folder:
             raise ValueError(f"{folder} is where this index lives already: add and delete change it there")
-        with replace_folder(folder, STAMP) as new:
+        with replace_folder(folder, INDEX) as new:
             if self.folder is not None:
                 for name in self._stamp.shards:
                     shutil.copytree(self.folder / name, new / name)

@@ -62,7 +62,7 @@ def check_targets(config: LoRAConfig, field: str, model_config: Any) -> None:
     if not config.targets:
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)}
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

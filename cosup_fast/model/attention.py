@@ -1,8 +1,14 @@
 """Attention over packs: sequences laid end to end, each attending to itself alone, with no mask and no pad token.
 
-`packed_sdpa` is registered with transformers' `AttentionInterface`. A pack is one row of tokens `(1, T)`; the
-lengths of its sequences come as the keyword argument `sequence_lengths`, which transformers hands down to every
-layer. On a GPU with flash-attn, `flash_attention_2` reads the same pack through `cu_seq_lens_q` and never splits it.
+A pack is one row of tokens `(1, T)`; the lengths of its sequences come as the keyword argument `sequence_lengths`,
+which transformers hands down to every layer. Two implementations are registered with its `AttentionInterface`:
+
+    packed_sdpa     torch alone: on a GPU one call of its varlen kernel (`varlen_attention`), on a CPU padded products
+                    for short sequences (`batched_attention`), else a call of SDPA for neighbours of equal length
+    packed_flash    the same, with flash-attn in place of torch's varlen kernel
+
+Both choose at the call, by device, dtype and options. transformers' own `flash_attention_2` reads the same pack through
+`cu_seq_lens_q`.
 
 Shapes: B sequences, H query heads, H_kv key heads, n queries, m keys, d and d_v head widths, T tokens of a pack.
 """
@@ -23,21 +29,34 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-PACKED_SDPA = "packed_sdpa"
+from cosup_fast.model.batched_attention import LONGEST, PackLayout, batched_attention
+from cosup_fast.model.varlen_attention import varlen_attention
+
+PACKED_SDPA, PACKED_FLASH = "packed_sdpa", "packed_flash"
+PACKED = (PACKED_SDPA, PACKED_FLASH)
 
 
 class SequenceLengths:
     """The lengths of a pack, opaque to torch.compile, which would compile anew for each pack."""
 
-    def __init__(self, lengths: tuple[int, ...]):
+    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor):
         self.lengths = lengths
+        self.cu_seqlens = cu_seqlens
+        self._layouts: dict[tuple[Any, ...], PackLayout] = {}
+
+    def layout(self, lengths: tuple[int, ...], heads: int, key_heads: int) -> PackLayout:
+        """Of some of the sequences, the same for every layer."""
+        key = lengths, heads, key_heads
+        if key not in self._layouts:
+            self._layouts[key] = PackLayout(*key)
+        return self._layouts[key]
 
 
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention implementation for a pack: what was requested, or the best one that runs here.
+def choose_attention(requested: str, device: torch.device) -> str:
+    """The attention implementation for a pack: what was requested, or the best one that is installed.
 
-    `auto` is FlashAttention 2 where flash-attn imports, the device is CUDA and the dtype is 16 bits wide, and
-    `packed_sdpa` everywhere else.
+    `auto` is `packed_flash` where flash-attn imports and the device is CUDA, and `packed_sdpa` everywhere else. The
+    dtype of the weights has no say: that of the products is known at the call.
 
     Raises:
         ValueError: FlashAttention was requested and flash-attn is not installed; transformers would fetch a binary.
@@ -50,15 +69,14 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
         )
     if requested != "auto":
         return requested
-    half = dtype in (torch.float16, torch.bfloat16)
-    return "flash_attention_2" if installed and device.type == "cuda" and half else PACKED_SDPA
+    return PACKED_FLASH if installed and device.type == "cuda" else PACKED_SDPA
 
 
 def packed_sdpa(
     module: nn.Module,
     query: Tensor,  # (1, H, T, d)
     key: Tensor,  # (1, H_kv, T, d)
-    value: Tensor,  # (1, H_kv, T, d)
+    value: Tensor,  # (1, H_kv, T, d_v)
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
@@ -67,6 +85,7 @@ def packed_sdpa(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    flash_attn: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of a pack; without `sequence_lengths`, as transformers' own sdpa."""
@@ -83,18 +102,60 @@ def packed_sdpa(
         return whole.transpose(1, 2), None
     for windows in _recorders:
         windows.applied.add(sliding_window)
-    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths.lengths)]
-    tokens = [length * count for length, count in runs]
+    q, k, v = _as_multiplied(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap}
+    out = varlen_attention(
+        q, k, v, sequence_lengths.cu_seqlens, max(sequence_lengths.lengths), **options, dropout=dropout,
+        flash_attn=flash_attn,
+    )  # fmt: skip
+    if out is None:
+        out = _by_runs(q, k, v, sequence_lengths, **options, dropout=dropout)
+    return out[None], None
+
+
+def packed_flash(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`packed_sdpa` with flash-attn's kernel where inputs are in half precision."""
+    return packed_sdpa(*args, **kwargs, flash_attn=True)
+
+
+def _as_multiplied(*operands: Tensor) -> tuple[Tensor, ...]:
+    """(1, H, T, d) each, as (T, H, d) in the dtype that autocast would multiply them in."""
+    kind = operands[0].device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        operands = tuple(x.to(torch.get_autocast_dtype(kind)) for x in operands)
+    return tuple(x[0].transpose(0, 1) for x in operands)
+
+
+def _by_runs(
+    query: Tensor,  # (T, H, d)
+    key: Tensor,  # (T, H_kv, d)
+    value: Tensor,  # (T, H_kv, d_v)
+    sequences: SequenceLengths,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:  # (T, H, d_v)
+    """A call for neighbours of equal length, and on a CPU for all neighbours that are short."""
+    short = LONGEST.get(query.dtype, 0) if query.device.type == "cpu" and not dropout else 0
+    runs = [tuple(run) for _, run in groupby(sequences.lengths, lambda length: max(length, short))]
+    tokens = [sum(run) for run in runs]
     pieces = []
-    for (length, count), *qkv in zip(runs, *(x[0].split(tokens, dim=1) for x in (query, key, value)), strict=True):
-        # Neighbours of equal length are a batch: (H, count * length, d) seen as (count, H, length, d).
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+    for lengths, q, k, v in zip(runs, *(x.split(tokens) for x in (query, key, value)), strict=True):
+        length = lengths[0]
+        if length <= short:
+            layout = sequences.layout(lengths, q.shape[1], k.shape[1])
+            pieces.append(batched_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap))
+            continue
+        q, k, v = (x.unflatten(0, (len(lengths), length)).transpose(1, 2) for x in (q, k, v))  # (B, H, n, d)
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        piece = attend(q, k, v, mask, causal=mask is None, scale=scaling, softcap=softcap, dropout=dropout)
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        piece = attend(q, k, v, mask, causal=mask is None, scale=scale, softcap=softcap, dropout=dropout)
         pieces.append(piece.transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces)[None], None
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def attend(
@@ -198,5 +259,6 @@ def _packed_mask(
     )
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-AttentionMaskInterface.register(PACKED_SDPA, _packed_mask)
+for _name, _attention in zip(PACKED, (packed_sdpa, packed_flash), strict=True):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _packed_mask)

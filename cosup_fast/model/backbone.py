@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cosup_fast.data.packing import Pack
 from cosup_fast.functional import gather_last_hidden
-from cosup_fast.model.attention import PACKED_SDPA, SequenceLengths, attending, recorded_windows
+from cosup_fast.model.attention import PACKED, PACKED_SDPA, SequenceLengths, attending, recorded_windows
 
 # Two sequences of a few tokens that every vocabulary has, the second to be compared alone and behind the first.
 _BEFORE, _PROBE = [40, 41, 42, 43, 44], [30, 31, 32, 33]
@@ -37,15 +37,16 @@ class FinalNorm(NamedTuple):
 
 def run_pack(backbone: Any, pack: Pack, without: FinalNorm | None = None) -> Tensor:
     """The hidden states (T, D) of a pack; `without` the final norm, those that go into it."""
-    lengths = {
-        "flash_attention_2": {
+    lengths: dict[str, Any] = (
+        {"sequence_lengths": SequenceLengths(pack.lengths, pack.cu_seqlens)}
+        if backbone.config._attn_implementation in PACKED
+        else {
             "cu_seq_lens_q": pack.cu_seqlens,
             "cu_seq_lens_k": pack.cu_seqlens,
             "max_length_q": max(pack.lengths),
             "max_length_k": max(pack.lengths),
-        },
-        PACKED_SDPA: {"sequence_lengths": SequenceLengths(pack.lengths)},
-    }[backbone.config._attn_implementation]
+        }
+    )
     # Inside a sharded model its weights are whole already; its hooks would gather and count them once more.
     forward = backbone.forward if hasattr(backbone, "run_inside") else backbone
     with bypassed(backbone, without):
@@ -161,7 +162,7 @@ def agree(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 def unpackable(name: str, attention: str, error: Exception) -> ValueError:
     """What a model that cannot run on packs is refused with."""
     reason = str(error).split(". ")[0].rstrip(".")
-    other = PACKED_SDPA if attention == "flash_attention_2" else "flash_attention_2 where flash-attn runs"
+    other = PACKED_SDPA if attention not in PACKED else "flash_attention_2 where flash-attn runs"
     return ValueError(
         f"{name} has no attention that packs can use: {reason} ({type(error).__name__} with {attention}); choose "
         f"another model, or model.attention={other}"

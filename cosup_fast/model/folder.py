@@ -21,7 +21,8 @@ from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.template import TextConfig
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from cosup_fast.model.adapters import adapter_state, has_adapters, load_adapters, save_adapter_config
-from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template, quiet_transformers
+from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template
+from cosup_fast.model.pretrained import quiet_transformers
 
 if TYPE_CHECKING:
     from cosup_fast.model.model import CoSupervisionModel

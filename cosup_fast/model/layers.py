@@ -19,11 +19,11 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cosup_fast.config.model import Recompute
-from cosup_fast.model.attention import PACKED_SDPA, packed_sdpa
+from cosup_fast.model.attention import PACKED, packed_flash, packed_sdpa
 
 # By name: which attention runs depends on the device and on what is installed.
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
-_ATTENTION = ("_scaled_dot_product", "_flash_attn", "_flash_attention", "_efficient_attention")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+_ATTENTION = ("_scaled_dot_product", "_flash_attn", "_flash_attention", "_varlen_attn", "_efficient_attention")
 
 
 def recompute_activations(model: Any, kind: Recompute) -> None:
@@ -51,7 +51,8 @@ def compile_layers(model: Any, name: str, *, fixed_shapes: bool) -> None:
         )
     # Both models, with and without gradient, training or not, are variants of the same code.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa))
+    for name, attention in zip(PACKED, (packed_sdpa, packed_flash), strict=True):
+        AttentionInterface.register(name, torch.compiler.disable(attention))
     for layer in layers:
         layer.compile(dynamic=not fixed_shapes)
 

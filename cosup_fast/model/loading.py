@@ -5,17 +5,13 @@ Weights are safetensors alone; nothing that could run code is read or fetched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-import transformers
 from pydantic import BaseModel
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from cosup_fast.config.model import LoRAConfig, ModelConfig
@@ -24,8 +20,9 @@ from cosup_fast.data.template import DESCRIPTIONS, Template, TextConfig, add_spe
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.files import sha256
 from cosup_fast.model.adapters import check_targets, keep_layout, quantization
-from cosup_fast.model.attention import PACKED_SDPA, choose_attention
+from cosup_fast.model.attention import PACKED, choose_attention
 from cosup_fast.model.backbone import positions, unpackable
+from cosup_fast.model.pretrained import quiet_transformers, read_config, read_model, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,21 +54,6 @@ class Base(BaseModel):
                 f"the adapters in {folder} belong to other weights of {self.name!r} than there are now "
                 f"(sha256 {_first(self.sha256)} then, {_first(found)} now): restore them"
             )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
-    logging = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def keep_layers(config: Any, layers: int, name: str) -> None:
@@ -106,38 +88,27 @@ def load_language_model(
     Raises:
         ValueError: what `CoSupervisionModel.from_pretrained` says of a single model.
     """
-    source = resolve_model(name)
     dtype = getattr(torch, settings.dtype)
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(name)
     if layers is not None:
         keep_layers(config, layers, name)
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise ValueError(
-            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
-            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-        )
     factory = AutoModelForCausalLM if head else AutoModel
     field = "gen_lora" if head else "embseq_lora"
     options: dict[str, Any] = {}
     if (quantized := quantization(getattr(settings, field), f"model.{field}", dtype)) is not None:
         options = {"quantization_config": quantized, "device_map": {"": device}}
-    attention = choose_attention(settings.attention, device, dtype)
+    attention = choose_attention(settings.attention, device)
     kind: Any = factory._model_mapping.get(type(config), None)
     # What transformers' own sdpa lacks (Gemma 2's soft cap), packed_sdpa may have: `check_packs` finds out.
     backend = kind is not None and kind._supports_attention_backend and not kind._supports_sdpa
-    loaded = "eager" if attention == PACKED_SDPA and backend else attention
+    loaded = "eager" if attention in PACKED and backend else attention
     try:
-        with quiet_transformers(), no_downloaded_kernels():
-            if device.type == "meta":
-                with device:
-                    model = factory.from_config(config, dtype=dtype, attn_implementation=loaded)
-            else:
-                model = factory.from_pretrained(
-                    source, config=config, dtype=dtype, attn_implementation=loaded, use_safetensors=True, **options
-                )
-            model.config._attn_implementation = attention
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {name!r} are damaged ({error}): use another copy") from None
+        if device.type == "meta":
+            with quiet_transformers(), no_downloaded_kernels(), device:
+                model = factory.from_config(config, dtype=dtype, attn_implementation=loaded, trust_remote_code=False)
+        else:
+            model = read_model(factory, name, config=config, dtype=dtype, attn_implementation=loaded, **options)
+        model.config._attn_implementation = attention
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise
@@ -151,10 +122,10 @@ def load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]
     """The template of two models, and whether Gen has yet to learn some of its special tokens; no weight is read."""
     gen = resolve_model(model.gen)
     embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
-    tokenizer = AutoTokenizer.from_pretrained(gen)
+    tokenizer = read_tokenizer(gen)
     new = add_special_tokens(tokenizer) > 0
-    lengths = (positions(AutoConfig.from_pretrained(source)) for source in (gen, embseq))
-    embseq_tokenizer = None if model.shared else AutoTokenizer.from_pretrained(embseq)
+    lengths = (positions(read_config(source)) for source in (gen, embseq))
+    embseq_tokenizer = None if model.shared else read_tokenizer(embseq)
     return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
 
 
@@ -184,7 +155,7 @@ def check_adapters(model: ModelConfig) -> None:
         lora: LoRAConfig = getattr(model, field)
         quantization(lora, f"model.{field}", getattr(torch, model.dtype))
         if lora.rank:
-            check_targets(lora, f"model.{field}", AutoConfig.from_pretrained(resolve_model(name)))
+            check_targets(lora, f"model.{field}", read_config(name))
 
 
 def _digests(name: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from cosup_fast.data.sources import resolve_model
 from cosup_fast.model.loading import keep_layers
+from cosup_fast.model.pretrained import read_config
 
 # Published sizes; a name stands for the same model on the hub.
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 32000}
@@ -53,7 +53,7 @@ def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
         elif path.suffix == ".json":
             config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
         else:
-            config = AutoConfig.from_pretrained(resolve_model(name))
+            config = read_config(name)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

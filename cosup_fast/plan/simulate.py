@@ -30,8 +30,9 @@ from cosup_fast import functional
 from cosup_fast.config.model import NSPConfig, NTPConfig
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCounts
 from cosup_fast.environment import no_downloaded_kernels
+from cosup_fast.kernels.softmax_xent.call import Call
 from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
-from cosup_fast.model import CoSupervisionModel, backbone
+from cosup_fast.model import CoSupervisionModel, attention, backbone
 from cosup_fast.model import model as modeling
 from cosup_fast.model.adapters import add_adapters
 from cosup_fast.model.attention import PACKED_SDPA
@@ -138,7 +139,7 @@ def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSuper
         config = AutoConfig.for_model(**values)
         if depth is not None:
             keep_layers(config, depth, config.model_type)
-        return factory.from_config(config, dtype=dtype, attn_implementation=PACKED_SDPA)
+        return factory.from_config(config, dtype=dtype, attn_implementation=PACKED_SDPA, trust_remote_code=False)
 
     depths = layers or (None, None)
     gen = make(request.gen, AutoModelForCausalLM, depths[0])
@@ -281,8 +282,9 @@ def _workspace(request: PlanRequest, memory: LiveMemory) -> Any:
     def transient(operator: Any, args: tuple[Any, ...]) -> int:
         if operator is not torch.ops.cosup_fast.softmax_xent.default:
             return 0
-        x, w = args[:2]
-        key = len(x), len(w), x.shape[1], args[11], sum(args[-1][:2])
+        call = Call._make(args)
+        x, w = call.x, call.w
+        key = len(x), len(w), x.shape[1], call.product_dtype, sum(call.needs[:2])
         if key not in plans:
             with _disable_current_modes():
                 plans[key] = functional.explain(*key[:3], dtype=key[3], device=request.device, gradients=key[4])
@@ -308,6 +310,7 @@ def _patched(request: PlanRequest) -> Iterator[None]:
             setattr(owner, name, value)
 
         replace(modeling, "find_final_norm", _named_norm)
+        replace(attention, "LONGEST", {})  # a CPU's alone
         if request.gen_lora.rank or request.embseq_lora.rank:
             replace(nn.Module, "to", lambda self, *args, **kwargs: self)  # fake parameters cannot be moved in place
         if request.optimizer == "adamw-8bit":

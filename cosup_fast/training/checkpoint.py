@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosup_fast.distributed import Peers
-from cosup_fast.files import install_folder, remove_unfinished, replace_file, sha256, sync
+from cosup_fast.files import FolderKind, install_folder, remove_unfinished, replace_file, sha256, sync
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
@@ -39,6 +39,7 @@ from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.sharding import reshard
 
 MANIFEST = "manifest.json"
+CHECKPOINT = FolderKind("a checkpoint", "cosup.json", frozenset({"format_version", "shared"}), ("*",))
 REMEDY = "remove this checkpoint, then --resume continues behind the one before"
 BEST = "best.json"
 _PREFIX = "step-"
@@ -179,7 +180,7 @@ class CheckpointWriter:
             (folder / MANIFEST).write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
             for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir())):
                 sync(path)
-            install_folder(folder, final, "cosup.json")
+            install_folder(folder, final, CHECKPOINT)
             self._tidy()
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)

@@ -24,14 +24,13 @@ from typing import Any, TypeAlias
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoConfig
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
-from cosup_fast.data.sources import load_corpus, load_examples, resolve_model
+from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device
@@ -39,6 +38,8 @@ from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import Changes
 from cosup_fast.model.loading import load_template
+from cosup_fast.model.pretrained import read_config
+from cosup_fast.terminal import SafeConsole
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
@@ -98,7 +99,7 @@ def run_training(
     output = Path(config.output)
     with _endings_explained(output), training_ranks(config.training) as peers:
         leads = peers is None or peers.rank == 0
-        console = (console or Console(stderr=True)) if leads else Console(quiet=True)
+        console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
         return _run(config, output, resume, check, console, peers)
 
 
@@ -303,8 +304,8 @@ def _check_architecture(config: RunConfig, checkpoint: Path) -> None:
         name = getattr(config.model, field) or config.model.gen
         if not (checkpoint / part).is_dir():
             continue
-        there = AutoConfig.from_pretrained(checkpoint / part).get_text_config()
-        here = AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+        there = read_config(checkpoint / part).get_text_config()
+        here = read_config(name).get_text_config()
         for key in ("model_type", "hidden_size", "num_attention_heads"):
             if getattr(there, key) != getattr(here, key):
                 raise ConfigError(

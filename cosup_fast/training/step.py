@@ -32,6 +32,7 @@ from cosup_fast.distributed import Peers
 from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.reference import Stats
+from cosup_fast.training.embedding_gradient import embedding_rows
 
 T = TypeVar("T")
 
@@ -62,8 +63,22 @@ def accumulate_gradients(
     """
     ntp_count = batch.step.ntp if ntp_count is None else ntp_count
     nsp_count = batch.step.nsp if nsp_count is None else nsp_count
-    weight, device = model.nsp.weight if nsp_weight is None else nsp_weight, model.device
-    contrasts, learning = model.nsp.weight > 0, not model.freeze_embseq
+    with embedding_rows(model):
+        weight = model.nsp.weight if nsp_weight is None else nsp_weight
+        return _accumulate(model, batch, precision, ntp_count, nsp_count, weight, group)
+
+
+def _accumulate(
+    model: CoSupervisionModel,
+    batch: CoSupervisionBatch,
+    precision: str,
+    ntp_count: int,
+    nsp_count: int,
+    weight: float,
+    group: Peers | None,
+) -> CoSupervisionOutput:
+    """`weight` is lambda."""
+    device, contrasts, learning = model.device, model.nsp.weight > 0, not model.freeze_embseq
     gen = [_GenPasses(model, part, precision, ntp_count) for part in batch.gen]
     embseq = [_EmbseqPasses(model, pack, precision) for pack in batch.passages if contrasts]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from torch import Tensor
 from .. import workspace
 from ..numerics import accumulator, finite, ratio
 from .scores import Chunk, Scores, Softmax, Statistics
+
+if TYPE_CHECKING:
+    from .engine import Sums
 
 BLOCK_BYTES = 2**23
 """fp32 bytes of a block of rows: the last-level cache holds it with its temporaries, and waking threads for it pays."""
@@ -52,12 +56,17 @@ def operand_dtype(dtype: torch.dtype, device: torch.device, size: int) -> torch.
     return dtype if native else accumulator(dtype)
 
 
+def rounds_late(device: torch.device) -> bool:
+    """Whether products of half precision can be had in the fp32 that they are summed in; meta stands for a GPU."""
+    return device.type in ("cuda", "meta")
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, 2-D or batched; of half-precision operands the result is fp32 where the device can, else theirs."""
-    wide = accumulator(a.dtype)
-    if a.dtype == torch.float16 and not a.is_cuda:
+    wide, late = accumulator(a.dtype), rounds_late(a.device)
+    if a.dtype == torch.float16 and not late:
         return a.to(wide) @ b.to(wide)
-    if a.dtype == wide or not a.is_cuda:
+    if a.dtype == wide or not late:
         return a @ b
     return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=wide)
 
@@ -68,20 +77,30 @@ class TorchChunk(Chunk):
         dtype = scores.x.dtype
         if scores.x.device.type != "cpu":  # no blocks: scores, exponentials, and the masks and copies of the options
             extra = scores.softcap is not None or scores.label_smoothing > 0
-            copies = 3 + 2 * extra + 2 * scores.several_positives + scores.symmetric
-            return copies * accumulator(dtype).itemsize
+            copies = 2 + 2 * extra + 2 * scores.several_positives + scores.symmetric
+            wide = accumulator(dtype)
+            return copies * wide.itemsize + (dtype.itemsize if dtype != wide else 0)
         return dtype.itemsize if dtype == accumulator(dtype) else 2 * dtype.itemsize
+
+    @classmethod
+    def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
+        held = cls.score_bytes(scores) * rows * len(scores.w)
+        if scores.x.device.type == "cpu" or not again:
+            return held, held
+        dtype = scores.x.dtype
+        return held, (4 + dtype.itemsize if dtype.itemsize == 2 else dtype.itemsize) * rows * len(scores.w)
 
     def __init__(self, scores: Scores):
         self.s = s = scores
-        self.n, self.m = len(s.x), len(s.w)
+        self.n, self.m = s.x.shape[0], s.w.shape[0]
         self.wide = accumulator(s.x.dtype)
         self.buffer: Tensor | None = None
-        if s.x.device.type == "cpu":
-            self.buffer = workspace.take(self.n * self.m * s.x.dtype.itemsize)
+        nbytes = self.n * self.m * s.x.dtype.itemsize
+        if s.x.device.type == "cpu" and nbytes >= workspace.SMALL:
+            self.buffer = workspace.take(nbytes)
             self.z = torch.mm(s.x, s.w.t(), out=workspace.matrix(self.buffer, (self.n, self.m), s.x.dtype))
         else:
-            self.z = product(s.x, s.w.t())
+            self.z = torch.mm(s.x, s.w.t()) if s.x.device.type == "cpu" else product(s.x, s.w.t())
         self.rounded = self.z.dtype != self.wide
         self.second: tuple[int, Tensor] | None = None  # from this row on, what the product's rounding left out
         self.scratch: dict[str, Tensor] = {}
@@ -95,7 +114,7 @@ class TorchChunk(Chunk):
         rows = self.n
         if self.z.device.type == "cpu":
             rows = max(1, BLOCK_BYTES // (self.wide.itemsize * max(1, self.m)))
-        return [slice(i, min(i + rows, self.n)) for i in range(0, self.n, rows)]
+        return [slice(0, self.n)] if rows >= self.n else _slices(self.n, rows)
 
     def _scratch(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of a block's shape that the blocks share: fresh pages cost as much as what is done to them."""
@@ -103,24 +122,26 @@ class TorchChunk(Chunk):
             self.scratch[name] = torch.empty_like(like, dtype=dtype or self.wide)
         return self.scratch[name][: len(like)]
 
-    def _products(self, rows: slice) -> Tensor:
-        """s <x_i, w_j> of a block, wide."""
-        z, s = self.z[rows], self.s
+    def _products(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """s <x_i, w_j> of a block, wide; and (r, 1) what the product gave the target, where a row dot replaces it."""
+        z, s = _part(self.z, rows), self.s
         if not self.rounded:
-            return _times(z, s.scale)
+            return _times(z, s.scale), None
         start, second = self.second or (self.n, z)
+        target = None if s.target is None else s.target[rows, None]
         if rows.start < start:
             z = _times(self._scratch("z", z).copy_(z), s.scale)
+            own = None if target is None else z.gather(1, target)
             if not self._trusted(z, rows):
                 self._refine(rows.start, z)
                 return self._products(rows)
-        elif second.dtype == self.wide:
-            z = second[rows.start - start : rows.stop - start] * s.scale
         else:
-            z = _times(z.to(self.wide).add_(second[rows.start - start : rows.stop - start]), s.scale)
-        if s.target is not None:
-            z.scatter_(1, s.target[rows, None], self._target_logit(rows))
-        return z
+            second = second[rows.start - start : rows.stop - start]
+            z = second * s.scale if second.dtype == self.wide else _times(z.to(self.wide).add_(second), s.scale)
+            own = None if target is None else z.gather(1, target)
+        if target is not None:
+            z.scatter_(1, target, self._target_logit(rows))
+        return z, own
 
     def _target_logit(self, rows: slice) -> Tensor:
         s = self.s
@@ -144,19 +165,21 @@ class TorchChunk(Chunk):
         else:
             self.second = start, x.to(self.wide) @ w.to(self.wide)
 
-    def _logits(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """z (r, M) of a block, and which are positives where a row can have several."""
-        s = self.s
+    def _logits(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """z (r, M) of a block, which are positives where a row can have several, and the target's rounded z (r, 1)."""
+        s, own = self.s, None
         if self.final:
-            z = self.z[rows]
+            z = _part(self.z, rows)
         else:
-            z = self._products(rows)
+            z, own = self._products(rows)
             if s.bias is not None:
                 z += s.bias
+                own = own if own is None or s.target is None else own + s.bias[s.target[rows, None]]
             if s.softcap is not None:
-                z.div_(s.softcap).tanh_().mul_(s.softcap)
+                for scores in (z,) if own is None else (z, own):
+                    scores.div_(s.softcap).tanh_().mul_(s.softcap)
         if s.key_ids is None:
-            return z, None
+            return z, None, own
         drop, positives = s.key_ids < 0, None
         target = None if s.target is None else s.target[rows, None]
         duplicate = None if s.query_ids is None else s.key_ids == s.query_ids[rows, None]
@@ -176,7 +199,23 @@ class TorchChunk(Chunk):
                 duplicate.scatter_(1, target, False)
             drop = drop | duplicate
         z.masked_fill_(drop, -torch.inf)
-        return z, positives
+        return z, positives, own
+
+    def _ranks(self, z: Tensor, positives: Tensor | None, own: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
+        """Rank and top1 of a block, by scores of one summation: a copy of the positive does not lie above it."""
+        target, exact = None if self.s.target is None else self.s.target[rows, None], None
+        if own is not None and target is not None:
+            exact = z.gather(1, target)
+            z.scatter_(1, target, own.where(exact > -torch.inf, -torch.inf))
+        if positives is not None:
+            best = z.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)
+        else:
+            assert target is not None
+            best = z.gather(1, target)
+        found = (z > best).sum(1), z.argmax(1)
+        if exact is not None and target is not None:
+            z.scatter_(1, target, exact)
+        return found
 
     def _softmax(self, z: Tensor, dim: int, positive: tuple[Tensor, Tensor], out: Tensor) -> tuple[Softmax, Tensor]:
         """The softmax, as its sums and as probabilities, which may take the place of z."""
@@ -185,18 +224,20 @@ class TorchChunk(Chunk):
         if self.s.label_smoothing:
             total, count = finite(z).sum(dim), (z > -torch.inf).sum(dim)
         p = torch.softmax(z, dim, out=out)
-        best = p.amax(dim)  # exp(0) over the sum
-        none = top == -torch.inf
-        if z.device.type != "cpu" or none.any():
-            p.masked_fill_(none.unsqueeze(dim), 0.0)
-        return Softmax(top, torch.where(none, 0.0, 1 / best), *positive, total, count), p
+        total_e = p.amax(dim).reciprocal_()  # the largest is exp(0) over the sum
+        if self.s.key_ids is not None or self.s.bias is not None:  # there may be no candidate
+            none = top == -torch.inf
+            if z.device.type != "cpu" or none.any():
+                p.masked_fill_(none.unsqueeze(dim), 0.0)
+                total_e = total_e.masked_fill(none, 0.0)
+        return Softmax(top, total_e, *positive, total, count), p
 
     def _rows(self, z: Tensor, positives: Tensor | None, rows: slice, *, keep: bool = True) -> tuple[Softmax, Tensor]:
         out = self._scratch("p", z) if keep else z
         if positives is not None:
             return self._softmax(z, 1, _positive(z, positives, 1), out)
         assert self.s.target is not None
-        logit = z.gather(1, self.s.target[rows, None]).squeeze(1)
+        logit = z.gather(1, _part(self.s.target, rows).unsqueeze(1)).squeeze(1)
         return self._softmax(z, 1, (logit, torch.ones_like(logit)), out)
 
     def _columns(self, z: Tensor, positives: Tensor | None, rows: slice, stats: Softmax) -> Softmax:
@@ -206,11 +247,11 @@ class TorchChunk(Chunk):
     def statistics(self, *, ranks: bool) -> Statistics:
         parts, columns, rank = [], None, []
         for rows in self._blocks():
-            z, positives = self._logits(rows)
+            z, positives, own = self._logits(rows)
             part, _ = self._rows(z, positives, rows)
             parts.append(part)
             if ranks:
-                rank.append(((z > part.pos_max[:, None]).sum(1), z.argmax(1)))
+                rank.append(self._ranks(z, positives, own, rows))
             if self.s.symmetric:
                 seen = self._columns(z, positives, rows, part)
                 columns = seen if columns is None else columns.merge(seen)
@@ -220,22 +261,29 @@ class TorchChunk(Chunk):
     def logit_gradient(self, rows: Softmax, columns: Softmax | None, g: Tensor, h: Tensor | None) -> Tensor:
         out = self._destination()
         for part in self._blocks():
-            z, positives = self._logits(part)
+            z, positives, _ = self._logits(part)
             out[part] = self._gradient(z, None, positives, part, rows.at(part), columns, g[part], h)
         return out
 
-    def statistics_and_logit_gradient(self, g: Tensor, *, ranks: bool) -> tuple[Statistics, Tensor]:
-        out, parts, rank = self._destination(), [], []
-        for rows in self._blocks():
-            z, positives = self._logits(rows)
+    def statistics_and_accumulate(self, g: Tensor, sums: Sums, *, ranks: bool) -> Statistics:
+        parts, rank, blocks = [], [], self._blocks()
+        out = None if len(blocks) == 1 and self.s.x.dtype == self.wide else self._destination()
+        for rows in blocks:
+            z, positives, own = self._logits(rows)
             keep = ranks or positives is not None or self.s.label_smoothing > 0 or self.s.softcap is not None
             keep = keep or z.device.type != "cpu"  # nobody promises a softmax in place
             stats, p = self._rows(z, positives, rows, keep=keep)
             parts.append(stats)
             if ranks:
-                rank.append(((z > stats.pos_max[:, None]).sum(1), z.argmax(1)))
-            out[rows] = self._gradient(z, p, positives, rows, stats, None, g[rows], None)
-        return Statistics(_join(parts), None, *(torch.cat(t) for t in zip(*rank))), out
+                rank.append(self._ranks(z, positives, own, rows))
+            dz = self._gradient(z, p, positives, rows, stats, None, _part(g, rows), None)
+            if out is None:
+                sums.add(dz)
+            else:
+                out[rows] = dz
+        if out is not None:
+            sums.add(out)
+        return Statistics(_join(parts), None, *(torch.cat(t) for t in zip(*rank)))
 
     def _destination(self) -> Tensor:
         return self.z if self.z.dtype == self.s.x.dtype else torch.empty_like(self.z, dtype=self.s.x.dtype)
@@ -252,13 +300,13 @@ class TorchChunk(Chunk):
         h: Tensor | None,
     ) -> Tensor:
         """s dL/da (r, M), from the probabilities p where they are at hand. p - t is formed in fp32."""
-        s, target = self.s, None if self.s.target is None else self.s.target[block]
-        share, g = 1 - s.label_smoothing, g * s.scale
+        s, target = self.s, None if self.s.target is None else _part(self.s.target, block)
+        share, g = 1 - s.label_smoothing, g if _is_unit(s.scale) else g * s.scale
         weight = g * (1 + 2 * s.z_loss * finite(rows.lse)) if s.z_loss else g
         if p is None:
             p, weight = (z - finite(rows.max)[:, None]).exp_(), ratio(weight, rows.sum)
         dz = p.mul_(weight[:, None])
-        on_target = share * g
+        on_target = g if share == 1 else share * g
         if rows.count is not None:
             dz -= (z > -torch.inf) * (s.label_smoothing * g / rows.count)[:, None]
         if positives is not None:
@@ -276,14 +324,27 @@ class TorchChunk(Chunk):
                 on_target = on_target + h_pos[target] * (rows.pos_max - columns.pos_max[target]).exp()
         if positives is None:
             assert target is not None
-            dz[torch.arange(len(dz), device=dz.device), target] -= on_target
+            dz.scatter_add_(1, target[:, None], on_target.neg()[:, None])
         if s.softcap is not None:
             dz *= 1 - (z / s.softcap).square_()
         return dz
 
 
+def _slices(n: int, rows: int) -> list[slice]:
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+def _part(t: Tensor, rows: slice) -> Tensor:
+    """t[rows], without a view of its own where that is all of t."""
+    return t if rows.stop - rows.start == t.shape[0] else t[rows]
+
+
 def _times(z: Tensor, scale: float | Tensor) -> Tensor:
-    return z if isinstance(scale, float) and scale == 1.0 else z.mul_(scale)
+    return z if _is_unit(scale) else z.mul_(scale)
+
+
+def _is_unit(scale: float | Tensor) -> bool:
+    return isinstance(scale, float) and scale == 1.0
 
 
 def _positive(z: Tensor, positives: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -293,4 +354,6 @@ def _positive(z: Tensor, positives: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _join(parts: list[Softmax]) -> Softmax:
+    if len(parts) == 1:
+        return parts[0]
     return Softmax(*(None if t[0] is None else torch.cat(t) for t in zip(*parts)))  # pyright: ignore

@@ -30,6 +30,7 @@ from ..tuning import Configuration, choose, target_of
 from . import configurations as shipped
 from . import kernels_product as product_kernels
 from . import kernels_rows as row_kernels
+from .chunk_torch import rounds_late
 from .scores import Chunk, Scores, Softmax, Statistics
 
 DESCRIPTORS = (*shipped.DESCRIPTORS, "interpreter")
@@ -81,6 +82,20 @@ class _TritonChunk(Chunk):
     @classmethod
     def score_bytes(cls, scores: Scores) -> int:
         return scores.x.dtype.itemsize
+
+    @classmethod
+    def _partial_bytes(cls, scores: Scores, rows: int) -> int:
+        """Partial softmaxes of the tiles of a chunk."""
+        height, width = cls._tile(scores)
+        m, fields = len(scores.w), 2 + 2 * scores.several_positives + 2 * (scores.label_smoothing > 0)
+        over_rows = triton.cdiv(rows, height) * m if scores.symmetric else 0
+        return int(4 * fields * (triton.cdiv(m, width) * rows + over_rows))
+
+    @classmethod
+    def _tile(cls, scores: Scores) -> tuple[int, int]:
+        """Height and width of the tiles that leave partials, where none have been searched for."""
+        config = shipped.row_tiles(target_of(scores.x.device)).constexprs
+        return config["BM"], config["BN"]
 
     def __init__(self, scores: Scores):
         self.s = s = self.prepare(scores)
@@ -184,11 +199,23 @@ class _TritonChunk(Chunk):
 class _ProductChunk(_TritonChunk):
     """Scores that only tiles of a product hold."""
 
+    multiplies = True
+
     @classmethod
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
         if ranks and scores.several_positives:
             return "ranks one positive, and rows have several"
         return super().unsupported(scores, ranks)
+
+    @classmethod
+    def _tile(cls, scores: Scores) -> tuple[int, int]:
+        options = {name for name, on in (("SEVERAL", scores.several_positives), ("columns", scores.symmetric)) if on}
+        options |= {"SMOOTHING"} if scores.label_smoothing else set()
+        options |= {"key_ids"} if scores.key_ids is not None else set()
+        options |= {"out"} if cls is FusedChunk else set()
+        ours, _ = shipped.product_tiles(product_kernels.scores_fwd_kernel, scores.x.dtype, options)
+        config = ours[target_of(scores.x.device)]
+        return config.constexprs["BM"], shipped.part_width(config)
 
     def _configuration(self, kernel: Any, extra: set[str], launch: Callable[[Configuration], Any]) -> Configuration:
         """Of a kernel with the options of this loss and `extra`."""
@@ -203,7 +230,7 @@ class _ProductChunk(_TritonChunk):
         """Runs a persistent kernel over the tiles of x w', whose result, if any is stored, is `out` (n, M)."""
         x, w, tile = self.x, self.w, configuration.constexprs
         strides = {"stride_x": x.stride(0), "stride_w": w.stride(0), "stride_out": 0 if out is None else out.stride(0)}
-        tma = self.target in DESCRIPTORS and all(_describable(t) for t in (x, w, out) if t is not None)
+        tma = self._described(out)
         if tma:
             x, w = _descriptor(x, tile["BM"], tile["BK"]), _descriptor(w, tile["BN"], tile["BK"])
             out = None if out is None else _descriptor(out, tile["BM"], tile["BN"] // tile["PARTS"])
@@ -215,30 +242,35 @@ class _ProductChunk(_TritonChunk):
         )  # fmt: skip
 
     def _score(self, *, store: bool, ranks: bool) -> _Partials:
-        reference = self._positives() if ranks else None
         extra = {name for name, on in (("out", store), ("ranks", ranks)) if on}
         configuration = self._configuration(
-            product_kernels.scores_fwd_kernel, extra, lambda c: self._score_with(c, store, reference)
+            product_kernels.scores_fwd_kernel, extra, lambda c: self._score_with(c, store, ranks)
         )
-        return self._score_with(configuration, store, reference)
+        return self._score_with(configuration, store, ranks)
 
-    def _score_with(self, configuration: Configuration, store: bool, reference: Tensor | None) -> _Partials:
-        made = self._partials(configuration, ranks=reference is not None, store=store)
+    def _score_with(self, configuration: Configuration, store: bool, ranks: bool) -> _Partials:
+        made = self._partials(configuration, ranks=ranks, store=store)
         self._product(
             product_kernels.scores_fwd_kernel, configuration, made.out, rows=made.rows, columns=made.columns,
-            positive=made.positive, ranks=made.ranks, reference=reference,
+            positive=made.positive, ranks=made.ranks, reference=self._positives(configuration) if ranks else None,
         )  # fmt: skip
         return made
 
-    def _positives(self) -> Tensor:
-        """The logits of the rows' targets."""
-        out, config = self._empty(self.n), shipped.POSITIVES
+    def _positives(self, configuration: Configuration) -> Tensor:
+        """The logits of the rows' targets, as a score product of this configuration sums them."""
+        out, tile = self._empty(self.n), configuration.constexprs
+        config = replace(configuration, constexprs={name: tile[name] for name in ("BM", "BN", "BK")})
         self._launch(
-            product_kernels.positives_fwd_kernel, triton.cdiv(self.n, config.constexprs["BR"]), config,
-            x=self.x, w=self.w, out=out, N=self.n, D=self.x.shape[1],
-            stride_x=self.x.stride(0), stride_w=self.w.stride(0), target=self.masks["target"], **self.scoring,
+            product_kernels.positives_fwd_kernel, triton.cdiv(self.n, min(tile["BM"], tile["BN"])), config,
+            x=self.x, w=self.w, out=out, D=self.x.shape[1], stride_x=self.x.stride(0), stride_w=self.w.stride(0),
+            target=self.masks["target"], TRANSPOSED=self._described(), PRECISION=_precision(), **self.shape,
+            **self.scoring,
         )  # fmt: skip
         return out
+
+    def _described(self, *more: Tensor | None) -> bool:
+        """Whether products load, and store `more`, through tensor descriptors."""
+        return self.target in DESCRIPTORS and all(_describable(t) for t in (self.x, self.w, *more) if t is not None)
 
 
 class FusedChunk(_ProductChunk):
@@ -249,6 +281,11 @@ class FusedChunk(_ProductChunk):
     @classmethod
     def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
         return scores.x.dtype.itemsize * (1 + again + (2 + gradients if gradients else 0))
+
+    @classmethod
+    def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
+        held = scores.x.dtype.itemsize * rows * len(scores.w)
+        return held + cls._partial_bytes(scores, rows), held
 
     @classmethod
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
@@ -285,6 +322,11 @@ class RecomputedChunk(_ProductChunk):
     def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
         return scores.x.dtype.itemsize * (1 + gradients if gradients else 0)
 
+    @classmethod
+    def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
+        held = scores.x.dtype.itemsize * rows * len(scores.w)
+        return max(held, cls._partial_bytes(scores, rows)), held
+
     def statistics(self, *, ranks: bool) -> Statistics:
         self._check(ranks=ranks)
         return self._summary(self._score(store=False, ranks=ranks))
@@ -308,6 +350,13 @@ class RowChunk(_TritonChunk):
         return 4 if size == 4 else 4 + size
 
     @classmethod
+    def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
+        count = rows * len(scores.w)
+        partials = 0 if again else cls._partial_bytes(scores, rows)
+        formed = max(cls.score_bytes(scores) * count, 4 * count + partials)
+        return formed, scores.x.dtype.itemsize * count
+
+    @classmethod
     def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
         # Each product is written and read in fp32, and where it becomes a gradient read once more.
         return 8 * (1 + again) + (4 * (not again) + scores.x.dtype.itemsize * (1 + gradients) if gradients else 0)
@@ -326,7 +375,7 @@ class RowChunk(_TritonChunk):
     def _multiplied(self) -> Tensor:
         if self.products is None:
             x, w = self.x, self.w.t()
-            if x.is_cuda and x.dtype != torch.float32:
+            if rounds_late(x.device) and x.dtype != torch.float32:
                 self.products = torch.mm(x, w, out_dtype=torch.float32)
             else:
                 self.products = torch.mm(x.float(), w.float(), out=self._matrix(torch.float32))

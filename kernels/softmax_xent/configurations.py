@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,6 @@ _HEAVY_CANDIDATES = [
 ]
 _SINGLE_CANDIDATES = [_tiles(64, 128, 32, 8, 3), _tiles(128, 64, 32, 8, 3), _tiles(64, 64, 32, 4, 3)]
 
-POSITIVES = Configuration({"BR": 16, "BK": 128})
 MERGE = Configuration({"BT": 32, "BR": 32})
 WEIGHTS = Configuration({"BR": 256})
 DESCRIPTORS = ("sm_90", "sm_100")
@@ -200,11 +200,22 @@ def _row_cases() -> Iterator[dict[str, Any]]:
         yield _case(rows.weights_bwd_kernel, loss, options, WEIGHTS, FULL, dtypes=["fp32"])
 
 
+def _positive_cases() -> Iterator[dict[str, Any]]:
+    for target in FULL:
+        for dtypes in (["bf16", "fp16"], ["fp32"]):
+            half = dtypes[0] != "fp32"
+            options = {"target", "bias", "softcap", "ranks"}
+            ours, _ = product_tiles(product.scores_fwd_kernel, torch.bfloat16 if half else torch.float32, options)
+            tile = replace(ours[target], constexprs={k: ours[target].constexprs[k] for k in ("BM", "BN", "BK")})
+            constexprs = {"TRANSPOSED": target in DESCRIPTORS, "PRECISION": "ieee"}
+            kernel = product.positives_fwd_kernel
+            yield _case(
+                kernel, "", options, tile, [target], {"out": "*fp32"}, constexprs, dtypes=dtypes, tensor_cores=half
+            )
+
+
 COMPILE_CASES = [
     *(case for target in TARGETS for case in _product_cases(target)),
     *_row_cases(),
-    _case(
-        product.positives_fwd_kernel, "", {"target", "bias", "softcap"}, POSITIVES, FULL, {"out": "*fp32"},
-        dtypes=["bf16", "fp32"],
-    ),
-]  # fmt: skip
+    *_positive_cases(),
+]

@@ -11,10 +11,11 @@
 `auto` is stored except on CUDA devices, where it is the implementation of least modelled cost among those that can
 compute the loss, each with the chunks that the workspace allows it:
 
-    cost = FLOP / BALANCE + bytes of scores, of gradients and of sums of dw + chunks x bytes of w that products read
+    cost = FLOP / BALANCE + EPILOGUE x scores of our own products
+         + bytes of scores, of gradients and of sums of dw + chunks x bytes of w that products read
 
-in bytes of memory traffic. It assumes that every product runs equally fast, that nothing overlaps, and that a GPU does
-BALANCE operations while it moves a byte: a data sheet's ratio, no measurement. None of this has been timed on a GPU.
+in bytes of memory traffic. A GPU does BALANCE operations of a library's product while it moves a byte: a data sheet's
+ratio. Our own fp32 products run at FP32_RATE of a library's. Nothing overlaps. None of this has been timed on a GPU.
 
 Gradients that nobody needs are not multiplied: 1 G each.
 """
@@ -24,7 +25,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
-from ..numerics import accumulator
 from . import engine
 from .chunk_torch import TorchChunk
 from .scores import Chunk, Scores
@@ -33,6 +33,11 @@ KERNELS = ("fused", "rows", "recomputed")
 """Implementations by Triton kernels: for a GPU, or for tensors of any device under Triton's interpreter."""
 BALANCE = {2: 256, 4: 16, 8: 8}
 """FLOP in the time of a byte, by bytes of an operand: between those of A100 (156, 10, 10) and H100 (295, 20, 20)."""
+
+FP32_RATE = 0.5
+"""Of a library's: without tensor cores a tile of 64 x 64 x 32 reads shared memory for half of its time."""
+EPILOGUE = 2
+"""Bytes in the time of one score's epilogue: 22 instructions an element, which nothing hides behind another tile."""
 
 
 def _kind(impl: str) -> type[Chunk]:
@@ -72,7 +77,7 @@ class Plan:
     What an elementwise pass reads again from its cache is not counted.
     """
     workspace: int
-    """Bytes beside operands and gradients at the peak."""
+    """Bytes at the peak beyond operands and gradients, where nothing is normalised and a CPU's scores are trusted."""
     chunks: int
     """Runs of rows whose scores are held one after the other."""
     rows: int
@@ -80,6 +85,13 @@ class Plan:
     cost: int
     """By the model of this module, in bytes of memory traffic: to compare implementations by, and no time."""
     kind: type[Chunk] = field(repr=False)
+
+
+def kind(impl: str, s: Scores, ranks: bool, at_once: bool, gradients: int) -> type[Chunk]:
+    """The implementation of `plan`, without its figures where there is nothing to compare."""
+    if impl in ("auto", "stored") and s.x.device.type != "cuda":
+        return TorchChunk
+    return plan(impl, s, ranks=ranks, at_once=at_once, gradients=gradients).kind
 
 
 def plan(impl: str, s: Scores, *, ranks: bool = False, at_once: bool = True, gradients: int = 2) -> Plan:
@@ -106,15 +118,18 @@ def plan(impl: str, s: Scores, *, ranks: bool = False, at_once: bool = True, gra
 
 def _plan(impl: str, reason: str, s: Scores, at_once: bool, gradients: int) -> Plan:
     kind = _kind(impl)
-    (n, d), m, size, wide = s.x.shape, len(s.w), s.x.dtype.itemsize, accumulator(s.x.dtype).itemsize
-    parts = engine.chunks(s, kind)
+    (n, d), m, size = s.x.shape, len(s.w), s.x.dtype.itemsize
+    parts = engine.chunks(s, kind, gradients > 0)
     rows = max((p.stop - p.start for p in parts), default=0)
     again = bool(gradients) and (impl == "recomputed" or not at_once or (s.symmetric and len(parts) > 1))
     products = 1 + gradients + again
     flops = 2 * n * m * d * products
     several = gradients > 0 and len(parts) > 1
-    moved = kind.traffic(s, again, gradients) * n * m + (2 * wide * m * d * (len(parts) - 1) if several else 0)
-    held = kind.score_bytes(s) * rows * m + (wide * m * d if several and size < wide else 0)
-    read = len(parts) * size * m * d * (1 + again + (gradients > 0))
-    cost = flops // BALANCE[size] + moved + read
+    moved = kind.traffic(s, again, gradients) * n * m + (engine.Sums.traffic(s) * (len(parts) - 1) if several else 0)
+    (formed, read), (before, during, end) = kind.peaks(s, rows, again), engine.Sums.workspace(s, gradients, several)
+    held = max(formed + before, read + during, end)
+    operands = len(parts) * size * m * d * (1 + again + (gradients > 0))
+    own = (1 + again) * n * m * kind.multiplies
+    slowed = flops + (own * 2 * d * (1 / FP32_RATE - 1) if size == 4 else 0)
+    cost = round(slowed / BALANCE[size]) + EPILOGUE * own + moved + operands
     return Plan(impl, reason, products, flops, moved, held, len(parts), rows, cost, kind)

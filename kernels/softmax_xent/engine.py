@@ -22,29 +22,44 @@ products of the engine's own. Legend: see scores.py. Statistics and sums over ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..numerics import accumulator, finite, ratio, sum_by
 from ..workspace import workspace_bytes
-from .chunk_torch import TorchChunk, product
+from .chunk_torch import TorchChunk, product, rounds_late
 from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics
 
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
+GPU_ROWS = 128
 Merge = Callable[[Softmax], Softmax]
 """Completes the statistics of the columns with those of rows that are scored elsewhere."""
 LIFTED = 2.0**12
 """fp16 logit gradients are scaled so that the largest row weight becomes this: 1 / N and p would underflow."""
 
 
-def chunks(s: Scores, kind: type[Chunk] = TorchChunk) -> list[slice]:
-    """Runs of rows of nearly equal length whose scores fit the workspace."""
-    n = len(s.x)
-    rows = max(MIN_ROWS, workspace_bytes() // (kind.score_bytes(s) * max(1, len(s.w))))
-    count = -(-n // rows)
-    return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
+def chunks(s: Scores, kind: type[Chunk] = TorchChunk, w: bool = False) -> list[slice]:
+    """Runs of rows of nearly equal length whose scores fit the workspace; `w`: gradients of w are summed over them.
+
+    On a GPU one chunk may also take what sums of dw over several would: in half precision 4 M D bytes, which a single
+    product needs no room for. Its chunks are multiples of `GPU_ROWS`, the height of a product's tile.
+    """
+    n, (m, d) = s.x.shape[0], s.w.shape
+    score, gpu = kind.score_bytes(s) * max(1, m), rounds_late(s.x.device)
+    rows = max(MIN_ROWS, workspace_bytes() // score)
+    sums = accumulator(s.x.dtype).itemsize * m * d if w and gpu and s.x.dtype.itemsize == 2 else 0
+    if n <= rows or n * score <= workspace_bytes() + sums:
+        return [slice(0, n)] if n else []
+    if not gpu:
+        count = -(-n // rows)
+        return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
+    tiles = -(-n // GPU_ROWS)
+    count = -(-tiles // max(1, rows // GPU_ROWS))
+    edges = [min(n, i * tiles // count * GPU_ROWS) for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def column_gradient(s: Scores, g: Tensor) -> Tensor:
@@ -58,8 +73,7 @@ class _Private:
 
     def __init__(self, s: Scores):
         assert s.private is not None
-        wide = accumulator(s.x.dtype)
-        self.s, self.z = s, product(s.private, s.x[:, :, None]).squeeze(2).to(wide) * s.scale
+        self.s, self.z = s, _exactly(s.private, s.x[:, :, None]).squeeze(2) * s.scale
 
     def extend(self, stats: Statistics) -> Statistics:
         """The statistics of the shared and the private candidates."""
@@ -79,95 +93,157 @@ class _Private:
         return Statistics(rows.merge(mine), stats.columns, rank, top1)
 
     def logit_gradient(self, rows: Softmax, g: Tensor) -> Tensor:
+        """s dL/da (n, K), wide."""
         s, g = self.s, g * self.s.scale
         dz = (self.z - finite(rows.max)[:, None]).exp_()
         dz *= ratio(g * (1 + 2 * s.z_loss * rows.lse) if s.z_loss else g, rows.sum)[:, None]
         return dz if rows.count is None else dz - (s.label_smoothing * g / rows.count)[:, None]
 
 
-class _Sums:
-    """Gradients of the operands, gathered chunk by chunk."""
+def _exactly(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, wide; a CPU rounds products of half precision to it, which ruins scores, so it multiplies wide copies."""
+    if a.device.type == "cpu":
+        wide = accumulator(a.dtype)
+        return a.to(wide) @ b.to(wide)
+    return product(a, b)
 
-    def __init__(self, s: Scores, needs: Needs, several: bool):
-        self.s, self.needs, self.wide, self.several = s, needs, accumulator(s.x.dtype), several
-        rounded = s.x.device.type == "cpu" and s.x.dtype == torch.bfloat16
-        self.dtype = s.x.dtype if rounded else self.wide  # what products of the operands come in
-        self.dx = torch.empty_like(s.x, dtype=self.dtype) if needs.x else None
+
+class Sums:
+    """Gradients of the operands, gathered chunk by chunk.
+
+    Those of x and w come in the operands' dtype, rounded once from fp32 sums, or `wide`: for what is normalised, or
+    scaled, afterwards. Sums over chunks are wide until the last chunk is in.
+    """
+
+    @staticmethod
+    def workspace(s: Scores, gradients: int, several: bool) -> tuple[int, int, int]:
+        """Bytes of sums beyond the gradients that they become: before a chunk is added, meanwhile, and at the end.
+
+        `gradients`: 1 of w, 2 of x and w, neither normalised. A single chunk's are made when its own are formed.
+        """
+        if not gradients:
+            return 0, 0, 0
+        size, wide = s.x.dtype.itemsize, accumulator(s.x.dtype).itemsize
+        kept = wide if s.x.dtype == torch.float16 else size  # see `_lifted`
+        dx = s.x.numel() * (gradients > 1)
+        dw, sums = s.w.numel(), wide if several else kept
+        apart = size if several and not (size == wide or rounds_late(s.x.device)) else 0  # each product
+        during = dx * (kept - size) + dw * (sums + apart - size)
+        end = dx * (kept if kept != size else 0) + dw * (sums if sums != size else 0)
+        before = during - dw * apart if several else -size * (dx + dw)
+        return before, during, end
+
+    @staticmethod
+    def traffic(s: Scores) -> int:
+        """Bytes that adding one more chunk moves of dw."""
+        size, wide = s.x.dtype.itemsize, accumulator(s.x.dtype).itemsize
+        return s.w.numel() * (2 * wide if size == wide or rounds_late(s.x.device) else 2 * size + 2 * wide)
+
+    def __init__(self, s: Scores, needs: Needs, several: bool, wide: bool):
+        self.s, self.needs, self.several = s, needs, several
+        self.wide = accumulator(s.x.dtype)
+        rounds = s.x.device.type == "cpu" and s.x.dtype == torch.bfloat16  # products come in bf16, whatever is asked
+        self.dtype = self.wide if wide and not rounds else s.x.dtype
+        self.chunk = slice(None)
+        """Rows that are being added."""
+        self.dx_dtype = self.wide if s.private is not None else self.dtype  # of two terms, to be rounded together
+        self.dx = torch.empty_like(s.x, dtype=self.dx_dtype) if needs.x and several else None
         self.columns = needs.w if isinstance(needs.w, slice) else slice(None)
-        self.dw = None
-        if needs.w and several:
-            self.dw = torch.zeros_like(s.w[self.columns], dtype=self.wide)
+        self.dw: Tensor | None = None
         self.ds = s.x.new_zeros((), dtype=self.wide) if needs.scale else None
         self.db = s.x.new_zeros(len(s.w), dtype=self.wide) if needs.bias else None
         private = s.private if needs.private else None
         self.dprivate = None if private is None else torch.empty_like(private, dtype=self.wide)
 
-    def add(self, chunk: slice, d: Tensor, d_private: Tensor | None) -> None:
-        """Adds the part of rows `chunk`, given s dL/da of the shared (n, M) and of the private candidates (n, K)."""
-        s, x = self.s, self.s.x[chunk]
+    def add(self, d: Tensor) -> None:
+        """Adds what the rows `chunk` give, of s dL/da (n, M) of the shared candidates."""
+        x = self.s.x[self.chunk] if self.several else self.s.x
         if self.db is not None:
-            self.db += d.sum(0, dtype=self.wide) / s.scale
-        if self.dx is not None or self.ds is not None:
-            if self.dx is not None and self.dtype == d.dtype:
-                part = torch.mm(d, s.w, out=self.dx[chunk])
+            self.db += d.sum(0, dtype=self.wide) / self.s.scale
+        if self.needs.x or self.needs.scale:
+            rounded = self.dx_dtype == d.dtype and not self.needs.scale
+            if rounded and self.dx is not None:
+                torch.mm(d, self.s.w, out=self.dx[self.chunk])
             else:
-                part = product(d, s.w)
-            if s.private is not None and d_private is not None:
-                part += product(d_private.to(x.dtype)[:, None], s.private[chunk]).squeeze(1)
-            if self.dx is not None and self.dtype != d.dtype:
-                self.dx[chunk] = part
-            if self.ds is not None:
-                self.ds += (x.to(self.wide) * part).sum() / s.scale
+                part = d @ self.s.w if rounded else product(d, self.s.w)
+                if self.dx is not None:
+                    self.dx[self.chunk] = part
+                elif self.needs.x:
+                    self.dx = part.to(self.dx_dtype)
+                self._scale(part)
         if self.needs.w:
-            d = d[:, self.columns]
-            if not self.several:
-                self.dw = product(d.t(), x)
-            elif self.dw is not None:
-                if d.dtype == self.wide:
-                    torch.addmm(self.dw, d.t(), x, out=self.dw)
-                else:
-                    self.dw += product(d.t(), x)
-        if self.dprivate is not None and d_private is not None:
-            torch.mul(d_private[:, :, None], x[:, None], out=self.dprivate[chunk])
+            self._add_w(d if self.columns == slice(None) else d[:, self.columns], x)
+
+    def _add_w(self, d: Tensor, x: Tensor) -> None:
+        if self.dw is None:  # the first chunk writes, and a single one writes the result
+            one = not self.several and self.dtype == d.dtype
+            self.dw = d.t() @ x if one else product(d.t(), x)
+            if self.several:
+                self.dw = self.dw.to(self.wide)
+        elif d.dtype == self.wide:
+            torch.addmm(self.dw, d.t(), x, out=self.dw)
+        elif rounds_late(d.device) and "dtype_out" in torch.ops.aten.addmm.overloads():
+            torch.addmm(self.dw, d.t(), x, out_dtype=self.wide, out=self.dw)
+        else:
+            self.dw += product(d.t(), x)
+
+    def add_private(self, d: Tensor) -> None:
+        """The same of s dL/da (n, K), wide, of the private candidates; the shared ones have been added."""
+        s, x = self.s, self.s.x[self.chunk]
+        assert s.private is not None
+        if self.dx is not None or self.ds is not None:
+            private = s.private[self.chunk]
+            left = d if d.device.type == "cpu" else d.to(private.dtype)
+            part = _exactly(left[:, None], private).squeeze(1)
+            if self.dx is not None:
+                self.dx[self.chunk] += part
+            self._scale(part)
+        if self.dprivate is not None:
+            torch.mul(d[:, :, None], x[:, None], out=self.dprivate[self.chunk])
+
+    def _scale(self, part: Tensor) -> None:
+        """Adds to ds what a part of dx, as wide as it comes, tells of it."""
+        if self.ds is not None:
+            self.ds += (self.s.x[self.chunk].to(self.wide) * part).sum() / self.s.scale
 
     def gradients(self) -> Gradients:
         return Gradients(self.dx, self.dw, self.ds, self.db, self.dprivate)
 
 
-def _of_chunk(
-    chunk: Chunk, s: Scores, ranks: bool, g: Tensor | None, h: Tensor | None, merge: Merge | None
-) -> tuple[Statistics, Tensor | None, Tensor | None]:
-    """Statistics of some rows and, given g, s dL/da of the shared and of the private candidates."""
-    private = None if s.private is None else _Private(s)
-    if g is not None and private is None and not s.symmetric:
-        return *chunk.statistics_and_logit_gradient(g, ranks=ranks), None
-    stats = chunk.statistics(ranks=ranks)
-    if private is not None:
-        stats = private.extend(stats)
-    if g is None:
-        return stats, None, None
-    if merge is not None and stats.columns is not None:
-        stats = stats._replace(columns=merge(stats.columns))
-    d = chunk.logit_gradient(stats.rows, stats.columns, g, h)
-    return stats, d, None if private is None else private.logit_gradient(stats.rows, g)
-
-
 def _walk(
-    s: Scores, kind: type[Chunk], ranks: bool, sums: _Sums | None = None, g: Tensor | None = None,
+    s: Scores, kind: type[Chunk], ranks: bool, parts: list[slice], sums: Sums | None = None, g: Tensor | None = None,
     h: Tensor | None = None, merge: Merge | None = None,
 ) -> Statistics:  # fmt: skip
     """Statistics and, into `sums`, the gradient of each chunk while its scores are at hand."""
     found: list[Statistics] = []
     s = kind.prepare(s)
-    for part in chunks(s, kind):
-        rows = s.rows(part)
+    for part in parts:
+        rows = s if len(parts) == 1 else s.rows(part)
         chunk = kind(rows)
-        stats, d, d_private = _of_chunk(chunk, rows, ranks, None if g is None else g[part], h, merge)
+        private = None if s.private is None else _Private(rows)
+        if sums is None or g is None:
+            stats = chunk.statistics(ranks=ranks)
+            stats = stats if private is None else private.extend(stats)
+        else:
+            sums.chunk = part
+            if private is None and not s.symmetric:
+                stats = chunk.statistics_and_accumulate(g[part], sums, ranks=ranks)
+            else:
+                stats = chunk.statistics(ranks=ranks)
+                stats = stats if private is None else private.extend(stats)
+                if merge is not None and stats.columns is not None:
+                    stats = stats._replace(columns=merge(stats.columns))
+                chunk.accumulate(stats, g[part], h, sums)
+                if private is not None:
+                    sums.add_private(private.logit_gradient(stats.rows, g[part]))
         found.append(stats)
-        if sums is not None and d is not None:
-            sums.add(part, d, d_private)
         chunk.close()
-        del chunk, d, d_private  # before the next chunk's are there
+        del chunk, private  # before the next chunk's are there
+    return _together(found)
+
+
+def _together(found: list[Statistics]) -> Statistics:
+    """The statistics of all chunks."""
     if len(found) == 1:
         return found[0]
     columns = None
@@ -180,7 +256,7 @@ def _walk(
 
 def statistics(s: Scores, *, ranks: bool = False, kind: type[Chunk] = TorchChunk) -> Statistics:
     """Statistics of every row and, for a symmetric loss, of every column: one matrix product."""
-    return _walk(s, kind, ranks)
+    return _walk(s, kind, ranks, chunks(s, kind))
 
 
 def gradient(
@@ -191,20 +267,24 @@ def gradient(
     *,
     h: Tensor | None = None,
     kind: type[Chunk] = TorchChunk,
+    wide: bool = True,
 ) -> Gradients:
     """Gradients given the statistics, dL/dL_i = g (N,) and, for a symmetric loss, h (M,): three matrix products.
 
-    The statistics may cover more candidates, and those of the columns more rows, than the scores given here.
+    The statistics may cover more candidates, and those of the columns more rows, than the scores given here. Those of
+    x and w come in fp32 (fp64), or unless `wide` rounded to the operands' dtype.
     """
-    s, parts = kind.prepare(s), chunks(s, kind)
-    sums, (g, h, lift) = _Sums(s, needs, len(parts) > 1), _lifted(s, g, h)
+    s, parts = kind.prepare(s), chunks(s, kind, bool(needs.w))
+    g, h, lift = _lifted(s, g, h)
+    sums = Sums(s, needs, len(parts) > 1, wide or lift is not None)
     for part in parts:
-        rows, seen = s.rows(part), stats.rows.at(part)
-        private = None if s.private is None else _Private(rows).logit_gradient(seen, g[part])
-        chunk = kind(rows)
-        sums.add(part, chunk.logit_gradient(seen, stats.columns, g[part], h), private)
+        rows, seen = s.rows(part), stats._replace(rows=stats.rows.at(part))
+        chunk, sums.chunk = kind(rows), part
+        chunk.accumulate(seen, g[part], h, sums)
         chunk.close()
         del chunk
+        if s.private is not None:
+            sums.add_private(_Private(rows).logit_gradient(seen.rows, g[part]))
     return _lowered(sums.gradients(), lift)
 
 
@@ -217,26 +297,31 @@ def statistics_and_gradient(
     ranks: bool = False,
     kind: type[Chunk] = TorchChunk,
     merge: Merge | None = None,
+    wide: bool = True,
 ) -> tuple[Statistics, Gradients]:
     """Both phases on each chunk of scores: three matrix products, four where columns span several chunks.
 
-    `merge` is called once, between the phases, if the loss is symmetric.
+    `merge` is called once, between the phases, if the loss is symmetric. `wide`: as for `gradient`.
     """
-    several = len(chunks(s, kind)) > 1
-    if s.symmetric and several:
+    parts = chunks(s, kind, bool(needs.w))
+    if s.symmetric and len(parts) > 1:
         stats = statistics(s, ranks=ranks, kind=kind)
         if merge is not None and stats.columns is not None:
             stats = stats._replace(columns=merge(stats.columns))
-        return stats, gradient(s, stats, g, needs, h=h, kind=kind)
-    sums, (g, h, lift) = _Sums(s, needs, several), _lifted(s, g, h)
-    return _walk(s, kind, ranks, sums, g, h, merge), _lowered(sums.gradients(), lift)
+        return stats, gradient(s, stats, g, needs, h=h, kind=kind, wide=wide)
+    g, h, lift = _lifted(s, g, h)
+    sums = Sums(s, needs, len(parts) > 1, wide or lift is not None)
+    return _walk(s, kind, ranks, parts, sums, g, h, merge), _lowered(sums.gradients(), lift)
 
 
 def _lifted(s: Scores, g: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """g and h scaled into fp16's range, and by what; as they are in other dtypes."""
     if s.x.dtype != torch.float16 or not len(g):
         return g, h, None
-    top = g.abs().amax() * s.scale
+    top = g.abs().amax()
+    if h is not None:  # a key that answers many queries weighs as much as all of them
+        top = torch.maximum(top, h.abs().amax())
+    top = top * s.scale
     lift = torch.where(top > 0, LIFTED / top, 1.0)
     return g * lift, None if h is None else h * lift, lift
 

@@ -97,21 +97,40 @@ def scores_bwd_logits_kernel(
 
 @triton.jit
 def positives_fwd_kernel(
-    x, w, out, N, D, stride_x, stride_w, scale, bias, softcap, target, BR: tl.constexpr, BK: tl.constexpr
+    x, w, out, N, M, D, stride_x, stride_w, scale, bias, softcap, target,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns the logits `out` (N,) of BR rows' targets."""
-    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    """A program owns the logits `out` (N,) of the targets of min(BM, BN) rows; NaN where a target is none of 0..M-1.
+
+    They are the diagonal of a product of the score kernels' own tile, and so summed in the same order: what equals the
+    positive has its score to the last bit. TRANSPOSED: tiles of w are loaded as descriptors load them.
+    """
+    R: tl.constexpr = BM if BM < BN else BN
+    o_m = tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
-    m_r = o_r < N
-    b_target = tl.load(target + o_r, mask=m_r, other=0).to(tl.int64)
-    b_sum = tl.zeros((BR,), dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * R
+    o_r = first + o_m
+    b_target = tl.load(target + first + o_n, mask=(o_n < R) & (first + o_n < N), other=-1)
+    m_w = (b_target >= 0) & (b_target < M)
+    p_x = x + o_r[:, None] * stride_x + o_k[None, :]
+    p_w = w + b_target.to(tl.int64) * stride_w
+    b_a = tl.zeros((BM, BN), dtype=tl.float32)
     for i_k in range(0, D, BK):
-        m = m_r[:, None] & (o_k < D - i_k)[None, :]
-        b_x = tl.load(x + o_r[:, None] * stride_x + (i_k + o_k)[None, :], mask=m, other=0.0).to(tl.float32)
-        b_w = tl.load(w + b_target[:, None] * stride_w + (i_k + o_k)[None, :], mask=m, other=0.0).to(tl.float32)
-        b_sum += tl.sum(b_x * b_w, 1)
+        m_k = o_k < D - i_k
+        b_x = tl.load(p_x + i_k, mask=(o_r < N)[:, None] & m_k[None, :], other=0.0)
+        if TRANSPOSED:
+            b_w = tl.load(p_w[:, None] + (i_k + o_k)[None, :], mask=m_w[:, None] & m_k[None, :], other=0.0).T
+        else:
+            b_w = tl.load(p_w[None, :] + (i_k + o_k)[:, None], mask=m_w[None, :] & m_k[:, None], other=0.0)
+        b_a = tl.dot(b_x, b_w, b_a, input_precision=PRECISION)
+    m_diagonal = o_m[:, None] == o_n[None, :]
+    b_sum = tl.sum(tl.where(m_diagonal, b_a, 0.0), 1)
+    m_r = (o_m < R) & (o_r < N)
+    b_own = tl.load(target + o_r, mask=m_r, other=-1)
+    m_own = (b_own >= 0) & (b_own < M)
     if bias is not None:
-        b_z = scored(b_sum, scale, tl.load(bias + b_target, mask=m_r, other=0.0), softcap)
+        b_z = scored(b_sum, scale, tl.load(bias + b_own, mask=m_own, other=0.0), softcap)
     else:
         b_z = scored(b_sum, scale, None, softcap)
-    tl.store(out + o_r, b_z, mask=m_r)
+    tl.store(out + o_r, tl.where(m_own, b_z, float("nan")), mask=m_r)

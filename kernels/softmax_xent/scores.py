@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..numerics import finite, sum_by
+from ..numerics import accumulator, finite, sum_by
+
+if TYPE_CHECKING:
+    from .engine import Sums
 
 
 class Softmax(NamedTuple):
@@ -134,10 +137,22 @@ class Chunk(ABC):
     candidates: pos_max = -inf and pos_sum = 0 then. A row without a candidate has max = -inf and sum = 0.
     """
 
+    multiplies = False
+    """Whether its scores come from a kernel of its own, whose epilogue makes of them what is wanted."""
+
     @classmethod
     @abstractmethod
     def score_bytes(cls, scores: Scores) -> int:
         """Workspace for one score of a chunk."""
+
+    @classmethod
+    def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
+        """Bytes that a chunk of so many rows holds while its gradient is formed, and while products read that.
+
+        `again`: its statistics have been found before.
+        """
+        held = cls.score_bytes(scores) * rows * len(scores.w)
+        return held, held
 
     @classmethod
     def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
@@ -178,10 +193,28 @@ class Chunk(ABC):
         `rows` and `columns` may be of more candidates and more rows than this chunk's. Callable once.
         """
 
-    def close(self) -> None:  # noqa: B027  most have nothing to give
-        """Gives its memory to the next chunk, when its logit gradient has been read for the last time."""
+    def accumulate(self, stats: Statistics, g: Tensor, h: Tensor | None, sums: Sums) -> None:
+        """Adds the gradients of the operands that these rows give, by products with `logit_gradient`. Callable once."""
+        sums.add(self.logit_gradient(stats.rows, stats.columns, g, h))
 
-    def statistics_and_logit_gradient(self, g: Tensor, *, ranks: bool) -> tuple[Statistics, Tensor]:
+    def statistics_and_accumulate(self, g: Tensor, sums: Sums, *, ranks: bool) -> Statistics:
         """Both, where the statistics of these rows are all that the gradient needs."""
         stats = self.statistics(ranks=ranks)
-        return stats, self.logit_gradient(stats.rows, None, g, None)
+        self.accumulate(stats, g, None, sums)
+        return stats
+
+    def close(self) -> None:  # noqa: B027  most have nothing to give
+        """Gives its memory to the next chunk, when nothing is left to be read of it."""
+
+
+def no_rows(s: Scores) -> Statistics:
+    """What no rows say of M candidates: nothing."""
+    wide = accumulator(s.x.dtype)
+
+    def softmax(n: int) -> Softmax:
+        none, zero = s.x.new_full((n,), -torch.inf, dtype=wide), s.x.new_zeros(n, dtype=wide)
+        smoothing = (zero, zero.long()) if s.label_smoothing else ()
+        return Softmax(none, zero, none, zero, *smoothing)
+
+    index = torch.empty(0, dtype=torch.int64, device=s.x.device)
+    return Statistics(softmax(0), softmax(len(s.w)) if s.symmetric else None, index, index)

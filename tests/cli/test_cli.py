@@ -257,8 +257,35 @@ def test_env_and_show(cosup, fields):
 
 def test_env_says_which_extra_to_install(cosup, monkeypatch):
     part = Part("flash-attn", False, "not installed (pip install 'cosup-fast[gpu]')")
-    monkeypatch.setattr("cosup_fast.environment.describe", lambda: [part])
+    monkeypatch.setattr("cosup_fast.environment.describe", lambda **_: [part])
     assert part.note in cosup("env")[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("weight_map"), r"unexpected KeyError: 'weight_map', in test_cli.py:\d+\..*cosup-fast --debug"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"),
+            "^error: out of memory",
+        ),
+        (MemoryError(), "out of memory.*lower training.tokens_per_micro_batch"),
+        (RecursionError("maximum recursion depth exceeded"), "unexpected RecursionError"),
+        (OSError(28, "No space left on device", "/x/y"), "'/x/y': free some space"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line_unless_the_trace_is_asked_for(cosup, monkeypatch, error, said):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr("cosup_fast.environment.describe", fail)
+    status, _, err = cosup("env")
+    assert status == 1
+    assert re.search(said, err.strip())
+    assert "Traceback" not in err
+    monkeypatch.setattr("cosup_fast.cli.app.DEBUG", {"on": False})
+    with pytest.raises(type(error)):
+        cosup("--debug", "env")
 
 
 def _start(fields, *options, limit=None, **changes):

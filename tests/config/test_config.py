@@ -82,6 +82,29 @@ def test_a_mistake_is_named_with_its_remedy(override, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("output: a\noutput: b\n", "the key 'output' stands twice, first in line 1"),
+        ("training: {lr: 1.0e-4, steps: 5, lr: 1.0e-3}\n", "the key 'lr' stands twice"),
+        ("[" * 5000, "nested too deep"),
+        ("a: " + "{a: " * 5000, "nested too deep"),
+        ("a: &a [*a]\n", "contains itself|unfold"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+            "unfold to more than",
+        ),
+        ("output: 2024-13-77\n", "cannot be read as YAML"),
+    ],
+    ids=["twice", "twice within", "deep list", "deep mapping", "itself", "billion laughs", "no date"],
+)
+def test_a_hostile_or_careless_file_is_refused(tmp_path, text, said):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "c.yaml")
+
+
 def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config(tmp_path / "none.yaml")

@@ -122,11 +122,11 @@ def test_report_says_what_was_measured(report, model, llama_folder):
 def test_report_survives_saving(report, tmp_path):
     for _ in range(2):
         report.save(tmp_path / "report")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["report", "report.html", "report.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["report", "report.json"]
     assert Report.load(tmp_path / "report") == Report.load(tmp_path / "report" / "report.json") == report
     path = tmp_path / "report" / "report.json"
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert (data["format"], data["format_version"]) == ("cosup-fast evaluation", 1)
+    assert (data["format"], data["format_version"]) == ("cosup-fast evaluation", 2)
     for damage in ({**data, "format_version": 7}, {"overall": {}}, [1], {**data, "questions": [{"key": "x"}]}):
         path.write_text(json.dumps(damage))
         with pytest.raises(ValueError, match="is no report that can be read"):
@@ -142,9 +142,20 @@ def test_table_shows_the_main_numbers(report):
     console = Console(width=170, file=io.StringIO())
     console.print(report.table())
     text = console.file.getvalue()
-    for title in ("cities", "out-of-domain", "average of 3", "R@1", "MRR", "contains", "grounded", "perplexity"):
+    for title in (
+        "cities",
+        "out-of-domain",
+        "average of 3",
+        "R@1",
+        "R@20",
+        "chance",
+        "contains",
+        "grounded",
+        "perplexity",
+    ):
         assert title in text
-    assert f"{100 * report.datasets[0].metrics['mrr'].mean:.1f}" in text
+    assert f"{100 * report.datasets[0].metrics['recall@5'].mean:.1f}" in text
+    assert "chance 45.5" in text  # 5 of 11
 
 
 class Counting:
@@ -276,10 +287,10 @@ def test_journal(tmp_path):
 
 def test_one_question_has_no_interval(system, examples):
     report = evaluate(system, examples[:1], CONFIG, progress=False)
-    assert report.overall["mrr"].low is None
+    assert report.overall["recall@20"].low is None
     console = Console(width=140, file=io.StringIO())
     console.print(report.table())
-    assert f"{100 * report.overall['mrr'].mean:.1f}" in console.file.getvalue()
+    assert f"{100 * report.overall['recall@20'].mean:.1f}" in console.file.getvalue()
 
 
 def test_wrong_requests_are_refused_before_any_work(system, examples, monkeypatch):

@@ -23,7 +23,7 @@ def test_score_of_a_grounded_answer(examples, corpus, answer_of):
             "recall@1": 0, "recall@5": 1, "recall@20": 1, "mrr": 0.5, "ndcg@10": 1, "rprec": 0,
             "passage_precision": 0.5, "passage_recall": 1, "passage_f1": 2 / 3, "answer_in_passage": 0.5,
             "containment": 1, "exact_match": 1, "f1": 1, "grounded": 0.5, "perplexity": 7.38905609893,
-            "retrieval": 0.5, "correctness": 1,
+            "retrievals": 2, "retrieval": 0.5, "correctness": 1,
         }
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_without_grounded_segments_the_whole_text_counts(examples, answer_of):
 
 def test_only_examples_with_answers_count_for_correctness(examples, corpus, answer_of):
     scores = score(examples[3], answer_of(("囲碁", "go"), retrieved=("go",)), suite_of(""), corpus, (), [YES])
-    assert set(scores) == {"passage_precision", "passage_recall", "passage_f1", "grounded", "retrieval"}
+    assert set(scores) == {"passage_precision", "passage_recall", "passage_f1", "grounded", "retrieval", "retrievals"}
 
 
 def test_patterns_have_no_f1(examples, answer_of):

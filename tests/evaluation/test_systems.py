@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosup_fast.cli.systems import open_system, output_folder, split_name
+from cosup_fast.cli.systems import open_system, output_folder
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.evaluation import (
     DenseRetriever,
@@ -18,12 +18,12 @@ from cosup_fast.evaluation import (
     IndexRetriever,
     PairRetriever,
     RandomRetriever,
-    System,
     evaluate,
     load_test_sets,
 )
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
-from cosup_fast.evaluation.systems import Request, _Question, _Searches
+from cosup_fast.evaluation.retrievers import Request
+from cosup_fast.evaluation.systems import SYSTEMS, System, _Question, _Searches, split_name
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
 from cosup_fast.index.shards import PassageFile
@@ -68,10 +68,10 @@ def test_co_supervised_writes_what_the_generator_writes(system, model, index, ex
 
 def test_ranked_lists_agree_with_the_ranks(system, model, index, examples):
     ranks = retrieval_ranks(model, examples, index)
-    lists = system.retriever.rank(examples, 11, progress=False)
+    lists = system.retriever.rank(examples, 11)
     gold = [next(iter(wanted)) for example in examples for _, wanted in asked(example)]
     assert [names(ranked).index(name) for ranked, name in zip(lists, gold, strict=True)] == ranks
-    assert system.retriever.rank([Example(id="s", question="?", output=[])], 5, progress=False) == []
+    assert system.retriever.rank([Example(id="s", question="?", output=[])], 5) == []
 
 
 def test_a_corpus_in_files_is_not_read_into_memory(model, examples, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_corpus_in_files_is_not_read_into_memory(model, examples, tmp_path, mo
     report = evaluate(system, tests, CONFIG, progress=False)
     assert len(lines) <= len(examples) * (100 + 2 * CONFIG.max_retrievals * (CONFIG.candidates + 3))
     in_memory = IndexRetriever(model, SequenceIndex.build(model, many, progress=False))
-    assert in_memory.origin == report.settings["retriever"]
+    assert {**in_memory.origin, **in_memory.corpus.identity} == report.settings["retriever"]
     same = evaluate(System("co-supervised", model, in_memory), tests, CONFIG, progress=False)
     assert same.questions == report.questions
     assert dict(system.passages) == {passage.id: passage for passage in many}
@@ -134,7 +134,7 @@ def test_random_passages_depend_on_seed_question_and_number_alone(model, passage
     assert drawn(0) == drawn(0) != drawn(1)
     assert len({tuple(names) for names in drawn(0)}) > 4
     assert all(len(set(names)) == 3 for names in drawn(0))
-    lists = RandomRetriever(passages).rank(examples, 100, progress=False)
+    lists = RandomRetriever(passages).rank(examples, 100)
     assert [len(found) for found in lists] == [11] * 6
     firsts = [asked_once(RandomRetriever(passages, seed), request(examples[0]), 1)[0] for seed in range(300)]
     assert {firsts.count(passage.id) > 8 for passage in passages} == {True}  # 27 expected
@@ -255,7 +255,7 @@ def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, pa
     so_far = f"{example.question} First the city. Paris lies on the Seine. Then its length:"
     assert asked_once(retriever, request(example), 4) == expected(example.question)[:4]
     assert asked_once(retriever, request(example, 1, *example.output[:3]), 11) == expected(so_far)
-    assert names(retriever.rank(examples, 11, progress=False)[2]) == expected(so_far)
+    assert names(retriever.rank(examples, 11)[2]) == expected(so_far)
     system = System("dense:tiny", model, retriever)
     (answer,) = answers_of(system, [example])
     assert answer.retrievals[0].best.passage == expected(example.question)[0]
@@ -267,8 +267,8 @@ def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, pa
     ("name", "message"),
     [
         ("golden", "--system 'golden' is unknown, did you mean 'gold'"),
-        ("pair", "needs the run that retrieves"),
-        ("random:7", "random takes nothing behind a colon"),
+        ("pair", "needs its RUN: write pair:RUN"),
+        ("random:7", "random takes nothing after a colon"),
     ],
 )
 def test_systems_that_do_not_exist(name, message):
@@ -277,8 +277,8 @@ def test_systems_that_do_not_exist(name, message):
 
 
 def test_names_of_systems(tmp_path, model, data_folder):
-    assert split_name("dense") == ("dense", "minilm")
-    assert split_name("pair:runs/a:b") == ("pair", "runs/a:b")
+    assert split_name("dense") == (SYSTEMS["dense"], "minilm")
+    assert split_name("pair:runs/a:b") == (SYSTEMS["pair"], "runs/a:b")
     folder = output_folder(None, tmp_path, "pair:runs/nsp only")
     assert folder == tmp_path / "evaluation" / "pair-nsp-only"
     for name in ("closed-book", "gold", "random"):
@@ -299,10 +299,13 @@ def test_names_of_systems(tmp_path, model, data_folder):
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("gold", {"index": Path("i")}, "--system gold searches no index: leave out --index i"),
-        ("closed-book", {"index": Path("i")}, "closed-book searches no index"),
-        ("closed-book", {"corpus": "c"}, "closed-book reads no passages: leave out --corpus c"),
-        ("co-supervised", {"corpus": "c"}, "co-supervised reads what its index holds: leave out --corpus c"),
+        ("gold", {"index": Path("i")}, "--system gold reads no index: leave out --index i"),
+        ("closed-book", {"index": Path("i")}, "closed-book reads no index"),
+        (
+            "co-supervised",
+            {"index": Path("i"), "corpus": "c"},
+            "--index i holds its own passages: leave out --corpus c",
+        ),
     ],
 )
 def test_what_a_system_does_not_read_is_refused(name, given, message, tmp_path):

@@ -1,6 +1,11 @@
-"""The losses on a CUDA device at real sizes: values, gradients, memory, graphs, compilation. They wait for one."""
+"""The losses on a CUDA device at real sizes: values, gradients, memory, graphs, compilation. They wait for one.
+
+A rehearsal (see conftest.py) runs what it can at small sizes on the CPU.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -12,10 +17,13 @@ from cosup_fast.kernels import tuning
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
 from cosup_fast.testing import assert_close_to_fp64, operands
 
+REHEARSED = os.environ.get("COSUP_REHEARSE_GPU") == "1"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not REHEARSED and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+real = pytest.mark.skipif(REHEARSED, reason="needs a CUDA device, also in a rehearsal")
+DEVICE, SHRINK = ("cpu", 64) if REHEARSED else ("cuda", 1)
 HALF = torch.bfloat16
 IMPLS = [*KERNELS, "stored", "auto"]
 GIB = 2**30
@@ -42,15 +50,25 @@ def check(loss, eager, impl: str, x: Tensor, w: Tensor, **options) -> None:
 
 
 def cuda(n: int, m: int, d: int, kind: str = "normal", dtype: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
-    x, w = operands(n, m, d, kind, dtype)
-    return x.cuda(), w.cuda()
+    x, w = operands(shrunk(n), shrunk(m), -(-d // (16 if REHEARSED else 1)), kind, dtype)
+    return x.to(DEVICE), w.to(DEVICE)
+
+
+def shrunk(size: int) -> int:
+    return -(-size // SHRINK)
+
+
+def at(value: object) -> object:
+    """On the device, if it is a tensor."""
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(4096, 8192, 1024), (1000, 3001, 577), (65, 50, 4096)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_info_nce(impl, sizes, dtype):
-    check(info_nce, reference.info_nce, impl, *cuda(*sizes, dtype=dtype), positive=torch.arange(sizes[0]).cuda() % 40)
+    x, w = cuda(*sizes, dtype=dtype)
+    check(info_nce, reference.info_nce, impl, x, w, positive=torch.arange(len(x), device=DEVICE) % min(40, len(w)))
 
 
 @pytest.mark.parametrize("kind", ["extreme", "confident", "tiny"])
@@ -64,10 +82,14 @@ def test_sizes_of_scores(impl, kind):
     [
         {"duplicates": "mask"},
         {"duplicates": "positive"},
-        {"positive_ids": (torch.arange(2048)[:, None] + torch.tensor([0, 5, -4000])) % 1500},
+        {"positive_ids": (torch.arange(shrunk(2048))[:, None] + torch.tensor([0, 5, -4000])) % shrunk(1500)},
         {"label_smoothing": 0.1, "normalize": True, "scale": torch.tensor(10.0)},
         {"symmetric": True},
-        {"symmetric": True, "positive_ids": torch.arange(2048)[:, None] % 1500, "positive": torch.arange(2048)},
+        {
+            "symmetric": True,
+            "positive_ids": torch.arange(shrunk(2048))[:, None] % shrunk(1500),
+            "positive": torch.arange(shrunk(2048)),
+        },
         {"reduction": "none"},
     ],
     ids=", ".join,
@@ -77,10 +99,10 @@ def test_info_nce_options(impl, options):
     if impl == "fused" and "symmetric" in options:
         pytest.skip("fused normalises rows alone")
     x, w = cuda(2048, 4096, 768)
-    key_ids = torch.arange(4096) % 1500
-    key_ids[4000:] = -1
-    options = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in options.items()}
-    check(info_nce, reference.info_nce, impl, x, w, key_ids=key_ids.cuda(), **options)
+    key_ids = torch.arange(len(w)) % shrunk(1500)
+    key_ids[shrunk(4000) :] = -1
+    options = {name: at(value) for name, value in options.items()}
+    check(info_nce, reference.info_nce, impl, x, w, key_ids=at(key_ids), **options)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -89,9 +111,9 @@ def test_linear_cross_entropy(impl, softcap):
     if impl == "fused" and softcap:
         pytest.skip("fused holds exponentials, which do not tell the derivative of a softcap")
     x, w = cuda(2048, 49152, 576)
-    target = torch.randint(49152, (2048,), generator=torch.Generator().manual_seed(0))
+    target = torch.randint(len(w), (len(x),), generator=torch.Generator().manual_seed(0))
     target[::3] = -100
-    options = {"target": target.cuda(), "bias": torch.randn(49152, device="cuda").to(HALF), "softcap": softcap}
+    options = {"target": at(target), "bias": torch.randn(len(w), device=DEVICE).to(HALF), "softcap": softcap}
     check(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, **options, z_loss=1e-4, label_smoothing=0.1)
 
 
@@ -117,6 +139,7 @@ def peak(step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@real
 @pytest.mark.parametrize("impl", [*KERNELS, "auto"])
 def test_memory(impl):
     """65536 x 65536 scores of bf16 are 8 GiB: never more is there than the plan says, gradients and partials."""
@@ -129,6 +152,7 @@ def test_memory(impl):
     assert used < 2.5 * GIB
 
 
+@real
 @pytest.mark.parametrize("impl", [*KERNELS, "auto"])
 def test_memory_of_the_vocabulary(impl):
     n, v, d = 16384, 128256, 2048
@@ -139,6 +163,7 @@ def test_memory_of_the_vocabulary(impl):
     assert used < 1.25 * plan.workspace + 2 * (n + v) * d + 4 * n * d + 2 * n * d + 0.25 * GIB
 
 
+@real
 @pytest.mark.parametrize("impl", KERNELS)
 def test_offsets_beyond_int32(impl):
     n, d = 2**20 + 70, 2048
@@ -154,6 +179,7 @@ def test_offsets_beyond_int32(impl):
     assert ((dx[-100:].double() - exact).norm() < 2.0**-7 * exact.norm()).item()
 
 
+@real
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
 @pytest.mark.parametrize("impl", [*KERNELS, "auto"])
 def test_in_a_cuda_graph(impl, symmetric):
@@ -187,6 +213,7 @@ def test_in_a_cuda_graph(impl, symmetric):
         torch.testing.assert_close(ours, right)
 
 
+@real
 @pytest.mark.parametrize("impl", [*KERNELS, "auto"])
 def test_nothing_waits_for_the_gpu(impl):
     x, w = (t.requires_grad_() for t in cuda(512, 1024, 576))
@@ -199,6 +226,7 @@ def test_nothing_waits_for_the_gpu(impl):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@real
 @pytest.mark.parametrize("impl", [*KERNELS, "auto"])
 def test_compiled_whole(impl):
     def f(x, w, scale):
@@ -212,6 +240,7 @@ def test_compiled_whole(impl):
     torch.testing.assert_close(*outcomes)
 
 
+@real
 @pytest.mark.parametrize("impl", KERNELS)
 def test_tf32_only_where_torch_allows_it(impl, monkeypatch):
     x, w = cuda(512, 1024, 576, dtype=torch.float32)
@@ -223,6 +252,7 @@ def test_tf32_only_where_torch_allows_it(impl, monkeypatch):
     assert errors["ieee"] < 2.0**-18 < errors["tf32"] < 2.0**-8
 
 
+@real
 def test_search_for_configurations(tmp_path, monkeypatch):
     monkeypatch.setenv("COSUP_AUTOTUNE", "1")
     monkeypatch.setenv("COSUP_CACHE", str(tmp_path))

@@ -190,6 +190,39 @@ def test_refused_changes_leave_the_index_as_it_was(model, make_model, passages, 
         _same(SequenceIndex.load(saved, model), index)
 
 
+@pytest.mark.parametrize("change", ["add", "delete"])
+@pytest.mark.parametrize("file", ["vectors.npy", "passages.jsonl", "shard.json"])
+def test_a_change_gives_no_fresh_checksum_to_damaged_data(model, passages, saved, change, file):
+    """A byte of the last shard, which both changes rewrite, is flipped after the index was loaded."""
+    index = SequenceIndex.load(saved, model)
+    last = saved / list(index._stamp.shards)[-1]
+    damaged = bytearray((last / file).read_bytes())
+    damaged[-6 if file == "passages.jsonl" else -3] ^= 1  # in a word of a text
+    (last / file).write_bytes(damaged)
+    stamp = (saved / "index.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"{file}.*build the index again"):
+        index.add(model, MORE, progress=False) if change == "add" else index.delete([passages[-1].id])
+    assert (saved / "index.json").read_bytes() == stamp
+
+
+def test_a_change_keeps_the_checksums_of_shards_that_it_leaves_alone(model, passages, saved):
+    index = SequenceIndex.load(saved, model)
+    first = saved / next(iter(index._stamp.shards))
+    (first / "shard.json").write_bytes((first / "shard.json").read_bytes().replace(b"1", b"2", 1))
+    index.delete([passages[-1].id])
+    with pytest.raises(ValueError, match=r"is damaged|was changed"):
+        SequenceIndex.load(saved, model)
+
+
+def test_an_index_that_names_folders_elsewhere_is_refused(model, saved):
+    stamp = json.loads((saved / "index.json").read_text())
+    for name in ("../shard-00000", "/tmp/shard-00000", "shard-0/../../x"):
+        changed = {**stamp, "shards": {name: "0" * 64}}
+        (saved / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="is damaged, build the index again"):
+            SequenceIndex.load(saved, model)
+
+
 def test_a_change_under_another_process_is_refused(model, saved):
     ours, theirs = (SequenceIndex.load(saved, model) for _ in range(2))
     theirs.delete(["rome"])

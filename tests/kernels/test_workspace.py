@@ -12,7 +12,8 @@ from cosup_fast.kernels import workspace
 
 
 @pytest.fixture(autouse=True)
-def empty():
+def empty(monkeypatch):
+    monkeypatch.setattr(workspace, "SMALL", 0)
     release_workspace()
     yield
     release_workspace()

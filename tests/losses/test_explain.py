@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from cosup_fast.functional import explain, info_nce
-from cosup_fast.testing import count
+from cosup_fast.kernels.softmax_xent import dispatch
+from cosup_fast.kernels.softmax_xent.call import Call
+from cosup_fast.kernels.softmax_xent.dispatch import Plan
+from cosup_fast.kernels.softmax_xent.problem import Problem
+from cosup_fast.plan.memory import LiveMemory
+from cosup_fast.testing import count, interpret
 
 N, M, D = 96, 160, 24
 HALF = torch.bfloat16
@@ -59,11 +64,11 @@ def test_products_of_kernels_are_those_counted(impl, reduction, symmetric, budge
     [
         ((65536, 65536, 4096), {}, "fused", 3),
         ((8192, 128256, 4096), {}, "fused", 3),
-        ((65536, 65536, 1024), {"dtype": torch.float32}, "fused", 3),
+        ((65536, 65536, 1024), {"dtype": torch.float32}, "rows", 3),
         ((4096, 4096, 4096), {"reduction": "none"}, "recomputed", 4),
         ((4096, 4096, 4096), {"gradients": 0}, "recomputed", 1),
         ((8192, 8192, 4096), {"symmetric": True}, "rows", 3),
-        ((8192, 8192, 1024), {"symmetric": True}, "recomputed", 4),
+        ((8192, 8192, 1024), {"symmetric": True}, "rows", 3),
         ((65536, 65536, 4096), {"symmetric": True}, "recomputed", 4),
         ((8192, 49152, 4096), {"softcap": 30.0}, "rows", 3),
         ((8192, 49152, 576), {"softcap": 30.0}, "recomputed", 4),
@@ -79,6 +84,57 @@ def test_what_auto_runs_on_a_gpu(sizes, options, impl, products, monkeypatch):
     assert (plan.impl, plan.products) == (impl, products)
     assert plan.reason.startswith(f"least modelled cost: {impl} 1.00")
     assert plan.cost == explain(*sizes, **options, impl=impl).cost <= explain(*sizes, **options, impl="stored").cost
+
+
+def measured(sizes, dtype, impl, symmetric, reduction) -> tuple[int, Plan]:
+    """Bytes at the peak of a loss beyond operands and gradients, of tensors without memory, and its plan.
+
+    All but the kernels run as they would on a GPU.
+    """
+    x, w = (torch.empty(size, sizes[2], dtype=dtype, device="meta") for size in sizes[:2])
+    target = torch.empty(len(x), dtype=torch.int64, device="meta")
+    call = Call(
+        x, w, target=target, product_dtype=dtype, impl=impl, symmetric=symmetric, reduction=reduction, checked=True,
+        needs=[True, True, False, False, False],
+    )  # fmt: skip
+    with interpret(), torch.no_grad():
+        problem, memory = Problem(call), LiveMemory()
+        memory.mark((x, w, target), "parameters")
+        with memory:
+            stats, found = problem.run()
+            if found is None:
+                found = problem.gradient(stats, torch.empty(len(x), device="meta"))
+            grads = [None if t is None else t.to(dtype) for t in problem.leave(found)]
+        plan = dispatch.plan(impl, problem.scores, at_once=reduction != "none")
+    there = sum(t.numel() * t.itemsize for t in (x, w, target, *grads) if t is not None)
+    return memory.peak.total - there, plan
+
+
+@pytest.mark.parametrize("sizes", [(16384, 65536, 4096), (4096, 128256, 2048)], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+@pytest.mark.parametrize("impl", ["fused", "rows", "recomputed", "stored"])
+def test_the_workspace_is_the_peak(sizes, dtype, symmetric, impl, monkeypatch):
+    pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    from cosup_fast.kernels.softmax_xent import chunk_triton
+
+    monkeypatch.delenv("COSUP_WORKSPACE_BYTES", raising=False)
+    monkeypatch.setattr(chunk_triton._TritonChunk, "_launch", lambda *_, **__: None)
+    if impl == "fused" and symmetric:
+        pytest.skip("fused normalises rows alone")
+    for reduction in ("mean", "none"):
+        peak, plan = measured(sizes, dtype, impl, symmetric, reduction)
+        assert plan.workspace == pytest.approx(peak, rel=0.05)
+
+
+def test_one_chunk_where_sums_over_two_would_take_more(monkeypatch):
+    """4096 x 128256 scores in bf16 are 1,002 MiB: above the budget, and below it with the sums that two chunks need."""
+    pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    monkeypatch.delenv("COSUP_WORKSPACE_BYTES", raising=False)
+    plan = explain(4096, 128256, 4096, dtype=HALF, device="cuda", impl="fused")
+    assert (plan.chunks, plan.workspace) == (1, 2 * 4096 * 128256)
+    plan = explain(65536, 65536, 4096, dtype=HALF, device="cuda", impl="fused")
+    assert plan.rows % 128 == 0
 
 
 def test_a_smaller_budget_is_never_cheaper(monkeypatch):

@@ -186,6 +186,4 @@ def test_flash_attention_is_never_fetched():
         import flash_attn  # noqa: F401
     except ImportError:
         with pytest.raises(ValueError, match=r"needs the package flash-attn, which is not installed: pip install"):
-            choose_attention("flash_attention_2", torch.device("cuda"), torch.bfloat16)
-    assert choose_attention("auto", torch.device("cpu"), torch.bfloat16) == PACKED_SDPA
-    assert choose_attention("packed_sdpa", torch.device("cuda"), torch.float32) == PACKED_SDPA
+            choose_attention("flash_attention_2", torch.device("cuda"))

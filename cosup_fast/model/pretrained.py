@@ -1,0 +1,156 @@
+"""Reading a pretrained configuration, tokenizer or model: whole or refused, and never code that came with it.
+
+Every such call of the package is in this file. `trust_remote_code=False` keeps transformers from asking on standard
+input whether to run a model's own Python, weights come from safetensors alone, and a tensor that the model needs and
+the files lack is an error instead of a random initialisation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from cosup_fast.data.sources import resolve_model
+from cosup_fast.environment import no_downloaded_kernels
+
+NAMED = 4
+"""As many tensors as an error names."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no list of the weights left out on purpose: those of layers cut off, or of the head."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_config(name: str | Path) -> Any:
+    """The configuration of a model.
+
+    Args:
+        name: a prepared name, a local folder or a Hugging Face name.
+
+    Raises:
+        ValueError: there is none, it is damaged, or transformers knows the architecture only by code of the model's.
+    """
+    return _read(AutoConfig, name, "configuration")
+
+
+def read_tokenizer(name: str | Path, **options: Any) -> Any:
+    """The tokenizer of a model; `options` are those of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is code of the model's.
+    """
+    return _read(AutoTokenizer, name, "tokenizer", **options)
+
+
+def read_model(factory: Any, name: str | Path, **options: Any) -> Any:
+    """A model with all of its weights.
+
+    Args:
+        factory: one of transformers' Auto classes.
+        name: a prepared name, a local folder or a Hugging Face name.
+        options: for `from_pretrained`.
+
+    Raises:
+        ValueError: the weights are damaged, of other shapes, not safetensors, or some of them are missing (all of them
+            under names with a prefix, say); or the architecture is code of the model's.
+    """
+    source = resolve_model(str(name))
+    if Path(source).is_dir():
+        check_weight_files(Path(source), str(name))
+    try:
+        with quiet_transformers(), no_downloaded_kernels():
+            model, found = factory.from_pretrained(
+                source,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {str(name)!r} are damaged ({error}): use another copy") from None
+    unused = ("pooler.",) if factory is AutoModel else ()  # sequence embeddings are hidden states
+    _check_complete(str(name), found, unused)
+    return model
+
+
+def check_weight_files(folder: Path, name: str) -> None:
+    """Refuses a folder whose weights are not safetensors inside it.
+
+    Raises:
+        ValueError: it has none, or its index names a pickle, a file elsewhere, or one that is not there.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
+            "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file() or (folder / "model.safetensors").is_file():
+        return
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): use another copy") from None
+    for file in sorted(files, key=str):
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} names {file!r}: every entry of its weight_map has to be a *.safetensors file beside it"
+            )
+        if not (folder / file).is_file():
+            raise ValueError(f"{path} names {file}, which is missing: fetch the whole model again")
+
+
+def _read(factory: Any, name: str | Path, what: str, **options: Any) -> Any:
+    try:
+        with quiet_transformers():
+            return factory.from_pretrained(resolve_model(str(name)), trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the {what} of {str(name)!r} is Python code that comes with the model, which is never run: use a model "
+            "whose architecture transformers has itself"
+        ) from None
+
+
+def _check_complete(name: str, found: dict[str, Any], unused: tuple[str, ...]) -> None:
+    """Refuses what `from_pretrained` would have filled with random numbers."""
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(unused))
+    resized = sorted(found.get("mismatched_keys") or ())
+    if resized:
+        key, there, here = resized[0]
+        raise ValueError(
+            f"{name!r} holds {len(resized)} tensors of other shapes than its config.json asks for, such as {key}: "
+            f"{tuple(there)} in the file, {tuple(here)} in the model; use the configuration that the weights belong to"
+        )
+    if missing:
+        unexpected = sorted(found["unexpected_keys"])
+        raise ValueError(
+            f"{name!r} lacks {_names(missing)}, which would be left random"
+            + (f"; it holds {_names(unexpected)} instead" if unexpected else "")
+            + ": use a complete copy of the model, of the kind that its config.json describes"
+        )
+
+
+def _names(keys: list[str]) -> str:
+    rest = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return f"{len(keys)} tensors ({', '.join(keys[:NAMED])}{rest})" if len(keys) > 1 else keys[0]

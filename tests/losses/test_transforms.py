@@ -1,0 +1,99 @@
+"""The losses under what else torch does with a function: graphs kept and walked again, torch.func, forward mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosup_fast import reference
+from cosup_fast.functional import info_nce, linear_cross_entropy
+
+TARGET = torch.tensor([3, 0, 2, 2, 5])
+
+
+def operands() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 8, generator=generator), torch.randn(7, 8, generator=generator)
+
+
+def head(x: Tensor, w: Tensor, impl: str = "auto") -> Tensor:
+    return linear_cross_entropy(x, w, TARGET, impl=impl)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_kept_graph_survives_a_gradient_that_is_set_to_zero(reduction):
+    x, w = (t.requires_grad_() for t in operands())
+    loss = info_nce(x, w, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    first = x.grad.clone(), w.grad.clone()
+    x.grad.zero_()
+    w.grad.zero_()
+    loss.backward()
+    assert torch.equal(x.grad, first[0])
+    assert torch.equal(w.grad, first[1])
+
+
+def test_upstream_weights_reach_a_kept_graph_each_time():
+    x, w = (t.requires_grad_() for t in operands())
+    loss = info_nce(x, w)
+    once = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, (x, w), retain_graph=True)
+    again = torch.autograd.grad(loss, (x, w))
+    for a, b, c in zip(once, thrice, again):
+        torch.testing.assert_close(3 * a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("loss", [info_nce, head], ids=["info_nce", "linear_cross_entropy"])
+def test_gradients_of_torch_func(loss):
+    x, w = operands()
+    right = torch.func.grad(lambda x, w: loss(x, w, impl="reference"), argnums=(0, 1))(x, w)
+    ours = torch.func.grad(loss, argnums=(0, 1))(x, w)
+    value, back = torch.func.vjp(loss, x, w)
+    torch.testing.assert_close(ours, right)
+    torch.testing.assert_close(value, loss(x, w))
+    torch.testing.assert_close(back(torch.tensor(2.0)), tuple(2 * g for g in right))
+
+
+def test_gradients_of_torch_func_by_row():
+    x, w = operands()
+    weights = torch.arange(5.0)
+    right = torch.func.grad(lambda x: weights @ reference.info_nce(x, w, reduction="none"))(x)
+    torch.testing.assert_close(torch.func.grad(lambda x: weights @ info_nce(x, w, reduction="none"))(x), right)
+
+
+def test_forward_mode_is_refused_rather_than_zero():
+    x, w = operands()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative; pass impl='reference'"):
+        torch.func.jvp(lambda x: info_nce(x, w), (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jacfwd(lambda x: info_nce(x, w))(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        info_nce(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), w)
+
+
+def slope(x: Tensor, w: Tensor, reduction: str) -> Tensor:
+    return torch.func.grad(lambda x: info_nce(x, w, reduction=reduction).sum())(x).square()
+
+
+def test_what_cannot_be_transformed_says_so():
+    x, w = operands()
+    with pytest.raises(RuntimeError, match="cannot be vmapped over its operands"):
+        torch.func.vmap(lambda x: info_nce(x, w))(x.expand(3, 5, 8))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.hessian(lambda x: info_nce(x, w))(x)
+    for reduction in ("mean", "none"):
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.func.grad(lambda x, r=reduction: slope(x, w, r).sum())(x)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, None])
+def test_a_wrong_target_is_no_ignored_one_in_a_compiled_graph(ignore_index):
+    def loss(x, w, target):
+        return linear_cross_entropy(x, w, target, ignore_index=ignore_index, reduction="none")
+
+    x, w = operands()
+    target = torch.tensor([0, -1, 7, 2, 3])
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert compiled(x, w, target).isnan().tolist() == [False, True, True, False, False]
