@@ -133,6 +133,8 @@ def choose_device(requested: str, name: str = "training.device") -> torch.device
         device = torch.device(requested)
     except RuntimeError as error:
         raise ValueError(f"{name}={requested!r}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}={requested!r}: models run on cpu and cuda devices; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{name}={requested!r}: this torch sees no CUDA device; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

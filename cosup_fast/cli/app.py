@@ -25,6 +25,7 @@ from cosup_fast.cli.generate import generate
 from cosup_fast.cli.index import index_app
 from cosup_fast.cli.mine import mine
 from cosup_fast.cli.plan import plan
+from cosup_fast.cli.study import study
 from cosup_fast.cli.train import train
 
 app = typer.Typer(
@@ -82,6 +83,12 @@ COMMANDS: dict[Callable[..., None], list[str]] = {
         "evaluate runs/ntp --system pair:runs/nsp --examples nq-dev-kilt.jsonl --out-of-domain nq",
     ],
     compare: ["compare runs/ntp/evaluation/dense-minilm runs/cosup/evaluation/co-supervised"],
+    study: [
+        "study examples/study.yaml",
+        "study examples/study.yaml --only 'ntp-only-*'",
+        "study examples/study.yaml --status",
+        "study examples/study.yaml --report",
+    ],
     export: ["export runs/cosup out/retriever", "export runs/cosup out/gen --what gen --license apache-2.0"],
     mine: [
         "mine runs/cosup --examples questions/train --output mined.jsonl",

@@ -9,6 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,12 @@ def sentence_encoder(name: str, device: str) -> Any:
     except ImportError as error:
         raise ImportError("--system dense needs sentence-transformers: pip install 'cosup-fast[eval]'") from error
     source = resolve_model(name)
+    for pickled in sorted(Path(source).rglob("*.bin")) if Path(source).is_dir() else ():
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise ValueError(
+                f"dense retriever {name!r} has weights only in {pickled}, a pickle, which may run code and is never "
+                "read: load and save it once with sentence-transformers, which writes safetensors"
+            )
     try:
         return SentenceTransformer(
             source, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import Template
@@ -37,6 +37,9 @@ Kind = Literal["retriever", "query", "embseq", "gen"]
 EXPORT = FolderKind("an export", "export.json", frozenset({"kind", "fingerprint", "files"}))
 
 _MODULES = "sentence_transformers.models"
+# AutoTokenizer builds the tokenizers of some architectures (Qwen2's) anew from the vocabulary, without the normalizer
+# that carries the template. A type that has no class of its own is read from tokenizer.json as it is.
+_AS_IT_IS = {"tokenizer_type": "glm"}
 # Text that tokenizers like to treat in a way of their own.
 _PROBES = ("Who?", " two  spaces ", "a\nb\n", "[NSP] </s> <s> <|im_end|>", "é e\u0301 囲碁 👩‍👧", "x" * 40, "{a} 100%")
 
@@ -72,7 +75,15 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
 
 
 def _write_gen(model: CoSupervisionModel, folder: Path) -> None:
-    model.gen.save_pretrained(folder)
+    gen = model.gen
+    before = gen.generation_config
+    gen.generation_config = GenerationConfig(
+        bos_token_id=before.bos_token_id, eos_token_id=model.template.eos, pad_token_id=model.template.pad
+    )  # it was trained to end with this token, whatever its base names, and to be read greedily
+    try:
+        gen.save_pretrained(folder)
+    finally:
+        gen.generation_config = before
     model.template.tokenizer.save_pretrained(folder)
 
 
@@ -121,7 +132,7 @@ class _Side:
         self.backbone.save_pretrained(folder / modules[0])
         self.tokenizer.save_pretrained(folder / modules[0])
         self._check(folder / modules[0])
-        settings = {"max_seq_length": self.longest, "do_lower_case": False}
+        settings = {"max_seq_length": self.longest, "do_lower_case": False, "tokenizer_args": _AS_IT_IS}
         _write_json(folder / modules[0] / "sentence_bert_config.json", settings)
         modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
         pooling = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
@@ -144,7 +155,7 @@ class _Side:
         return {module: f"{_MODULES}.{kind}" for module, kind in zip(modules, kinds, strict=True)}
 
     def _check(self, folder: Path) -> None:
-        tokenizer = read_tokenizer(folder)
+        tokenizer = read_tokenizer(folder, **_AS_IT_IS)
         for probe in _PROBES:
             text, tokens = self.expected(probe)
             if (found := tokenizer(text, truncation=True)["input_ids"]) != tokens:

@@ -108,13 +108,32 @@ class _Best:
 
 
 class Approximate:
-    """Candidates of an approximate FAISS index, whose ids are rows."""
+    """Candidates of an approximate FAISS index, whose ids are rows.
+
+    The lists of an IVF index that a query probes may all be empty, as they are where passages repeat and clusters
+    collapse: such a query probes four times as many until something is found.
+    """
 
     def __init__(self, index: Any):
         self._index = index
 
     def __call__(self, queries: Tensor, count: int) -> np.ndarray:
-        _, rows = self._index.search(queries.cpu().numpy(), count)
+        asked = queries.cpu().numpy()
+        _, rows = self._index.search(asked, count)
+        if not (empty := (rows < 0).all(axis=1)).any():
+            return rows
+        try:
+            lists = faiss_module().extract_index_ivf(self._index)
+        except RuntimeError:  # another kind of index
+            return rows
+        probed = lists.nprobe
+        try:
+            while empty.any() and lists.nprobe < lists.nlist:
+                lists.nprobe = min(4 * lists.nprobe, lists.nlist)
+                _, rows[empty] = self._index.search(asked[empty], count)
+                empty = (rows < 0).all(axis=1)
+        finally:
+            lists.nprobe = probed
         return rows
 
 

@@ -56,15 +56,24 @@ def keep_layout(model: nn.Module) -> None:
 def check_targets(config: LoRAConfig, field: str, model_config: Any) -> None:
     """Refuses targets that a model of this configuration does not have, before its weights are read.
 
+    The experts of a mixture are fused into one parameter of three dimensions, which is no linear layer: adapters over
+    it could be trained, but neither merged nor loaded again.
+
     Raises:
-        ValueError: naming the field, the target and what there is.
+        ValueError: naming the field, the target and what there is, or the experts.
     """
-    if not config.targets:
-        return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)}
-    for target in config.targets:
+    fused = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name}
+    if fused and not config.targets:
+        attention = sorted({name.rpartition(".")[2] for name in linear if "attn" in name or "attention" in name})
+        raise ValueError(
+            f"{field}.rank={config.rank}: {type(model).__name__} is a mixture of experts, whose fused weights "
+            f"({', '.join(sorted(fused))}) adapters cannot be loaded over: name the layers to adapt, "
+            f"{field}.targets=[{','.join(attention)}]"
+        )
+    for target in config.targets or ():
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(

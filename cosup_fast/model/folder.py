@@ -9,6 +9,7 @@ cosup.json           the template, the geometry of NSP, and where the weights un
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.template import TextConfig
@@ -76,8 +78,7 @@ def _load(kind: type[M], folder: Path, device: torch.device, attention: Attentio
     bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
     if not has_embseq:
         bases.pop("embseq", None)
-    for name, base in bases.items():
-        base.check(folder / name)
+    bases = {name: base.found(folder / name) for name, base in bases.items()}
     template, _ = load_template(parts, text)
 
     def load_part(name: str, source: str, *, head: bool) -> Any:
@@ -121,7 +122,8 @@ def save_folder(model: CoSupervisionModel, folder: Path, *, weights: bool = True
             if has_adapters(part):
                 save_adapter_config(part, folder / name)
             elif part.can_generate() and part.generation_config is not None:
-                part.generation_config.save_pretrained(folder / name)
+                # `save_pretrained` refuses what `from_pretrained` accepts, such as a temperature that is not used.
+                part.generation_config.to_json_file(folder / name / GENERATION_CONFIG_NAME)
             tokenizers[name].save_pretrained(folder / name)
     for name, tensors in copied_weights(model).items() if weights else ():
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -139,6 +141,22 @@ def save_folder(model: CoSupervisionModel, folder: Path, *, weights: bool = True
     if model.bases:
         description["adapters"] = {name: base.model_dump() for name, base in model.bases.items()}
     (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def check_saving(model: CoSupervisionModel) -> None:
+    """Writes all of a model but its weights into a temporary folder: what cannot be saved is known before a step.
+
+    Raises:
+        ValueError: a configuration or a tokenizer cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_folder(model, Path(folder), weights=False)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"this model could be trained and not saved ({error}): use a copy whose configuration and tokenizer "
+                "transformers can write"
+            ) from error
 
 
 def copied_weights(model: CoSupervisionModel, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ Weights are safetensors alone; nothing that could run code is read or fetched.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -43,17 +44,30 @@ class Base(BaseModel):
         name = str(Path(name).resolve()) if Path(resolve_model(name)) == Path(name) and Path(name).is_dir() else name
         return cls(name=name, layers=layers, lora=lora, sha256=_digests(name), new_tokens=new_tokens)
 
-    def check(self, folder: Path) -> None:
-        """Refuses weights that are not those that the adapters in a folder were trained over.
+    def found(self, folder: Path) -> Self:
+        """This base where its weights are now: at its name, or at `COSUP_BASE_GEN` or `COSUP_BASE_EMBSEQ`.
+
+        Args:
+            folder: with the adapters, named gen or embseq.
 
         Raises:
-            ValueError: naming both.
+            ValueError: there are no weights, or others than those that the adapters were trained over.
         """
-        if (found := _digests(self.name)) != self.sha256:
+        variable = f"COSUP_BASE_{folder.name.upper()}"
+        base = self.model_copy(update={"name": os.environ.get(variable) or self.name})
+        remedy = f"set {variable} to the folder that holds them"
+        try:
+            there = _digests(base.name)
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"the adapters in {folder} belong to other weights of {self.name!r} than there are now "
-                f"(sha256 {_first(self.sha256)} then, {_first(found)} now): restore them"
+                f"the weights under the adapters in {folder} are not at {base.name!r} ({_line(error)}): {remedy}"
+            ) from None
+        if there != self.sha256:
+            raise ValueError(
+                f"the adapters in {folder} belong to other weights of {base.name!r} than there are now "
+                f"(sha256 {_first(self.sha256)} then, {_first(there)} now): restore them, or {remedy}"
             )
+        return base
 
 
 def keep_layers(config: Any, layers: int, name: str) -> None:
@@ -166,3 +180,7 @@ def _digests(name: str) -> dict[str, str]:
 
 def _first(digests: dict[str, str]) -> str:
     return f"{min(digests.values(), default='none')[:12]}…"
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -36,7 +36,7 @@ from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device
 from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.model.folder import Changes
+from cosup_fast.model.folder import Changes, check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
@@ -147,6 +147,8 @@ def _run(
         torch.manual_seed(config.training.seed)
         with _reporting(peers, "the same weights"):
             model = _new_model(config, initial, load_on)
+            if load_on.type != "meta":
+                check_saving(model)
     else:
         _check_architecture(config, checkpoint)
         with _reporting(peers, "the same weights"):

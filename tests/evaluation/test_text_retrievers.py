@@ -12,7 +12,7 @@ import torch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever
 from cosup_fast.evaluation.retrievers import Request
-from cosup_fast.evaluation.text_retrievers import K1, B, _stems
+from cosup_fast.evaluation.text_retrievers import K1, B, _stems, sentence_encoder
 from cosup_fast.export import export
 from cosup_fast.index import SequenceIndex
 
@@ -111,3 +111,13 @@ def test_chance_is_what_random_rankings_find(passages):
     names = list(corpus.by_id)
     hits = [any(name.startswith("page#") for name in draw.sample(names, 5)) for _ in range(20_000)]
     assert corpus.chance(["page"], 5) == pytest.approx(sum(hits) / len(hits), abs=0.015)
+
+
+def test_a_pickle_in_a_module_of_a_sentence_transformer_is_never_loaded(make_model, tmp_path):
+    """sentence-transformers would fall back to torch.load for a Dense module without safetensors."""
+    folder = tmp_path / "out"
+    export(make_model(), folder, "embseq")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ValueError, match=r"weights only in .*2_Dense/pytorch_model.bin, a pickle"):
+        sentence_encoder(str(folder), "cpu")

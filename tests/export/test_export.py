@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def test_retriever_as_sentence_transformer(pair, passages, tmp_path):
     _same(loaded.encode_query(QUESTIONS[0], convert_to_tensor=True), query)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2"])
+def test_the_template_is_carried_whatever_transformers_makes_of_an_architectures_tokenizer(
+    make_model, make_folder, passages, tmp_path, kind
+):
+    """AutoTokenizer makes Qwen2's anew from its vocabulary and would drop the template."""
+    model = make_model(gen=make_folder(kind, head_dim=8) if kind == "gemma2" else make_folder(kind))
+    export(model, tmp_path / "out", "retriever")
+    loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    _same(loaded.encode_document(_texts(model, passages), convert_to_tensor=True), embed_passages(model, passages))
+    expected, _ = embed_queries(model, [Example(id=q, question=q, output=[], gold=["p"]) for q in QUESTIONS], {})
+    _same(loaded.encode_query(QUESTIONS, convert_to_tensor=True), expected)
+
+
 def test_both_sides_apart(pair, passages, tmp_path):
     """As BEIR calls a pair of models: `encode` for both, passages as title, separator and text."""
     for kind in ("query", "embseq"):
@@ -94,6 +108,17 @@ def test_long_passages_are_cut_as_in_training(make_model, tmp_path):
     _same(loaded.encode(_texts(model, [long]), convert_to_tensor=True), embed_passages(model, [long]))
 
 
+def test_an_exported_gen_ends_with_the_token_it_was_trained_to_end_with(make_model, llama_folder, tmp_path):
+    """Whatever token the generation config of its base names."""
+    shutil.copytree(llama_folder, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 7, "max_length": 9}')
+    model = make_model(gen=str(tmp_path / "base"), shared=True)
+    export(model, tmp_path / "out", "gen")
+    gen = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert gen.generation_config.eos_token_id == model.template.eos == 1
+    assert model.gen.generation_config.eos_token_id == 7  # of the model in memory nothing changes
+
+
 def test_gen_as_causal_lm(pair, tmp_path):
     export(pair, tmp_path / "out", "gen")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -105,6 +130,7 @@ def test_gen_as_causal_lm(pair, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert tokenizer.convert_tokens_to_ids("[NSP]") == pair.template.nsp
     assert tokenizer.get_vocab() == pair.template.tokenizer.get_vocab()
+    assert gen.generation_config.eos_token_id == pair.template.eos
     text = gen.generate(ids, max_new_tokens=3, do_sample=False)
     assert text.shape[1] > ids.shape[1]
 

@@ -182,3 +182,18 @@ def test_faiss_flat_is_index_flat_ip():
     _, rows = plain.search(asked, 7)
     found = search(FaissFlat([stored]), lambda rows: stored[rows], torch.from_numpy(asked), 7, 50, exact=True)
     assert torch.equal(found[1], torch.from_numpy(rows))
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "PCA4,IVF16,Flat"])
+def test_an_approximate_index_over_duplicates_finds_something_for_every_query(factory):
+    """Of 16 clusters of 12 distinct vectors some are empty, and FAISS probes one by default."""
+    distinct = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors = distinct.repeat(60, 1)
+    index = make_approximate(factory, 8, len(vectors))
+    train_approximate(index, [vectors.numpy()], 10_000)
+    index.add(vectors.numpy())
+    queries = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+    plain = index.search(queries.numpy(), 3)[1]
+    assert (plain < 0).all(axis=1).any()
+    assert (Approximate(index)(queries, 3)[:, 0] >= 0).all()
+    assert (index.search(queries.numpy(), 3)[1] == plain).all()  # its own setting is as it was

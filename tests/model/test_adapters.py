@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cosup_fast.config import ConfigError, load_config
+from cosup_fast.config.model import LoRAConfig, ModelConfig
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import Pack, PackLimits, make_batch
 from cosup_fast.model import CoSupervisionModel
@@ -217,3 +218,40 @@ def test_a_checkpoint_says_what_its_adapters_are(make_model, llama_folder, tmp_p
     base = json.loads((tmp_path / "cosup.json").read_text())["adapters"]["gen"]
     assert (base["name"], base["layers"], base["lora"]["rank"]) == (llama_folder, 1, 4)
     assert CoSupervisionModel.load(tmp_path, merge=False).gen.config.num_hidden_layers == 1
+
+
+def test_a_mixture_of_experts_is_adapted_where_it_can_be_loaded_again_or_refused(make_folder, tmp_path):
+    """Adapters over fused experts used to be trained and saved, and could never be loaded."""
+    folder = make_folder("mixtral", num_local_experts=4)
+    with pytest.raises(ValueError, match=r"gen_lora.rank=2: MixtralForCausalLM is a mixture .*targets=\[k_proj,"):
+        CoSupervisionModel.from_pretrained(ModelConfig(gen=folder, gen_lora=LoRAConfig(rank=2)))
+    for target in ("gate_up_proj", "experts"):
+        with pytest.raises(ValueError, match=f"has no linear layer '{target}'"):
+            CoSupervisionModel.from_pretrained(ModelConfig(gen=folder, gen_lora=LoRAConfig(rank=2, targets=[target])))
+    lora = LoRAConfig(rank=2, targets=["q_proj", "o_proj"])
+    model = CoSupervisionModel.from_pretrained(ModelConfig(gen=folder, gen_lora=lora))
+    with torch.no_grad():
+        for name, p in model.gen.named_parameters():
+            if "lora_B" in name:
+                p += 0.1
+    model.save(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model.eval().gen(input_ids=ids, use_cache=False).logits
+        found = CoSupervisionModel.load(tmp_path / "saved").eval().gen(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_adapters_are_told_where_the_weights_under_them_have_moved(make_folder, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(make_folder("llama"), base)
+    lora = LoRAConfig(rank=2)
+    CoSupervisionModel.from_pretrained(ModelConfig(gen=str(base), shared=True, gen_lora=lora)).save(tmp_path / "saved")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"are not at .*base.*: set COSUP_BASE_GEN to the folder that holds them"):
+        CoSupervisionModel.load(tmp_path / "saved")
+    monkeypatch.setenv("COSUP_BASE_GEN", make_folder("llama", seed=5))
+    with pytest.raises(ValueError, match="belong to other weights"):
+        CoSupervisionModel.load(tmp_path / "saved")
+    monkeypatch.setenv("COSUP_BASE_GEN", str(tmp_path / "moved"))
+    CoSupervisionModel.load(tmp_path / "saved")

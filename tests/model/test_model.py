@@ -12,6 +12,7 @@ from cosup_fast.data.packing import Pack, make_batch
 from cosup_fast.data.records import Example, Segment
 from cosup_fast.data.template import DESCRIPTIONS, IGNORE
 from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.folder import check_saving
 
 
 def eager(model, ids: list[int]) -> torch.Tensor:
@@ -586,3 +587,26 @@ def test_hard_negatives_reach_the_loss_and_embseq(make_model, corpus):
     for token in only_in_negatives:
         assert gradients[0][token].norm() > 0
         assert gradients[1][token].norm() == 0
+
+
+def test_a_generation_config_that_transformers_reads_and_does_not_write_is_saved(llama_folder, tmp_path):
+    """A temperature without sampling: the first checkpoint used to fail after hundreds of steps."""
+    shutil.copytree(llama_folder, tmp_path / "gen")
+    settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 1}
+    (tmp_path / "gen" / "generation_config.json").write_text(json.dumps(settings))
+    model = CoSupervisionModel.from_pretrained(ModelConfig(gen=str(tmp_path / "gen"), shared=True))
+    model.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "gen" / "generation_config.json").read_text())["temperature"] == 0.6
+    CoSupervisionModel.load(tmp_path / "saved")
+
+
+def test_what_cannot_be_saved_is_known_before_it_is_trained(make_model, monkeypatch):
+    model = make_model()
+    check_saving(model)
+
+    def refuse(folder):
+        raise NotImplementedError("no slow form")
+
+    monkeypatch.setattr(model.template.tokenizer, "save_pretrained", refuse)
+    with pytest.raises(ValueError, match=r"could be trained and not saved \(no slow form\)"):
+        check_saving(model)

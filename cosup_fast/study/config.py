@@ -1,0 +1,391 @@
+"""A study's YAML: what its conditions share, what each of them changes, and the cells that follow.
+
+output: benchmarks/results/my-study     # one small JSON file a cell, and the report
+work: runs/my-study                     # checkpoints, answers: large, never committed
+base: {model: ..., training: ...}       # sections of a run's configuration
+sets: [squad, {name: nq, examples: questions/test-in, corpus: wiki-leads, domain: in-domain}]
+seeds: [0]
+conditions:
+  ntp-only:      {change: {nsp.weight: 0}, systems: [gold, closed-book], seeds: [0, 1, 2]}
+  nsp-only:      {change: {ntp.weight: 0}, systems: [ranks]}
+  co-supervised: {systems: [co-supervised, gold]}
+  pair:          {pair: {writer: ntp-only, retriever: nsp-only}}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cosup_fast.config import ConfigError, RunConfig, explain, load_config
+from cosup_fast.data.records import nearest
+from cosup_fast.evaluation.systems import split_name
+from cosup_fast.study.probes import check_probe
+
+RANKS = "ranks"
+"""A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# Of `training`, what decides nothing: where a run is, and how often it reports or saves.
+_INCIDENTAL = {
+    "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "rank_timeout",
+}  # fmt: skip
+
+
+class StudyError(ValueError):
+    """A study that cannot be run or reported; the message names the cell or the field, and the remedy."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudySet(_Part):
+    """A test set; a name alone is a prepared one, `NAME/test` with the corpus that belongs to it."""
+
+    name: str
+    examples: str
+    corpus: str
+    domain: Literal["in-domain", "out-of-domain"]
+    limit: int | None = Field(default=None, ge=1, description="use only so many questions, the same ones in every cell")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and "name" in value and "examples" not in value:
+            from cosup_fast.study.sets import prepared_set
+
+            return prepared_set(str(value["name"])) | value
+        return value
+
+
+class Pair(_Part):
+    """Two conditions as one system: Gen of the first writes, the second retrieves for it."""
+
+    writer: str
+    retriever: str
+
+
+class Condition(_Part):
+    """What is trained, and as which systems it is evaluated."""
+
+    what: str = Field(default="", description="a line for the report")
+    change: dict[str, Any] = Field(default={}, description="fields of the run that differ from the base")
+    systems: tuple[str, ...] = Field(
+        default=(), description="as `cosup-fast evaluate --system` takes them, and `ranks`"
+    )
+    probes: tuple[str, ...] = Field(default=(), description="further looks at the trained model; see `probes`")
+    seeds: tuple[int, ...] | None = Field(default=None, description="null: those of the study")
+    train: bool = Field(default=True, description="false: evaluated as it is before training")
+    pair: Pair | None = Field(default=None, description="nothing is trained, two other conditions are put together")
+    keep: bool = Field(default=False, description="keep the checkpoints of its finished cells")
+    tune: tuple[dict[str, Any], ...] = Field(
+        default=(), description="short trials on the held-out examples, each a few changed fields"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.pair is not None:
+            if self.change or self.tune or self.probes or not self.train or self.systems:
+                raise ValueError(
+                    "a pair trains nothing and is one system: leave out change, tune, probes, train, systems"
+                )
+        elif not self.systems and not self.probes:
+            raise ValueError("systems=[]: name at least one system, such as co-supervised, gold or ranks")
+        for what in ("systems", "probes"):
+            if twice := _twice(getattr(self, what)):
+                raise ValueError(f"{what}: {twice!r} is named twice")
+        for system in self.systems:
+            if system != RANKS:
+                split_name(system)
+        for probe in self.probes:
+            check_probe(probe)
+        return self
+
+
+class Tuning(_Part):
+    """How long the trials of `Condition.tune` are, and their seed, which no cell has."""
+
+    steps: int = Field(default=60, ge=1)
+    seed: int = 1000
+
+
+class Comparison(_Part):
+    """A difference that stands first in the report; arms are written `condition/system`."""
+
+    title: str
+    metric: str = Field(description="such as correctness, grounded or recall@1")
+    after: str
+    before: str
+
+
+class Evaluation(_Part):
+    """How every cell is evaluated; how Gen writes is in `base.generation`."""
+
+    batch: int = Field(default=16, ge=1, description="questions answered at once")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights while they write")
+    judge: str = Field(default="lexical", description="of grounding, as `cosup-fast evaluate --judge` takes it")
+
+
+class Study(_Part):
+    """A whole study."""
+
+    output: str = Field(description="folder of the cells' results and the report")
+    work: str | None = Field(default=None, description="folder of checkpoints and answers; null: work/ in the output")
+    title: str = ""
+    base: dict[str, Any] = Field(default={}, description="sections of a run's configuration, for every condition")
+    sets: tuple[StudySet, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    conditions: dict[str, Condition]
+    evaluation: Evaluation = Evaluation()
+    tuning: Tuning = Tuning()
+    decisive: tuple[Comparison, ...] = Field(default=(), description="the differences that the study is about")
+    main: str | None = Field(default=None, description="the arm, `condition/system`, that all others are baselines of")
+
+    @field_validator("seeds", mode="after")
+    @classmethod
+    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return _checked_seeds("seeds", seeds)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.conditions:
+            raise ValueError("conditions: a study needs at least one")
+        if twice := _twice(one.name for one in self.sets):
+            raise ValueError(f"sets: {twice!r} is named twice")
+        trials = {name: len(one.tune) for name, one in self.conditions.items() if one.tune}
+        if len(set(trials.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in trials.items())
+            raise ValueError(f"tune: conditions get equal effort, so as many trials each, found {told}")
+        named = [self.main or "", *(arm for one in self.decisive for arm in (one.after, one.before))]
+        for arm in filter(None, named):
+            if arm not in self.arms:
+                raise ValueError(f"arm {arm!r} is none of this study{nearest(arm, self.arms)}: {', '.join(self.arms)}")
+        for name, condition in self.conditions.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"conditions: {name!r} names files: use a-z, 0-9, '.', '_' and '-'")
+            seeds = _checked_seeds(f"conditions.{name}.seeds", self.seeds_of(name))
+            if self.tuning.seed in seeds:
+                raise ValueError(
+                    f"conditions.{name}.seeds: {self.tuning.seed} is tuning.seed, which no cell may have: change one"
+                )
+            if (condition.systems or condition.pair) and not self.sets:
+                raise ValueError(f"conditions.{name} is evaluated and sets=[] has nothing to ask: name test sets")
+            if condition.pair is None:
+                continue
+            for part in (condition.pair.writer, condition.pair.retriever):
+                if part not in self.conditions or self.conditions[part].pair is not None:
+                    raise ValueError(
+                        f"conditions.{name}.pair: {part!r} is no condition that is trained"
+                        f"{nearest(part, [n for n, c in self.conditions.items() if c.pair is None])}"
+                    )
+                if missing := set(seeds) - set(self.seeds_of(part)):
+                    raise ValueError(f"conditions.{name}: seed {min(missing)} is none of {part!r}, which it is made of")
+        return self
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Every condition as every system that it is evaluated as, `condition/system`."""
+        return tuple(
+            f"{name}/{system}"
+            for name, condition in self.conditions.items()
+            for system in (("pair",) if condition.pair else condition.systems)
+        )
+
+    def seeds_of(self, condition: str) -> tuple[int, ...]:
+        """The seeds of a condition."""
+        own = self.conditions[condition].seeds
+        return self.seeds if own is None else own
+
+    @property
+    def results(self) -> Path:
+        """Where the results of the cells are."""
+        return Path(self.output) / "cells"
+
+    @property
+    def work_folder(self) -> Path:
+        """Where checkpoints and answers are."""
+        return Path(self.work) if self.work is not None else Path(self.output) / "work"
+
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        """All cells by name: trials first, then the first seed of every condition, pairs after what they need."""
+        made = [
+            Cell(self, name, self.tuning.seed, trial)
+            for name, condition in self.conditions.items()
+            for trial in range(len(condition.tune))
+        ]
+        most = max(len(self.seeds_of(name)) for name in self.conditions)
+        for i in range(most):
+            row = [Cell(self, name, self.seeds_of(name)[i]) for name in self.conditions if i < len(self.seeds_of(name))]
+            made += sorted(row, key=lambda cell: cell.settings.pair is not None)
+        return {cell.name: cell for cell in made}
+
+    def cell(self, condition: str, seed: int) -> Cell:
+        """The cell of a condition and a seed."""
+        return self.cells[f"{condition}-seed{seed}"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One condition with one seed, or one of its trials."""
+
+    study: Study
+    condition: str
+    seed: int
+    trial: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.condition}-seed{self.seed}" if self.trial is None else f"tune-{self.condition}-{self.trial}"
+
+    @property
+    def settings(self) -> Condition:
+        return self.study.conditions[self.condition]
+
+    @property
+    def result(self) -> Path:
+        """The file that says that it is finished."""
+        return self.study.results / f"{self.name}.json"
+
+    @property
+    def work(self) -> Path:
+        """The folder of its run and its answers."""
+        return self.study.work_folder / self.name
+
+    @property
+    def parts(self) -> tuple[Cell, ...]:
+        """The cells whose checkpoints it reads: the writer's and the retriever's of a pair."""
+        pair = self.settings.pair
+        if pair is None or self.trial is not None:
+            return ()
+        return self.study.cell(pair.writer, self.seed), self.study.cell(pair.retriever, self.seed)
+
+    @property
+    def trains(self) -> bool:
+        return self.settings.pair is None and self.settings.train
+
+    @cached_property
+    def run(self) -> RunConfig:
+        """What it trains.
+
+        Raises:
+            StudyError: a field that a run does not have, or a value that it does not take.
+        """
+        fields = _flat(self.study.base) | _flat(self.settings.change)
+        if self.trial is not None:
+            trial = _flat(self.settings.tune[self.trial])
+            fields |= {"training.steps": self.study.tuning.steps} | trial
+        fields |= {"training.seed": self.seed, "output": str(self.work / "run")}
+        try:
+            return load_config(None, [f"{name}={json.dumps(value)}" for name, value in fields.items()])
+        except ConfigError as error:
+            told = str(error).removeprefix("the configuration: ")
+            raise StudyError(f"condition {self.condition!r}: {told}") from None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its figures, JSON values."""
+        study, settings = self.study, self.settings
+        about: dict[str, Any] = {"seed": self.seed}
+        if settings.pair is None:
+            about["run"] = _decisive(self.run)
+        else:
+            about |= {"pair": settings.pair.model_dump(), "parts": [part.identity["run"] for part in self.parts]}
+        if self.trial is None:
+            about |= {
+                "train": settings.train,
+                "systems": list(settings.systems),
+                "probes": list(settings.probes),
+                "sets": [one.model_dump() for one in study.sets],
+                "evaluation": study.evaluation.model_dump(),
+            }
+        return json.loads(json.dumps(about))
+
+
+def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
+    """Reads a study and checks the run of every cell.
+
+    Args:
+        path: the YAML file.
+        output: where results go instead.
+
+    Raises:
+        StudyError: the file is missing or no mapping, a name stands twice, a field is unknown, or a value cannot be.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such study") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise StudyError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise StudyError(f"{path}: expected a mapping with base, conditions and sets, found {type(raw).__name__}")
+    if output is not None:
+        raw["output"] = str(output)
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        raise StudyError("\n".join(f"{path}: {explain(one)}" for one in error.errors())) from None
+    for cell in study.cells.values():
+        if cell.settings.pair is None:
+            _ = cell.run
+    return study
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := _twice(keys):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is named twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _decisive(run: RunConfig) -> dict[str, Any]:
+    """A run's fields without those that decide nothing."""
+    fields = run.model_dump(mode="json")
+    del fields["output"]
+    for name in _INCIDENTAL:
+        fields["training"].pop(name, None)
+    return fields
+
+
+def _checked_seeds(field: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds:
+        raise ValueError(f"{field}=[]: name at least one seed")
+    if (twice := _twice(seeds)) is not None:
+        raise ValueError(f"{field}: seed {twice} is named twice")
+    return seeds
+
+
+def _twice(names: Any) -> Any:
+    """The first name that stands twice, or None."""
+    seen: set[Any] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted fields; dotted names may stand at any depth."""
+
+    def fields() -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                yield from _flat(value, f"{prefix}{name}.").items()
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(fields())

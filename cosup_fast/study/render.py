@@ -1,0 +1,172 @@
+"""A study's report as HTML to read, Markdown to commit, and JSON to compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosup_fast.evaluation.metrics import require
+from cosup_fast.files import replace_file
+from cosup_fast.study.plots import plots
+from cosup_fast.study.report import ALL, DOMAINS, METRICS, Arm, Difference, StudyReport, percent, points
+from cosup_fast.study.status import duration
+
+METHOD = (
+    "Shares in percent, differences in points. Averages over sets count every set alike. Intervals are 95% percentile "
+    "intervals of a bootstrap that resamples the questions within each set, alike for both sides of a difference, and "
+    "the seeds of each condition (together where both sides have the same seeds; deviations scaled by sqrt(S / (S - "
+    "1)) for S seeds). With one seed they say how sure a difference is on other questions, not on another run; three "
+    "seeds show little of the spread between runs, so the difference of each seed is listed. They are not corrected "
+    "for the number of comparisons."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, text, and a table whose first row is its head."""
+
+    title: str
+    text: str = ""
+    rows: Sequence[Sequence[str]] = ()
+
+
+def write_report(report: StudyReport, folder: Path) -> list[Path]:
+    """Writes report.json, report.md and report.html into a folder, each whole; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {
+        "report.json": report.model_dump_json(indent=1) + "\n",
+        "report.md": markdown(report),
+        "report.html": html(report),
+    }
+    for name, text in written.items():
+        with replace_file(folder / name) as file:
+            file.write(text)
+    return [folder / name for name in written]
+
+
+def markdown(report: StudyReport) -> str:
+    """The report as Markdown, without the plots."""
+    parts = [f"# {report.title or 'Study'}"]
+    for section in sections(report):
+        parts += [f"## {section.title}"] + ([section.text] if section.text else [])
+        if section.rows:
+            head, *rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in section.rows]
+            rule = ["---", *("--:" for _ in head[1:])]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def html(report: StudyReport) -> str:
+    """The report as one HTML file that loads nothing and runs no script.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
+    jinja2 = require("jinja2", "jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    return template.render(title=report.title or "Study", sections=list(sections(report)), plots=plots(report))
+
+
+def sections(report: StudyReport) -> Iterator[Section]:
+    """The tables in their order: what decides stands first."""
+    missing = f"Not finished: {', '.join(report.missing)}." if report.missing else "All cells are finished."
+    yield Section("What decides", missing, [*_differences(report.decisive)] if report.decisive else ())
+    yield Section("How to read it", METHOD)
+    for scope in (ALL, *DOMAINS):
+        if rows := list(_arms(report, scope)):
+            yield Section(f"Every arm: {scope}", "", rows)
+    for metric, title in METRICS.items():
+        if gains := [one for one in report.gains if one.metric == metric]:
+            yield Section(f"{gains[0].after} over its baselines: {title}", "", [*_differences(gains)])
+    yield Section("Test sets", "", [*_sets(report)])
+    for row in report.sets:
+        if rows := list(_arms(report, row.name)):
+            yield Section(f"Every arm: {row.name} ({row.domain})", "", rows)
+    if report.trials:
+        yield Section(
+            "Tuning",
+            "Short trials on the held-out examples, as many for each condition. The loss is the sum of the held-out "
+            "losses that the condition trains.",
+            [*_trials(report)],
+        )
+    for condition, seeds in report.probes.items():
+        for seed, probes in seeds.items():
+            for name, found in probes.items():
+                if rows := found.get("table"):
+                    yield Section(f"{name}: {condition}, seed {seed}", found.get("text", ""), rows)
+    yield Section("Cells", "", [*_cells(report)])
+
+
+def _differences(differences: Sequence[Difference]) -> Iterator[list[str]]:
+    yield ["difference", "metric", ALL, *DOMAINS, "seeds", "questions", "by seed"]
+    for one in differences:
+        whole = one.scopes[ALL]
+        label = f"{one.title}\n{one.after} - {one.before}" if one.title else f"- {one.before}"
+        yield [
+            label,
+            METRICS[one.metric],
+            *(points(one.scopes[scope]) if scope in one.scopes else "-" for scope in (ALL, *DOMAINS)),
+            str(whole.seeds),
+            str(whole.questions),
+            ", ".join(f"{100 * value:+.1f}" for value in one.by_seed.values()) or "-",
+        ]
+
+
+def _arms(report: StudyReport, scope: str) -> Iterator[list[str]]:
+    arms = [arm for arm in report.arms if scope in arm.figures]
+    if not arms:
+        return
+    metrics = [metric for metric in METRICS if any(metric in arm.figures[scope] for arm in arms)]
+    yield ["arm", "seeds", *(METRICS[metric] for metric in metrics)]
+    chance = report.chance.get(scope, {})
+    yield ["chance", "", *(f"{100 * chance[metric]:.2f}" if metric in chance else "" for metric in metrics)]
+    for arm in arms:
+        yield [arm.name, str(len(arm.seeds)), *(_figure(arm, scope, metric) for metric in metrics)]
+
+
+def _figure(arm: Arm, scope: str, metric: str) -> str:
+    interval = arm.figures[scope].get(metric)
+    return "-" if interval is None else percent(interval)
+
+
+def _sets(report: StudyReport) -> Iterator[list[str]]:
+    yield ["set", "domain", "questions", "passages", "answer is the gold title", "R@1 by chance", "metrics"]
+    for row in report.sets:
+        yield [
+            row.name,
+            row.domain,
+            str(row.questions),
+            str(row.passages),
+            "-" if row.answer_is_title is None else f"{100 * row.answer_is_title:.0f}%",
+            f"{100 * row.chance['recall@1']:.2f}%" if "recall@1" in row.chance else "-",
+            row.metrics,
+        ]
+
+
+def _trials(report: StudyReport) -> Iterator[list[str]]:
+    names = ("ntp", "nsp", "recall_at_1", "recall_at_5")
+    yield ["condition", "changed", "loss", "NTP", "NSP", "R@1", "R@5", ""]
+    for row in report.trials:
+        yield [
+            row.condition,
+            ", ".join(f"{name}={value}" for name, value in row.changed.items()),
+            *("-" if value is None else f"{value:.3f}" for value in (row.loss, *map(row.held_out.get, names))),
+            "best" if row.best else "",
+        ]
+
+
+def _cells(report: StudyReport) -> Iterator[list[str]]:
+    yield ["cell", "steps", "time", "training", "commit", "machine"]
+    for cell in report.cells:
+        yield [
+            cell.name,
+            str(cell.steps),
+            duration(sum(cell.seconds.values())),
+            duration(cell.seconds.get("training", 0)),
+            ", ".join(cell.commits),
+            cell.machine,
+        ]

@@ -1,0 +1,169 @@
+"""The result of a cell: one JSON file of ids and numbers, written whole or not at all.
+
+Per question there is one value a metric, in the order of the set's ids. Values that are all 0 or 1 are a text of the
+same length (`"0110-"`, `-` where the metric is not defined), others a list rounded to four digits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cosup_fast.files import replace_file
+from cosup_fast.study.config import Cell, StudyError
+
+FORMAT = "cosup-fast study cell"
+FORMAT_VERSION = 1
+
+Packed = str | list[float | None]
+Value = float | None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SetFacts(_Part):
+    """What a test set is, whatever answers it."""
+
+    domain: str
+    corpus: str
+    passages: int
+    ids: list[str]
+    answer_is_title: Packed  # whether a gold answer is the title of a gold passage
+    chance: dict[str, float]  # what each recall is when passages are ranked at random
+
+
+class SetScores(_Part):
+    """What one system got on one set."""
+
+    retrieval: str  # the metric that `scores["retrieval"]` is
+    correctness: str
+    answer_is_retrieved_title: Packed  # whether a gold answer is the title of a passage that Gen was given
+    scores: dict[str, Packed]
+
+
+class CellResult(_Part):
+    """Everything that a cell found out."""
+
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    name: str
+    condition: str
+    seed: int
+    trial: int | None
+    identity: dict[str, Any]  # what decides the figures: `Cell.identity` as it was
+    changed: dict[str, Any]  # the fields that a trial changes
+    commits: list[str]  # of the code that worked on it; several where it was resumed by another
+    versions: dict[str, str]
+    machine: str
+    seconds: dict[str, float]  # by stage
+    steps: int
+    curves: dict[str, dict[str, list[Value]]]  # held-out, step and diagnosis figures over steps
+    sets: dict[str, SetFacts]
+    systems: dict[str, dict[str, SetScores]]
+    probes: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes the file; it appears whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as file:
+            file.write(json.dumps(self.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            StudyError: it is damaged or of another format version.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
+                raise ValueError(f"format {data['format']!r} version {data['format_version']}, not {FORMAT_VERSION}")
+            return cls.model_validate(data)
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise StudyError(
+                f"{path} is no result of a cell that can be read ({reason}): remove it, and the cell runs again"
+            ) from None
+
+
+def read_cell(cell: Cell) -> CellResult | None:
+    """The result of a cell, or None while it is not finished.
+
+    Raises:
+        StudyError: the file cannot be read, or was made with another configuration.
+    """
+    if not cell.result.is_file():
+        return None
+    found = CellResult.load(cell.result)
+    if difference := first_difference(found.identity, cell.identity):
+        field, then, now = difference
+        raise StudyError(
+            f"cell {cell.name}: {cell.result} was made with {field}={_short(then)}, the study now says {_short(now)}: "
+            "restore the configuration, remove the file so that the cell runs again, or name another --output"
+        )
+    return found
+
+
+def first_difference(then: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two JSON values differ, with both values; None where they are alike."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in [*now, *(name for name in then if name not in now)]:
+            inner = f"{field}.{name}".lstrip(".")
+            if name not in then or name not in now:
+                return inner, then.get(name), now.get(name)
+            if found := first_difference(then[name], now[name], inner):
+                return found
+        return None
+    return None if then == now else (field, then, now)
+
+
+def pack(values: Sequence[Value]) -> Packed:
+    """Values of questions for the file."""
+    if all(value in (0, 1, None) for value in values):
+        return "".join("-" if value is None else str(int(value)) for value in values)
+    return [None if value is None else round(value, 4) for value in values]
+
+
+def unpack(packed: Packed) -> list[Value]:
+    """What `pack` was given, rounded."""
+    if isinstance(packed, str):
+        return [None if sign == "-" else float(sign) for sign in packed]
+    return packed
+
+
+def by_id(facts: SetFacts, packed: Packed) -> dict[str, float]:
+    """The values of the questions for which the metric is defined, by id."""
+    return {name: value for name, value in zip(facts.ids, unpack(packed), strict=True) if value is not None}
+
+
+def curves(records: Sequence[Mapping[str, Any]], *, points: int = 120) -> dict[str, dict[str, list[Value]]]:
+    """A run's metrics as columns: held-out evaluations, diagnoses, and means of steps over at most `points` spans."""
+    found = {}
+    for kind in ("held-out", "diagnosis"):
+        rows = [record for record in records if record["kind"] == kind]
+        names = [name for name in (rows[0] if rows else ()) if name != "kind"]
+        found[kind] = {name: [_rounded(row.get(name)) for row in rows] for name in names}
+    steps = [record for record in records if record["kind"] == "step"]
+    size = -(-len(steps) // points) if steps else 1
+    spans = [steps[i : i + size] for i in range(0, len(steps), size)]
+    found["step"] = {"step": [span[-1]["step"] for span in spans]}
+    for name in ("ntp", "nsp", "in_batch_accuracy", "gen_grad_norm", "embseq_grad_norm", "lr"):
+        columns = [[row[name] for row in span if row.get(name) is not None] for span in spans]
+        found["step"][name] = [_rounded(sum(column) / len(column)) if column else None for column in columns]
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,135 @@
+"""Makes the cells that are missing, one after the other; several processes may work on a study at once.
+
+A cell belongs to the process that holds the lock of its work folder. Its result appears whole when all is done; until
+then a kill at any moment costs what the run's last checkpoint and the last answers do not hold.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gc
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from cosup_fast.data.records import nearest
+from cosup_fast.files import locked, remove_unwritten
+from cosup_fast.study.cell import Questions, make_cell, train
+from cosup_fast.study.config import Cell, Study, StudyError
+from cosup_fast.study.progress import Progress
+from cosup_fast.study.provenance import commit
+from cosup_fast.study.result import read_cell
+from cosup_fast.study.sets import load_sets
+from cosup_fast.study.status import duration, time_left_of
+from cosup_fast.training.checkpoint import checkpoints
+
+
+def run_study(study: Study, *, only: str | None = None, console: Console | None = None) -> list[str]:
+    """Makes every cell that has no result and that no other process works on.
+
+    Args:
+        study: what to make.
+        only: make the cells whose names match this pattern, such as `ntp-only-*`.
+        console: where progress goes; standard error by default.
+
+    Returns:
+        The cells that failed, each with its error: the others are made all the same.
+
+    Raises:
+        StudyError: a finished cell disagrees with the study, a test set is missing, or no cell matches `only`.
+        KeyboardInterrupt: Ctrl-C; the same study goes on from there.
+    """
+    console = console or Console(stderr=True)
+    cells = select(study, only)
+    missing = [cell for cell in cells if read_cell(cell) is None]
+    console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished", highlight=False)
+    if not missing:
+        return []
+    questions = Questions(*load_sets(study)) if any(cell.trial is None for cell in missing) else Questions((), ())
+    make_work(study)
+    code, failed = commit(), []
+    prune(study, console)
+    for cell in missing:
+        cell.work.mkdir(exist_ok=True)
+        try:
+            with locked(cell.work, wait=False):
+                if read_cell(cell) is not None:  # another process has finished it meanwhile
+                    continue
+                console.rule(cell.name)
+                started = time.monotonic()
+                remove_unwritten(cell.work)
+                progress = Progress(cell.work, code)
+                _provide(cell, code, console)
+                make_cell(cell, questions, progress, console).save(cell.result)
+        except BlockingIOError:
+            console.print(f"{cell.name}: another process works on it", markup=False)
+            continue
+        except (ValueError, OSError, RuntimeError) as error:
+            failed.append(f"{cell.name}: {error}")
+            console.print(f"{cell.name} failed: {error}", markup=False, style="red")
+            continue
+        finally:
+            gc.collect()
+        left = time_left_of(study, only)
+        console.print(
+            f"{cell.name}: finished in {duration(time.monotonic() - started)}"
+            + (f", about {duration(left)} left" if left else ""),
+            markup=False,
+        )
+        prune(study, console)
+    return failed
+
+
+def select(study: Study, only: str | None) -> list[Cell]:
+    """The cells whose names match a pattern of the shell, or contain it.
+
+    Raises:
+        StudyError: there is none.
+    """
+    if only is None:
+        return list(study.cells.values())
+    found = [cell for name, cell in study.cells.items() if fnmatch.fnmatch(name, only) or only in name]
+    if not found:
+        raise StudyError(f"--only {only!r} matches no cell{nearest(only, study.cells)}: {', '.join(study.cells)}")
+    return found
+
+
+def make_work(study: Study) -> None:
+    """The folder of checkpoints and answers, which git leaves alone wherever it is."""
+    study.work_folder.mkdir(parents=True, exist_ok=True)
+    (study.work_folder / ".gitignore").write_text("*\n")
+
+
+def prune(study: Study, console: Console) -> None:
+    """Removes the checkpoints of finished cells that no unfinished cell reads."""
+    needed = {part.name for cell in study.cells.values() if not cell.result.is_file() for part in cell.parts}
+    for cell in study.cells.values():
+        folder = cell.work / "run" / "checkpoints"
+        if cell.name in needed or cell.settings.keep or not cell.result.is_file() or not folder.is_dir():
+            continue
+        try:
+            with locked(cell.work, wait=False):
+                shutil.rmtree(folder)
+                console.print(f"{cell.name}: checkpoints removed", markup=False, style="dim")
+        except BlockingIOError:
+            pass
+
+
+def _provide(cell: Cell, code: str, console: Console) -> None:
+    """The checkpoints that a pair is made of: those of its parts, trained again where they are gone."""
+    for part in cell.parts:
+        if part.result.is_file() and not checkpoints(Path(part.run.output) / "checkpoints"):
+            console.print(
+                f"{cell.name}: the checkpoint of {part.name} is gone, so it is trained again, with the same result",
+                markup=False,
+            )
+            shutil.rmtree(part.run.output, ignore_errors=True)
+        part.work.mkdir(exist_ok=True)
+        with locked(part.work, wait=True):
+            train(part, Progress(part.work, code), console)
+
+
+__all__: Sequence[str] = ("make_work", "prune", "run_study", "select")

@@ -1,0 +1,86 @@
+"""How far a study is: a row for each cell, and the time that is left at the pace so far."""
+
+from __future__ import annotations
+
+import json
+import time
+from statistics import fmean
+
+from rich.table import Table
+
+from cosup_fast.files import locked
+from cosup_fast.study.config import Cell, Study
+from cosup_fast.study.progress import read_progress, time_left
+
+
+def status_table(study: Study) -> Table:
+    """Every cell with its state, seconds, progress and the time left of its present stage."""
+    table = Table("cell", "state", "time", "progress", "left", caption=_caption(study))
+    for cell in study.cells.values():
+        progress = read_progress(cell.work)
+        state = state_of(cell)
+        spent = sum(progress.get("seconds", {}).values())
+        stage, left = "", None
+        if state == "finished":
+            spent = _seconds(cell) or spent
+        elif progress:
+            if state == "running":
+                spent += time.time() - progress["updated"]
+            of = f" {progress['done']}/{progress['total']}" if progress["total"] else ""
+            stage, left = f"{progress['stage']}{of}", time_left(progress) if state == "running" else None
+        table.add_row(cell.name, state, duration(spent) if spent else "", stage, duration(left) if left else "")
+    return table
+
+
+def state_of(cell: Cell) -> str:
+    """`finished`, `running` in some process on this machine, `stopped` on the way, or `waiting`."""
+    if cell.result.is_file():
+        return "finished"
+    if not cell.work.is_dir():
+        return "waiting"
+    try:
+        with locked(cell.work, wait=False):
+            return "stopped" if read_progress(cell.work) else "waiting"
+    except BlockingIOError:
+        return "running"
+
+
+def time_left_of(study: Study, only: str | None = None) -> float | None:
+    """Seconds that the unfinished cells will take if they are like the finished ones, best those of their condition."""
+    from cosup_fast.study.runner import select
+
+    taken: dict[tuple[str, bool], list[float]] = {}
+    cells = select(study, only)
+    for cell in study.cells.values():
+        if seconds := _seconds(cell):
+            taken.setdefault((cell.condition, cell.trial is None), []).append(seconds)
+    left = 0.0
+    for cell in cells:
+        if cell.result.is_file():
+            continue
+        kind = cell.trial is None
+        like = taken.get((cell.condition, kind)) or [s for (_, of), row in taken.items() if of is kind for s in row]
+        if not like:
+            return None
+        left += max(0.0, fmean(like) - sum(read_progress(cell.work).get("seconds", {}).values()))
+    return left
+
+
+def duration(seconds: float) -> str:
+    """For people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _seconds(cell: Cell) -> float | None:
+    try:
+        return sum(json.loads(cell.result.read_text(encoding="utf-8"))["seconds"].values())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _caption(study: Study) -> str:
+    finished = sum(cell.result.is_file() for cell in study.cells.values())
+    left = time_left_of(study)
+    return f"{finished} of {len(study.cells)} finished" + (f", about {duration(left)} left" if left else "")
