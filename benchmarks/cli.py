@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batch_memory, machine, report, run, train_step
+from benchmarks import batch_memory, machine, report, run, train_step, versions
 from benchmarks import gate as gates
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.gpu.command import gpu
@@ -296,6 +296,43 @@ def train_step_command(
     text = (train_step.cache_report if cache else train_step.step_report)(rows, setting, command)
     out.print(text, markup=False, highlight=False, soft_wrap=True)
     report.write(folder, {"README.md": text, "rounds.csv": report.csv_text(train_step.records(rows))}, overwrite)
+    err.print(f"written: {folder}", soft_wrap=True)
+
+
+@app.command("versions", epilog="Example: python -m benchmarks versions ../cosup-fast-0.1 --rounds 5")
+def versions_command(
+    other: Annotated[Path, typer.Argument(help="a checkout of the other version", exists=True, file_okay=False)],
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    model: Annotated[str, typer.Option(help="of Gen and Embseq")] = versions.Setting.model,
+    layers: Annotated[int | None, typer.Option(min=1, help="keep so many of Gen's")] = None,
+    embseq_layers: Annotated[int, typer.Option(min=1, help="keep so many of Embseq's")] = 6,
+    examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
+    corpus: str = versions.Setting.corpus,
+    passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = versions.Setting.passage_tokens,
+    batch_size: Annotated[int, typer.Option(min=1, help="examples of a step")] = versions.Setting.batch_size,
+    precision: Annotated[str, typer.Option(help="of products: float32 or bfloat16")] = versions.Setting.precision,
+    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """How much faster is a training step than another version's, by the same losses?"""
+    setting = versions.Setting(
+        model, layers, embseq_layers, corpus, tuple(examples or versions.Setting.examples), passage_tokens, batch_size,
+        precision, threads,
+    )  # fmt: skip
+    folder = output or report.ROOT / machine.folder() / "versions"
+    report.writable(folder, overwrite)
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}\n\nLoad of the machine before: {machine.load()}"
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(f"    {text}")
+        print(text, file=sys.stderr, flush=True)
+
+    found = versions.measure(setting, [other.resolve(), machine.ROOT], rounds, say)
+    text = versions.versions_report(found, setting, "\n".join(said), command)
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    report.write(folder, {"README.md": text}, overwrite)
     err.print(f"written: {folder}", soft_wrap=True)
 
 

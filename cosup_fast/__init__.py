@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cosup_fast.errors import CosupError
     from cosup_fast.functional import Stats, gather_last_hidden, info_nce, linear_cross_entropy
     from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 
 _HOME = {
+    "CosupError": "errors",
     "Stats": "functional",
     "gather_last_hidden": "functional",
     "info_nce": "functional",
@@ -28,6 +30,7 @@ _HOME = {
 __all__ = [
     "CoSupervisionLoss",
     "CoSupervisionOutput",
+    "CosupError",
     "InfoNCELoss",
     "LinearCrossEntropyLoss",
     "Stats",

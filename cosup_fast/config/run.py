@@ -16,9 +16,10 @@ from cosup_fast.config.rules import RULES
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
+from cosup_fast.errors import CosupError
 
 
-class ConfigError(ValueError):
+class ConfigError(CosupError, ValueError):
     """A configuration that cannot be used; the message names the field, its value and the remedy."""
 
 

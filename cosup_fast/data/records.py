@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from cosup_fast.errors import CosupError
 from cosup_fast.files import replace_file
 
 
-class DataError(ValueError):
+class DataError(CosupError, ValueError):
     """Data that cannot be used; the message says where, what was expected and what was found."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.text import gap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,24 +183,30 @@ class Template:
             append([*self.inserted_passage(passages[passage]), self.context_start], self.config.label_passages)
             append([*chain.from_iterable(map(self.encode, texts)), self.context_end])
 
+        pieces: list[tuple[str | None, str]] = []
+        written = ""
+        for segment in example.output:
+            text = gap(written, segment.text) + segment.text
+            written = text or written
+            pieces.append((segment.passage, text))
         gold = None if example.cited else next((name for name in example.gold if name in passages), None)
         if gold is not None:
             ask(gold)
-            if example.output:
-                ground(gold, (segment.text for segment in example.output))
+            if pieces:
+                ground(gold, (text for _, text in pieces))
         else:
-            for segment in example.output:
-                if segment.passage is None:
-                    append(self.encode(segment.text))
+            for passage, text in pieces:
+                if passage is None:
+                    append(self.encode(text))
                     continue
-                if segment.passage not in passages:
+                if passage not in passages:
                     raise ValueError(
-                        f"example {example.id!r}: unknown passage id {segment.passage!r}; "
-                        f"the corpus holds {len(passages)} passages"
+                        f"example {example.id!r}: unknown passage id {passage!r}; the corpus holds {len(passages)} "
+                        "passages"
                     )
-                ask(segment.passage)
-                ground(segment.passage, [segment.text])
-        if gold is None or example.output:
+                ask(passage)
+                ground(passage, [text])
+        if gold is None or pieces:
             append([self.eos])
         if len(ids) > self.max_length:
             raise ValueError(

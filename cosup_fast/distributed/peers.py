@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
+from cosup_fast.errors import CosupError
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -44,11 +46,11 @@ def outside_graphs(f: _F) -> _F:
     return cast(Any, torch.compiler.disable)(f)
 
 
-class PeerError(RuntimeError):
+class PeerError(CosupError, RuntimeError):
     """Other ranks did not come, were lost, or ask for something else; the message names them."""
 
 
-class ReportedError(ValueError):
+class ReportedError(CosupError, ValueError):
     """A user error of another rank, which it reports (see `Peers.reporting`)."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cosup_fast.data.records import Example, Passage, Segment, nearest
 from cosup_fast.evaluation.corpus import Corpus
@@ -27,7 +27,7 @@ from cosup_fast.generation import Request as Question
 from cosup_fast.generation.request import Found
 
 if TYPE_CHECKING:
-    from cosup_fast.evaluation.workbench import Workbench
+    from cosup_fast.index import SequenceIndex
     from cosup_fast.model import CoSupervisionModel
 
 
@@ -172,6 +172,17 @@ class _Searches:
         return self._retriever.retrieve(requests, k)
 
 
+class Bench(Protocol):
+    """What a retriever is opened from, a `Workbench`; the run `""` is that of the model which writes."""
+
+    model: CoSupervisionModel
+    seed: int
+
+    def searcher(self, run: str) -> CoSupervisionModel: ...
+    def index(self, run: str, corpus: Corpus) -> SequenceIndex: ...
+    def dense(self, name: str, corpus: Corpus) -> Retriever: ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row of the table of systems.
@@ -188,7 +199,7 @@ class Kind:
     name: str
     retrieves: str
     reads: str  # "index", "corpus" or ""
-    open: Callable[[Workbench, str, Corpus], Retriever] | None
+    open: Callable[[Bench, str, Corpus], Retriever] | None
     argument: str = ""
     default: str = ""
 

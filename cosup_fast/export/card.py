@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from cosup_fast.data.prepared.catalog import CATALOG
 
@@ -36,7 +38,7 @@ class RunFacts:
 
     @classmethod
     def of(cls, checkpoint: Path, *, name: str | None = None, licence: str | None = None) -> Self:
-        """What stands in the folder of the run that a checkpoint is of; little where it is of none."""
+        """What the folder of a checkpoint's run records; only a name where there is no run."""
         from cosup_fast.config import load_config
         from cosup_fast.training.checkpoint import chosen_checkpoint
         from cosup_fast.training.log import read_metrics
@@ -60,7 +62,8 @@ def model_card(kind: str, text: TextConfig, nsp: NSPConfig, facts: RunFacts) -> 
         nsp: the geometry of the sequence space.
         facts: of the run.
     """
-    return "\n".join([_front_matter(kind, facts), _USE[kind].format(**_fields(kind, text, nsp, facts)), _run(facts)])
+    template = resources.files("cosup_fast.export").joinpath("cards", f"{kind}.md").read_text(encoding="utf-8")
+    return "\n".join([_front_matter(kind, facts), template.format(**_fields(text, nsp, facts)), _run(facts)])
 
 
 def _front_matter(kind: str, facts: RunFacts) -> str:
@@ -69,15 +72,15 @@ def _front_matter(kind: str, facts: RunFacts) -> str:
     bases = {"retriever": [gen, embseq], "query": [gen], "embseq": [embseq], "gen": [gen]}[kind]
     known = [base for base in dict.fromkeys(bases) if base]
     licence = facts.licence or next((_licence(base) for base in known if _licence(base)), None)
-    front: dict[str, Any] = {
-        "license": (licence or "other").lower(),
-        **({} if licence else {"license_name": "unknown"}),
-        "library_name": "transformers" if kind == "gen" else "sentence-transformers",
-        "pipeline_tag": "text-generation" if kind == "gen" else "sentence-similarity",
-        **({"base_model": known} if known else {}),
-        "tags": ["cosup-fast", "retrieval", *([] if kind == "gen" else ["sentence-transformers"])],
-    }
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+    front = ModelCardData(
+        base_model=known or None,
+        library_name="transformers" if kind == "gen" else "sentence-transformers",
+        license=(licence or "other").lower(),
+        license_name=None if licence else "unknown",
+        pipeline_tag="text-generation" if kind == "gen" else "sentence-similarity",
+        tags=["cosup-fast", "retrieval", *([] if kind == "gen" else ["sentence-transformers"])],
+    )
+    return f"---\n{front.to_yaml()}\n---\n"
 
 
 def _licence(name: str) -> str | None:
@@ -86,7 +89,7 @@ def _licence(name: str) -> str | None:
     return entry.licence if entry is not None and " " not in entry.licence else None
 
 
-def _fields(kind: str, text: TextConfig, nsp: NSPConfig, facts: RunFacts) -> dict[str, str]:
+def _fields(text: TextConfig, nsp: NSPConfig, facts: RunFacts) -> dict[str, str]:
     measure = "inner product of unit vectors" if nsp.similarity == "cosine" else "inner product, not normalised"
     return {
         "name": facts.name,
@@ -100,7 +103,7 @@ def _fields(kind: str, text: TextConfig, nsp: NSPConfig, facts: RunFacts) -> dic
 def _run(facts: RunFacts) -> str:
     lines = ["## The run", ""]
     if not facts.config:
-        return "\n".join([*lines, "Nothing is recorded of it.", ""])
+        return "\n".join([*lines, "Nothing was recorded about it.", ""])
     data = facts.config.get("data", {})
     lines += [
         f"- steps: {facts.step}",
@@ -123,74 +126,3 @@ def _run(facts: RunFacts) -> str:
 def _source(name: str) -> str:
     entry = CATALOG.get(name.split("/")[0])
     return f"{name} ({entry.licence})" if entry else name
-
-
-_USE = {
-    "retriever": """# {name}
-
-Both sides of a model trained by semiparametric token-sequence co-supervision
-([Lee et al., ACL 2024](https://arxiv.org/abs/2403.09024)): questions go to the generator (Gen), whose last hidden state
-at `[NSP]` is the query, passages to the sequence encoder (Embseq), whose last hidden state at the end-of-sequence token
-is the embedding. Scores: {measure}.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("this-folder")
-queries = model.encode_query(["Who wrote Hamlet?"])
-documents = model.encode_document(["Hamlet :: Hamlet is a tragedy by William Shakespeare."])
-scores = queries @ documents.T
-```
-
-Documents were trained as `{passage}`, at most {limit} tokens; longer ones are cut. Give questions as they are: the
-tokenizer puts them into `{prompt}` (without an instruction) and `[NSP]` behind.
-""",
-    "query": """# {name}
-
-The queries' side of a model trained by semiparametric token-sequence co-supervision
-([Lee et al., ACL 2024](https://arxiv.org/abs/2403.09024)): the generator's (Gen's) last hidden state at `[NSP]` behind
-a question. Scores: {measure}.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-queries = SentenceTransformer("this-folder").encode(["Who wrote Hamlet?"])
-```
-
-They are compared with the embeddings of the sequence encoder (Embseq), which the export `embseq` holds; `retriever`
-holds both. The prompt `{prompt}` and `[NSP]` are put around a question by the tokenizer.
-""",
-    "embseq": """# {name}
-
-The sequence encoder (Embseq) of a model trained by semiparametric token-sequence co-supervision
-([Lee et al., ACL 2024](https://arxiv.org/abs/2403.09024)): its last hidden state at the end-of-sequence token is the
-embedding of a passage. Scores: {measure}.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("this-folder")
-embeddings = model.encode(["Hamlet :: Hamlet is a tragedy by William Shakespeare."])
-```
-
-Passages were trained as `{passage}`, at most {limit} tokens; longer ones are cut. This is the passages' side alone. A
-question encoded with it is compared as if it were a passage; the query of the method is the generator's hidden state at
-`[NSP]`, which the export `retriever` holds, too.
-""",
-    "gen": """# {name}
-
-The generator (Gen) of a model trained by semiparametric token-sequence co-supervision
-([Lee et al., ACL 2024](https://arxiv.org/abs/2403.09024)), as a plain causal language model.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("this-folder")
-model = AutoModelForCausalLM.from_pretrained("this-folder")
-```
-
-It was trained on `{prompt}` and the output behind it. Where it writes `[NSP]`, its last hidden state is a query, and
-`{passage}` of the passage found goes into its context, then `[Cs]`; it goes on with the text grounded on that passage,
-and `[Ce]`. Without an index, ban `[NSP]`.
-""",
-}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ Engine = Literal["auto", "faiss", "torch", "approximate"]
 Propose = Callable[[Tensor, int], np.ndarray]
 """From queries (N, D) fp32 and C to the rows of at most C candidates for each, -1 where there are fewer."""
 
+IN_MEMORY = 1 << 30
+"""Up to here an index is searched as one block in memory, beyond it shard by shard from the files."""
 _MOST_CANDIDATES = 4096
 _NUMBERS_AT_ONCE = 1 << 24
 
@@ -40,6 +42,38 @@ def faiss_module() -> Any:
     except ImportError as error:
         raise ImportError("this index needs faiss: pip install 'cosup-fast[index]', or engine='torch'") from error
     return faiss
+
+
+def choose_engine(engine: Engine, device: torch.device | str, *, approximate: bool) -> Engine:
+    """The engine that will search, after a look whether it can."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r}: choose from {', '.join(get_args(Engine))}")
+    on_cpu = torch.device(device).type == "cpu"
+    if engine == "auto":
+        if approximate:
+            engine = "approximate"
+        elif not on_cpu:
+            engine = "torch"
+        else:
+            try:
+                faiss_module()
+                engine = "faiss"
+            except ImportError:
+                engine = "torch"
+    if engine == "approximate" and not approximate:
+        raise ValueError("engine='approximate': this index has no approximate FAISS index, build it with a factory")
+    if engine != "torch":
+        faiss_module()
+        if not on_cpu:
+            raise ValueError(f"engine={engine!r} searches on the CPU, not on device={str(device)!r}: choose torch")
+    return engine
+
+
+def exact(blocks: list[np.ndarray], engine: Engine, device: torch.device | str) -> FaissFlat | TorchFlat:
+    """The exact searcher of some embeddings, given shard by shard."""
+    if len(blocks) > 1 and sum(block.nbytes for block in blocks) <= IN_MEMORY:
+        blocks = [np.concatenate(blocks)]
+    return TorchFlat(blocks, device) if engine == "torch" else FaissFlat(blocks)
 
 
 class FaissFlat:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -29,13 +29,10 @@ from cosup_fast.index.changes import Change, check_index, make_approximate, with
 from cosup_fast.index.embed import Precision, embed_passages
 from cosup_fast.index.origin import INDEX, STAMP, Origin, Stamp
 from cosup_fast.index.search import Engine
-from cosup_fast.index.shards import RECORD, Passages, PassagesById, Shard, hash_ids, repeated
+from cosup_fast.index.shards import RECORD, Passages, PassagesById, Shard, check_unique, hash_ids
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
-
-# Up to here an index is searched as one block in memory, beyond it shard by shard from the files.
-IN_MEMORY = 1 << 30
 
 
 class SequenceIndex:
@@ -78,7 +75,7 @@ class SequenceIndex:
         self._device = device
         self._approximate: Any = None
         shard = Shard.of(passages, _array(embeddings).copy())
-        _check_ids(shard.passages, shard.ids)
+        check_unique(shard.passages, shard.ids)
         check_finite(shard.vectors, passages)
         self._set_shards([shard])
 
@@ -129,10 +126,11 @@ class SequenceIndex:
             nearest.set_parameters(nearest.make_approximate(factory, model.width, len(source)), parameters)
         elif parameters:
             raise ValueError(f"parameters={parameters!r} are those of an approximate index: give a factory, too")
-        _engine(engine, device, approximate=factory is not None)  # what is missing is found out before the work
+        # Fails here, before the work, where a package is missing.
+        nearest.choose_engine(engine, device, approximate=factory is not None)
         if folder is None:
             passages = list(source.read(0, len(source)))
-            _check_ids(passages, hash_ids(passage.id for passage in passages))
+            check_unique(passages, hash_ids(passage.id for passage in passages))
             index = cls(passages, _embed(model, passages, options), Origin.of(model), engine=engine, device=device)
             index.precision = options.precision
             return index
@@ -246,7 +244,7 @@ class SequenceIndex:
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._propose: nearest.Propose | None = None
         if self._approximate is None:
-            _engine(self._engine, self._device, approximate=False)
+            nearest.choose_engine(self._engine, self._device, approximate=False)
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -310,12 +308,8 @@ class SequenceIndex:
     def _searcher(self) -> nearest.Propose:
         if self._approximate is not None:
             return nearest.Approximate(self._approximate)
-        blocks = [shard.vectors for shard in self._shards]
-        if len(blocks) > 1 and sum(block.nbytes for block in blocks) <= IN_MEMORY:
-            blocks = [np.concatenate(blocks)]
-        if _engine(self._engine, self._device, approximate=False) == "torch":
-            return nearest.TorchFlat(blocks, self._device)
-        return nearest.FaissFlat(blocks)
+        engine = nearest.choose_engine(self._engine, self._device, approximate=False)
+        return nearest.exact([shard.vectors for shard in self._shards], engine, self._device)
 
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
         """The embeddings (n, D) of rows (n,)."""
@@ -354,7 +348,7 @@ class SequenceIndex:
         if self.folder is None:
             passages = list(source.read(0, len(source)))
             both = [*self.passages, *passages]
-            _check_ids(both, hash_ids(passage.id for passage in both))
+            check_unique(both, hash_ids(passage.id for passage in both))
             vectors = _array(_embed(model, passages, options))
             check_finite(vectors, passages)
             self._set_shards([Shard.of(both, np.concatenate([self._shards[0].vectors, vectors]))])
@@ -449,33 +443,3 @@ def _embed(model: CoSupervisionModel, passages: Sequence[Passage], options: Opti
 
 def _array(embeddings: Tensor) -> np.ndarray:
     return embeddings.detach().float().cpu().contiguous().numpy()
-
-
-def _check_ids(passages: Sequence[Passage], hashes: np.ndarray) -> None:
-    if pair := repeated(passages, hashes):
-        raise ValueError(f"passage id {passages[pair[0]].id!r} stands more than once in the corpus: ids must be unique")
-
-
-def _engine(engine: Engine, device: torch.device | str, *, approximate: bool) -> Engine:
-    """The engine that will search, after a look whether it can."""
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine={engine!r}: choose from {', '.join(get_args(Engine))}")
-    on_cpu = torch.device(device).type == "cpu"
-    if engine == "auto":
-        if approximate:
-            engine = "approximate"
-        elif not on_cpu:
-            engine = "torch"
-        else:
-            try:
-                nearest.faiss_module()
-                engine = "faiss"
-            except ImportError:
-                engine = "torch"
-    if engine == "approximate" and not approximate:
-        raise ValueError("engine='approximate': this index has no approximate FAISS index, build it with a factory")
-    if engine != "torch":
-        nearest.faiss_module()
-        if not on_cpu:
-            raise ValueError(f"engine={engine!r} searches on the CPU, not on device={str(device)!r}: choose torch")
-    return engine

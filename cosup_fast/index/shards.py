@@ -192,6 +192,12 @@ def repeated(passages: Sequence[Passage], hashes: np.ndarray) -> tuple[int, int]
     return None
 
 
+def check_unique(passages: Sequence[Passage], hashes: np.ndarray) -> None:
+    """Refuses passages of which two have the same id."""
+    if pair := repeated(passages, hashes):
+        raise ValueError(f"passage id {passages[pair[0]].id!r} occurs more than once in the corpus: ids must be unique")
+
+
 def save_array(path: Path, values: np.ndarray) -> None:
     """Writes an `.npy` file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.new")

@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
-from cosup_fast.data.template import TextConfig
+from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from cosup_fast.model.adapters import adapter_state, has_adapters, load_adapters, save_adapter_config
+from cosup_fast.model.adapters import adapter_state, has_adapters, save_adapter_config
 from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template
 from cosup_fast.model.pretrained import quiet_transformers
 
-if TYPE_CHECKING:
-    from cosup_fast.model.model import CoSupervisionModel
-
 FORMAT_VERSION = 1
-
-M = TypeVar("M", bound="CoSupervisionModel")
+HEADS = "heads.safetensors"
 
 
 class Changes(NamedTuple):
@@ -43,21 +42,56 @@ class Changes(NamedTuple):
     freeze_embseq: bool
 
 
-def load_folder(
-    kind: type[M], folder: Path, device: torch.device, attention: Attention, changes: Changes | None = None
-) -> M:
-    """A `kind` of model, with its adapters, if it has any, ready to be trained further.
+class Stored(Protocol):
+    """What of a co-supervised model goes into a folder."""
 
-    Raises:
-        ValueError: see `CoSupervisionModel.load`.
-    """
+    embseq: PreTrainedModel | None
+    template: Template
+    nsp: NSPConfig
+    ntp: NTPConfig
+    freeze_embseq: bool
+    has_embseq: bool
+    bases: dict[str, Base]
+    sharded: bool
+
+    @property
+    def shared(self) -> bool: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def parts(self) -> list[tuple[str, PreTrainedModel]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class Parts(NamedTuple):
+    """What a model is built from: what a folder holds, loaded."""
+
+    gen: PreTrainedModel
+    embseq: PreTrainedModel | None
+    template: Template
+    nsp: NSPConfig
+    ntp: NTPConfig
+    freeze_embseq: bool
+    has_embseq: bool
+    bases: dict[str, Base]
+    """By "gen" and "embseq", the weights that adapters belong to; the adapters themselves are not loaded yet."""
+    heads: dict[str, Tensor]
+
+
+@contextmanager
+def whole_weights(folder: Path) -> Iterator[None]:
+    """Says which folder it was, where safetensors finds a file damaged."""
     try:
-        return _load(kind, folder, device, attention, changes)
+        yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
 
 
-def _load(kind: type[M], folder: Path, device: torch.device, attention: Attention, changes: Changes | None) -> M:
+def load_parts(folder: Path, device: torch.device, attention: Attention, changes: Changes | None = None) -> Parts:
+    """The parts of the model in a folder, on a device.
+
+    Raises:
+        ValueError: see `CoSupervisionModel.load`.
+    """
     description = read_description(folder)
     text, nsp, ntp, freeze_embseq = changes or Changes(
         TextConfig(**description["text"]),
@@ -68,7 +102,7 @@ def _load(kind: type[M], folder: Path, device: torch.device, attention: Attentio
     has_embseq = description.get("has_embseq", True)
     if changes is not None and has_embseq and nsp.weight == 0:
         has_embseq = freeze_embseq = False
-    parts = ModelConfig(
+    settings = ModelConfig(
         gen=str(folder / "gen"),
         embseq=str(folder / "embseq") if has_embseq and not description["shared"] else None,
         shared=description["shared"] or not has_embseq,
@@ -79,31 +113,27 @@ def _load(kind: type[M], folder: Path, device: torch.device, attention: Attentio
     if not has_embseq:
         bases.pop("embseq", None)
     bases = {name: base.found(folder / name) for name, base in bases.items()}
-    template, _ = load_template(parts, text)
+    template, _ = load_template(settings, text)
 
-    def load_part(name: str, source: str, *, head: bool) -> Any:
+    def load(name: str, source: str, *, head: bool) -> Any:
         base = bases.get(name)
         if base is None:
-            return load_language_model(source, parts, device, head=head)
-        settings = parts.model_copy(update={f"{name}_lora": base.lora})
-        return load_language_model(base.name, settings, device, layers=base.layers, head=head)
+            return load_language_model(source, settings, device, head=head)
+        adapted = settings.model_copy(update={f"{name}_lora": base.lora})
+        return load_language_model(base.name, adapted, device, layers=base.layers, head=head)
 
-    gen = load_part("gen", parts.gen, head=True)
+    gen = load("gen", settings.gen, head=True)
     if "gen" in bases and bases["gen"].new_tokens:
         embed_special_tokens(gen, template)
     gen.config.pad_token_id = template.pad
-    embseq = None if parts.embseq is None else load_part("embseq", parts.embseq, head=False)
-    model = kind(gen, embseq, template, nsp, ntp=ntp, freeze_embseq=freeze_embseq, has_embseq=has_embseq)
-    _load_heads(model, folder / "heads.safetensors", changed=changes is not None)
-    model.to(device)
-    model.check(str(folder / "gen"), str(folder / "embseq"))
-    for name, base in bases.items():
-        model.adapt(name, base)
-        load_adapters(getattr(model, name), folder / name)
-    return model
+    embseq = None if settings.embseq is None else load("embseq", settings.embseq, head=False)
+    heads = folder / HEADS
+    if not heads.is_file():
+        raise ValueError(f"{folder} is incomplete: {HEADS} is missing")
+    return Parts(gen, embseq, template, nsp, ntp, freeze_embseq, has_embseq, bases, load_file(heads))
 
 
-def save_folder(model: CoSupervisionModel, folder: Path, *, weights: bool = True) -> None:
+def save_folder(model: Stored, folder: Path, *, weights: bool = True) -> None:
     """Writes a model into an existing or new folder.
 
     Args:
@@ -127,7 +157,7 @@ def save_folder(model: CoSupervisionModel, folder: Path, *, weights: bool = True
             tokenizers[name].save_pretrained(folder / name)
     for name, tensors in copied_weights(model).items() if weights else ():
         save_file(tensors, folder / name, metadata={"format": "pt"})
-    save_file(_heads(model), folder / "heads.safetensors")
+    save_file(heads_of(model), folder / HEADS)
     description = {
         "format_version": FORMAT_VERSION,
         "shared": model.shared,
@@ -143,7 +173,7 @@ def save_folder(model: CoSupervisionModel, folder: Path, *, weights: bool = True
     (folder / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def check_saving(model: CoSupervisionModel) -> None:
+def check_saving(model: Stored) -> None:
     """Writes all of a model but its weights into a temporary folder: what cannot be saved is known before a step.
 
     Raises:
@@ -159,7 +189,7 @@ def check_saving(model: CoSupervisionModel) -> None:
             ) from error
 
 
-def copied_weights(model: CoSupervisionModel, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
+def copied_weights(model: Stored, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
     """Copies of the trained weights in the CPU's memory, by the file of the folder that they go into.
 
     Ranks that have shared them out share the writing, too: weights are gathered for it, so that every rank calls
@@ -207,23 +237,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _heads(model: CoSupervisionModel) -> dict[str, Tensor]:
+def heads_of(model: Stored) -> dict[str, Tensor]:
     """What belongs to neither model: the loss's learnable scale and the projection."""
     return {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
         if name.startswith(("criterion.", "projection."))
     }
-
-
-def _load_heads(model: CoSupervisionModel, path: Path, *, changed: bool) -> None:
-    """Loads what is saved; where settings are `changed`, the temperature is theirs."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is incomplete: {path.name} is missing")
-    heads = load_file(path)
-    if changed:
-        made = _heads(model)
-        heads = {name: heads.get(name, x) if name.startswith("projection.") else x for name, x in made.items()}
-    model.load_state_dict(heads, strict=False)
-    if heads.keys() != (expected := _heads(model)).keys():
-        raise ValueError(f"{path} holds {sorted(heads)}, expected {sorted(expected)}")

@@ -26,7 +26,7 @@ from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.numerics import accumulator
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
-from cosup_fast.model.adapters import add_adapters, has_adapters, merge_adapters, unwrapped
+from cosup_fast.model.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, unwrapped
 from cosup_fast.model.backbone import (
     FinalNorm,
     agree,
@@ -37,7 +37,7 @@ from cosup_fast.model.backbone import (
     probe,
     run_pack,
 )
-from cosup_fast.model.folder import Changes, load_folder, save_folder
+from cosup_fast.model.folder import HEADS, Changes, heads_of, load_parts, save_folder, whole_weights
 from cosup_fast.model.layers import compile_layers, recompute_activations
 from cosup_fast.model.linear import linear
 from cosup_fast.model.loading import (
@@ -199,7 +199,29 @@ class CoSupervisionModel(nn.Module):
             ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; the
                 weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
-        model = load_folder(cls, Path(folder), torch.device(device), attention, changes)
+        folder, device = Path(folder), torch.device(device)
+        with whole_weights(folder):
+            parts = load_parts(folder, device, attention, changes)
+            model = cls(
+                parts.gen,
+                parts.embseq,
+                parts.template,
+                parts.nsp,
+                ntp=parts.ntp,
+                freeze_embseq=parts.freeze_embseq,
+                has_embseq=parts.has_embseq,
+            )
+            heads, made = parts.heads, heads_of(model)
+            if changes is not None:  # the temperature is theirs
+                heads = {name: heads.get(name, x) if name.startswith("projection.") else x for name, x in made.items()}
+            if heads.keys() != made.keys():
+                raise ValueError(f"{folder / HEADS} holds {sorted(heads)}, expected {sorted(made)}")
+            model.load_state_dict(heads, strict=False)
+            model.to(device)
+            model.check(str(folder / "gen"), str(folder / "embseq"))
+            for name, base in parts.bases.items():
+                model.adapt(name, base)
+                load_adapters(getattr(model, name), folder / name)
         return model.merge() if merge else model
 
     def save(self, folder: str | Path) -> None:

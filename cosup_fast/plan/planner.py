@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from cosup_fast.errors import CosupError
 from cosup_fast.plan.configs import decoder
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import StepTime, estimate_step
@@ -27,7 +28,7 @@ FEW = (3, 6)
 """Decoder layers of the two simulations that a straight line goes through."""
 
 
-class PlanError(ValueError):
+class PlanError(CosupError, ValueError):
     """A step that cannot be simulated."""
 
 

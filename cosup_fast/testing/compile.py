@@ -367,9 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=["table", "markdown", "json"], default="table")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
-        from cosup_fast.testing import NEEDS_TRITON
-
-        print(NEEDS_TRITON, file=sys.stderr)
+        print("Triton is not installed (its wheels are for Linux): pip install triton", file=sys.stderr)
         return 2
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; at least 1")

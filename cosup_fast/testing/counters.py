@@ -19,7 +19,8 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cosup_fast.testing.interpreter import Access, Launch, Observer, observe
+from cosup_fast.testing.interpreter import observe
+from cosup_fast.testing.launch import Access, Launch, Observer
 from cosup_fast.testing.torch_ops import TorchOps
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}

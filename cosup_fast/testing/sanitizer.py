@@ -27,7 +27,9 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from cosup_fast.testing.interpreter import Access, Launch, Observer, Programs, Region, here, observe
+from cosup_fast.errors import CosupError
+from cosup_fast.testing.interpreter import Programs, observe
+from cosup_fast.testing.launch import Access, Launch, Observer, Region, here
 from cosup_fast.testing.torch_ops import TorchOps, is_plain
 
 KINDS = ("bounds", "overflow", "race", "unwritten", "order", "atomic")
@@ -62,7 +64,7 @@ class Finding:
         return f"{self.kind}: {self.kernel}{program} {self.argument}{index}: {self.message} ({self.where}{times})"
 
 
-class SanitizerError(AssertionError):
+class SanitizerError(CosupError, AssertionError):
     """What a sanitizer found."""
 
     def __init__(self, findings: list[Finding]):

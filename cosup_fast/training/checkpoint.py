@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosup_fast.distributed import Peers
+from cosup_fast.errors import CosupError
 from cosup_fast.files import FolderKind, install_folder, remove_unfinished, replace_file, sha256, sync
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
@@ -45,7 +46,7 @@ BEST = "best.json"
 _PREFIX = "step-"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CosupError, ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
 
 

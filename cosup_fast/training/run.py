@@ -33,7 +33,7 @@ from cosup_fast.data.sampling import StepSampler, example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
-from cosup_fast.environment import choose_device
+from cosup_fast.environment import choose_device, keep_freed_memory
 from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import Changes, check_saving
@@ -113,6 +113,8 @@ def _run(
     if resume and checkpoint is None:
         console.print(f"{config.output} holds no checkpoint to continue behind: a new run", markup=False)
     device = choose_device(config.training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     check_available(config.training.optimizer, rounded=config.rounds)
     corpus, examples, held_out = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None

@@ -24,6 +24,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
 from cosup_fast.distributed import Peers
+from cosup_fast.errors import CosupError
 from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.signals import deferred
@@ -48,7 +49,7 @@ from cosup_fast.training.sharding import agree_on_norms, reshard, shard
 from cosup_fast.training.step import accumulate_gradients
 
 
-class TrainingError(ValueError):
+class TrainingError(CosupError, ValueError):
     """Training cannot go on; the message names the step, the cause and the last good checkpoint."""
 
 

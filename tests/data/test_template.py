@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.template import DESCRIPTIONS, IGNORE, Template, TextConfig, add_special_tokens
+from cosup_fast.data.text import gap
 
 WRITTEN_OUT = "[NSP] and [Cs], [Ce], [PAD], <s>, </s>"
 
@@ -22,15 +23,18 @@ def spelled(template: Template, example: Example, corpus: dict[str, Passage]) ->
     parts = [
         ("prompt", t) for t in ids_of(template, f"{example.instruction}## Input:\n\n{example.question}## Output:\n\n")
     ]
+    written = ""
     for segment in example.output:
+        text = gap(written, segment.text) + segment.text
+        written = text or written
         if segment.passage is None:
-            parts += [("free", t) for t in ids_of(template, segment.text)]
+            parts += [("free", t) for t in ids_of(template, text)]
             continue
         passage = corpus[segment.passage]
         parts += [("nsp", template.nsp)]
         parts += [("passage", t) for t in ids_of(template, f"{passage.title} :: {passage.text}")]
         parts += [("cs", template.context_start)]
-        parts += [("grounded", t) for t in ids_of(template, segment.text)]
+        parts += [("grounded", t) for t in ids_of(template, text)]
         parts += [("ce", template.context_end)]
     return [*parts, ("end", template.eos)]
 
@@ -208,3 +212,28 @@ def test_what_exceeds_the_positions_is_refused(model, corpus, examples):
 def test_wrong_templates_are_refused(setting):
     with pytest.raises(ValueError, match=f"text.{next(iter(setting))}"):
         TextConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "between"),
+    [
+        ("on the Seine.", "It is old.", " "),
+        ("on the Seine. ", "It is old.", ""),
+        ("on the Seine.", "\nIt is old.", ""),
+        ("Paris", ", which", ""),
+        ("Paris (", "France", ""),
+        ("巴黎。", "It", ""),
+        ("", "It", ""),
+        ("It", "", ""),
+    ],
+)
+def test_segments_are_joined_by_a_space_where_neither_has_one(before, after, between):
+    assert gap(before, after) == between
+
+
+def test_outputs_are_written_with_the_spaces_that_their_segments_lack(template):
+    passages = {"p": Passage(id="p", title="Paris", text="A city.")}
+    output = [Segment(text="It lies on the Seine."), Segment(text="It is old.", passage="p"), Segment(text="Yes.")]
+    spaced = [output[0], Segment(text=" It is old.", passage="p"), Segment(text=" Yes.")]
+    made = [template.gen_sequence(Example(id="e", question="?", output=o), passages) for o in (output, spaced)]
+    assert made[0].input_ids == made[1].input_ids

@@ -213,7 +213,7 @@ def test_the_card_of_a_bare_checkpoint_says_that_nothing_is_known(make_model, tm
     facts = RunFacts.of(tmp_path / "checkpoint")
     export(model, tmp_path / "out", "gen", facts)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Nothing is recorded of it." in card
+    assert "Nothing was recorded about it." in card
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["license_name"]) == ("other", "unknown")
     prepared = RunFacts(

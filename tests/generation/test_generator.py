@@ -12,6 +12,7 @@ from scipy import stats
 from benchmarks.plain_decoder import plain_decode
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.template import CONTEXT_END, IGNORE, NSP
+from cosup_fast.data.text import gap
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator, Grammar, Request, State, choose
 from cosup_fast.index import SequenceIndex, embed_queries
 
@@ -128,13 +129,16 @@ def test_writing_a_training_output_gives_the_training_sequence(model, corpus, fe
     assert fed == sequence.input_ids[:-1]
     assert answer.stop_reason == "end"
     merged: list[tuple[str, str | None]] = []  # neighbouring free segments are one stretch of text
+    written = ""
     for segment in output:
+        text = gap(written, segment.text) + segment.text
+        written += text
         if merged and segment.passage is None and merged[-1][1] is None:
-            merged[-1] = (merged[-1][0] + segment.text, None)
+            merged[-1] = (merged[-1][0] + text, None)
         else:
-            merged.append((segment.text, segment.passage))
+            merged.append((text, segment.passage))
     assert [(segment.text, segment.passage) for segment in answer.segments] == merged
-    assert answer.text == "".join(segment.text for segment in output)
+    assert answer.text == written
     assert answer.prompt_tokens + answer.generated_tokens + answer.inserted_tokens == len(sequence.input_ids)
     expected, _ = embed_queries(model, [example], corpus)
     if queries:

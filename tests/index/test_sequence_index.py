@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from cosup_fast.data.records import Passage
-from cosup_fast.index import Options, SequenceIndex, embed_passages, shards
-from cosup_fast.index import sequence_index as module
+from cosup_fast.index import Options, SequenceIndex, embed_passages, search, shards
 from cosup_fast.index.shards import PassagesById
 
 MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
@@ -104,7 +103,7 @@ def test_wrong_corpora_are_refused(model, passages, index, tmp_path):
             SequenceIndex.build(model, [Passage(id="p", title="", text="word " * 400)], folder, progress=False)
     with pytest.raises(ValueError, match=r"\(2, width\), got shape \(3, 32\)"):
         SequenceIndex(MORE, torch.zeros(3, 32), index.origin)
-    with pytest.raises(ValueError, match="'x' stands more than once"):
+    with pytest.raises(ValueError, match="'x' occurs more than once"):
         SequenceIndex([MORE[1], MORE[1]], torch.zeros(2, 32), index.origin)
     with pytest.raises(ValueError, match="'x' is not finite"):
         SequenceIndex(MORE, torch.tensor([[0.0], [torch.inf]]), index.origin)
@@ -272,7 +271,7 @@ def test_what_was_added_before_the_kill_is_not_added_twice(model, passages, save
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("engine", ["faiss", "torch"])
 def test_a_folder_is_searched_as_memory_is(model, index, built, monkeypatch, engine, in_memory):
-    monkeypatch.setattr(module, "IN_MEMORY", 1 << 30 if in_memory else 0)
+    monkeypatch.setattr(search, "IN_MEMORY", 1 << 30 if in_memory else 0)
     loaded = SequenceIndex.load(built, model, engine=engine)
     assert [len(block) for block in loaded.blocks()] == [4, 4, 3]
     assert torch.equal(torch.cat(list(loaded.blocks())), loaded.embeddings)

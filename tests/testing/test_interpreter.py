@@ -20,7 +20,7 @@ from triton.language.extra import libdevice  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from cosup_fast.testing import examples, interpret  # noqa: E402
-from cosup_fast.testing.interpreter import OutOfBoundsError  # noqa: E402
+from cosup_fast.testing.launch import OutOfBoundsError  # noqa: E402
 
 BF16 = torch.bfloat16
 
