@@ -8,19 +8,19 @@ from cosup_fast.study import StudyError, load_study
 
 
 def test_cells_stand_in_the_order_in_which_they_are_made(study):
-    assert [*study.cells] == ["low-seed0", "high-seed0", "pair-seed0", "low-seed1", "high-seed1"]
-    assert study.cells["low-seed1"].run.nsp.weight == 0.1
-    assert study.cells["low-seed1"].run.training.seed == 1
-    assert study.cells["high-seed0"].run.nsp.weight == 1
-    assert [part.name for part in study.cells["pair-seed0"].parts] == ["low-seed0", "high-seed0"]
+    assert [*study.cells] == ["ntp-seed0", "nsp-seed0", "both-seed0", "pair-seed0", "ntp-seed1", "both-seed1"]
+    assert study.cells["ntp-seed1"].run.nsp.weight == 0
+    assert study.cells["ntp-seed1"].run.training.seed == 1
+    assert study.cells["both-seed0"].run.nsp.weight == 1
+    assert [part.name for part in study.cells["pair-seed0"].parts] == ["ntp-seed0", "nsp-seed0"]
 
 
 def test_what_decides_nothing_is_no_part_of_a_cells_identity(write_study, study):
-    before = study.cells["low-seed0"].identity
+    before = study.cells["ntp-seed0"].identity
     base = {**study.base, "training": {**study.base["training"], "log_every": 7, "device": "cpu"}}
-    assert load_study(write_study(base=base)).cells["low-seed0"].identity == before
+    assert load_study(write_study(base=base)).cells["ntp-seed0"].identity == before
     base["training"]["lr"] = 0.5
-    assert load_study(write_study(base=base)).cells["low-seed0"].identity != before
+    assert load_study(write_study(base=base)).cells["ntp-seed0"].identity != before
 
 
 def test_sections_and_dotted_names_say_the_same(write_study):
@@ -63,7 +63,7 @@ ONE = {"systems": ["gold"]}
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, **ONE}}},
             "a pair trains nothing and is one system",
         ),
-        ({"main": "low/gold/"}, "arm 'low/gold/' is none of this study, did you mean 'low/gold'"),
+        ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is none of this study, did you mean 'ntp/gold'"),
         ({"sets": []}, "is evaluated and sets=\\[\\] has nothing to ask"),
         ({"set": []}, "set: Extra inputs are not permitted"),
     ],
