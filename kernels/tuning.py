@@ -106,7 +106,7 @@ def choose(
         winner = _winners.get(path)
         if winner is None and (winner := _read(path, key, tried)) is not None:
             _winners[path] = winner
-        if winner is not None or _capturing(device):
+        if winner is not None or capturing(device):
             return winner or default
         seconds = _time(tried, launch, device)
         if not seconds:  # nothing runs, so the launch to come says why
@@ -127,8 +127,9 @@ def _enabled() -> bool:
     return value == "1"
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
 
 
 def _key(

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..numerics import TINY
 
 MAX_BLOCK = 2048
@@ -32,7 +33,7 @@ GROUP, BLOCK_ROWS, BLOCK_COLUMNS = 64, 16, 128
 """Rows of a partial sum of dw, and the tile it is added up by."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def last_hidden_fwd_kernel(
     hidden, rows, norm_weight, y, x, inverse_rms, inverse_norm, T, D, stride_h, eps,
     NORM: tl.constexpr, UNIT: tl.constexpr, SAVE: tl.constexpr, TINY: tl.constexpr, BD: tl.constexpr,
@@ -132,7 +133,7 @@ def last_hidden_bwd_hidden_kernel(
         tl.store(dhidden + i_t * D + i_d + o_d, b_sum.to(dhidden.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def last_hidden_bwd_weight_kernel(
     dy, x, norm_weight, inverse_rms, inverse_norm, dot, partial, R, D,
     UNIT: tl.constexpr, GROUP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
@@ -181,11 +182,11 @@ def forward(
     inverse_rms = hidden.new_empty(R if save and norm else 0, dtype=torch.float32)
     inverse_norm = hidden.new_empty(R if save and normalize else 0, dtype=torch.float32)
     if y.numel():
-        with torch.cuda.device_of(hidden):
-            last_hidden_fwd_kernel[(R,)](
-                hidden, rows.contiguous(), w, y, x, inverse_rms, inverse_norm, T, D, hidden.stride(0), eps,
-                NORM=norm, UNIT=normalize, SAVE=save, TINY=TINY, BD=_block(D),
-            )  # fmt: skip
+        launch(
+            last_hidden_fwd_kernel, (R,), hidden,
+            hidden, rows.contiguous(), w, y, x, inverse_rms, inverse_norm, T, D, hidden.stride(0), eps,
+            NORM=norm, UNIT=normalize, SAVE=save, TINY=TINY, BD=_block(D),
+        )  # fmt: skip
     return y, x, inverse_rms, inverse_norm
 
 
@@ -207,25 +208,26 @@ def backward(
     dhidden = dy.new_empty(height if need_hidden else 0, D)
     dw = dy.new_empty(0) if norm_weight is None else norm_weight.new_empty(0)
     dot = dy.new_empty(R if normalize or (norm and need_hidden) else 0, dtype=torch.float32)
-    with torch.cuda.device_of(dy):
-        if dot.numel():
-            last_hidden_bwd_dot_kernel[(R,)](dy, x, w, dot, D, NORM=norm, BD=_block(D))
-        if dhidden.numel():
-            ordered, order = torch.sort(rows, stable=True)
-            starts = torch.searchsorted(ordered, torch.arange(height + 1, device=rows.device))
-            last_hidden_bwd_hidden_kernel[(height,)](
-                dy, x, w, inverse_rms, inverse_norm, dot, order, starts, dhidden, D,
-                NORM=norm, UNIT=normalize, BD=_block(D),
+    if dot.numel():
+        launch(last_hidden_bwd_dot_kernel, (R,), dy, dy, x, w, dot, D, NORM=norm, BD=_block(D))
+    if dhidden.numel():
+        ordered, order = torch.sort(rows, stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(height + 1, device=rows.device))
+        launch(
+            last_hidden_bwd_hidden_kernel, (height,), dy,
+            dy, x, w, inverse_rms, inverse_norm, dot, order, starts, dhidden, D,
+            NORM=norm, UNIT=normalize, BD=_block(D),
+        )  # fmt: skip
+    if need_weight and norm_weight is not None:
+        groups = triton.cdiv(R, GROUP)
+        partial = dy.new_empty(groups, D, dtype=torch.float32)
+        if partial.numel():
+            launch(
+                last_hidden_bwd_weight_kernel, (groups, triton.cdiv(D, BLOCK_COLUMNS)), dy,
+                dy, x, w, inverse_rms, inverse_norm, dot, partial, R, D,
+                UNIT=normalize, GROUP=GROUP, BR=BLOCK_ROWS, BD=BLOCK_COLUMNS,
             )  # fmt: skip
-        if need_weight and norm_weight is not None:
-            groups = triton.cdiv(R, GROUP)
-            partial = dy.new_empty(groups, D, dtype=torch.float32)
-            if partial.numel():
-                last_hidden_bwd_weight_kernel[(groups, triton.cdiv(D, BLOCK_COLUMNS))](
-                    dy, x, w, inverse_rms, inverse_norm, dot, partial, R, D,
-                    UNIT=normalize, GROUP=GROUP, BR=BLOCK_ROWS, BD=BLOCK_COLUMNS,
-                )  # fmt: skip
-            dw = partial.sum(0).to(norm_weight.dtype)
+        dw = partial.sum(0).to(norm_weight.dtype)
     return dhidden, dw
 
 

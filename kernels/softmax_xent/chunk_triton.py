@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launch import launch
 from ..tuning import Configuration, choose, target_of
 from . import configurations as shipped
 from . import kernels_product as product_kernels
@@ -144,8 +145,7 @@ class _TritonChunk(Chunk):
         )
 
     def _launch(self, kernel: Any, grid: int, configuration: Configuration, **arguments: Any) -> None:
-        with torch.cuda.device_of(self.x):
-            kernel[(grid,)](**arguments, **configuration.kwargs)
+        launch(kernel, (grid,), self.x, **arguments, **configuration.kwargs)
 
     def _merge(self, parts: Tensor, positive: tuple[Tensor, Tensor] | None = None) -> Softmax:
         """The softmaxes of partials (T, F, size), and of one positive its logit and 1."""

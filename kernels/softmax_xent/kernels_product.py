@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    VARIES,
     logit_gradient,
     logits,
     part_of,
@@ -29,7 +30,7 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def scores_fwd_kernel(
     x, w, out, stride_out, rows, columns, positive, ranks, reference,
     N, M, D, stride_x, stride_w,
@@ -67,7 +68,7 @@ def scores_fwd_kernel(
                 store_tile(out, stride_out, b_e, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def scores_bwd_logits_kernel(
     x, w, out, stride_out, rows, columns,
     N, M, D, stride_x, stride_w,
@@ -95,7 +96,7 @@ def scores_bwd_logits_kernel(
             store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def positives_fwd_kernel(
     x, w, out, N, M, D, stride_x, stride_w, scale, bias, softcap, target,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

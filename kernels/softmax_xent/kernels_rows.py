@@ -14,10 +14,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import candidates, finite, logit_gradient, logits, positives, store_positive, store_ranks, store_softmax
+from .tile import (
+    VARIES,
+    candidates,
+    finite,
+    logit_gradient,
+    logits,
+    positives,
+    store_positive,
+    store_ranks,
+    store_softmax,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def merge_fwd_kernel(
     parts, out, T, N, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
@@ -51,7 +61,7 @@ def merge_fwd_kernel(
             tl.store(out + tl.cast(N, tl.int64) * i_f + o_r, b_sum, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max", "sum", "pos_max", "pos_sum", "count", "g", "N"])
 def weights_bwd_kernel(
     max, sum, pos_max, pos_sum, count, g, scale, out, N, smoothing, z_loss, BR: tl.constexpr
 ):  # fmt: skip
@@ -82,7 +92,7 @@ def weights_bwd_kernel(
     tl.store(p + 3 * row, b_t, mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def stored_bwd_logits_kernel(
     e, stride_e, parts, rows, N, M,
     bias, target, key_ids, query_ids, positive_ids, P,
@@ -127,7 +137,7 @@ def stored_bwd_logits_kernel(
     tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def rows_fwd_kernel(
     a, stride_a, rows, columns, positive,
     N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
@@ -152,7 +162,7 @@ def rows_fwd_kernel(
     store_softmax(b_z, m_pos, rows, i_n, o_m, N, 1, SEVERAL, SMOOTHING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def ranks_fwd_kernel(
     a, stride_a, ranks, reference,
     N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
@@ -172,7 +182,7 @@ def ranks_fwd_kernel(
     store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def rows_bwd_logits_kernel(
     a, stride_a, out, stride_out, rows, columns,
     N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,

@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+VARIES = ("N", "P", "query_ids", "positive_ids")
+"""Arguments whose values and alignment vary from chunk to chunk and step to step; see `launch`."""
+
 
 @triton.jit
 def tile_at(i_t, tiles_m, tiles_n, GROUP: tl.constexpr):

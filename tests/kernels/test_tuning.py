@@ -206,12 +206,12 @@ def test_where_nothing_runs_the_shipped_one_is_left_to_fail(folder):
 def test_nothing_is_timed_while_a_graph_is_captured(folder, monkeypatch):
     launch = Launch()
     with monkeypatch.context() as capturing:
-        capturing.setattr(tuning, "_capturing", lambda device: True)
+        capturing.setattr(tuning, "capturing", lambda device: True)
         assert pick(launch) is SLOW
         assert launch.launched == []
     pick(launch)
     forget()
-    monkeypatch.setattr(tuning, "_capturing", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
     assert pick(None) == QUICKEST
 
 
