@@ -83,7 +83,7 @@ def test_the_top_of_the_package_is_what_contributing_lists():
 def test_every_file_can_be_read_in_one_go():
     files = [*FILES, *(ROOT / "benchmarks").rglob("*.py")]
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count >= 450}
+    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count >= 500}
 
 
 def test_every_error_of_ours_has_the_common_base_and_a_row_in_the_docs():
