@@ -31,7 +31,7 @@ from cosup_fast.evaluation.scoring import rank_scores
 from cosup_fast.files import replace_file
 from cosup_fast.generation import Generator
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.training.checkpoint import newest
+from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.run import run_training
 
 QUESTIONS, ANSWERED, POOL = 400, 128, 800
@@ -68,7 +68,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     console.rule("2/4  co-supervised training")
     before = _ranked(output, "before training", lambda: _bench(_untrained(config)), OURS, questions, corpus)
     run_training(config, resume=True, console=console)
-    trained = CoSupervisionModel.load(newest(Path(config.output)))
+    trained = CoSupervisionModel.load(chosen_checkpoint(Path(config.output)))
 
     console.rule("3/4  the same Gen with other passages")
     bench = _bench(trained)
