@@ -24,7 +24,7 @@ from cosup_fast.study.probes import PROBES
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import machine, versions
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
-from cosup_fast.training.checkpoint import newest, verify
+from cosup_fast.training.checkpoint import chosen_checkpoint, verify
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import run_training
 
@@ -78,7 +78,7 @@ def train(cell: Cell, progress: Progress, console: Console) -> Path:
     output = Path(cell.run.output)
     with progress.stage("training"), _watched(output / "metrics.jsonl", cell, progress):
         run_training(cell.run, resume=True, console=console)
-    return newest(output)
+    return chosen_checkpoint(output)
 
 
 def _looked_at(cell: Cell, questions: Questions, progress: Progress, console: Console) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _model(cell: Cell) -> CoSupervisionModel:
     run = cell.run
     device = choose_device(run.training.device)
     if cell.settings.train:
-        checkpoint = newest(Path(run.output))
+        checkpoint = chosen_checkpoint(Path(run.output))
         verify(checkpoint)
         model = CoSupervisionModel.load(checkpoint, device=device, attention=run.model.attention)
     else:
