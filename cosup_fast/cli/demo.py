@@ -35,7 +35,7 @@ from cosup_fast.evaluation import (
 from cosup_fast.files import replace_file
 from cosup_fast.index import SequenceIndex
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.training.checkpoint import newest
+from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.run import run_training
 
 QUESTIONS, ANSWERED, POOL = 400, 64, 800
@@ -65,7 +65,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     console.rule("3/4  co-supervised training")
     if not (output / "after" / "report.json").is_file():
         run_training(config, resume=True, console=console)
-    trained = newest(Path(config.output))
+    trained = chosen_checkpoint(Path(config.output))
 
     console.rule("4/4  after training")
     after, ranks_after = _scored(

@@ -88,8 +88,12 @@ class Example(_Record):
 
     `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `answer_sets` are the
     short answers of a question with several readings (ASQA), a list for each; `gold` are the ids of the passages that
-    count as retrieved correctly, by default those the output is grounded on; `negatives` those of passages that do not
-    answer, though they look like it: training contrasts with them.
+    count as retrieved correctly, by default those the output is grounded on; `gold_sets` are sets of them each of which
+    is enough (the outputs of KILT), for R-precision; `negatives` those of passages that do not answer, though they look
+    like it: training contrasts with them.
+
+    An output that is grounded on nothing asks for the first gold passage where it begins, if there is one: a question
+    with `gold` alone trains retrieval, and free text with `gold` is grounded on that passage as a whole.
     """
 
     id: Text
@@ -101,6 +105,7 @@ class Example(_Record):
     answer_type: Literal["string", "regex"] = "string"
     answer_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     gold: list[Text] = Field(default_factory=list)
+    gold_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     negatives: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -116,7 +121,15 @@ class Example(_Record):
                         {"field": "answers", "value": repr(answer), "reason": str(error)},
                     ) from None
         if not self.gold:
-            object.__setattr__(self, "gold", list(self.cited))
+            of_sets = list(dict.fromkeys(name for names in self.gold_sets for name in names))
+            object.__setattr__(self, "gold", of_sets or list(self.cited))
+        for number, names in enumerate(self.gold_sets):
+            if lost := [name for name in names if name not in self.gold]:
+                raise PydanticCustomError(
+                    "gold_set",
+                    "expected passages that gold lists, too, found {value}",
+                    {"field": f"gold_sets.{number}", "value": repr(lost[0])},
+                )
         for number, name in enumerate(self.negatives):
             if name in self.gold or name in self.cited:
                 raise PydanticCustomError(
@@ -130,6 +143,11 @@ class Example(_Record):
     def cited(self) -> tuple[str, ...]:
         """The ids of the passages that the output is grounded on, each once."""
         return tuple(dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None))
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The ids of the passages that training asks for, each once: the cited ones, or else the first gold one."""
+        return self.cited or tuple(self.gold[:1])
 
 
 R = TypeVar("R", Passage, Example)
@@ -145,7 +163,8 @@ def read_examples(
 ) -> list[Example]:
     """The examples of a JSONL file; ids are unique and every passage named is one of `passages`, if given.
 
-    An example with no grounded segment teaches no retrieval and is refused unless `allow_no_retrieval`.
+    An example with neither a grounded segment nor a gold passage teaches no retrieval and is refused unless
+    `allow_no_retrieval`.
     """
     examples = []
     for where, example in _read(Path(path), Example):
@@ -157,9 +176,9 @@ def read_examples(
 def check_example(where: str, example: Example, passages: Collection[str] | None, allow_no_retrieval: bool) -> None:
     """Raises `DataError` unless the example retrieves and names known passages only."""
     named = [(f"output.{i}.passage", s.passage) for i, s in enumerate(example.output) if s.passage is not None]
-    if not named and not allow_no_retrieval:
+    if not example.asked and not allow_no_retrieval:
         raise DataError(
-            f"{where}: output: expected at least one segment with a passage, found none "
+            f"{where}: output: expected at least one segment with a passage, or a gold passage, found none "
             "(allow_no_retrieval=True keeps such examples)"
         )
     if passages is not None:
@@ -242,7 +261,7 @@ def _describe(error: ValidationError) -> str:
     match first["type"]:
         case "missing":
             return f"{field}: expected a value, found only {', '.join(map(str, first['input']))}"
-        case "unknown_field" | "text" | "regex" | "negative":
+        case "unknown_field" | "text" | "regex" | "negative" | "gold_set":
             return f"{field}: {first['msg']}"
         case _:
             return f"{field}: {_EXPECTED.get(first['type'], first['msg'])}, found {_short(first['input'])}"
