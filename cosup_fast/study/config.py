@@ -30,10 +30,13 @@ from cosup_fast.config import ConfigError, RunConfig, explain, load_config
 from cosup_fast.data.records import nearest
 from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.systems import split_name
+from cosup_fast.study.handed import HANDED
 from cosup_fast.study.probes import check_probe
 
 RANKS = "ranks"
 """A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
+OWN = (RANKS, *HANDED)
+"""Systems that `cosup-fast evaluate` does not have."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Of `training`, what decides nothing: where a run is, and how often it reports or saves.
@@ -106,7 +109,7 @@ class Condition(_Part):
             if twice := _twice(getattr(self, what)):
                 raise ValueError(f"{what}: {twice!r} is named twice")
         for system in self.systems:
-            if system != RANKS:
+            if system not in OWN:
                 split_name(system)
         for probe in self.probes:
             check_probe(probe)
@@ -409,14 +412,18 @@ def prepared_set(name: str) -> dict[str, Any]:
 
 
 def select(study: Study, only: str | None) -> list[Cell]:
-    """The cells whose names match a pattern of the shell, or contain it.
+    """The cells whose names match one of the patterns of a list, `ntp-only-*,pair-seed0`, in the order of the study.
 
     Raises:
-        StudyError: there is none.
+        StudyError: a pattern matches none.
     """
     if only is None:
         return list(study.cells.values())
-    found = [cell for name, cell in study.cells.items() if fnmatch.fnmatch(name, only) or only in name]
-    if not found:
-        raise StudyError(f"--only {only!r} matches no cell{nearest(only, study.cells)}: {', '.join(study.cells)}")
-    return found
+    wanted: set[str] = set()
+    for pattern in filter(None, only.split(",")):
+        found = fnmatch.filter(study.cells, pattern)
+        if not found:
+            near = nearest(pattern, study.cells)
+            raise StudyError(f"--only {pattern!r} matches no cell{near}: {', '.join(study.cells)}")
+        wanted |= set(found)
+    return [cell for name, cell in study.cells.items() if name in wanted]

@@ -30,7 +30,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
 
     Args:
         study: what to make.
-        only: make the cells whose names match this pattern, such as `ntp-only-*`.
+        only: make the cells whose names match a list of patterns, such as `ntp-only-*,pair-seed0`.
         console: where progress goes; standard error by default.
 
     Returns:
