@@ -88,8 +88,9 @@ class Example(_Record):
 
     `answers` are gold answers for evaluation, strings or (with `answer_type="regex"`) patterns; `answer_sets` are the
     short answers of a question with several readings (ASQA), a list for each; `gold` are the ids of the passages that
-    count as retrieved correctly, by default those the output is grounded on; `negatives` those of passages that do not
-    answer, though they look like it: training contrasts with them.
+    count as retrieved correctly, by default those the output is grounded on; `gold_sets` are sets of them each of which
+    is enough (the outputs of KILT), for R-precision; `negatives` those of passages that do not answer, though they look
+    like it: training contrasts with them.
     """
 
     id: Text
@@ -101,6 +102,7 @@ class Example(_Record):
     answer_type: Literal["string", "regex"] = "string"
     answer_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     gold: list[Text] = Field(default_factory=list)
+    gold_sets: list[Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=list)
     negatives: list[Text] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -116,7 +118,15 @@ class Example(_Record):
                         {"field": "answers", "value": repr(answer), "reason": str(error)},
                     ) from None
         if not self.gold:
-            object.__setattr__(self, "gold", list(self.cited))
+            of_sets = list(dict.fromkeys(name for names in self.gold_sets for name in names))
+            object.__setattr__(self, "gold", of_sets or list(self.cited))
+        for number, names in enumerate(self.gold_sets):
+            if lost := [name for name in names if name not in self.gold]:
+                raise PydanticCustomError(
+                    "gold_set",
+                    "expected passages that gold lists, too, found {value}",
+                    {"field": f"gold_sets.{number}", "value": repr(lost[0])},
+                )
         for number, name in enumerate(self.negatives):
             if name in self.gold or name in self.cited:
                 raise PydanticCustomError(
@@ -242,7 +252,7 @@ def _describe(error: ValidationError) -> str:
     match first["type"]:
         case "missing":
             return f"{field}: expected a value, found only {', '.join(map(str, first['input']))}"
-        case "unknown_field" | "text" | "regex" | "negative":
+        case "unknown_field" | "text" | "regex" | "negative" | "gold_set":
             return f"{field}: {first['msg']}"
         case _:
             return f"{field}: {_EXPECTED.get(first['type'], first['msg'])}, found {_short(first['input'])}"

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cosup_fast.data.answers import answer_spans
 from cosup_fast.data.records import Example
-from cosup_fast.evaluation.metrics import answer_spans, is_gold, normalize, require
+from cosup_fast.evaluation.metrics import is_gold, normalize, require
 from cosup_fast.evaluation.report import QuestionRecord, Report, figure, shown
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
 from cosup_fast.files import replace_file

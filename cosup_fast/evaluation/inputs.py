@@ -109,7 +109,7 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
     """
     path = Path(path)
     dataset = re.split(r"[-_](?:dev|test|train|kilt)(?![a-z])", path.stem)[0]
-    rows: dict[str, tuple[Example, list[tuple[str, str]]]] = {}  # by id, with (page, title) of what counts
+    rows: dict[str, tuple[Example, list[list[tuple[str, str]]]]] = {}  # by id, with (page, title) of each output
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -117,7 +117,7 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
         try:
             row = json.loads(line)
             outputs = row.get("output") or []
-            pages = [_page(source) for output in outputs for source in output.get("provenance") or []]
+            pages = [[_page(source) for source in output.get("provenance") or []] for output in outputs]
             found = {
                 "id": str(row["id"]),
                 "dataset": dataset,
@@ -133,12 +133,16 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
         rows[example.id] = example, pages
     if not rows:
         raise DataError(f"{path}: expected at least one example, found an empty file")
-    named = {page for _, pages in rows.values() for page in pages}
+    named = {page for _, outputs in rows.values() for pages in outputs for page in pages}
     names = _gold_names(named, corpus)
-    return [
-        example.model_copy(update={"gold": _unique(filter(None, (names[page] for page in pages)))})
-        for example, pages in rows.values()
-    ]
+    examples = []
+    for example, outputs in rows.values():
+        sets = [found for pages in outputs if (found := _unique(filter(None, (names[page] for page in pages))))]
+        gold = _unique(name for found in sets for name in found)
+        # Two annotators may name the same pages.
+        several = [list(found) for found in dict.fromkeys(tuple(sorted(found)) for found in sets)]
+        examples.append(example.model_copy(update={"gold": gold, "gold_sets": several if len(several) > 1 else []}))
+    return examples
 
 
 def _load(source: str, corpus: Mapping[str, Passage], allow_missing_gold: bool) -> list[Example]:

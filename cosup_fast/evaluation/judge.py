@@ -9,8 +9,7 @@ not, as in Lee et al. 2024 and in ALCE (Gao et al. 2023, arXiv 2305.14627).
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -18,8 +17,9 @@ import regex
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from cosup_fast.data.answers import ARTICLES, words
 from cosup_fast.data.records import Passage
-from cosup_fast.evaluation.metrics import normalize, require
+from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.pretrained import load_pretrained
 
 _FUNCTION_WORDS = """
@@ -31,7 +31,7 @@ we were what when where which while who whom whose why will with would you your
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 NEGATIONS = frozenset(
-    ("not", "no", "never", "none", "nor", "neither", "nobody", "nothing", "nowhere", "cannot", "without", "n't")
+    ("not", "no", "never", "none", "nor", "neither", "nobody", "nothing", "nowhere", "cannot", "without")
 )
 _NUMBER_WORDS = {
     word: value
@@ -50,8 +50,15 @@ _NUMBER_WORDS |= {"billion": 10**9}
 COVERAGE = 0.85
 """The share of a claim's content words that must stand in the passage."""
 
-# A word of any script, a Chinese or Japanese character, or a number with its separators.
-_WORD = regex.compile(r"\d+(?:[.,]\d+)*|[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}]+(?:['’][\p{L}]+)*")
+_CONTRACTIONS = [
+    (regex.compile(pattern, regex.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (r"\bcan't\b", "can not"),
+        (r"\bwon't\b", "will not"),
+        (r"n't\b", " not"),
+        (r"'s\b", ""),
+    )
+]
 _CLAUSE = regex.compile(r"[,;:]\s|\b(?:but|although|though|while|whereas)\b")
 _SENTENCE = regex.compile(r"(?<=[.!?。！？])(?<!\b\p{Lu}\.)\s+(?=[\p{Lu}\p{N}\"“])|(?<=[。！？])|\n+|;\s")
 
@@ -260,36 +267,31 @@ def _prompt(premise: str, claim: str) -> str:
     return f"premise: {premise} hypothesis: {claim}"
 
 
-def _words(text: str) -> Iterator[str]:
-    text = unicodedata.normalize("NFKC", text).replace("’", "'")
-    for word in _WORD.findall(text):
-        if word.lower().endswith("n't"):
-            stem: str = word[:-3]
-            yield from ({"ca": "can", "wo": "will"}.get(stem.lower(), stem), "n't")
-        else:
-            yield re.sub(r"'s$", "", word, flags=re.IGNORECASE)
+def _words(text: str) -> Iterator[tuple[str, str]]:
+    """The words of a text as they stand, and in normal form; "isn't" is "is not", and a possessive 's is dropped."""
+    text = text.replace("’", "'")
+    for pattern, replacement in _CONTRACTIONS:
+        text = pattern.sub(replacement, text)
+    for word in words(text):
+        yield text[word.start : word.end], word.normal
 
 
 def _content(text: str) -> dict[str, str]:
     """Content words of a text: the key they are compared by -> as they stand."""
     return {
-        _key(word): word
-        for word in _words(text)
-        if word and word.lower() not in FUNCTION_WORDS and word.lower() not in NEGATIONS
+        _key(normal): word for word, normal in _words(text) if normal not in FUNCTION_WORDS and normal not in NEGATIONS
     }
 
 
 @cache
-def _key(word: str) -> str:
+def _key(normal: str) -> str:
     """A number's value, or a word's stem."""
-    lower = word.lower()
-    digits = re.match(r"\d+(?:[.,]\d+)*", lower)
-    if digits:
-        plain = re.sub(r",(?=\d{3}(?!\d))", "", digits.group())
-        return f"#{float(plain):g}" if plain.count(".") <= 1 and "," not in plain else f"#{plain}"
-    if lower in _NUMBER_WORDS:
-        return f"#{_NUMBER_WORDS[lower]}"
-    return _stemmer().stem(lower)
+    if digits := re.match(r"\d+(?:\.\d+)*", normal):
+        number = digits.group()
+        return f"#{float(number):g}" if number.count(".") <= 1 else f"#{number}"
+    if normal in _NUMBER_WORDS:
+        return f"#{_NUMBER_WORDS[normal]}"
+    return _stemmer().stem(normal)
 
 
 def _is_number(key: str) -> bool:
@@ -298,25 +300,25 @@ def _is_number(key: str) -> bool:
 
 def _names(claim: str) -> list[str]:
     """Words with a capital that do not begin a sentence."""
-    found = []
-    for sentence in _SENTENCE.split(claim):
-        words = [word for word in _words(sentence or "") if word]
-        found += [word for word in words[1:] if word[0].isupper() and word.lower() not in FUNCTION_WORDS]
-    return found
+    return [
+        word
+        for sentence in _SENTENCE.split(claim)
+        for word, normal in list(_words(sentence or ""))[1:]
+        if word[0].isupper() and normal not in FUNCTION_WORDS
+    ]
 
 
 def _negated(text: str) -> bool:
     """Whether an odd number of negations stands in a text."""
-    return sum(word.lower() in NEGATIONS for word in _words(text)) % 2 == 1
+    return sum(normal in NEGATIONS for _, normal in _words(text)) % 2 == 1
 
 
 def _verbatim(claim: str, text: str) -> bool:
-    """Whether a claim stands in a text, in whole normalised words, with no negation in the three words before it."""
-    words, wanted = normalize(text).split(), normalize(claim).split()
-    for i in range(len(words) - len(wanted) + 1):
-        if words[i : i + len(wanted)] == wanted:
-            before: Collection[str] = words[max(0, i - 3) : i]
-            return not any(word in NEGATIONS or word.endswith("nt") for word in before)
+    """Whether a claim stands in a text, in whole words, with no negation in the three words before it."""
+    every, wanted = ([normal for _, normal in _words(part) if normal not in ARTICLES] for part in (text, claim))
+    for i in range(len(every) - len(wanted) + 1):
+        if every[i : i + len(wanted)] == wanted:
+            return not any(word in NEGATIONS for word in every[max(0, i - 3) : i])
     return False
 
 

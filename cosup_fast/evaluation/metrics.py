@@ -1,8 +1,9 @@
 """What is measured: every metric of one question, defined once, from what a system retrieved and wrote.
 
 Each function takes plain text or ids and gives a number between 0 and 1. `scoring` applies them to a question,
-`suites` says which of them a data set reports. All text is compared in the normal form of SQuAD (`normalize`), which
-KILT uses too.
+`suites` says which of them a data set reports. Metrics that bear the name of a published one follow its script: text is
+compared in the normal form of SQuAD (`normalize`), which KILT and ALCE use, too. Where a script would count an empty
+output as right, it is wrong here. `contains_answer`, ours, compares whole words of any script (`data.answers`).
 """
 
 from __future__ import annotations
@@ -10,19 +11,14 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-import regex
-
+from cosup_fast.data.answers import ARTICLES, all_answers, answer_patterns, contains_answer, matches
 from cosup_fast.data.records import Example
 
-PATTERN_SECONDS = 1.0
-PATTERN_FLAGS = regex.IGNORECASE | regex.MULTILINE
-ARTICLES = frozenset(("a", "an", "the"))
 LABELS = {
     "SUPPORTS": ("supports", "supported", "true"),
     "REFUTES": ("refutes", "refuted", "false"),
@@ -48,24 +44,31 @@ def require(module: str, package: str) -> Any:
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normal form (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single spaces; of NFKC."""
-    letters = unicodedata.normalize("NFKC", text).lower()
-    letters = "".join(c for c in letters if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
-    return " ".join(word for word in letters.split() if word not in ARTICLES)
+    """SQuAD's normal form (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single spaces.
+
+    Beyond ASCII, letters are first brought to NFKC, and all of Unicode's punctuation is dropped.
+    """
+    return " ".join(word for word in _bare(text).split() if word not in ARTICLES)
 
 
 def exact_match(text: str, answers: Collection[str]) -> float:
-    """1 if the text is one of the answers in normal form (Rajpurkar et al. 2016; Petroni et al. 2021, KILT)."""
-    return float(any(normalize(text) == normalize(answer) for answer in answers))
+    """1 if the text is one of the answers in normal form (Rajpurkar et al. 2016; Petroni et al. 2021, KILT).
+
+    An answer that normalisation empties ("A", "The The", "++") is compared with its articles, or as it is.
+    """
+    return float(any(_same(text, answer) for answer in answers))
 
 
 def token_f1(text: str, answer: str) -> float:
-    """F1 of the bags of normalised words of a text and of an answer (Rajpurkar et al. 2016); two empty ones agree."""
+    """F1 of the bags of normalised words of a text and of an answer (Rajpurkar et al. 2016), 0 without a common word.
+
+    An answer that normalisation empties has 1 or 0, as `exact_match` says.
+    """
     ours, theirs = Counter(normalize(text).split()), Counter(normalize(answer).split())
-    if not ours or not theirs:
-        return float(ours == theirs)
+    if not theirs:
+        return float(_same(text, answer))
     common = (ours & theirs).total()
-    return 2 * common / (ours.total() + theirs.total())
+    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
 
 
 def best_f1(text: str, answers: Collection[str]) -> float:
@@ -73,21 +76,21 @@ def best_f1(text: str, answers: Collection[str]) -> float:
     return max(token_f1(text, answer) for answer in answers)
 
 
-def contains_answer(text: str, answers: Collection[str]) -> bool:
-    """Whether one of the answers stands in the text, both normalised, in whole words (as in Lee et al. 2024).
+def containment(text: str, answers: Collection[str]) -> bool:
+    """Whether an answer is a substring of the text, both normalised: ALCE's `exact_presence`, the rule of string EM.
 
-    An answer of which normalisation leaves nothing ("The The") is looked for as it is, in lower case.
+    "art" is found in "party", as their script has it; `contains_answer` wants whole words. An answer that
+    normalisation empties, which theirs finds everywhere, is looked for as `contains_answer` does.
     """
-    words = f" {normalize(text)} "
+    normal = normalize(text)
     return any(
-        f" {normal} " in words if (normal := normalize(answer)) else answer.lower().strip() in text.lower()
-        for answer in answers
+        wanted in normal if (wanted := normalize(answer)) else contains_answer(text, [answer]) for answer in answers
     )
 
 
 def string_em(text: str, answer_sets: Collection[Collection[str]]) -> float:
-    """Share of the short-answer sets of which an answer stands in the text (Stelmakh et al. 2022, ASQA; ALCE)."""
-    return sum(contains_answer(text, answers) for answers in answer_sets) / len(answer_sets)
+    """Share of the short-answer sets of which one is contained (Stelmakh et al. 2022, ASQA; Gao et al. 2023, ALCE)."""
+    return sum(containment(text, answers) for answers in answer_sets) / len(answer_sets)
 
 
 def named_label(text: str) -> str | None:
@@ -109,78 +112,11 @@ def rouge_l(text: str, references: Collection[str]) -> float:
     return max(scorer.score(reference, text)["rougeL"].fmeasure for reference in references)
 
 
-def answer_patterns(example: Example) -> list[regex.Pattern[str]]:
-    """The compiled patterns of an example with `answer_type="regex"` (CuratedTREC); none for another one.
-
-    Raises:
-        ValueError: a pattern does not compile.
-    """
-    if example.answer_type != "regex":
-        return []
-    patterns = []
-    for answer in example.answers:
-        try:
-            patterns.append(_compiled(answer))
-        except regex.error as error:
-            raise ValueError(f"example {example.id!r}: the answer pattern {answer!r} is invalid: {error}") from None
-    return patterns
-
-
-def matches(pattern: regex.Pattern[str], text: str, *, whole: bool = False) -> bool:
-    """Whether a pattern is found in a text, or is the whole of it; one that backtracks without end is no match."""
-    match = pattern.fullmatch if whole else pattern.search
-    try:
-        return match(text, timeout=PATTERN_SECONDS) is not None
-    except TimeoutError:
-        warnings.warn(
-            f"the answer pattern {pattern.pattern!r} took more than {PATTERN_SECONDS} s and counts as "
-            "not found: nested repetitions like (a+)+ should be simplified",
-            stacklevel=2,
-        )
-        return False
-
-
-def has_answer(text: str, example: Example) -> bool:
-    """Whether a gold answer of the example, string or pattern, or one of its short answers stands in the text."""
-    if example.answer_type == "regex":
-        return any(matches(pattern, text) for pattern in answer_patterns(example))
-    return contains_answer(text, [*example.answers, *(a for answers in example.answer_sets for a in answers)])
-
-
 def is_answer(text: str, example: Example) -> bool:
     """Whether a text is, as a whole, one of the gold answers of the example or matches one of its patterns."""
     if example.answer_type == "regex":
         return any(matches(pattern, text.strip(), whole=True) for pattern in answer_patterns(example))
-    return bool(exact_match(text, [*example.answers, *(a for answers in example.answer_sets for a in answers)]))
-
-
-def answer_spans(text: str, example: Example) -> list[tuple[int, int]]:
-    """Where the gold answers stand in a text, as (start, end) in order and without overlap; for reports."""
-    found: list[tuple[int, int]] = []
-    if example.answer_type == "regex":
-        for pattern in answer_patterns(example):
-            try:
-                found += [m.span() for m in pattern.finditer(text, timeout=PATTERN_SECONDS) if m.group()]
-            except TimeoutError:
-                continue  # `matches` has said so
-    else:
-        words = [(w, m.span()) for m in re.finditer(r"\S+", text) for w in normalize(m.group()).split()]
-        for answer in [*example.answers, *(a for answers in example.answer_sets for a in answers)]:
-            wanted = normalize(answer).split()
-            if not wanted:
-                place = text.lower().find(answer.lower().strip())
-                found += [(place, place + len(answer.strip()))] if place >= 0 else []
-                continue
-            for i in range(len(words) - len(wanted) + 1):
-                if [word for word, _ in words[i : i + len(wanted)]] == wanted:
-                    found.append((words[i][1][0], words[i + len(wanted) - 1][1][1]))
-    spans: list[tuple[int, int]] = []
-    for start, end in sorted(found):
-        if spans and start <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-        else:
-            spans.append((start, end))
-    return spans
+    return bool(exact_match(text, all_answers(example)))
 
 
 def is_gold(passage: str, gold: Collection[str]) -> str | None:
@@ -218,35 +154,62 @@ RANKING = {
     "recall@20": "R@20",
     "mrr": "RR",
     "ndcg@10": "nDCG@10",
-    "rprec": "Rprec",
+    "rprec": "",
 }
-"""Metrics of a ranked list, with their names in `ir-measures`."""
+"""Metrics of a ranked list, with their names in `ir-measures`, which has no R-precision as KILT defines it."""
 
 
-def ranking_scores(rankings: Sequence[tuple[Sequence[str], Collection[str]]]) -> list[dict[str, float]]:
+def ranking_scores(
+    rankings: Sequence[tuple[Sequence[str], Collection[str]]],
+    gold_sets: Sequence[Collection[Collection[str]]] | None = None,
+) -> list[dict[str, float]]:
     """The metrics of `RANKING` for ranked lists of passage ids, best first, and the gold ids of each, by `ir-measures`.
 
-    Only the first paragraph of a gold page counts. `rprec` is KILT's R-precision: precision at the number of gold ids.
+    Only the first paragraph of a gold page counts.
+
+    Args:
+        rankings: lists and gold ids.
+        gold_sets: for each list the sets of gold ids any of which is enough, for `rprec`; by default all are one set.
 
     Raises:
         ImportError: ir-measures is not installed.
     """
     ir_measures = require("ir_measures", "ir-measures")
-    measures = {ir_measures.parse_measure(name): ours for ours, name in RANKING.items()}
+    measures = {ir_measures.parse_measure(name): ours for ours, name in RANKING.items() if name}
     qrels, run = {}, {}
+    scores = []
     for number, (passages, gold) in enumerate(rankings):
-        units = dict.fromkeys(is_gold(passage, gold) or passage for passage in passages)
+        units = list(dict.fromkeys(is_gold(passage, gold) or passage for passage in passages))
         qrels[str(number)] = dict.fromkeys(gold, 1)
         run[str(number)] = {unit: -float(rank) for rank, unit in enumerate(units)}
-    scores = [dict.fromkeys(RANKING, 0.0) for _ in rankings]
+        sets = [gold] if gold_sets is None else gold_sets[number]
+        scores.append({**dict.fromkeys(RANKING, 0.0), "rprec": r_precision(units, sets)})
     for metric in ir_measures.iter_calc(list(measures), qrels, run):
         scores[int(metric.query_id)][measures[metric.measure]] = float(metric.value)
     return scores
 
 
-@cache
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(pattern, PATTERN_FLAGS)
+def r_precision(ranked: Sequence[str], gold_sets: Collection[Collection[str]]) -> float:
+    """KILT's R-precision (Petroni et al. 2021): the best, over sets of gold ids, of their share among the first R.
+
+    R is the size of the set. [1, 9] against [{1}, {2}] is 1, [2, 1] against [{1}, {2, 3}] is 1/2.
+    """
+    return max(
+        (len(set(ranked[: len(gold)]) & set(gold)) / len(gold) for gold in map(set, gold_sets) if gold), default=0.0
+    )
+
+
+def _bare(text: str) -> str:
+    letters = unicodedata.normalize("NFKC", text).lower()
+    return "".join(c for c in letters if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+
+
+def _same(text: str, answer: str) -> bool:
+    """Whether two texts are equal in the furthest form of `normalize` that leaves something of the answer."""
+    for form in (normalize, lambda x: " ".join(_bare(x).split()), lambda x: x.strip().lower()):
+        if wanted := form(answer):
+            return form(text) == wanted
+    return False
 
 
 class _Words:

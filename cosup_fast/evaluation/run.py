@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cosup_fast.data.answers import answer_patterns
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.fluency import FluencyModel
 from cosup_fast.evaluation.html import write_html
 from cosup_fast.evaluation.inputs import TestSet
 from cosup_fast.evaluation.journal import Journal
 from cosup_fast.evaluation.judge import Judge, LexicalJudge, Verdict
-from cosup_fast.evaluation.metrics import answer_patterns, require
+from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.progress import OnProgress, bars, silent
 from cosup_fast.evaluation.report import QuestionRecord, Report
 from cosup_fast.evaluation.retrievers import GoldRetriever, Retriever

@@ -8,19 +8,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from cosup_fast.data.answers import answer_patterns, contains_answer, holds_answer, matches
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.metrics import (
     LABELS,
     RANKING,
-    answer_patterns,
     best_f1,
+    containment,
     exact_match,
-    has_answer,
     is_answer,
     is_gold,
-    matches,
     named_label,
     normalize,
     passage_scores,
@@ -88,6 +87,11 @@ def rank_scores(examples: Sequence[Example], lists: Sequence[Sequence[tuple[str,
     Among equal scores the gold passage counts as last: a model that embeds all passages alike finds nothing.
     """
     gold = [ids for example in examples for _, ids in asked(example)]
+    sets = [
+        example.gold_sets if example.gold_sets and not example.cited else [ids]
+        for example in examples
+        for _, ids in asked(example)
+    ]
     assert len(gold) == len(lists)
     ordered = [
         ([name for name, _ in sorted(found, key=lambda hit: (-hit[1], bool(is_gold(hit[0], ids))))], ids)
@@ -95,7 +99,7 @@ def rank_scores(examples: Sequence[Example], lists: Sequence[Sequence[tuple[str,
     ]
     entries = iter(
         Ranked(rank=round(1 / scores["mrr"]) if scores["mrr"] else None, scores=scores)
-        for scores in ranking_scores(ordered)
+        for scores in ranking_scores(ordered, sets)
     )
     return [tuple(next(entries) for _ in asked(example)) for example in examples]
 
@@ -115,7 +119,7 @@ def retrieval_scores(
     if example.gold:
         scores |= passage_scores(given, example.gold)
     if (example.answers or example.answer_sets) and not has_label(example):
-        held = [has_answer(f"{passages[name].title} {passages[name].text}", example) for name in given]
+        held = [holds_answer(f"{passages[name].title}\n{passages[name].text}", example) for name in given]
         scores["answer_in_passage"] = float(np.mean(held or [0]))
     return scores
 
@@ -133,11 +137,13 @@ def correctness_scores(example: Example, answer: Answer) -> dict[str, float]:
         scores["string_em"] = string_em(text, example.answer_sets)
     if not example.answers:
         return scores
-    scores["containment"] = float(has_answer(text, example.model_copy(update={"answer_sets": []})))
     if example.answer_type == "regex":
         patterns = answer_patterns(example)
+        scores["containment"] = scores["contains_words"] = float(any(matches(pattern, text) for pattern in patterns))
         scores["exact_match"] = float(any(matches(pattern, first.strip(), whole=True) for pattern in patterns))
         return scores
+    scores["containment"] = float(containment(text, example.answers))
+    scores["contains_words"] = float(contains_answer(text, example.answers))
     scores["exact_match"] = exact_match(first, example.answers)
     scores["f1"] = best_f1(first, example.answers)
     scores["unigram_f1"] = best_f1(text, example.answers)

@@ -30,18 +30,19 @@ METRICS = {
     "recall@20": Metric("R@20", "share of the gold passages among the first 20"),
     "mrr": Metric("MRR", "1 / rank of the first gold passage, 0 beyond rank 100"),
     "ndcg@10": Metric("nDCG@10", "discounted gain of the gold passages among the first 10"),
-    "rprec": Metric("R-prec", "share of gold passages among the first R, R being their number"),
+    "rprec": Metric("R-prec", "share of gold passages among the first R, R being their number; KILT's best output"),
     "passage_precision": Metric("P (ids)", "share of the passages given to Gen that are gold"),
     "passage_recall": Metric("R (ids)", "share of the gold passages that were given to Gen"),
     "passage_f1": Metric("F1 (ids)", "harmonic mean of these two"),
     "answer_in_passage": Metric("answer in passage", "share of the passages given to Gen that hold a gold answer"),
-    "containment": Metric("contains", "a gold answer stands in what Gen wrote"),
+    "containment": Metric("contains", "a gold answer is a substring of what Gen wrote, as in ALCE's script"),
+    "contains_words": Metric("contains words", "a gold answer stands in what Gen wrote, in whole words"),
     "exact_match": Metric("EM", "the first grounded segment is a gold answer"),
     "f1": Metric("F1", "words of the first grounded segment against the best gold answer"),
     "label_accuracy": Metric("label", "the label that Gen names first is the gold one"),
     "unigram_f1": Metric("unigram F1", "words of all that Gen wrote against the best reference"),
     "rouge_l": Metric("ROUGE-L", "longest common subsequence with the best reference"),
-    "string_em": Metric("string EM", "share of the short-answer sets of which one stands in what Gen wrote"),
+    "string_em": Metric("string EM", "share of the short-answer sets of which one is a substring of what Gen wrote"),
     "beyond_titles": Metric(
         "beyond titles", "correctness on questions of which no gold answer is the title of a gold passage"
     ),
@@ -80,8 +81,8 @@ class Suite:
         return tuple(name for name in METRICS if name in {*_COMMON, self.correctness, *self.more})
 
 
-_SHORT_ANSWER = Suite("answer_in_passage", "containment", ("exact_match", "f1"))
-_SHORT_ANSWER_BY_ID = Suite("passage_f1", "containment", ("exact_match", "f1"))
+_SHORT_ANSWER = Suite("answer_in_passage", "containment", ("contains_words", "exact_match", "f1"))
+_SHORT_ANSWER_BY_ID = Suite("passage_f1", "containment", ("contains_words", "exact_match", "f1"))
 _LABEL = Suite("passage_f1", "label_accuracy")
 SUITES = {
     "nq": _SHORT_ANSWER,
@@ -90,10 +91,11 @@ SUITES = {
     "trex": _SHORT_ANSWER,
     "squad": _SHORT_ANSWER,
     "webquestions": _SHORT_ANSWER,
-    "curatedtrec": Suite("answer_in_passage", "containment", ("exact_match",)),
+    "curatedtrec": Suite("answer_in_passage", "containment", ("contains_words", "exact_match")),
     "hotpotqa": _SHORT_ANSWER_BY_ID,
     "fever": _LABEL,
     "vitaminc": _LABEL,
+    "claims": _LABEL,
     "wow": Suite("passage_f1", "unigram_f1", ("rouge_l",)),
     "eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),
     "alce_eli5": Suite("passage_f1", "rouge_l", ("unigram_f1",)),

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosup_fast.data.answers import normal_words
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.text import tokens
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.ranks import asked
@@ -75,7 +75,7 @@ class BM25Retriever(TextRetriever):
         score(q, d) = sum over words w of q:  idf(w) tf / (tf + k1 (1 - b + b |d| / mean |d|))
         idf(w) = log(1 + (M - df + 1/2) / (df + 1/2))
 
-    Words are those of `data.text.tokens`, Porter-stemmed; none is left out as too common, which idf sees to.
+    Words are those of `data.answers`, Porter-stemmed; none is left out as too common, which idf sees to.
 
     Raises:
         ImportError: bm25s or nltk is not installed.
@@ -215,7 +215,7 @@ def _best(scores: np.ndarray, k: int) -> list[tuple[int, float]]:
 
 
 def _stems(text: str) -> list[str]:
-    return [_stem(word) for word in tokens(text)]
+    return [_stem(word) for word in normal_words(text)]
 
 
 @cache

@@ -5,8 +5,8 @@
    passages, by id or by text; a passage that bears one of its answers; one that scores too near the positive.
 3. The rest, best first and in turn from the example's queries, become its `negatives`, behind those it has already.
 
-A passage bears an answer if the answer's words stand in its title or text in a row, without case, accents and
-punctuation (or if the answer, a pattern, is found there).
+A passage bears an answer if the answer's words stand in its title or text in a row, as `data.answers` compares them (or
+if the answer, a pattern, is found there, or takes too long to look for).
 
 Sources: mining with the model that is trained, Xiong et al. 2021, arXiv 2007.00808 (ANCE); no passage that bears an
 answer, Karpukhin et al. 2020, arXiv 2004.04906 (DPR), section 3.2; a largest share of the positive's score, Moreira et
@@ -21,19 +21,17 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
-import regex
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.progress import track
 from torch import Tensor
 
+from cosup_fast.data.answers import answer_patterns, holds_answer
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.text import tokens
 from cosup_fast.files import replace_file
 from cosup_fast.index import Origin, SequenceIndex, embed_queries
 from cosup_fast.model import CoSupervisionModel
@@ -41,8 +39,6 @@ from cosup_fast.terminal import SafeConsole
 
 BLOCK = 256
 """Examples that are embedded, searched and recorded together."""
-PATTERN_SECONDS = 1.0
-"""What an answer pattern may take on one passage; one that takes longer counts as found."""
 
 
 class MiningConfig(BaseModel):
@@ -204,35 +200,8 @@ class _Miner:
 
 
 def bears_answer(passage: Passage, example: Example) -> bool:
-    """Whether one of an example's answers stands in a passage's title or text."""
-    if example.answer_type == "regex":
-        text = f"{passage.title}\n{passage.text}"
-        return any(_found(pattern, text) for pattern in _patterns(example.id, tuple(example.answers)))
-    words = _words(f"{passage.title}\n{passage.text}")
-    return any(
-        _words(answer) in words if _words(answer).strip() else answer.casefold().strip() in passage.text.casefold()
-        for answer in example.answers
-    )
-
-
-@lru_cache(maxsize=1 << 17)
-def _words(text: str) -> str:
-    return f" {' '.join(tokens(text))} "
-
-
-@lru_cache(maxsize=1 << 10)
-def _patterns(example_id: str, answers: tuple[str, ...]) -> list[Any]:
-    try:
-        return [regex.compile(answer, regex.IGNORECASE | regex.MULTILINE) for answer in answers]
-    except regex.error as error:
-        raise ValueError(f"example {example_id!r}: an answer is no pattern that `regex` takes: {error}") from None
-
-
-def _found(pattern: Any, text: str) -> bool:
-    try:
-        return pattern.search(text, timeout=PATTERN_SECONDS) is not None
-    except TimeoutError:
-        return True
+    """Whether one of an example's answers stands in a passage's title or text; a pattern that takes too long does."""
+    return holds_answer(f"{passage.title}\n{passage.text}", example, undecided=True)
 
 
 def _content(passage: Passage) -> tuple[str, str]:
@@ -249,7 +218,7 @@ def _check(examples: Iterable[Example]) -> dict[str, str]:
         seen.add(example.id)
         named |= dict.fromkeys((*example.gold, *example.cited, *example.negatives), example.id)
         if example.answer_type == "regex":
-            _patterns(example.id, tuple(example.answers))
+            answer_patterns(example)
     return named
 
 

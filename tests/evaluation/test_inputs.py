@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from cosup_fast.data.records import DataError, Passage, write_jsonl
+from cosup_fast.data.records import DataError, Example, Passage, validate, write_jsonl
 from cosup_fast.evaluation.inputs import TestSet, load_test_sets, read_kilt
+from cosup_fast.evaluation.scoring import rank_scores
 
 KILT = [
     {
@@ -50,6 +51,19 @@ def test_kilt_lines_become_examples(kilt_file, kilt_corpus):
     converted = {p.id: p for p in (Passage(id="kilt:11:3", title="?", text="x"), kilt_corpus["seine"])}
     assert read_kilt(kilt_file(), converted)[0].gold == ["kilt:11", "seine"]
     assert (second.answers, second.gold, third.answers) == (["Italy"], [], [])
+
+
+def test_the_outputs_of_kilt_are_alternatives(kilt_file, kilt_corpus):
+    pages = ({"wikipedia_id": "11"}, {"title": "Seine"})
+    outputs = [{"answer": "x", "provenance": [page]} for page in (*pages, pages[0])] + [{"provenance": pages}]
+    (example,) = read_kilt(kilt_file([{"id": "a", "input": "?", "output": outputs}]), kilt_corpus)
+    assert (example.gold, example.gold_sets) == (["11", "seine"], [["11"], ["seine"], ["11", "seine"]])
+    ((ranked,),) = rank_scores([example], [[("seine", 2.0), ("rome", 1.0)]])
+    assert (ranked.scores["rprec"], ranked.scores["recall@5"]) == (1.0, 0.5)
+    with pytest.raises(DataError, match=r"gold_sets.1: expected passages that gold lists, too, found 'b'"):
+        validate(
+            "line 1", Example, {"id": "x", "question": "?", "output": [], "gold": ["a"], "gold_sets": [["a"], ["b"]]}
+        )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def test_score_of_a_grounded_answer(examples, corpus, answer_of):
         {
             "recall@1": 0, "recall@5": 1, "recall@20": 1, "mrr": 0.5, "ndcg@10": 1, "rprec": 0,
             "passage_precision": 0.5, "passage_recall": 1, "passage_f1": 2 / 3, "answer_in_passage": 0.5,
-            "containment": 1, "exact_match": 1, "f1": 1, "grounded": 0.5, "perplexity": 7.38905609893,
+            "containment": 1, "contains_words": 1, "exact_match": 1, "f1": 1, "grounded": 0.5,
+            "perplexity": 7.38905609893,
             "retrievals": 2, "retrieval": 0.5, "correctness": 1,
         }
     )  # fmt: skip
@@ -57,7 +58,7 @@ def test_only_examples_with_answers_count_for_correctness(examples, corpus, answ
 def test_patterns_have_no_f1(examples, answer_of):
     def verdicts(text):
         scores = correctness_scores(examples[2], answer_of((text, "rome")))
-        assert set(scores) == {"containment", "exact_match"}
+        assert set(scores) == {"containment", "contains_words", "exact_match"}
         return scores["containment"], scores["exact_match"]
 
     assert verdicts(" 753 BC ") == (1, 1)

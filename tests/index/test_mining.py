@@ -109,14 +109,27 @@ def test_what_answers_is_no_negative(model, index, examples):
         (["!!!"], "string", "the band !!! plays", True),
         (["!!!"], "string", "the band plays", False),
         ([r"^\d+ BC"], "regex", "first line\n753 bc", True),
-        ([r"(a|a)+$"], "regex", "a" * 60 + "b", True),  # backtracks without end: it may answer
+        pytest.param(
+            [r"(a|a)+$"], "regex", "a" * 60 + "b", True, marks=pytest.mark.filterwarnings("ignore:the answer pattern")
+        ),  # backtracks without end: it may answer
         ([], "string", "anything", False),
     ],
 )
 def test_bearing_an_answer(monkeypatch, answers, kind, text, expected):
-    monkeypatch.setattr(mining, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr("cosup_fast.data.answers.PATTERN_SECONDS", 0.05)
     example = Example(id="e", question="q", output=[], answers=answers, answer_type=kind)
     assert bears_answer(Passage(id="p", title="T", text=text), example) is expected
+
+
+def test_a_negative_holds_none_of_the_short_answers(model, passages):
+    sets = Example(id="e", question="q", output=[], answer_sets=[["777 km", "1,000 km"], ["Seine"]], gold=["go"])
+    assert bears_answer(Passage(id="p", title="Seine", text="A river."), sets)
+    assert bears_answer(Passage(id="p", title="Rhône", text="It is 1000 km long."), sets)
+    assert not bears_answer(Passage(id="p", title="Rhône", text="It is 813 km long."), sets)
+    index = SequenceIndex.build(model, passages, progress=False)
+    mined = mine(model, index, [sets], MiningConfig(per_example=20), progress=False)
+    assert mined.examples[0].negatives
+    assert not {"seine", "paris"} & set(mined.examples[0].negatives)
 
 
 def test_mining_goes_on_where_it_was_interrupted(model, index, examples, tmp_path, monkeypatch):

@@ -8,6 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cosup_fast.data.prepared.benchmarks import (
+    BENCHMARKS,
+    LEADS,
+    build_benchmark,
+    build_fever_pages,
+    build_shared_corpus,
+)
+from cosup_fast.data.prepared.bigbench import build_bigbench
 from cosup_fast.data.prepared.chains import make_chains
 from cosup_fast.data.prepared.claims import make_claims
 from cosup_fast.data.prepared.fetch import Package, Sdist, Wheel
@@ -24,6 +32,10 @@ PASSAGES = "passages.jsonl"  # the corpus that goes by its set's name
 def is_corpus(file: str) -> bool:
     """Whether a data file of a prepared set holds passages; the others hold examples."""
     return file.startswith("passages")
+
+
+# The files of the test sets, by set and name: sha256.
+PINS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("benchmarks.sha256.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,10 @@ CHATTERBOT = Wheel(
     "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
     345_706,
     tag="py2.py3-none-any",
+)
+BIGBENCH = Sdist("bigbench", "1.0.0", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", 358_249_635)
+PYSERINI_19 = Wheel(
+    "pyserini", "0.19.0", "135fc8f3da42fee9ce2a91630ffd1e8b178d97de32c4ed82afa033db28555693", 130_492_208
 )
 PYSERINI = Wheel("pyserini", "0.16.0", "0fbfaa54dc2549edcae0629efdb231d6cd28242bfcf6bbf95dc8451e95d946b6", 84_572_138)
 
@@ -202,10 +218,52 @@ CATALOG = {
             },
             disk=2_000_000,
         ),
+        Prepared(
+            name="bigbench",
+            what="the files of BIG-bench that test sets are made of, as they are; never to be trained on",
+            licence="Apache-2.0, the data as its sources",
+            source="BIG-bench (Srivastava et al. 2022), members of the archive; none of its code is run",
+            build=build_bigbench,
+            packages=(BIGBENCH,),
+            disk=600_000_000,
+            kind="source",
+        ),
+        Prepared(
+            name="fever-pages",
+            what="which pages decide each claim of FEVER",
+            licence="CC BY-SA 3.0",
+            source="Thorne et al. 2018, as BEIR's relevance judgements in Anserini 0.16.1",
+            build=build_fever_pages,
+            packages=(PYSERINI_19,),
+            disk=300_000_000,
+            kind="source",
+        ),
+        Prepared(
+            name=LEADS,
+            what="2,000 leads: what the test sets without passages of their own search",
+            licence="CC BY-SA 4.0",
+            source="the prepared wiki-leads",
+            build=build_shared_corpus,
+            after=("wiki-leads",),
+            files=PINS.get(LEADS, {}),
+            disk=2_000_000,
+        ),
+        *(
+            Prepared(
+                name=benchmark.name,
+                what=f"test set: {benchmark.what}",
+                licence=benchmark.licence,
+                source=benchmark.source,
+                build=build_benchmark(benchmark),
+                after=benchmark.after,
+                files=PINS.get(benchmark.name, {}),
+                disk=60_000_000,
+            )
+            for benchmark in BENCHMARKS.values()
+        ),
     )
 }
 
-GROUPS = {
-    "starter": ("smollm2-135m", "minilm", "wiki-leads", "cloze", "questions", "spans", "chains", "claims", "trivia"),
-}
+_STARTER = ("smollm2-135m", "minilm", "wiki-leads", "cloze", "questions", "spans", "chains", "claims", "trivia")
+GROUPS = {"starter": _STARTER, "study": (*_STARTER, LEADS, *BENCHMARKS)}
 """Names that stand for several sets."""
