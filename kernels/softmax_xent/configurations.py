@@ -125,7 +125,7 @@ _OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "
 
 def _held(options: Set[str]) -> set[str]:
     """What of a loss's options exponentials can be held for."""
-    return options - {"softcap"} - ({"columns"} if "SEVERAL" in options else set()) | {"out"}
+    return {*options, "out"} - {"softcap", "columns" if "SEVERAL" in options else ""}
 
 
 def _case(

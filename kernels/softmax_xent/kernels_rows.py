@@ -161,7 +161,7 @@ def stored_bwd_logits_kernel(
     tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_e)
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M", "F"])
 def underflow_bwd_kernel(
     rows, columns, weights, again, N, M, F,
     BM: tl.constexpr, BN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
