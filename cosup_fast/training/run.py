@@ -45,7 +45,7 @@ from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verif
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence, read_metrics
-from cosup_fast.training.metrics import Changed
+from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.schedule import count_steps
@@ -68,12 +68,21 @@ Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch
 device, it returns what is printed, and raises ValueError where the run is not to begin."""
 
 
+Observe: TypeAlias = Callable[[CoSupervisionModel, int], None]
+"""Shown the model, as it is after so many steps; it changes nothing of it."""
+
+
 # What a run that was killed at its beginning may have written before config.yaml.
 OWN = {"checkpoints", "curves.png", "data.json", "metrics.jsonl", "refused-step.json", "tensorboard", "warnings.log"}
 
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, check: Check | None = None, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    check: Check | None = None,
+    console: Console | None = None,
+    observe: Observe | None = None,
 ) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
@@ -86,6 +95,7 @@ def run_training(
         check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
             fits into memory; nothing is asked by default.
         console: where progress goes; standard error by default.
+        observe: shown the model after every held-out evaluation, with the step.
 
     Raises:
         ConfigError: the output folder holds another run, or the configuration differs from the one being resumed in
@@ -101,11 +111,17 @@ def run_training(
     with _endings_explained(output), training_ranks(config.training) as peers, _sole_writer(output, peers):
         leads = peers is None or peers.rank == 0
         console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
-        return _run(config, output, resume, check, console, peers)
+        return _run(config, output, resume, check, console, peers, observe)
 
 
 def _run(
-    config: RunConfig, output: Path, resume: bool, check: Check | None, console: Console, peers: Peers | None
+    config: RunConfig,
+    output: Path,
+    resume: bool,
+    check: Check | None,
+    console: Console,
+    peers: Peers | None,
+    observe: Observe | None,
 ) -> Path:
     saved = _saved(config, output, resume)
     config = inherit(config, saved)
@@ -174,7 +190,7 @@ def _run(
             lengths=lengths,
             peers=peers,
             device=device,
-            evaluate=evaluator,
+            evaluate=_observed(evaluator, observe),
             on_metrics=log.metrics,
             on_warning=log.warning,
             on_notice=functools.partial(console.print, markup=False),
@@ -329,6 +345,21 @@ def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
     for record in (*examples, *passages):
         digest.update(record.model_dump_json(exclude_defaults=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _observed(
+    evaluator: HeldOutEvaluator | None, observe: Observe | None
+) -> Callable[[CoSupervisionModel, int], HeldOut] | None:
+    """An evaluation that shows the model to `observe`, too."""
+    if evaluator is None or observe is None:
+        return evaluator
+
+    def evaluate(model: CoSupervisionModel, step: int) -> HeldOut:
+        found = evaluator(model, step)
+        observe(model, step)
+        return found
+
+    return evaluate
 
 
 def _check_same_data(output: Path, digests: dict[str, str]) -> None:
