@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from cosup_fast.files import locked
 from cosup_fast.study import StudyError, load_study, read_cell, run_study
+from cosup_fast.study.runner import _check_begun
 from cosup_fast.study.status import state_of
 
 # Imports once, then runs the study in forks: five are killed where they happen to be, the last one ends by itself.
@@ -181,3 +182,17 @@ def test_an_embseq_of_random_weights_is_made_once_and_is_the_same_for_every_cell
     assert not any(torch.equal(made[name], theirs[name]) for name in made if "norm" not in name)
     held_out = [read_cell(study.cell("random", seed)).curves["held-out"]["nsp"][0] for seed in (0, 1)]
     assert held_out[0] == held_out[1]
+
+
+def test_a_cell_begun_with_other_settings_is_not_resumed_with_new_ones(write_study):
+    conditions = {"one": {"systems": ["gold"], "change": {"training.lr": 1e-3}}}
+    cell = load_study(write_study(conditions=conditions, seeds=[0])).cell("one", 0)
+    cell.work.mkdir(parents=True)
+    _check_begun(cell)
+    _check_begun(cell)
+    conditions["one"]["change"] = {"training.lr": 1e-2}
+    failed, _ = _run(load_study(write_study(conditions=conditions, seeds=[0])))
+    assert failed == [
+        "one-seed0: cell one-seed0 was begun with training.lr=0.001, the study now says 0.01: restore it, or remove "
+        f"{cell.work} to begin again"
+    ]
