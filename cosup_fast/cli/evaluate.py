@@ -46,13 +46,13 @@ def evaluate(
     allow_missing_gold: Annotated[
         bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output holds answers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where the output holds answers.")] = False,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
     """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
-    Every answer is kept as soon as it is there: the same command goes on where it was stopped. The folder then holds
+    Every answer is kept as soon as it is there: the same command resumes where it stopped. The folder then holds
     report.json (everything) and report.html (to read).
     """
     from cosup_fast import evaluation
@@ -92,7 +92,7 @@ def evaluate(
     perplexed = command.fluency_model(fluency, checkpoint)
     if overwrite:
         command.clear(folder)
-    with interruptible("what is answered is kept; the same command goes on from there"):
+    with interruptible("what is answered is kept; the same command resumes from there"):
         report = evaluation.evaluate(
             opened,
             tests,

@@ -29,7 +29,7 @@ from cosup_fast.environment import no_downloaded_kernels
 SMALL = 4096
 """Tensors of fewer elements keep fp32 states in both libraries."""
 BLOCK = 256
-"""Elements that share a scale; torchao quantizes nothing whose size is no multiple of it."""
+"""Elements that share a scale; torchao quantizes nothing whose size is not a multiple of it."""
 
 Parts = dict[str, Tensor]
 """A moment of a tensor: {"values"}, or {"codes", "scale"} of its blocks in 8 bits."""
@@ -120,7 +120,7 @@ class TorchaoAdamW8bit(TorchaoAdamW):
         if p.numel() >= SMALL and p.numel() % BLOCK:
             raise ValueError(
                 f"training.optimizer=adamw-8bit-torchao would keep the states of {name}, {p.numel()} elements on this "
-                f"rank, in full: that is no multiple of {BLOCK}; use adamw-8bit where weights are in fp32, or adamw"
+                f"rank, in full: that is not a multiple of {BLOCK}; use adamw-8bit where weights are in fp32, or adamw"
             )
 
     def unpack(self, state: dict[str, Any], key: str) -> Parts:

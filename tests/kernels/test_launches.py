@@ -97,7 +97,7 @@ CASES = [case for case in itertools.product(KERNELS, OPTIONS) if fits(*case)]
 
 @pytest.mark.parametrize(("impl", "option"), CASES, ids=str)
 def test_everything_binds_and_sizes_of_any_value_use_one_binary(gpu, impl, option):
-    """Rows, ids of a row and tiles make no other binary; candidates do where they are no whole number of 16s."""
+    """Rows, ids of a row and tiles make no other binary; candidates do where they are not a whole number of 16s."""
     with rehearse(gpu, compile=False) as rehearsal:
         for dtype in DTYPES:
             loss(impl, 64, 128, 64, dtype, option)
