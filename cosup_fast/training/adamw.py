@@ -47,8 +47,8 @@ class AdamW:
     """What has to be installed besides torch."""
     bits: int | None = None
     """Of each moment of an element, in tensors of at least `SMALL` elements; None: those of the weight."""
-    moments = "exp_avg", "exp_avg_sq"
-    """The keys of its state; only the first of the two has a sign."""
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    """The keys of its state; only the first one has a sign."""
 
     def __init__(self, *, rounded: bool):
         self.rounded = rounded
@@ -151,7 +151,7 @@ class BitsandbytesAdamW8bit(AdamW):
 
     package = "bitsandbytes"
     bits = 8
-    moments = "state1", "state2"
+    moments = ("state1", "state2")
 
     def make(self, groups: list[Any], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         with no_downloaded_kernels(), quiet_torchao():
@@ -209,9 +209,9 @@ def optimizer_class(name: OptimizerName, *, rounded: bool) -> type[AdamW]:
 
 
 def state_bytes(name: OptimizerName, itemsize: int) -> int:
-    """Bytes that both moments of a weight take, without the scales of blocks; `itemsize` is that of a weight."""
-    bits = optimizer_class(name, rounded=itemsize < 4).bits
-    return 2 * (itemsize if bits is None else bits // 8)
+    """Bytes that the moments of a weight take, without the scales of blocks; `itemsize` is that of a weight."""
+    kind = optimizer_class(name, rounded=itemsize < 4)
+    return len(kind.moments) * (itemsize if kind.bits is None else kind.bits // 8)
 
 
 def check_available(name: OptimizerName, *, rounded: bool) -> None:
