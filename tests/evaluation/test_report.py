@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.evaluation.compare import compare
+from cosup_fast.evaluation.comparison import compare
 from cosup_fast.evaluation.html import render
 from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.report import QuestionRecord, Report, figure
