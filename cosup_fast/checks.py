@@ -59,7 +59,7 @@ def check_operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | Non
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:
-    if value not in get_args(kind):
+    if value not in kind.__args__:
         raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
 
 

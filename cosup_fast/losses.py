@@ -1,6 +1,6 @@
 """The losses as modules: InfoNCE, linear cross-entropy, and their sum for co-supervision.
 
-    L = NTP + nsp_weight * NSP
+    L = ntp_weight * NTP + nsp_weight * NSP
 
 NTP is the cross-entropy of the next token, NSP the InfoNCE of a query against the sequence embeddings of the batch
 (Lee et al. 2024, arXiv 2403.09024, section 3).
@@ -230,7 +230,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 class CoSupervisionOutput(NamedTuple):
-    """0-d losses, fp32 (fp64 for fp64 inputs); only `loss` carries the weight of NSP."""
+    """0-d losses, fp32 (fp64 for fp64 inputs); only `loss` carries the weights."""
 
     loss: Tensor
     ntp: Tensor
@@ -240,24 +240,34 @@ class CoSupervisionOutput(NamedTuple):
 
 
 class CoSupervisionLoss(nn.Module):
-    """Token and sequence supervision of one step: loss = NTP + nsp_weight * NSP.
+    """Token and sequence supervision of one step: loss = ntp_weight * NTP + nsp_weight * NSP.
 
     Args:
         nsp_weight: lambda, 0.01 in the published code. With 0, NSP is still reported but costs no gradient.
         ntp: `LinearCrossEntropyLoss()` by default.
         nsp: `InfoNCELoss()` by default: plain dot products, no temperature, as in the paper.
+        ntp_weight: with 0, NTP is a constant 0: no product with the head, and hidden states, head and targets may be
+            None.
 
     Raises:
-        ValueError: nsp_weight is negative or not finite; ntp or nsp does not reduce by "mean".
+        ValueError: a weight is negative or not finite, or both are 0; ntp or nsp does not reduce by "mean".
     """
 
     def __init__(
-        self, nsp_weight: float = 0.01, ntp: LinearCrossEntropyLoss | None = None, nsp: InfoNCELoss | None = None
+        self,
+        nsp_weight: float = 0.01,
+        ntp: LinearCrossEntropyLoss | None = None,
+        nsp: InfoNCELoss | None = None,
+        *,
+        ntp_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 <= nsp_weight < math.inf:
-            raise ValueError(f"nsp_weight is {nsp_weight}; pass a finite number >= 0")
-        self.nsp_weight = nsp_weight
+        for name, weight in (("nsp_weight", nsp_weight), ("ntp_weight", ntp_weight)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}; pass a finite number >= 0")
+        if nsp_weight == ntp_weight == 0:
+            raise ValueError("nsp_weight and ntp_weight are both 0, which leaves nothing to train; raise one of them")
+        self.nsp_weight, self.ntp_weight = nsp_weight, ntp_weight
         self.ntp = LinearCrossEntropyLoss() if ntp is None else ntp
         self.nsp = InfoNCELoss() if nsp is None else nsp
         for name, part in (("ntp", self.ntp), ("nsp", self.nsp)):
@@ -265,13 +275,24 @@ class CoSupervisionLoss(nn.Module):
                 raise ValueError(f"{name} has reduction {part.reduction!r}; a sum of two losses needs 'mean'")
 
     def extra_repr(self) -> str:
-        return _shown(nsp_weight=self.nsp_weight)
+        return _shown(
+            ntp_weight=None if self.ntp_weight == 1.0 else self.ntp_weight,
+            nsp_weight=self.nsp_weight,
+        )
+
+    def combine(self, ntp: Tensor, nsp: Tensor, nsp_weight: float | None = None) -> Tensor:
+        """The weighted sum of the two losses, with another lambda if one is given; a loss of weight 0 stays out."""
+        nsp_weight = self.nsp_weight if nsp_weight is None else nsp_weight
+        if self.ntp_weight == 0:
+            return nsp_weight * nsp
+        weighted = ntp if self.ntp_weight == 1 else self.ntp_weight * ntp
+        return weighted + nsp_weight * nsp if nsp_weight else weighted
 
     def forward(
         self,
-        hidden: Tensor,  # (T, D)
-        lm_head_weight: Tensor,  # (V, D)
-        target: Tensor,  # (T,)
+        hidden: Tensor | None,  # (T, D)
+        lm_head_weight: Tensor | None,  # (V, D)
+        target: Tensor | None,  # (T,)
         *,
         query: Tensor | None,  # (N, E)
         keys: Tensor | None,  # (M, E)
@@ -289,7 +310,7 @@ class CoSupervisionLoss(nn.Module):
 
         Args:
             hidden, lm_head_weight, target, bias: as in `functional.linear_cross_entropy`; target[t] is the label of
-                hidden[t], already shifted.
+                hidden[t], already shifted. With ntp_weight = 0 none of them is read.
             query, keys, positive and the ids: as in `functional.info_nce`. Without queries (None, or N = 0) NSP is a
                 constant 0.
             ntp_count, nsp_count: how many supervised tokens and queries the whole accumulated step holds, over all
@@ -301,20 +322,22 @@ class CoSupervisionLoss(nn.Module):
                 shares of those of the group, and every rank takes part, if with queries and keys of shape (0, E).
 
         Raises:
-            ValueError: group is given, and query or keys is None; and see `functional`.
+            ValueError: group is given, and query or keys is None; ntp_weight is 0 and there is no query either;
+                ntp_weight is above 0, and hidden, lm_head_weight or target is None; and see `functional`.
         """
         if group is not None:
             if query is None or keys is None:
                 name = "query" if query is None else "keys"
                 raise ValueError(f"{name} is None and group is given; pass (0, E): every rank of the group takes part")
-            if ntp_count is None:
+            if ntp_count is None and target is not None and self.ntp_weight:
                 from cosup_fast.distributed import Peers
 
                 every, ignored = target.new_tensor(target.numel()), self.ntp.ignore_index
                 ntp_count = Peers.of(group).sum(every if ignored is None else (target != ignored).sum())
-        ntp = self.ntp(hidden, lm_head_weight, target, bias=bias, count=ntp_count)
+        ntp = self._ntp(hidden, lm_head_weight, target, bias, ntp_count, query)
         if query is None or (len(query) == 0 and group is None):
-            return CoSupervisionOutput(ntp, ntp, torch.zeros_like(ntp), None)
+            nsp = torch.zeros_like(ntp)
+            return CoSupervisionOutput(self.combine(ntp, nsp), ntp, nsp, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.nsp_weight > 0):
             nsp, stats = self.nsp(
                 query,
@@ -328,4 +351,22 @@ class CoSupervisionLoss(nn.Module):
                 group=group,
                 return_stats=True,
             )
-        return CoSupervisionOutput(ntp + self.nsp_weight * nsp if self.nsp_weight else ntp, ntp, nsp, stats)
+        return CoSupervisionOutput(self.combine(ntp, nsp), ntp, nsp, stats)
+
+    def _ntp(
+        self,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        target: Tensor | None,
+        bias: Tensor | None,
+        count: int | Tensor | None,
+        query: Tensor | None,
+    ) -> Tensor:
+        if self.ntp_weight:
+            for name, given in (("hidden", hidden), ("lm_head_weight", weight), ("target", target)):
+                if given is None:
+                    raise ValueError(f"{name} is None, and ntp_weight is {self.ntp_weight}; pass it, or ntp_weight=0")
+            return self.ntp(hidden, weight, target, bias=bias, count=count)
+        if query is None:
+            raise ValueError("query is None and ntp_weight is 0, which leaves no loss; pass queries and keys")
+        return query.new_zeros((), dtype=torch.promote_types(query.dtype, torch.float32))

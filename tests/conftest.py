@@ -165,14 +165,17 @@ def mistral_folder(make_folder) -> str:
 @pytest.fixture(scope="session")
 def make_model(llama_folder):
     """A function that makes a model in evaluation mode: Llama with Llama unless `embseq` or `shared` say otherwise."""
-    from cosup_fast.config.model import ModelConfig, NSPConfig
+    from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
     from cosup_fast.data.template import TextConfig
     from cosup_fast.model import CoSupervisionModel
 
-    def make(*, text: dict | None = None, nsp: dict | None = None, seed: int = 0, gen: str = llama_folder, **model):
+    def make(*, text=None, nsp=None, ntp=None, seed: int = 0, gen: str = llama_folder, **model):
         torch.manual_seed(seed)
         made = CoSupervisionModel.from_pretrained(
-            ModelConfig(gen=gen, **model), TextConfig(**(text or {})), NSPConfig(**(nsp or {}))
+            ModelConfig(gen=gen, **model),
+            TextConfig(**(text or {})),
+            NSPConfig(**(nsp or {})),
+            ntp=NTPConfig(**(ntp or {})),
         )
         return made.eval()
 

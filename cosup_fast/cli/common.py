@@ -24,7 +24,7 @@ out = SafeConsole(emoji=False)
 err = SafeConsole(stderr=True, emoji=False)
 
 Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint, or a run's folder for its newest one.", show_default=False)
+    Path, typer.Argument(help="A checkpoint, or a run's folder for its best or newest one.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
@@ -70,12 +70,12 @@ def leads() -> bool:
 
 
 def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
-    """The model of a checkpoint or of a run's newest one, its files verified first."""
+    """The model of a checkpoint, or of the one that a run's folder stands for, its files verified first."""
     from cosup_fast.environment import choose_device
     from cosup_fast.model import CoSupervisionModel
-    from cosup_fast.training.checkpoint import MANIFEST, newest, verify
+    from cosup_fast.training.checkpoint import MANIFEST, chosen_checkpoint, verify
 
-    folder = newest(checkpoint)
+    folder = chosen_checkpoint(checkpoint)
     if (folder / MANIFEST).is_file():
         verify(folder)
     return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
@@ -103,14 +103,17 @@ def run_config(arguments: list[str]) -> RunConfig:
 
 @contextmanager
 def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
-    """Ctrl-C inside ends the command with status 130, and says how far the work came.
+    """Ctrl-C or SIGTERM inside ends the command with status 130, and says how far the work came.
 
     Args:
         otherwise: what is said where the work itself says nothing.
         then: how to go on.
     """
+    from cosup_fast.signals import terminable
+
     try:
-        yield
+        with terminable():
+            yield
     except KeyboardInterrupt as interrupt:
         text = (str(interrupt) or otherwise) + then
         if leads():

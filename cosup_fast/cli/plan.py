@@ -57,6 +57,7 @@ def plan(
     from cosup_fast.plan.planner import make_plan
     from cosup_fast.plan.presets import PRESETS
     from cosup_fast.plan.request import PlanRequest
+    from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 
     given = arguments or []
     known = None
@@ -67,7 +68,9 @@ def plan(
         given = [f"{name}={json.dumps(value)}" for name, value in known.settings.items()] + given
     gpus = gpus or (known.gpus if known else 1)
     gpu_memory = gpu_memory or (known.gpu_memory_gib if known else 80.0)
-    config = run_config(given)
+    config = inherit(run_config(given))
+    if config.model.init_from is not None:
+        config = as_in(initial_checkpoint(config), config)
     limits = config.training.pack_limits
     gen = _pack("--gen-pack", gen_pack) if gen_pack is not None else _default_pack(4, 1024, limits)
     embseq = _pack("--embseq-pack", embseq_pack) if embseq_pack is not None else _default_pack(16, 256, limits)

@@ -14,9 +14,7 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[CONFIG.yaml] [section.field=value]...", help="a configuration and overrides"),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue behind the newest checkpoint in the output.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start although the plan says that it does not fit.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
 ) -> None:
@@ -24,6 +22,10 @@ def train(
     from cosup_fast.config import dump_config
 
     config = run_config(arguments or [])
+    if show and config.model.init_from is not None:
+        from cosup_fast.training.initial import inherit
+
+        config = inherit(config)
     if show:
         print(dump_config(config), end="")
         return

@@ -33,6 +33,11 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    init_from: str | None = Field(
+        default=None,
+        description="start from the models of this checkpoint, or of the best or newest one of this run: weights, "
+        "projection, temperature and adapters, with a new optimizer; null: from gen and embseq",
+    )
     gen: str = Field(default="smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
     embseq: str | None = Field(default=None, description="Embseq, likewise; null means the same model as gen")
     shared: bool = Field(default=False, description="Embseq is Gen itself: one set of weights")
@@ -43,6 +48,11 @@ class ModelConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
     gen_lora: LoRAConfig = Field(default=LoRAConfig(), description="train adapters of Gen instead of its weights")
     embseq_lora: LoRAConfig = Field(default=LoRAConfig(), description="likewise of Embseq")
+
+    def alone(self) -> ModelConfig:
+        """Gen without an Embseq."""
+        without = {"embseq": None, "embseq_layers": None, "freeze_embseq": False, "embseq_lora": LoRAConfig()}
+        return self.model_copy(update={**without, "shared": True})
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -79,12 +89,40 @@ class ModelConfig(BaseModel):
         return self
 
 
+class NTPConfig(BaseModel):
+    """The next-token-prediction loss: its weight in the sum."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="0: NSP alone, and Gen learns to ask, not to write; no logits are formed",
+    )
+
+
 class NSPConfig(BaseModel):
     """The next-sequence-prediction loss: its weight in the sum and the geometry of its space."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight: float = Field(default=1.0, ge=0, description="lambda: loss = NTP + lambda * NSP")
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="lambda: loss = ntp.weight * NTP + lambda * NSP; 0: NTP alone, and no Embseq is loaded",
+    )
+    initial_weight: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="lambda at the first step, which then moves to weight"
+    )
+    ramp: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="steps in which lambda moves from initial_weight to weight, in a straight line: below 1 a share of "
+        "all, from 1 on their number",
+    )
     similarity: Literal["dot", "cosine"] = Field(default="cosine", description="inner product, raw or of unit vectors")
     temperature: float = Field(
         default=0.05, gt=0, description="scores are divided by it (dot / sqrt(D): the root of D)"
@@ -94,3 +132,24 @@ class NSPConfig(BaseModel):
     )
     symmetric: bool = Field(default=False, description="also contrast passages against queries")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _ramp_has_both_ends(self) -> Self:
+        if (self.ramp is None) != (self.initial_weight is None):
+            raise ValueError(
+                f"nsp.initial_weight={self.initial_weight} with nsp.ramp={self.ramp}: lambda moves from the one in the "
+                "steps of the other, so give both or neither"
+            )
+        if self.initial_weight is not None and self.weight == 0:
+            raise ValueError(
+                f"nsp.initial_weight={self.initial_weight} moves lambda to nsp.weight=0, where there is no Embseq: "
+                "give a small nsp.weight, or omit nsp.initial_weight and nsp.ramp"
+            )
+        whole_steps("nsp.ramp", self.ramp)
+        return self
+
+
+def whole_steps(field: str, value: float | None) -> None:
+    """Refuses a number of steps, as opposed to a share of them, that is not a whole number."""
+    if value is not None and value >= 1 and value != int(value):
+        raise ValueError(f"{field}={value} is neither a share of the steps, below 1, nor a whole number of steps")

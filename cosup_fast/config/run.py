@@ -10,9 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cosup_fast.config.generation import GenerationConfig
-from cosup_fast.config.model import ModelConfig, NSPConfig
+from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.config.reading import read_yaml
-from cosup_fast.config.training import TrainingConfig, check_rounding
+from cosup_fast.config.rules import RULES
+from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import nearest
 from cosup_fast.data.template import TextConfig
 from cosup_fast.errors import CosupError
@@ -56,79 +57,35 @@ class RunConfig(BaseModel):
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     data: DataConfig = DataConfig()
+    ntp: NTPConfig = NTPConfig()
     nsp: NSPConfig = NSPConfig()
     training: TrainingConfig = TrainingConfig()
     generation: GenerationConfig = GenerationConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        model, nsp, training = self.model, self.nsp, self.training
-        flash = model.attention == "flash_attention_2"
-        in_4_bits = [f for f in ("gen_lora", "embseq_lora") if getattr(model, f).quantize]
-        of_adapters = [
-            (f"model.{f}", name, getattr(getattr(model, f), name))
-            for f in ("gen_lora", "embseq_lora")
-            for name in ("alpha", "dropout", "targets")
-        ]
-        idle = [(f, name, x) for f, name, x in of_adapters if x and not getattr(model, f.removeprefix("model.")).rank]
-        for wrong, message in (
-            *(
-                (True, f"{f}.{name}={x} has no adapters to act on where {f}.rank=0: set a rank, such as 16, or omit it")
-                for f, name, x in idle
-            ),
-            (
-                nsp.weight == 0 and model.embseq_lora.rank > 0,
-                f"model.embseq_lora.rank={model.embseq_lora.rank} makes adapters that learn nothing where "
-                "nsp.weight=0: change one of them",
-            ),
-            (
-                model.dtype == "float64" and training.precision == "bfloat16",
-                "training.precision=bfloat16 casts nothing where model.dtype=float64: set one of them to float32",
-            ),
-            (
-                nsp.weight == 0 and nsp.learnable_temperature,
-                "nsp.learnable_temperature=true learns nothing where nsp.weight=0: change one of them",
-            ),
-            (
-                flash and model.dtype == "float32" and training.precision == "float32",
-                "model.attention=flash_attention_2 takes 16-bit inputs, and training.precision=float32 with "
-                "model.dtype=float32 gives none: set training.precision=bfloat16, or model.attention=auto",
-            ),
-            (
-                flash and training.device.startswith("cpu"),
-                f"model.attention=flash_attention_2 runs on CUDA alone, not on training.device={training.device}: "
-                "set model.attention=auto",
-            ),
-            (
-                training.compile and bool(in_4_bits),
-                f"training.compile=true does not reach into 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: "
-                "change one of them",
-            ),
-            (
-                model.dtype == "float64" and training.optimizer != "adamw",
-                f"training.optimizer={training.optimizer} steps no weights of model.dtype=float64: use adamw",
-            ),
-            (
-                training.optimizer_in_backward and model.shared,
-                "training.optimizer_in_backward=true steps after one backward pass, and model.shared=true has two, as "
-                "Embseq and as Gen: set one of them to false",
-            ),
-            (
-                training.sharding == "fsdp" and bool(in_4_bits),
-                f"training.sharding=fsdp cannot share out 4-bit weights, model.{''.join(in_4_bits[:1])}.quantize: use "
-                "training.sharding=ddp, or quantize=null",
-            ),
-        ):
-            if wrong:
+        for rule in RULES:
+            for message in rule(self):
                 raise ValueError(message)
-        check_rounding(training.optimizer, rounded=self.rounds)
         return self
+
+    @property
+    def models(self) -> ModelConfig:
+        """What of `model` is loaded: with nsp.weight=0 Gen alone."""
+        return self.model if self.has_embseq else self.model.alone()
+
+    @property
+    def has_embseq(self) -> bool:
+        """Whether there is a second model, or a second use of the first one, that embeds passages."""
+        return self.nsp.weight > 0
 
     @property
     def rounds(self) -> bool:
         """Whether trained weights are in bf16; adapters never are."""
         model = self.model
-        adapters_alone = model.gen_lora.rank and (model.embseq_lora.rank or model.shared or model.freeze_embseq)
+        adapters_alone = model.gen_lora.rank and (
+            model.embseq_lora.rank or model.shared or model.freeze_embseq or not self.has_embseq
+        )
         return model.dtype == "bfloat16" and not adapters_alone
 
 

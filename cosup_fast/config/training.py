@@ -6,12 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cosup_fast.config.model import Recompute
+from cosup_fast.config.model import Recompute, whole_steps
 from cosup_fast.data.packing import PackLimits
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+BestMetric = Literal["ntp", "nsp", "recall_at_1", "recall_at_5", "recall_at_20"]
 OptimizerName = Literal["adamw", "adamw-8bit", "adamw-8bit-torchao"]
 Sharding = Literal["none", "ddp", "fsdp"]
 
@@ -37,9 +38,28 @@ class TrainingConfig(BaseModel):
     balance_lengths: bool = Field(
         default=True, description="give every step short and long examples alike; false: a plain permutation"
     )
-    lr: float = Field(default=2e-5, gt=0)
-    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    lr: float = Field(
+        default=2e-5,
+        gt=0,
+        allow_inf_nan=False,
+        description="learning rate of Gen and, unless they have their own, of Embseq and of the temperature",
+    )
+    embseq_lr: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="learning rate of Embseq and its projection; null: lr"
+    )
+    temperature_lr: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="learning rate of a learnable temperature; null: lr"
+    )
+    warmup: float = Field(
+        default=0.03,
+        ge=0,
+        allow_inf_nan=False,
+        description="steps with a rising learning rate: below 1 a share of all, from 1 on their number",
+    )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr: float = Field(
+        default=0.0, ge=0, lt=1, description="what the learning rates do not fall below, as a share of them"
+    )
     lr_decay: float = Field(
         default=1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)"
     )
@@ -86,11 +106,28 @@ class TrainingConfig(BaseModel):
         description="stop before a step whose loss is so many robust standard deviations above the median; null: never",
     )
     spike_window: int = Field(default=100, ge=4, description="steps that the median of spike_factor is taken over")
+    on_spike: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what such a step does, or one whose loss or gradient is not finite: stop ends the run with the "
+        "step undone, skip passes over its batch",
+    )
+    max_skips: int = Field(default=3, ge=1, description="most steps in a row that on_spike=skip passes over")
     eval_every: int | None = Field(default=100, ge=1, description="steps between held-out evaluations; null: never")
     checkpoint_every: int | None = Field(
         default=500, ge=1, description="steps between checkpoints; null: only at the end"
     )
-    keep_checkpoints: int = Field(default=2, ge=1)
+    checkpoint_minutes: float | None = Field(
+        default=15.0, gt=0, description="also save when so many minutes have passed without; null: never"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints that stay, the newest ones")
+    keep_best: BestMetric | None = Field(
+        default=None,
+        description="also keep the checkpoint with the best held-out value of this figure, which is then meant by the "
+        "run's folder: the lowest loss, the highest recall",
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="end the run after so many evaluations without a better keep_best; null: never"
+    )
     device: str = Field(default="auto", description="auto: cuda when there is one, else cpu")
 
     @model_validator(mode="after")
@@ -104,6 +141,22 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"training.compile=true has no effect under training.activation_checkpointing="
                 f"{self.activation_checkpointing}, which runs its layers uncompiled: change one of them"
+            )
+        whole_steps("training.warmup", self.warmup)
+        if self.min_lr and self.schedule == "constant" and self.lr_decay == 1:
+            raise ValueError(
+                f"training.min_lr={self.min_lr} is a floor for nothing under training.schedule=constant with "
+                "training.lr_decay=1: set training.schedule=linear or cosine, or omit it"
+            )
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError(
+                f"training.patience={self.patience} waits for nothing: say in training.keep_best which figure is to "
+                "become better, such as recall_at_5"
+            )
+        if self.keep_best is not None and self.eval_every is None:
+            raise ValueError(
+                f"training.keep_best={self.keep_best} is never evaluated under training.eval_every=null: set that to "
+                "a number of steps"
             )
         for wrong, field in (
             (self.clip is not None, f"training.clip={self.clip}, which needs all gradients at once: set it to null"),
@@ -122,10 +175,20 @@ class TrainingConfig(BaseModel):
                 f"training.diagnose_every={self.diagnose_every}, which runs backward passes that must not step: set it "
                 "to null",
             ),
+            (
+                self.on_spike == "skip",
+                "training.on_spike=skip, which decides on a step before it is taken: set it to stop",
+            ),
         ):
             if self.optimizer_in_backward and wrong:
                 raise ValueError(f"training.optimizer_in_backward=true cannot be had with {field}")
         return self
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates other than `lr`, by the module of the model whose parameters have them."""
+        own = {"embseq": self.embseq_lr, "projection": self.embseq_lr, "criterion": self.temperature_lr}
+        return {part: rate for part, rate in own.items() if rate is not None}
 
     @property
     def pack_limits(self) -> PackLimits:

@@ -186,6 +186,7 @@ def make_batch(
     rank: int = 0,
     ranks: int = 1,
     even: bool = False,
+    retrieval: bool = True,
 ) -> CoSupervisionBatch:
     """Tokenizes and packs examples with the passages they ask for and with their hard negatives.
 
@@ -204,6 +205,7 @@ def make_batch(
         rank: whose part this is.
         ranks: how many there are.
         even: give every rank as many packs as any, if with packs that hold nothing.
+        retrieval: false for a Gen without an Embseq: it reads the passages that are inserted, and nobody is asked.
 
     Raises:
         ValueError: no example, what `Template.gen_sequence` and `Template.sequence` refuse, or a sequence that is
@@ -214,6 +216,8 @@ def make_batch(
     limits = limits or PackLimits()
     size = limits.tokens if limits.fixed else None
     sequences = [template.gen_sequence(example, corpus) for example in examples]
+    if not retrieval:
+        sequences = [replace(sequence, query_rows=[], query_passages=[]) for sequence in sequences]
     for example, s in zip(examples, sequences, strict=True):
         check_fits(f"example {example.id!r}", len(s.input_ids), limits)
     gen_lengths = [len(s.input_ids) for s in sequences]

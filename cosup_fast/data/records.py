@@ -91,6 +91,9 @@ class Example(_Record):
     count as retrieved correctly, by default those the output is grounded on; `gold_sets` are sets of them each of which
     is enough (the outputs of KILT), for R-precision; `negatives` those of passages that do not answer, though they look
     like it: training contrasts with them.
+
+    An output that is grounded on nothing asks for the first gold passage where it begins, if there is one: a question
+    with `gold` alone trains retrieval, and free text with `gold` is grounded on that passage as a whole.
     """
 
     id: Text
@@ -141,6 +144,11 @@ class Example(_Record):
         """The ids of the passages that the output is grounded on, each once."""
         return tuple(dict.fromkeys(segment.passage for segment in self.output if segment.passage is not None))
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The ids of the passages that training asks for, each once: the cited ones, or else the first gold one."""
+        return self.cited or tuple(self.gold[:1])
+
 
 R = TypeVar("R", Passage, Example)
 
@@ -155,7 +163,8 @@ def read_examples(
 ) -> list[Example]:
     """The examples of a JSONL file; ids are unique and every passage named is one of `passages`, if given.
 
-    An example with no grounded segment teaches no retrieval and is refused unless `allow_no_retrieval`.
+    An example with neither a grounded segment nor a gold passage teaches no retrieval and is refused unless
+    `allow_no_retrieval`.
     """
     examples = []
     for where, example in _read(Path(path), Example):
@@ -167,9 +176,9 @@ def read_examples(
 def check_example(where: str, example: Example, passages: Collection[str] | None, allow_no_retrieval: bool) -> None:
     """Raises `DataError` unless the example retrieves and names known passages only."""
     named = [(f"output.{i}.passage", s.passage) for i, s in enumerate(example.output) if s.passage is not None]
-    if not named and not allow_no_retrieval:
+    if not example.asked and not allow_no_retrieval:
         raise DataError(
-            f"{where}: output: expected at least one segment with a passage, found none "
+            f"{where}: output: expected at least one segment with a passage, or a gold passage, found none "
             "(allow_no_retrieval=True keeps such examples)"
         )
     if passages is not None:

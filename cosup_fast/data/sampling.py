@@ -67,6 +67,8 @@ def example_lengths(
     limits: PackLimits | None = None,
     *,
     track: Callable[[Sequence[Example]], Iterable[Example]] = iter,
+    ntp: bool = True,
+    retrieval: bool = True,
 ) -> list[int]:
     """The tokens that each example brings to both models; everything is tokenized once and checked.
 
@@ -74,27 +76,36 @@ def example_lengths(
         examples, corpus, template: as of `make_batch`.
         limits: of the packs that are to hold them.
         track: wraps the examples, to show progress.
+        ntp: whether next tokens are learnt; then there must be a supervised one.
+        retrieval: whether passages are embedded and learnt; then there must be a query.
 
     Raises:
-        ValueError: no example, what `make_batch` refuses of any one, or none has a supervised token.
+        ValueError: no example, what `make_batch` refuses of any one, or nothing in them for a loss to learn.
     """
     if not examples:
         raise ValueError("there is no training example: data.train names an empty set")
     limits = limits or PackLimits()
     of_passage: dict[str, int] = {}
     lengths: list[int] = []
-    supervised = 0
+    supervised = queries = 0
     for example in track(examples):
         sequence = template.gen_sequence(example, corpus)
         check_fits(f"example {example.id!r}", len(sequence.input_ids), limits)
-        passages = {*sequence.query_passages, *example.negatives}
+        passages = {*sequence.query_passages, *example.negatives} if retrieval else set()
         for name in passages:
             if name not in of_passage:
                 of_passage[name] = len(template.sequence(corpus[name]))
                 check_fits(f"passage {name!r}", of_passage[name], limits)
         supervised += sum(label != IGNORE for label in sequence.labels)
+        queries += len(sequence.query_rows)
         lengths.append(len(sequence.input_ids) + sum(of_passage[name] for name in passages))
-    if not supervised:
+    if retrieval and not queries:
+        raise ValueError(
+            f"none of the {len(examples)} examples of data.train asks for a passage, so NSP has nothing to learn: "
+            "ground a segment of their output on a passage, name their gold passages, or set nsp.weight=0 to train NTP "
+            "alone"
+        )
+    if ntp and not supervised:
         raise ValueError(
             f"none of the {len(examples)} examples of data.train has a supervised token, so NTP has nothing to learn: "
             "give them an output, or a prompt (text.prompt) for it to follow"

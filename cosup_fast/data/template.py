@@ -9,8 +9,9 @@ contains the characters `[NSP]` is read as those five characters. Source: Lee et
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
@@ -157,6 +158,9 @@ class Template:
     def gen_sequence(self, example: Example, passages: Mapping[str, Passage]) -> GenSequence:
         """The training sequence of an example.
 
+        An output grounded on nothing begins with a query for the first gold passage that is known. Its text, if there
+        is any, is then grounded on that passage; without text the sequence ends with the query.
+
         Raises:
             ValueError: an unknown passage id, or a sequence longer than Gen's positions.
         """
@@ -169,28 +173,41 @@ class Template:
             ids.extend(tokens)
             learned.extend([learn] * len(tokens))
 
+        def ask(passage: str) -> None:
+            append([self.nsp])
+            rows.append(len(ids) - 1)
+            wanted.append(passage)
+
+        def ground(passage: str, texts: Iterable[str]) -> None:
+            # [Cs] always follows the passage and is appended, not chosen, at inference.
+            append([*self.inserted_passage(passages[passage]), self.context_start], self.config.label_passages)
+            append([*chain.from_iterable(map(self.encode, texts)), self.context_end])
+
+        pieces: list[tuple[str | None, str]] = []
         written = ""
         for segment in example.output:
             text = gap(written, segment.text) + segment.text
             written = text or written
-            if segment.passage is None:
-                append(self.encode(text))
-                continue
-            if segment.passage not in passages:
-                raise ValueError(
-                    f"example {example.id!r}: unknown passage id {segment.passage!r}; "
-                    f"the corpus holds {len(passages)} passages"
-                )
-            append([self.nsp])
-            rows.append(len(ids) - 1)
-            wanted.append(segment.passage)
-            # [Cs] always follows the passage and is appended, not chosen, at inference.
-            append(
-                [*self.inserted_passage(passages[segment.passage]), self.context_start],
-                self.config.label_passages,
-            )
-            append([*self.encode(text), self.context_end])
-        append([self.eos])
+            pieces.append((segment.passage, text))
+        gold = None if example.cited else next((name for name in example.gold if name in passages), None)
+        if gold is not None:
+            ask(gold)
+            if pieces:
+                ground(gold, (text for _, text in pieces))
+        else:
+            for passage, text in pieces:
+                if passage is None:
+                    append(self.encode(text))
+                    continue
+                if passage not in passages:
+                    raise ValueError(
+                        f"example {example.id!r}: unknown passage id {passage!r}; the corpus holds {len(passages)} "
+                        "passages"
+                    )
+                ask(passage)
+                ground(passage, [text])
+        if gold is None or pieces:
+            append([self.eos])
         if len(ids) > self.max_length:
             raise ValueError(
                 f"example {example.id!r} has {len(ids)} tokens, more than the {self.max_length} positions of Gen: "

@@ -112,7 +112,7 @@ class PairRetriever(IndexRetriever):
         template = self._model.template
         sequences = []
         for request in requests:
-            so_far = request.example.model_copy(update={"output": list(request.written)})
+            so_far = request.example.model_copy(update={"output": list(request.written), "gold": []})
             sequences.append([*template.gen_sequence(so_far, self.corpus.by_id).input_ids[:-1], template.nsp])
         return embed_asking(self._model, sequences)
 

@@ -40,10 +40,10 @@ class RunFacts:
     def of(cls, checkpoint: Path, *, name: str | None = None, licence: str | None = None) -> Self:
         """What the folder of a checkpoint's run records; only a name where there is no run."""
         from cosup_fast.config import load_config
-        from cosup_fast.training.checkpoint import newest
+        from cosup_fast.training.checkpoint import chosen_checkpoint
         from cosup_fast.training.log import read_metrics
 
-        checkpoint = newest(checkpoint)
+        checkpoint = chosen_checkpoint(checkpoint)
         run = checkpoint.parent.parent
         if not (run / "config.yaml").is_file():
             return cls(name=name or checkpoint.name, licence=licence)

@@ -59,6 +59,8 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r}: choose from {', '.join(get_args(Kind))}")
+    if kind != "gen":
+        model.require_embseq(f"kind={kind!r} cannot be exported")
     with replace_folder(folder, EXPORT) as new, quiet_transformers():
         if kind == "gen":
             _write_gen(model, new)

@@ -110,10 +110,12 @@ class SequenceIndex:
             progress: show progress bars on stderr.
 
         Raises:
-            ValueError: an empty corpus, an id twice, a line that is no passage, a passage that is too long, a folder
-                that holds something else or an unfinished build of something else, or an unknown factory.
+            ValueError: a model without an Embseq, an empty corpus, an id twice, a line that is no passage, a passage
+                that is too long, a folder that holds something else or an unfinished build of something else, or an
+                unknown factory.
             ImportError: faiss is needed and not installed.
         """
+        model.require_embseq("an index cannot be built")
         if not isinstance(corpus, str | Path) and not corpus:
             raise ValueError("an index needs at least one passage, got an empty corpus")
         options = options or Options(progress=progress)
@@ -179,10 +181,11 @@ class SequenceIndex:
             verify: compare all files with their checksums, which reads them once; sizes are compared always.
 
         Raises:
-            ValueError: no index, a damaged one, one of another format version, one that `model` did not make, or one
-                without what `engine` needs.
+            ValueError: a model without an Embseq, no index, a damaged one, one of another format version, one that
+                `model` did not make, or one without what `engine` needs.
             ImportError: the engine needs faiss, which is not installed.
         """
+        model.require_embseq("no index can be searched")
         folder = Path(folder)
         stamp = Stamp.read(folder)
         if stamp.dim != model.width:

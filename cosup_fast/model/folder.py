@@ -1,6 +1,7 @@
 """A co-supervised model on disk: two Hugging Face folders, and what joins them.
 
-gen/ embseq/         configuration, safetensors, tokenizer; of a model with adapters these alone
+gen/ embseq/         configuration, safetensors, tokenizer; of a model with adapters these alone; a Gen that was trained
+                     without an Embseq stands alone
 heads.safetensors    what belongs to neither model: the projection, a learnt temperature
 cosup.json           the template, the geometry of NSP, and where the weights under adapters come from
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cosup_fast.config.model import Attention, ModelConfig, NSPConfig
+from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from cosup_fast.model.adapters import adapter_state, has_adapters, save_adapter_config
@@ -32,16 +33,29 @@ FORMAT_VERSION = 1
 HEADS = "heads.safetensors"
 
 
+class Changes(NamedTuple):
+    """Settings in place of those that a checkpoint was saved with; with `nsp.weight` 0 its Embseq is not loaded."""
+
+    text: TextConfig
+    nsp: NSPConfig
+    ntp: NTPConfig
+    freeze_embseq: bool
+
+
 class Stored(Protocol):
     """What of a co-supervised model goes into a folder."""
 
     embseq: PreTrainedModel | None
     template: Template
     nsp: NSPConfig
+    ntp: NTPConfig
     freeze_embseq: bool
+    has_embseq: bool
     bases: dict[str, Base]
     sharded: bool
 
+    @property
+    def shared(self) -> bool: ...
     @property
     def dtype(self) -> torch.dtype: ...
     def parts(self) -> list[tuple[str, PreTrainedModel]]: ...
@@ -55,7 +69,9 @@ class Parts(NamedTuple):
     embseq: PreTrainedModel | None
     template: Template
     nsp: NSPConfig
+    ntp: NTPConfig
     freeze_embseq: bool
+    has_embseq: bool
     bases: dict[str, Base]
     """By "gen" and "embseq", the weights that adapters belong to; the adapters themselves are not loaded yet."""
     heads: dict[str, Tensor]
@@ -70,23 +86,34 @@ def whole_weights(folder: Path) -> Iterator[None]:
         raise ValueError(f"the weights in {folder} are damaged ({error}): use another copy or checkpoint") from None
 
 
-def load_parts(folder: Path, device: torch.device, attention: Attention) -> Parts:
+def load_parts(folder: Path, device: torch.device, attention: Attention, changes: Changes | None = None) -> Parts:
     """The parts of the model in a folder, on a device.
 
     Raises:
         ValueError: see `CoSupervisionModel.load`.
     """
     description = read_description(folder)
+    text, nsp, ntp, freeze_embseq = changes or Changes(
+        TextConfig(**description["text"]),
+        NSPConfig(**description["nsp"]),
+        NTPConfig(**description.get("ntp", {})),
+        description["freeze_embseq"],
+    )
+    has_embseq = description.get("has_embseq", True)
+    if changes is not None and has_embseq and nsp.weight == 0:
+        has_embseq = freeze_embseq = False
     settings = ModelConfig(
         gen=str(folder / "gen"),
-        embseq=None if description["shared"] else str(folder / "embseq"),
-        shared=description["shared"],
+        embseq=str(folder / "embseq") if has_embseq and not description["shared"] else None,
+        shared=description["shared"] or not has_embseq,
         attention=attention,
         dtype=description["dtype"],
     )
     bases = {part: Base.model_validate(base) for part, base in description.get("adapters", {}).items()}
+    if not has_embseq:
+        bases.pop("embseq", None)
     bases = {name: base.found(folder / name) for name, base in bases.items()}
-    template, _ = load_template(settings, TextConfig(**description["text"]))
+    template, _ = load_template(settings, text)
 
     def load(name: str, source: str, *, head: bool) -> Any:
         base = bases.get(name)
@@ -103,8 +130,7 @@ def load_parts(folder: Path, device: torch.device, attention: Attention) -> Part
     heads = folder / HEADS
     if not heads.is_file():
         raise ValueError(f"{folder} is incomplete: {HEADS} is missing")
-    nsp = NSPConfig(**description["nsp"])
-    return Parts(gen, embseq, template, nsp, description["freeze_embseq"], bases, load_file(heads))
+    return Parts(gen, embseq, template, nsp, ntp, freeze_embseq, has_embseq, bases, load_file(heads))
 
 
 def save_folder(model: Stored, folder: Path, *, weights: bool = True) -> None:
@@ -134,11 +160,13 @@ def save_folder(model: Stored, folder: Path, *, weights: bool = True) -> None:
     save_file(heads_of(model), folder / HEADS)
     description = {
         "format_version": FORMAT_VERSION,
-        "shared": model.embseq is None,
+        "shared": model.shared,
+        "has_embseq": model.has_embseq,
         "freeze_embseq": model.freeze_embseq,
         "dtype": dtype,
         "text": model.template.config.model_dump(),
         "nsp": model.nsp.model_dump(),
+        "ntp": model.ntp.model_dump(),
     }
     if model.bases:
         description["adapters"] = {name: base.model_dump() for name, base in model.bases.items()}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, Recompute
+from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig, Recompute
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.functional import gather_last_hidden
@@ -37,7 +37,7 @@ from cosup_fast.model.backbone import (
     probe,
     run_pack,
 )
-from cosup_fast.model.folder import HEADS, heads_of, load_parts, save_folder, whole_weights
+from cosup_fast.model.folder import HEADS, Changes, heads_of, load_parts, save_folder, whole_weights
 from cosup_fast.model.layers import compile_layers, recompute_activations
 from cosup_fast.model.linear import linear
 from cosup_fast.model.loading import (
@@ -63,10 +63,11 @@ class CoSupervisionModel(nn.Module):
 
     Args:
         gen: a causal LM whose vocabulary holds the special tokens.
-        embseq: a causal LM without head; None shares Gen's weights.
+        embseq: a causal LM without head; None shares Gen's weights, unless `has_embseq` is false.
         template: the text template with both tokenizers.
-        nsp: the loss settings.
+        nsp, ntp: the settings of both losses.
         freeze_embseq: Embseq takes no gradient; its projection, if any, still does.
+        has_embseq: false for a Gen that stands alone: it writes, and embeds neither passages nor queries.
     """
 
     gen: PreTrainedModel
@@ -85,13 +86,17 @@ class CoSupervisionModel(nn.Module):
         template: Template,
         nsp: NSPConfig,
         *,
+        ntp: NTPConfig | None = None,
         freeze_embseq: bool = False,
+        has_embseq: bool = True,
     ):
         super().__init__()
         self.gen = gen
         self.embseq = embseq
         self.template = template
         self.nsp = nsp
+        self.ntp = ntp or NTPConfig()
+        self.has_embseq = has_embseq
         self.freeze_embseq = freeze_embseq
         self.bases: dict[str, Base] = {}  # of the parts that have adapters
         self.width = gen.config.get_text_config().hidden_size
@@ -104,6 +109,7 @@ class CoSupervisionModel(nn.Module):
             self.projection.weight.data.copy_(weight)
         self.criterion = CoSupervisionLoss(
             nsp_weight=nsp.weight,
+            ntp_weight=self.ntp.weight,
             ntp=LinearCrossEntropyLoss(ignore_index=None, **_logit_options(gen)),  # supervised rows alone come in
             nsp=InfoNCELoss(
                 temperature=nsp.temperature,
@@ -128,14 +134,15 @@ class CoSupervisionModel(nn.Module):
         text: TextConfig | None = None,
         nsp: NSPConfig | None = None,
         *,
+        ntp: NTPConfig | None = None,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Two pretrained causal LMs, with special tokens added to Gen.
+        """Two pretrained causal LMs, with special tokens added to Gen; Gen alone where `nsp.weight` is 0.
 
         Args:
             model: which, and how much of them.
             text: the template's settings.
-            nsp: the loss settings.
+            nsp, ntp: the settings of both losses.
             device: where they go; "meta" reads and checks no weights, for ranks that get them from another one
                 (`training.sharding`).
 
@@ -144,7 +151,10 @@ class CoSupervisionModel(nn.Module):
                 weights that are no safetensors; a model that cannot run on packs, or whose logits are more than
                 `logits` knows; adapters for layers that it does not have.
         """
-        device = torch.device(device)
+        device, nsp = torch.device(device), nsp or NSPConfig()
+        has_embseq = nsp.weight > 0
+        if not has_embseq:
+            model = model.alone()
         check_adapters(model)
         template, new = load_template(model, text or TextConfig())
         gen = load_language_model(model.gen, model, device, layers=model.gen_layers)
@@ -156,7 +166,9 @@ class CoSupervisionModel(nn.Module):
             embseq = load_language_model(
                 model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False
             )
-        made = cls(gen, embseq, template, nsp or NSPConfig(), freeze_embseq=model.freeze_embseq).to(device)
+        made = cls(gen, embseq, template, nsp, ntp=ntp, freeze_embseq=model.freeze_embseq, has_embseq=has_embseq).to(
+            device
+        )
         made.check(model.gen, model.embseq or model.gen)
         if model.gen_lora.rank:
             made.adapt("gen", Base.of(model.gen, model.gen_layers, model.gen_lora, new))
@@ -172,10 +184,15 @@ class CoSupervisionModel(nn.Module):
         device: torch.device | str = "cpu",
         attention: Attention = "auto",
         merge: bool = True,
+        changes: Changes | None = None,
     ) -> Self:
         """A checkpoint folder that `save` wrote.
 
         Args:
+            folder: the checkpoint; of a run's folder `training.checkpoint.chosen_checkpoint` names one.
+            device: where it goes.
+            attention: as in `ModelConfig`.
+            changes: settings that are to be others than those that were saved, as where another run begins with it.
             merge: fold adapters into the weights, so that a plain model is what is left; False: to train them further.
 
         Raises:
@@ -184,11 +201,22 @@ class CoSupervisionModel(nn.Module):
         """
         folder, device = Path(folder), torch.device(device)
         with whole_weights(folder):
-            parts = load_parts(folder, device, attention)
-            model = cls(parts.gen, parts.embseq, parts.template, parts.nsp, freeze_embseq=parts.freeze_embseq)
-            if parts.heads.keys() != (expected := heads_of(model)).keys():
-                raise ValueError(f"{folder / HEADS} holds {sorted(parts.heads)}, expected {sorted(expected)}")
-            model.load_state_dict(parts.heads, strict=False)
+            parts = load_parts(folder, device, attention, changes)
+            model = cls(
+                parts.gen,
+                parts.embseq,
+                parts.template,
+                parts.nsp,
+                ntp=parts.ntp,
+                freeze_embseq=parts.freeze_embseq,
+                has_embseq=parts.has_embseq,
+            )
+            heads, made = parts.heads, heads_of(model)
+            if changes is not None:  # the temperature is theirs
+                heads = {name: heads.get(name, x) if name.startswith("projection.") else x for name, x in made.items()}
+            if heads.keys() != made.keys():
+                raise ValueError(f"{folder / HEADS} holds {sorted(heads)}, expected {sorted(made)}")
+            model.load_state_dict(heads, strict=False)
             model.to(device)
             model.check(str(folder / "gen"), str(folder / "embseq"))
             for name, base in parts.bases.items():
@@ -214,8 +242,10 @@ class CoSupervisionModel(nn.Module):
     def forward(
         self, batch: CoSupervisionBatch, *, ntp_count: int | None = None, nsp_count: int | None = None
     ) -> CoSupervisionOutput:
-        """The loss of a batch: NTP + lambda * NSP. With lambda = 0, NSP is reported and reaches no parameter.
+        """The loss of a batch: w * NTP + lambda * NSP. With lambda = 0, NSP is reported and reaches no parameter.
 
+        With w = 0 NTP is computed where nothing is differentiated, as a diagnosis, and is 0 elsewhere; without an
+        Embseq NSP is a constant 0.
         Where it is differentiated the activations of all packs are kept; `training.step` keeps those of one.
 
         Args:
@@ -224,13 +254,17 @@ class CoSupervisionModel(nn.Module):
             nsp_count: queries of the whole step, likewise.
         """
         ntp_count = batch.ntp_count if ntp_count is None else ntp_count
-        losses, queries = zip(*(self.gen_losses(part, ntp_count) for part in batch.gen), strict=True)
+        with_ntp = self.ntp.weight > 0 or not torch.is_grad_enabled()
+        losses, queries = zip(*(self.gen_losses(part, ntp_count, ntp=with_ntp) for part in batch.gen), strict=True)
         ntp, query = torch.stack(losses).sum(), torch.cat(queries)
+        if not self.has_embseq:
+            nsp = torch.zeros_like(ntp)
+            return CoSupervisionOutput(self.criterion.combine(ntp, nsp), ntp, nsp, None)
         with self.nsp_gradient():
             states = [self.sequence_states(part) for part in batch.passages]
             keys = self.project(torch.cat(states)) if states else query[:0]
         nsp, stats = self.nsp_loss(query, keys, batch, count=nsp_count)
-        return CoSupervisionOutput(ntp + self.nsp.weight * nsp if self.nsp.weight else ntp, ntp, nsp, stats)
+        return CoSupervisionOutput(self.criterion.combine(ntp, nsp), ntp, nsp, stats)
 
     def ntp_loss(self, hidden: Tensor, targets: Tensor, *, count: int | None = None) -> Tensor:
         """Next token prediction of supervised rows (n, D), after the final norm, and their targets (n,)."""
@@ -275,14 +309,18 @@ class CoSupervisionModel(nn.Module):
         """Gen's hidden states after the final norm, (T, D)."""
         return self._inside(self.gen, lambda: run_pack(self.gen.base_model, pack))
 
-    def gen_losses(self, part: GenPack, count: int) -> tuple[Tensor, Tensor]:
-        """What a pack of Gen's brings to a step: the sum of NTP over `count`, and its queries (N, D)."""
+    def gen_losses(self, part: GenPack, count: int, *, ntp: bool = True) -> tuple[Tensor, Tensor]:
+        """What a pack of Gen's brings to a step: the sum of NTP over `count`, and its queries (N, D).
+
+        Without `ntp` that sum is a constant 0, no supervised row is gathered, and no product with the head is formed.
+        """
 
         def run() -> tuple[Tensor, Tensor]:
             states = self._gen_states(part.pack)
-            return self.ntp_loss(self._at(states, part.supervised_rows), part.targets, count=count), self._queries(
-                states, part.query_rows
-            )
+            query = self._queries(states, part.query_rows)
+            if not ntp:
+                return states.new_zeros((), dtype=accumulator(states.dtype)), query
+            return self.ntp_loss(self._at(states, part.supervised_rows), part.targets, count=count), query
 
         return self._inside(self.gen, run)
 
@@ -312,7 +350,12 @@ class CoSupervisionModel(nn.Module):
         return self.project(self.sequence_states(pack))
 
     def sequence_states(self, pack: Pack) -> Tensor:
-        """What Embseq itself makes of the passages of a pack, (S, D_e), to go through `project`."""
+        """What Embseq itself makes of the passages of a pack, (S, D_e), to go through `project`.
+
+        Raises:
+            ValueError: there is no Embseq.
+        """
+        self.require_embseq("passages cannot be embedded")
         model = self.gen.base_model if self.embseq is None else self.embseq
         unit = self.projection is None and self.nsp.similarity == "cosine"
 
@@ -386,6 +429,24 @@ class CoSupervisionModel(nn.Module):
         """Compiles the decoder layers of both models, when each first runs; see `decoder_layers.compile_layers`."""
         for name, part in self.parts():
             compile_layers(part, name.capitalize(), fixed_shapes=fixed_shapes)
+
+    def require_embseq(self, otherwise: str) -> None:
+        """Refuses work that needs an Embseq where there is none.
+
+        Raises:
+            ValueError: there is none; `otherwise` says what cannot be done.
+        """
+        if not self.has_embseq:
+            raise ValueError(
+                f"{otherwise}: this model is a Gen without an Embseq, trained with nsp.weight=0. Give a checkpoint of "
+                "a run with nsp.weight above 0; this one writes without passages (--max-retrievals 0) or with those of "
+                "another retriever (evaluate --system dense:NAME or pair:RUN)"
+            )
+
+    @property
+    def shared(self) -> bool:
+        """Whether Embseq is Gen itself."""
+        return self.has_embseq and self.embseq is None
 
     def parts(self) -> list[tuple[str, PreTrainedModel]]:
         """Both models by name; one where they share weights."""

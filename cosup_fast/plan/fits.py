@@ -99,6 +99,6 @@ def _least(request: PlanRequest) -> float:
         return count_weights(config) * (weight + (0 if frozen or lora.rank else training))
 
     found = of(request.gen, request.gen_lora)
-    if not request.shared:
+    if request.has_embseq and not request.shared:
         found += of(request.embseq or request.gen, request.embseq_lora, frozen=request.freeze_embseq)
     return found / (request.gpus if request.sharding == "fsdp" else 1)

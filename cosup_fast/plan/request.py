@@ -27,6 +27,7 @@ class PlanRequest(BaseModel):
     gen_lora: LoRAConfig = LoRAConfig()
     embseq_lora: LoRAConfig = LoRAConfig()
     nsp_weight: float = Field(default=1.0, ge=0)
+    ntp_weight: float = Field(default=1.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: Recompute = "full"
@@ -43,6 +44,11 @@ class PlanRequest(BaseModel):
     embseq_sequences: int = Field(default=16, ge=1)
     embseq_length: int = Field(default=256, ge=1)
     embseq_packs: int = Field(default=1, ge=1)
+
+    @property
+    def has_embseq(self) -> bool:
+        """Whether passages are embedded, by a second model or by Gen."""
+        return self.nsp_weight > 0
 
     @classmethod
     def of(cls, config: RunConfig, *, gpus: int, **packs: Any) -> Self:
@@ -64,13 +70,15 @@ class PlanRequest(BaseModel):
         if training.optimizer_in_backward and gpus > 1:
             raise ValueError(f"training.optimizer_in_backward=true is a run on one GPU, not on {gpus}: set it to false")
 
+        second = config.has_embseq and not model.shared
         return cls(
             gen=model_config(model.gen, model.gen_layers),
-            embseq=None if model.shared else model_config(model.embseq or model.gen, model.embseq_layers),
+            embseq=model_config(model.embseq or model.gen, model.embseq_layers) if second else None,
             gpus=gpus,
             **{name: getattr(model, name) for name in _OF_MODEL},
             **{name: getattr(training, name) for name in _OF_TRAINING},
             nsp_weight=config.nsp.weight,
+            ntp_weight=config.ntp.weight,
             clip=training.clip is not None,
             **packs,
         )

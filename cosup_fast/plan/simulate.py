@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from cosup_fast import functional
-from cosup_fast.config.model import NSPConfig
+from cosup_fast.config.model import NSPConfig, NTPConfig
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCounts
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.kernels.softmax_xent.call import Call
@@ -144,10 +144,17 @@ def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSuper
     depths = layers or (None, None)
     gen = make(request.gen, AutoModelForCausalLM, depths[0])
     gen.resize_token_embeddings(gen.get_input_embeddings().num_embeddings + request.new_tokens, mean_resizing=False)
-    embseq = None if request.shared else make(request.embseq or request.gen, AutoModel, depths[1])
+    second = request.has_embseq and not request.shared
+    embseq = make(request.embseq or request.gen, AutoModel, depths[1]) if second else None
     template: Any = _Template()
     model = CoSupervisionModel(
-        gen, embseq, template, NSPConfig(weight=request.nsp_weight), freeze_embseq=request.freeze_embseq
+        gen,
+        embseq,
+        template,
+        NSPConfig(weight=request.nsp_weight),
+        ntp=NTPConfig(weight=request.ntp_weight),
+        freeze_embseq=request.freeze_embseq and request.has_embseq,
+        has_embseq=request.has_embseq,
     )
     model.train()
     for part, lora in ((gen, request.gen_lora), (embseq, request.embseq_lora)):
@@ -207,7 +214,7 @@ def _make_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisio
         return [total // packs + (i < total % packs) for i in range(packs)]
 
     rows = request.gen_sequences * request.gen_length
-    queries = request.gen_sequences * request.queries_per_sequence
+    queries = request.gen_sequences * request.queries_per_sequence * request.has_embseq
     gen = tuple(
         GenPack(
             pack(request.gen_sequences, request.gen_length, 1),
@@ -220,8 +227,9 @@ def _make_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisio
     passages = tuple(
         pack(request.embseq_sequences, request.embseq_length, times)
         for times in shares(request.embseq_packs, passage_packs)
+        if request.has_embseq
     )
-    keys = request.embseq_sequences * request.embseq_packs
+    keys = request.embseq_sequences * request.embseq_packs * request.has_embseq
     asked = queries * request.gen_packs
     return CoSupervisionBatch(
         gen,

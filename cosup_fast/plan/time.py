@@ -34,7 +34,7 @@ class StepTime:
 def estimate_step(request: PlanRequest, *, tflops: float = DENSE_TFLOPS) -> StepTime:
     """The time of a step at `UTILIZATION` of `tflops` a GPU; communication is assumed to be hidden behind it."""
     flop = 0.0
-    for gen in (True, False):
+    for gen in (True, False) if request.has_embseq else (True,):
         model = decoder(request.gen if gen or request.shared else request.embseq or request.gen)
         packs, sequences, length = (
             (request.gen_packs, request.gen_sequences, request.gen_length)
@@ -45,12 +45,12 @@ def estimate_step(request: PlanRequest, *, tflops: float = DENSE_TFLOPS) -> Step
         width = model.hidden_size
         forward = 2 * _weights(model) * tokens + 2 * model.num_hidden_layers * width * sequences * length**2
         passes = 1.0
-        if gen or (request.nsp_weight and not request.freeze_embseq):
+        if gen or not request.freeze_embseq:
             lora = request.gen_lora if gen or request.shared else request.embseq_lora
             passes += (1 if lora.rank else 2) + (request.activation_checkpointing == "full")
-            passes += 1 - 1 / packs if request.nsp_weight else 0
+            passes += 1 - 1 / packs if request.has_embseq else 0
         flop += packs * passes * forward
-        if gen:
+        if gen and request.ntp_weight:
             flop += packs * 3 * 2 * tokens * width * model.vocab_size
     rate = UTILIZATION * tflops * 1e12
     return StepTime(float(f"{flop / rate:.3g}"), float(f"{request.gpus * flop / 1e15:.3g}"), tflops, UTILIZATION)

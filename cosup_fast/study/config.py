@@ -28,10 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
 from cosup_fast.data.records import nearest
 from cosup_fast.evaluation.systems import split_name
+from cosup_fast.study.handed import HANDED
 from cosup_fast.study.probes import check_probe
 
 RANKS = "ranks"
 """A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
+OWN = (RANKS, *HANDED)
+"""Systems that `cosup-fast evaluate` does not have."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Of `training`, what decides nothing: where a run is, and how often it reports or saves.
@@ -106,7 +109,7 @@ class Condition(_Part):
             if twice := _twice(getattr(self, what)):
                 raise ValueError(f"{what}: {twice!r} is named twice")
         for system in self.systems:
-            if system != RANKS:
+            if system not in OWN:
                 split_name(system)
         for probe in self.probes:
             check_probe(probe)

@@ -28,6 +28,8 @@ METRICS = {
     "beyond_gold_title": "correct, answer not the gold title",
     "beyond_retrieved_title": "correct, answer not the retrieved title",
     "grounded": "grounded",
+    "follows_passage": "follows the passage",
+    "follows_memory": "follows memory",
 }
 """All of them shares. The two on titles are correctness on a part of the questions."""
 

@@ -32,7 +32,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
 
     Args:
         study: what to make.
-        only: make the cells whose names match this pattern, such as `ntp-only-*`.
+        only: make the cells whose names match a list of patterns, such as `ntp-only-*,pair-seed0`.
         console: where progress goes; standard error by default.
 
     Returns:
@@ -84,17 +84,21 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
 
 
 def select(study: Study, only: str | None) -> list[Cell]:
-    """The cells whose names match a pattern of the shell, or contain it.
+    """The cells whose names match one of the patterns of a list, `ntp-only-*,pair-seed0`, in the order of the study.
 
     Raises:
-        StudyError: there is none.
+        StudyError: a pattern matches none.
     """
     if only is None:
         return list(study.cells.values())
-    found = [cell for name, cell in study.cells.items() if fnmatch.fnmatch(name, only) or only in name]
-    if not found:
-        raise StudyError(f"--only {only!r} matches no cell{nearest(only, study.cells)}: {', '.join(study.cells)}")
-    return found
+    wanted: set[str] = set()
+    for pattern in filter(None, only.split(",")):
+        found = fnmatch.filter(study.cells, pattern)
+        if not found:
+            near = nearest(pattern, study.cells)
+            raise StudyError(f"--only {pattern!r} matches no cell{near}: {', '.join(study.cells)}")
+        wanted |= set(found)
+    return [cell for name, cell in study.cells.items() if name in wanted]
 
 
 def make_work(study: Study) -> None:

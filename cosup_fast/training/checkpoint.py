@@ -7,6 +7,9 @@
       trainer.json            step, ranks, and what the tensors of each rank are
       manifest.json           size and SHA-256 of every other file
 
+best.json beside them names the best one by `training.keep_best`, which is never removed. Anything else there is not
+ours and is left alone.
+
 Nothing here is a pickle. Weights that ranks have shared out are gathered one by one, and each rank writes some of them:
 a checkpoint is a Hugging Face folder at once, and knows no number of ranks. Copies are made before training goes on;
 files are written beside it, by a thread of each rank. When all are done, rank 0 gives the folder its name.
@@ -15,6 +18,7 @@ files are written beside it, by a thread of each rank. When all are done, rank 0
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +32,7 @@ from torch import Tensor
 
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
-from cosup_fast.files import FolderKind, install_folder, remove_unfinished, sha256, sync
+from cosup_fast.files import FolderKind, install_folder, remove_unfinished, replace_file, sha256, sync
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
@@ -38,6 +42,7 @@ from cosup_fast.training.sharding import reshard
 MANIFEST = "manifest.json"
 CHECKPOINT = FolderKind("a checkpoint", "cosup.json", frozenset({"format_version", "shared"}), ("*",))
 REMEDY = "remove this checkpoint, then --resume continues behind the one before"
+BEST = "best.json"
 _PREFIX = "step-"
 
 
@@ -61,6 +66,7 @@ class CheckpointWriter:
         self.rank, self.ranks = (0, 1) if peers is None else (peers.rank, peers.size)
         self.pending: int | None = None
         """The step whose checkpoint is being written."""
+        self._best: int | None = None
         self._extra = 0
         self._thread: threading.Thread | None = None
         self._files: dict[str, dict[str, Any]] = {}
@@ -71,11 +77,29 @@ class CheckpointWriter:
         """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, step: int, model: CoSupervisionModel, optimizer: LocalOptimizer, *, extra: int = 0) -> None:
+    def mark_best(self, step: int) -> None:
+        """Names the checkpoint of a step, written already or next, as the best; it stays until there is a better one.
+
+        Not a collective: every rank calls it, and rank 0 writes.
+        """
+        self._best = step
+        if self.rank == 0 and is_checkpoint(checkpoint_folder(self.root, step)):
+            self._tidy()
+
+    def start(
+        self,
+        step: int,
+        model: CoSupervisionModel,
+        optimizer: LocalOptimizer,
+        *,
+        schedule: dict[str, Any] | None = None,
+        extra: int = 0,
+    ) -> None:
         """Copies everything and begins to write; `finish` must follow.
 
         Args:
             step, model, optimizer: what is written.
+            schedule: of the learning rate, as JSON; `load_trainer_state` gives it back.
             extra: how many checkpoints more than `keep` stay.
 
         Raises:
@@ -104,9 +128,8 @@ class CheckpointWriter:
                 self._error = _not_written(error)
 
         if self.rank == 0:
-            (folder / "trainer.json").write_text(
-                json.dumps({"step": step, "ranks": [one["parameters"] for one in described]}) + "\n"
-            )
+            trainer = {"step": step, "schedule": schedule, "ranks": [one["parameters"] for one in described]}
+            (folder / "trainer.json").write_text(json.dumps(trainer) + "\n")
         self.pending, self._extra, self._files, self._error = step, extra, {}, None
         self._thread = threading.Thread(target=write, daemon=True, name=f"checkpoint {step}")
         self._thread.start()
@@ -159,13 +182,23 @@ class CheckpointWriter:
             for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir())):
                 sync(path)
             install_folder(folder, final, CHECKPOINT)
+            self._tidy()
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             return _not_written(error)
-        for old in checkpoints(self.root)[: -self.keep - self._extra]:
-            (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-            shutil.rmtree(old)
         return None
+
+    def _tidy(self) -> None:
+        """Writes which checkpoint is the best, and removes the oldest of the others."""
+        kept = checkpoints(self.root)[-self.keep - self._extra :]
+        if self._best is not None and is_checkpoint(best := checkpoint_folder(self.root, self._best)):
+            kept.append(best)
+            with replace_file(self.root / BEST) as file:
+                file.write(json.dumps({"step": self._best}) + "\n")
+        for old in checkpoints(self.root):
+            if old not in kept:
+                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+                shutil.rmtree(old)
 
     def _finished(self, folder: Path, name: str) -> None:
         path = folder / name
@@ -195,24 +228,42 @@ def checkpoint_folder(root: Path, step: int) -> Path:
     return root / f"{_PREFIX}{step:06d}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a finished checkpoint under the name of its step, and not a copy that someone keeps there."""
+    step = re.fullmatch(rf"{_PREFIX}(\d+)", folder.name)
+    return (
+        step is not None and checkpoint_folder(folder.parent, int(step[1])) == folder and (folder / MANIFEST).is_file()
+    )
+
+
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    found = [path for path in root.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file()]
+    found = [path for path in root.glob(f"{_PREFIX}*") if is_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
-def newest(folder: Path) -> Path:
-    """The folder itself when it is a checkpoint, else the newest finished checkpoint of the run in it.
+def chosen_checkpoint(folder: Path) -> Path:
+    """The folder itself when it is a checkpoint; of a run's folder the best checkpoint where the run keeps one
+    (`training.keep_best`), else the newest.
 
     Raises:
         CheckpointError: it is neither.
     """
     if (folder / "cosup.json").is_file():
         return folder
-    found = checkpoints(folder / "checkpoints")
+    root = folder / "checkpoints"
+    found = checkpoints(root)
     if not found:
         raise CheckpointError(f"{folder} is neither a checkpoint nor the folder of a run with a finished checkpoint")
-    return found[-1]
+    try:
+        best = checkpoint_folder(root, json.loads((root / BEST).read_text())["step"])
+    except FileNotFoundError:
+        return found[-1]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{root / BEST} is damaged ({error}): remove it for the newest checkpoint") from None
+    if best not in found:
+        raise CheckpointError(f"{root / BEST} names {best.name}, which is gone: name a checkpoint, such as {found[-1]}")
+    return best
 
 
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
@@ -257,8 +308,8 @@ def load_trainer_state(
     ranks: int = 1,
     *,
     warn: Callable[[str], None] = lambda message: None,
-) -> int:
-    """Restores optimizer and random number generators into place; returns the step. The model is loaded already.
+) -> tuple[int, dict[str, Any] | None]:
+    """Restores optimizer and random number generators into place. The model is loaded already.
 
     A checkpoint of fewer ranks has no random numbers for `rank`: those stay as they are.
 
@@ -267,6 +318,9 @@ def load_trainer_state(
         model, optimizer: as the run was started.
         rank, ranks: of this process, and how many there are now.
         warn: told of what is no longer the same to the bit.
+
+    Returns:
+        The step, and the schedule that was saved with it, if any was.
 
     Raises:
         CheckpointError: it has no trainer's state, or that of other parameters.
@@ -288,7 +342,7 @@ def load_trainer_state(
     if rank < len(read):
         random = {name.removeprefix("random/"): read[rank][name] for name in read[rank] if name.startswith("random/")}
         set_random_state(random, model.device)
-    return description["step"]
+    return description["step"], description.get("schedule")
 
 
 class _Tensors(Mapping[str, Tensor]):

@@ -1,6 +1,6 @@
 """What the two losses do to each other and to the space of sequences, looked at every so many steps.
 
-    g_NTP = d NTP / d Gen,  g_NSP = d (lambda NSP) / d Gen,  cosine = g_NTP . g_NSP / (|g_NTP| |g_NSP|)
+    g_NTP = d (w NTP) / d Gen,  g_NSP = d (lambda NSP) / d Gen,  cosine = g_NTP . g_NSP / (|g_NTP| |g_NSP|)
     alignment = E |q - k+|^2                    of queries and their own passages
     uniformity = log E exp(-2 |x - y|^2)        of pairs of different queries, and of different passages
 
@@ -30,10 +30,10 @@ from cosup_fast.training.step import autocast, rows
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Of the batch of a step and the weights before it. None: the batch has too few queries, or lambda is 0."""
+    """Of the batch of a step and the weights before it. None: the batch has too few queries, or a weight is 0."""
 
     step: int
-    ntp_grad_norm: float  # |g_NTP|
+    ntp_grad_norm: float | None  # |g_NTP|
     nsp_grad_norm: float | None  # |g_NSP|
     grad_cosine: float | None
     alignment: float | None
@@ -42,7 +42,13 @@ class Diagnosis:
 
 
 def diagnose(
-    model: CoSupervisionModel, batch: CoSupervisionBatch, step: int, *, precision: str, peers: Peers | None = None
+    model: CoSupervisionModel,
+    batch: CoSupervisionBatch,
+    step: int,
+    *,
+    precision: str,
+    nsp_weight: float | None = None,
+    peers: Peers | None = None,
 ) -> Diagnosis:
     """Two extra backward passes over a step's batch; parameters and random numbers stay as they are.
 
@@ -51,19 +57,19 @@ def diagnose(
     answer.
     """
     passes = _Passes(model, precision, peers)
+    weight = model.nsp.weight if nsp_weight is None else nsp_weight
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        query, keys = passes.embeddings(batch)
-        nsp = passes.nsp_gradients(batch, query, keys) if batch.step.nsp and model.nsp.weight else None
-        ntp = passes.ntp_gradients(batch)
-    nsp_norm = cosine = None
-    ntp_norm = math.sqrt(passes.dot(ntp, ntp))
-    if nsp is not None:
-        nsp_norm = math.sqrt(passes.dot(nsp, nsp))
-        product = ntp_norm * nsp_norm
-        cosine = passes.dot(ntp, nsp) / product if product else None
+        asked = batch.step.nsp > 0 and model.nsp.weight > 0
+        query, keys = passes.embeddings(batch) if asked else (torch.empty(0, 1),) * 2
+        nsp = passes.nsp_gradients(batch, query, keys, weight) if asked and weight else None
+        ntp = passes.ntp_gradients(batch) if model.ntp.weight else None
+    ntp_norm, nsp_norm = (None if g is None else math.sqrt(passes.dot(g, g)) for g in (ntp, nsp))
+    cosine = None
+    if ntp is not None and nsp is not None and ntp_norm and nsp_norm:
+        cosine = passes.dot(ntp, nsp) / (ntp_norm * nsp_norm)
     q, k = (normalize(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (query, keys))
     positive = batch.positive
-    if peers is not None:
+    if peers is not None and asked:
         counts = peers.counts(len(q))
         q, positive = peers.gather(q, counts), peers.gather(positive, counts)
         k = peers.gather(k, peers.counts(len(k)))
@@ -97,15 +103,17 @@ class _Passes:
             keys = self.model.project(rows(states, self.model.embseq_width, self.model))
         return rows(queries, self.model.width, self.model), keys
 
-    def nsp_gradients(self, batch: CoSupervisionBatch, query: Tensor, keys: Tensor) -> list[Tensor | None]:
+    def nsp_gradients(
+        self, batch: CoSupervisionBatch, query: Tensor, keys: Tensor, weight: float
+    ) -> list[Tensor | None]:
         """d (lambda NSP) / d Gen; where Gen is Embseq too, through its passages as well."""
-        shared = self.model.embseq is None
+        shared = self.model.shared
         query.requires_grad_()
         keys.requires_grad_(shared)
         with autocast(self.model.device, self.precision):
             loss, _ = self.model.nsp_loss(query, keys, batch, count=batch.step.nsp, group=self.peers)
         inputs = [query, keys] if shared else [query]
-        d_query, *d_keys = torch.autograd.grad(self.model.nsp.weight * loss, inputs)
+        d_query, *d_keys = torch.autograd.grad(weight * loss, inputs)
         with self._gradients() as found:
             asked = [len(part.query_rows) for part in batch.gen]
             for i, (part, gradient) in enumerate(zip(batch.gen, _split(d_query, asked), strict=True)):
@@ -118,10 +126,11 @@ class _Passes:
         return found
 
     def ntp_gradients(self, batch: CoSupervisionBatch) -> list[Tensor | None]:
-        """d NTP / d Gen."""
+        """d (w NTP) / d Gen."""
         with self._gradients() as found:
             for i, part in enumerate(batch.gen):
-                self._run(lambda part: self.model.gen_losses(part, batch.step.ntp)[0], part, i).backward()
+                loss = self._run(lambda part: self.model.gen_losses(part, batch.step.ntp)[0], part, i)
+                (self.model.ntp.weight * loss).backward()
         return found
 
     def dot(self, a: list[Tensor | None], b: list[Tensor | None]) -> float:

@@ -34,11 +34,13 @@ class HeldOutEvaluator:
         self.corpus = corpus
         self.peers = peers
         self.training: TrainingConfig = config.training
-        gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
-        others = sorted(corpus.keys() - set(gold))
-        extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
-        chosen = gold + random.Random(0).sample(others, extra)
-        self.pool = [corpus[passage] for passage in chosen]
+        self.pool: list[Passage] = []
+        """The passages that are searched; none where there is no Embseq."""
+        if config.has_embseq:
+            gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
+            others = sorted(corpus.keys() - set(gold))
+            extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
+            self.pool = [corpus[name] for name in gold + random.Random(0).sample(others, extra)]
 
     @torch.no_grad()
     def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:
@@ -47,23 +49,32 @@ class HeldOutEvaluator:
         peers = self.peers
         rank, ranks = (0, 1) if peers is None else (peers.rank, peers.size)
         sums = torch.zeros(8, dtype=torch.float64)  # NTP, tokens, NSP, queries; retrievals, and those within 1, 5, 20
-        size = self.training.batch_size
-        parts = [self.pool[i::ranks] for i in range(ranks)]
+        size, limits = self.training.batch_size, self.training.pack_limits
         with autocast(model.device, self.training.precision), passes_in_step(model, peers):
             for i in range(rank * size, len(self.examples), ranks * size):
                 chosen = self.examples[i : i + size]
-                batch = make_batch(chosen, self.corpus, model.template, self.training.pack_limits).to(model.device)
-                out = model(batch, ntp_count=1, nsp_count=1)  # sums over the batch
+                batch = make_batch(chosen, self.corpus, model.template, limits, retrieval=model.has_embseq)
+                out = model(batch.to(model.device), ntp_count=1, nsp_count=1)  # sums over the batch
                 found = [float(out.ntp), batch.ntp_count, float(out.nsp), batch.nsp_count]
                 sums[:4] += torch.tensor(found, dtype=torch.float64)
+        if model.has_embseq:
+            sums[4:] = torch.tensor(self._retrieval(model, rank, ranks))
+        if peers is not None:
+            sums = peers.sum_(sums.to(model.device))
+        ntp, tokens, nsp, queries, retrievals, *hits = sums.tolist()
+        if not model.has_embseq:
+            return HeldOut(step, ntp / max(1, tokens), None, None, None, None)
+        return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *(n / max(1, retrievals) for n in hits))
+
+    def _retrieval(self, model: CoSupervisionModel, rank: int, ranks: int) -> list[int]:
+        """Of this rank's examples: retrievals, and those whose own passage is among the first 1, 5 and 20."""
+        peers, precision = self.peers, self.training.precision
+        parts = [self.pool[i::ranks] for i in range(ranks)]
+        with autocast(model.device, precision), passes_in_step(model, peers):
             embeddings = embed_passages(model, parts[rank])
         if peers is not None:
             embeddings = peers.gather(embeddings, [len(part) for part in parts])
         pool = [passage for part in parts for passage in part]
-        with autocast(model.device, self.training.precision), passes_in_step(model, peers):
+        with autocast(model.device, precision), passes_in_step(model, peers):
             places = retrieval_ranks(model, self.examples[rank::ranks], pool, embeddings=embeddings)
-        sums[4:] = torch.tensor([len(places), *(sum(place < k for place in places) for k in (1, 5, 20))])
-        if peers is not None:
-            sums = peers.sum_(sums.to(model.device))
-        ntp, tokens, nsp, queries, retrievals, *hits = sums.tolist()
-        return HeldOut(step, ntp / max(1, tokens), nsp / max(1, queries), *(n / max(1, retrievals) for n in hits))
+        return [len(places), *(sum(place < k for place in places) for k in (1, 5, 20))]

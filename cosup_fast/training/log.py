@@ -15,10 +15,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cosup_fast.files import replace_file
 from cosup_fast.training.diagnostics import Diagnosis
-from cosup_fast.training.metrics import HeldOut, StepMetrics, as_record
+from cosup_fast.training.metrics import HeldOut, Metrics, StepMetrics, as_record
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from matplotlib.axes import Axes
 
 
 class Silence:
@@ -39,7 +41,7 @@ class Silence:
             [record for record in read_metrics(self.output / "metrics.jsonl") if record["step"] <= step] if step else []
         )
 
-    def metrics(self, metrics: StepMetrics | Diagnosis | HeldOut) -> None:
+    def metrics(self, metrics: Metrics) -> None:
         """Nothing."""
 
     def warning(self, message: str) -> None:
@@ -86,8 +88,8 @@ class RunLog:
         self.progress.start()
         return kept
 
-    def metrics(self, metrics: StepMetrics | Diagnosis | HeldOut) -> None:
-        """Records a step, a diagnosis or an evaluation."""
+    def metrics(self, metrics: Metrics) -> None:
+        """Records a step, a diagnosis, an evaluation, or what else happened to the run."""
         record = as_record(metrics)
         self.file.write(json.dumps(record) + "\n")
         kind = record["kind"]
@@ -96,23 +98,33 @@ class RunLog:
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
         if isinstance(metrics, StepMetrics):
             self.last = metrics
-            status = f"NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  in-batch {metrics.in_batch_accuracy:.0%}"
+            status = _told(
+                ("NTP", metrics.ntp, ".3f"), ("NSP", metrics.nsp, ".3f"), ("in-batch", metrics.in_batch_accuracy, ".0%")
+            )
             self.progress.update(self.task, completed=metrics.step, status=status)
             if not self.console.is_terminal and metrics.step % 10 == 0:
                 self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
         elif isinstance(metrics, Diagnosis):
             self.console.print(diagnosis_table(metrics, self.last))
-        else:
-            self.console.print(
-                f"held out after step {metrics.step}: NTP {metrics.ntp:.3f}  NSP {metrics.nsp:.3f}  "
-                f"R@1 {metrics.recall_at_1:.1%}  R@5 {metrics.recall_at_5:.1%}  R@20 {metrics.recall_at_20:.1%}"
+        elif isinstance(metrics, HeldOut):
+            recalls = {1: metrics.recall_at_1, 5: metrics.recall_at_5, 20: metrics.recall_at_20}
+            figures = _told(
+                ("NTP", metrics.ntp, ".3f"),
+                ("NSP", metrics.nsp, ".3f"),
+                *((f"R@{k}", value, ".1%") for k, value in recalls.items()),
             )
+            self.console.print(f"held out after step {metrics.step}: {figures}")
 
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""
         self.console.print(f"[yellow]warning:[/] {message}")
         with (self.output / "warnings.log").open("a") as file:
             file.write(message + "\n")
+
+
+def _told(*figures: tuple[str, float | None, str]) -> str:
+    """Those figures that there are, each behind its name."""
+    return "  ".join(f"{name} {value:{form}}" for name, value, form in figures if value is not None)
 
 
 def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
@@ -163,35 +175,24 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [r for r in records if r["kind"] == "step"]
-    held_out = [r for r in records if r["kind"] == "held-out"]
+    def curve(axes: Axes, kind: str, name: str, *style: str, **options: Any) -> None:
+        """Draws one figure over the steps; what a run does not compute has no curve."""
+        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r[name] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), *style, **options)
+
     figure, (losses, retrieval) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, color in (("ntp", "tab:blue"), ("nsp", "tab:orange")):
-        losses.plot(
-            [r["step"] for r in steps], [r[name] for r in steps], color=color, alpha=0.5, label=f"{name.upper()}"
-        )
-        losses.plot(
-            [r["step"] for r in held_out],
-            [r[name] for r in held_out],
-            "o-",
-            color=color,
-            label=f"{name.upper()} held out",
-        )
+        curve(losses, "step", name, color=color, alpha=0.5, label=name.upper())
+        curve(losses, "held-out", name, "o-", color=color, label=f"{name.upper()} held out")
     losses.set(xlabel="step", ylabel="loss (nats)", title="losses")
-    retrieval.plot(
-        [r["step"] for r in steps],
-        [r["in_batch_accuracy"] for r in steps],
-        color="tab:gray",
-        alpha=0.5,
-        label="in batch",
-    )
+    curve(retrieval, "step", "in_batch_accuracy", color="tab:gray", alpha=0.5, label="in batch")
     for k in (1, 5, 20):
-        retrieval.plot(
-            [r["step"] for r in held_out], [r[f"recall_at_{k}"] for r in held_out], "o-", label=f"R@{k} held out"
-        )
+        curve(retrieval, "held-out", f"recall_at_{k}", "o-", label=f"R@{k} held out")
     retrieval.set(xlabel="step", ylabel="share of queries", ylim=(0, 1), title="retrieval")
     for axes in (losses, retrieval):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -61,19 +61,27 @@ class FailureMonitor:
                 "or nsp.temperature too large",
             )
 
-    def evaluation(self, ntp: float, recall: float) -> Iterator[str]:
-        """Warnings after a held-out evaluation: mean NTP loss (nats per token) and R@5."""
+    def evaluation(self, ntp: float | None, recall: float | None) -> Iterator[str]:
+        """Warnings after a held-out evaluation: mean NTP loss (nats per token) and R@5; None: it is not trained."""
+        if ntp is not None:
+            yield from self._ntp_rises(ntp)
+        if recall is not None:
+            yield from self._recall_is_flat(recall)
+
+    def _ntp_rises(self, ntp: float) -> Iterator[str]:
         self._ntp.append(ntp)
-        self._recall.append(recall)
-        recent = self.patience
-        best, best_recall = min(self._ntp), max(self._recall[-recent:])
-        if len(self._ntp) > recent and all(x > 1.02 * best for x in self._ntp[-recent:]):
+        best, recent = min(self._ntp), self._ntp[-self.patience :]
+        if len(self._ntp) > self.patience and all(x > 1.02 * best for x in recent):
             yield from self._once(
                 "ntp",
                 f"held-out NTP loss has risen from {best:.3f} to {ntp:.3f}: nsp.weight or training.lr may be too high, "
                 "or the training set is being memorised",
             )
-        if len(self._recall) > recent and best_recall <= self._recall[0] and best_recall < 1:
+
+    def _recall_is_flat(self, recall: float) -> Iterator[str]:
+        self._recall.append(recall)
+        best = max(self._recall[-self.patience :])
+        if len(self._recall) > self.patience and best <= self._recall[0] and best < 1:
             yield from self._once(
                 "recall",
                 f"held-out R@5 is flat at {recall:.1%} after {len(self._recall)} evaluations: Embseq may be frozen or "
@@ -105,8 +113,8 @@ class SpikeGuard:
         self.factor = factor
         self._losses = {name: deque[float](maxlen=window) for name in ("NTP", "NSP")}
 
-    def refuse(self, ntp: float, nsp: float | None) -> Iterator[str]:
-        """What is wrong with the losses of a step (nats; NSP is None where nothing was retrieved)."""
+    def refuse(self, ntp: float | None, nsp: float | None) -> Iterator[str]:
+        """What is wrong with the losses of a step (nats; None where one is not trained, or nothing was retrieved)."""
         for name, loss in (("NTP", ntp), ("NSP", nsp)):
             before = self._losses[name]
             if loss is None:
@@ -122,7 +130,7 @@ class SpikeGuard:
                         f"of the {len(before)} steps before"
                     )
 
-    def accept(self, ntp: float, nsp: float | None) -> None:
+    def accept(self, ntp: float | None, nsp: float | None) -> None:
         """Remembers the losses of a step that was taken."""
         for name, loss in (("NTP", ntp), ("NSP", nsp)):
             if loss is not None and math.isfinite(loss):

@@ -19,7 +19,7 @@ import importlib
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,7 @@ class LocalOptimizer:
         named: trained parameters by name, loaded and sharded already.
         name: which one.
         lr, betas: of Adam.
+        rates: learning rates of their own for what stands under a module of the model, such as {"embseq": 1e-5}.
         weight_decay: of matrices; decay would pull norms, biases and scales towards 0, not towards a simpler model.
         in_backward: step each parameter as soon as its gradient is there, and free that; one backward pass a step.
 
@@ -58,6 +59,7 @@ class LocalOptimizer:
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
+        rates: Mapping[str, float] | None = None,
         weight_decay: float = 0.0,
         in_backward: bool = False,
     ):
@@ -74,12 +76,13 @@ class LocalOptimizer:
                 )
 
         def make(names: list[str]) -> torch.optim.Optimizer:
-            here = [(name, self.locals[name], self.parameters[name].ndim >= 2) for name in names]
-            groups = [
-                {"params": [p for _, p, matrix in here if matrix == wanted and p.numel()], "weight_decay": decay}
-                for wanted, decay in ((True, weight_decay), (False, 0.0))
-            ]
-            return _make(name, [group for group in groups if group["params"]], lr, betas, rounded)
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for n in names:
+                decay = weight_decay if self.parameters[n].ndim >= 2 else 0.0
+                scale = (rates or {}).get(n.partition(".")[0], lr) / lr
+                groups.setdefault((decay, scale), []).append(self.locals[n])
+            made = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
+            return _make(name, made, lr, betas, rounded)
 
         stepped = [n for n, p in self.locals.items() if p.numel()]
         self.inner = [make([n]) for n in stepped] if in_backward else [make(stepped)]
@@ -89,13 +92,14 @@ class LocalOptimizer:
                 self.parameters[n].register_post_accumulate_grad_hook(self._stepper(optimizer))
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps to come."""
+        """The learning rate of the steps to come; those of `rates` keep their proportion to it."""
         for optimizer in self.inner:
             for group in optimizer.param_groups:
+                rate = lr * group["lr_scale"]
                 if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(lr)
+                    group["lr"].fill_(rate)
                 else:
-                    group["lr"] = lr
+                    group["lr"] = rate
 
     def step(self) -> None:
         """Steps with the gradients that the parameters have; nothing where each took its step in the backward pass."""

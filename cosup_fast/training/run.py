@@ -12,6 +12,7 @@ output/refused-step.json  the batch that ended the run, if one did
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -35,29 +36,40 @@ from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory
 from cosup_fast.files import replace_file
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.model.folder import check_saving
+from cosup_fast.model.folder import Changes, check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
-from cosup_fast.training.checkpoint import checkpoints, verify
+from cosup_fast.training.best import Best
+from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
+from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence, read_metrics
+from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.schedule import count_steps
 from cosup_fast.training.trainer import Trainer
 
-# What may change between the parts of one run: none of it touches a step already taken or the order of the data.
+# What may change between the parts of one run: steps already taken and the order of the data stay as they are.
 RESUMABLE = {
     "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
-    "training.checkpoint_every", "training.keep_checkpoints", "training.device", "output",
-    "training.diagnose_every", "training.spike_factor", "training.spike_window", "training.rank_timeout",
-    "training.sharding", "data.allow_leaks",
+    "training.checkpoint_every", "training.checkpoint_minutes", "training.keep_checkpoints", "training.keep_best",
+    "training.patience", "training.device", "output", "training.diagnose_every", "training.spike_factor",
+    "training.spike_window", "training.on_spike", "training.max_skips", "training.rank_timeout", "training.sharding",
+    "training.lr", "training.embseq_lr", "training.temperature_lr", "training.schedule", "training.min_lr",
+    "training.lr_decay", "training.clip", "training.weight_decay", "data.allow_leaks",
 }  # fmt: skip
+# Of these, what changes nothing that is trained, so that metrics do not tell of it.
+UNTOLD = {"output", "training.device", "training.log_every", "training.rank_timeout", "data.allow_leaks"}
 
 Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch.device], str]
 """Asked before a model is loaded: given the run, rank 0's part of the first steps, how many ranks there are and its
 device, it returns what is printed, and raises ValueError where the run is not to begin."""
+
+
+Observe: TypeAlias = Callable[[CoSupervisionModel, int], None]
+"""Shown the model, as it is after so many steps; it changes nothing of it."""
 
 
 # What a run that was killed at its beginning may have written before config.yaml.
@@ -65,7 +77,12 @@ OWN = {"checkpoints", "curves.png", "data.json", "metrics.jsonl", "refused-step.
 
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, check: Check | None = None, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    check: Check | None = None,
+    console: Console | None = None,
+    observe: Observe | None = None,
 ) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
@@ -78,6 +95,7 @@ def run_training(
         check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
             fits into memory; nothing is asked by default.
         console: where progress goes; standard error by default.
+        observe: shown the model after every held-out evaluation, with the step.
 
     Raises:
         ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
@@ -92,13 +110,22 @@ def run_training(
     with _endings_explained(output), training_ranks(config.training) as peers:
         leads = peers is None or peers.rank == 0
         console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
-        return _run(config, output, resume, check, console, peers)
+        return _run(config, output, resume, check, console, peers, observe)
 
 
 def _run(
-    config: RunConfig, output: Path, resume: bool, check: Check | None, console: Console, peers: Peers | None
+    config: RunConfig,
+    output: Path,
+    resume: bool,
+    check: Check | None,
+    console: Console,
+    peers: Peers | None,
+    observe: Observe | None,
 ) -> Path:
-    checkpoint = _checkpoint_to_resume(config, output, resume)
+    saved = _saved(config, output, resume)
+    config = inherit(config, saved)
+    checkpoint = _checkpoint_to_resume(config, saved, output)
+    changed = {} if checkpoint is None or saved is None else _changes(saved, config, told=True)
     if resume and checkpoint is None:
         console.print(f"{config.output} holds no checkpoint to continue behind: a new run", markup=False)
     device = choose_device(config.training.device)
@@ -117,21 +144,27 @@ def _run(
         _check_same(peers, "the same run", run)
     if checkpoint is not None:
         _check_same_data(output, digests)
-        if _has_ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
-            console.print(f"{checkpoint} is the end of this run; a larger training.steps goes on", markup=False)
-            return checkpoint
+        if ended := _ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
+            console.print(ended, markup=False)
+            return chosen_checkpoint(output) if config.training.keep_best else checkpoint
     load_on, sharded = device, config.training.sharding == "fsdp" and peers is not None
     if sharded:
         # One rank alone reads the weights, into the CPU's memory; shards go to the devices a layer at a time.
         load_on = torch.device("cpu" if peers is None or peers.rank == 0 else "meta")
     if checkpoint is None:
-        template = load_template(config.model, config.text)[0]
+        initial = None if config.model.init_from is None else initial_checkpoint(config)
+        if initial is not None:
+            verify(initial)
+        read = config if initial is None else as_in(initial, config)
+        template = load_template(read.models, config.text)[0]
         lengths = _measure(template, config, examples, corpus, console)
         if check is not None:
-            _ask(check, config, template, examples, corpus, lengths, device, console, peers)
+            _ask(check, read, template, examples, corpus, lengths, device, console, peers)
+        if not config.has_embseq:
+            console.print("nsp.weight=0: Gen is trained alone, and no Embseq is loaded", markup=False)
         torch.manual_seed(config.training.seed)
         with _reporting(peers, "the same weights"):
-            model = CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, device=load_on)
+            model = _new_model(config, initial, load_on)
             if load_on.type != "meta":
                 check_saving(model)
     else:
@@ -139,7 +172,9 @@ def _run(
         with _reporting(peers, "the same weights"):
             verify(checkpoint, *((0, 1) if peers is None else (peers.rank, peers.size)))
             model = CoSupervisionModel.load(checkpoint, device=load_on, attention=config.model.attention, merge=False)
-        console.print(f"continuing behind {checkpoint}", markup=False)
+        console.print(f"resuming from {checkpoint}", markup=False)
+        for name, (before, now) in changed.items():
+            console.print(f"{name} was {before}, and is {now} from here on", markup=False)
         lengths = _measure(model.template, config, examples, corpus, console)
     if peers is not None:
         _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
@@ -154,17 +189,29 @@ def _run(
             lengths=lengths,
             peers=peers,
             device=device,
-            evaluate=evaluator,
+            evaluate=_observed(evaluator, observe),
             on_metrics=log.metrics,
             on_warning=log.warning,
-            on_interrupt=console.print,
+            on_notice=functools.partial(console.print, markup=False),
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if leads:
             _write_description(output, config, digests)
         trainer.replay(log.start(trainer.step, trainer.total_steps))
+        if changed:
+            log.metrics(Changed(trainer.step, changed))
         return trainer.train()
+
+
+def _new_model(config: RunConfig, initial: Path | None, device: torch.device) -> CoSupervisionModel:
+    """The models of a run that begins: pretrained ones, or those of a checkpoint."""
+    if initial is None:
+        return CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, ntp=config.ntp, device=device)
+    changes = Changes(config.text, config.nsp, config.ntp, config.models.freeze_embseq)
+    return CoSupervisionModel.load(
+        initial, device=device, attention=config.model.attention, merge=False, changes=changes
+    )
 
 
 def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], list[Example]]:
@@ -198,8 +245,8 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     return corpus, examples, held_out
 
 
-def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path | None:
-    """The checkpoint to continue behind, if any; refuses an output that holds another run."""
+def _saved(config: RunConfig, output: Path, resume: bool) -> RunConfig | None:
+    """The configuration of the run in the output, if there is one; refuses an output that holds something else."""
     saved = output / "config.yaml"
     if saved.is_file() and not resume:
         raise ConfigError(f"output={config.output!r} holds a run already: add --resume to continue it, or name another")
@@ -207,19 +254,29 @@ def _checkpoint_to_resume(config: RunConfig, output: Path, resume: bool) -> Path
         raise ConfigError(
             f"output={config.output!r} holds something else than a run, such as {strange!r}: name a new or empty folder"
         )
+    return load_config(saved) if saved.is_file() else None
+
+
+def _checkpoint_to_resume(config: RunConfig, saved: RunConfig | None, output: Path) -> Path | None:
+    """The checkpoint to resume from, if any; refuses what may not change."""
     found = checkpoints(output / "checkpoints")
-    if not saved.is_file() or not found:
+    if saved is None or not found:
         return None
-    before, now = _flat(load_config(saved).model_dump()), _flat(config.model_dump())
-    changed = [name for name in now if name not in RESUMABLE and before[name] != now[name]]
-    if changed:
-        name = changed[0]
+    changed = {name: values for name, values in _changes(saved, config).items() if name not in RESUMABLE}
+    for name, (before, now) in changed.items():
         more = f" ({len(changed) - 1} more fields differ)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"--resume: {name}={now[name]!r}, but the run in {config.output!r} was started with {before[name]!r}{more}"
+            f"--resume: {name}={now!r}, but the run in {config.output!r} was started with {before!r}{more}"
             ": give the same value, or start a new run in another output"
         )
     return found[-1]
+
+
+def _changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[str, list[Any]]:
+    """The fields that differ, by dotted name: before and now; with `told` those that metrics tell of."""
+    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    left_out = UNTOLD if told else ()
+    return {name: [before[name], now[name]] for name in now if before[name] != now[name] and name not in left_out}
 
 
 def _strange(output: Path) -> str | None:
@@ -245,7 +302,14 @@ def _ask(
     if peers is None or peers.rank == 0:
         with _reporting(peers, "check"):
             batches = [
-                make_batch([examples[i] for i in steps[step]], corpus, template, training.pack_limits, ranks=ranks)
+                make_batch(
+                    [examples[i] for i in steps[step]],
+                    corpus,
+                    template,
+                    training.pack_limits,
+                    ranks=ranks,
+                    retrieval=config.has_embseq,
+                )
                 for step in range(min(3, steps.steps_per_epoch))
             ]
             if told := check(config, batches, ranks, device):
@@ -271,8 +335,8 @@ def _check_architecture(config: RunConfig, checkpoint: Path) -> None:
 
 
 def _passages(examples: Iterable[Example]) -> list[str]:
-    """The ids of the passages that training reads, each once: those of the outputs and the hard negatives."""
-    return list(dict.fromkeys(name for example in examples for name in (*example.cited, *example.negatives)))
+    """The ids of the passages that training reads, each once: those that are asked for and the hard negatives."""
+    return list(dict.fromkeys(name for example in examples for name in (*example.asked, *example.negatives)))
 
 
 def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
@@ -280,6 +344,21 @@ def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
     for record in (*examples, *passages):
         digest.update(record.model_dump_json(exclude_defaults=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _observed(
+    evaluator: HeldOutEvaluator | None, observe: Observe | None
+) -> Callable[[CoSupervisionModel, int], HeldOut] | None:
+    """An evaluation that shows the model to `observe`, too."""
+    if evaluator is None or observe is None:
+        return evaluator
+
+    def evaluate(model: CoSupervisionModel, step: int) -> HeldOut:
+        found = evaluator(model, step)
+        observe(model, step)
+        return found
+
+    return evaluate
 
 
 def _check_same_data(output: Path, digests: dict[str, str]) -> None:
@@ -294,14 +373,22 @@ def _check_same_data(output: Path, digests: dict[str, str]) -> None:
             )
 
 
-def _has_ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool) -> bool:
-    """Whether a checkpoint is the last step, and was evaluated where the run evaluates."""
+def _ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool) -> str | None:
+    """What is said where there is nothing left to do: the last step is taken, and evaluated where the run evaluates; or
+    patience has run out."""
     step = int(checkpoint.name.rpartition("-")[2])
+    records = [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "held-out"]
+    best = Best(config.training.keep_best, config.training.patience)
+    for record in records:
+        best.replay(record, checkpoint.parent)
+    if best.exhausted and records[-1]["step"] == step:
+        return f"{checkpoint} is the end of this run, whose patience has run out; a larger training.patience goes on"
     if step < count_steps(config.training, examples)[1]:
-        return False
-    records = read_metrics(Path(config.output) / "metrics.jsonl")
-    shown = any(r["kind"] == "held-out" and r["step"] == step for r in records)
-    return shown or not evaluated or config.training.eval_every is None
+        return None
+    shown = any(r["step"] == step for r in records)
+    if shown or not evaluated or config.training.eval_every is None:
+        return f"{checkpoint} is the end of this run; a larger training.steps goes on"
+    return None
 
 
 def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
@@ -366,4 +453,5 @@ def _measure(
         def track(examples: Sequence[Example]) -> Iterable[Example]:
             return progress.track(examples, description="checking lengths")
 
-        return example_lengths(examples, corpus, template, config.training.pack_limits, track=track)
+        losses = {"ntp": config.ntp.weight > 0, "retrieval": config.has_embseq}
+        return example_lengths(examples, corpus, template, config.training.pack_limits, track=track, **losses)

@@ -1,4 +1,4 @@
-"""The gradients of one step, over micro-batches: NTP + lambda NSP, every passage of the step a negative of every query.
+"""The gradients of one step, over micro-batches: w NTP + lambda NSP, every passage a negative of every query.
 
     1. each pack forward without a graph, only the last one of each model with it: queries q (N, D), passages k (M, D)
     2. NSP of q against k: dq = d(lambda NSP) / dq, dk = d(lambda NSP) / dk
@@ -9,6 +9,8 @@ Nothing but q and k outlives a pack: memory is that of the largest pack of each 
 pack costs as much as 4 forwards instead of 3 (5 instead of 4 with activation checkpointing), the last of each model 3,
 so that a step of one pack each is the plain one. Pass 3 draws the random numbers of pass 1 again: dropout is the same
 in both. Nothing is computed that nobody reads: a pack without [NSP] has no pass 1, one of a frozen Embseq no pass 3.
+With w = 0 no supervised row is gathered and no product with the head is formed, and a pack without [NSP] has no pass at
+all; without an Embseq (lambda = 0) there is pass 3 of Gen alone.
 
 Ranks that share a step (`make_batch(rank=, ranks=)`) each do this with their own packs; in 2 the queries of each meet
 the passages of all. The losses are then shares, and the gradients parts, of those of the step: both add up over ranks.
@@ -42,6 +44,7 @@ def accumulate_gradients(
     precision: str = "float32",
     ntp_count: int | None = None,
     nsp_count: int | None = None,
+    nsp_weight: float | None = None,
     group: Peers | None = None,
 ) -> CoSupervisionOutput:
     """Adds the gradients of `model(batch).loss` to the parameters: those of its backward, but for rounding.
@@ -51,6 +54,8 @@ def accumulate_gradients(
         precision: "bfloat16" runs the forwards under autocast.
         ntp_count: what the sum of NTP is divided by; the supervised tokens of the step by default.
         nsp_count: what the sum of NSP is divided by; the queries of the step by default.
+        nsp_weight: lambda of this step, where it moves towards `model.nsp.weight`; that is the default, and with 0
+            there is no NSP.
         group: the ranks that the step is shared by; all of them call this.
 
     Returns:
@@ -59,7 +64,8 @@ def accumulate_gradients(
     ntp_count = batch.step.ntp if ntp_count is None else ntp_count
     nsp_count = batch.step.nsp if nsp_count is None else nsp_count
     with embedding_rows(model):
-        return _accumulate(model, batch, precision, ntp_count, nsp_count, group)
+        weight = model.nsp.weight if nsp_weight is None else nsp_weight
+        return _accumulate(model, batch, precision, ntp_count, nsp_count, weight, group)
 
 
 def _accumulate(
@@ -68,24 +74,25 @@ def _accumulate(
     precision: str,
     ntp_count: int,
     nsp_count: int,
+    weight: float,
     group: Peers | None,
 ) -> CoSupervisionOutput:
-    weight, device = model.nsp.weight, model.device
+    """`weight` is lambda."""
+    device, contrasts, learning = model.device, model.nsp.weight > 0, not model.freeze_embseq
     gen = [_GenPasses(model, part, precision, ntp_count) for part in batch.gen]
-    embseq = [_EmbseqPasses(model, pack, precision) for pack in batch.passages]
-    learning = weight > 0 and not model.freeze_embseq
+    embseq = [_EmbseqPasses(model, pack, precision) for pack in batch.passages if contrasts]
 
     def nsp_loss(query: Tensor, state: Tensor) -> tuple[Tensor, Stats | None]:
         with autocast(device, precision):
             return model.nsp_loss(query, model.project(state), batch, count=nsp_count, group=group)
 
     # Ranks that share out weights gather them in every pass, so all of them make the same passes.
-    asking = [one for one in gen if model.sharded or len(one.pack.query_rows)]
-    queries = [one.first(keep=one is asking[-1])[1].detach() for one in asking] if weight else []
+    asking = [one for one in gen if contrasts and (model.sharded or len(one.pack.query_rows))]
+    queries = [one.first(keep=one is asking[-1])[1].detach() for one in asking]
     states = [one.first(keep=learning and one is embseq[-1]).detach() for one in embseq]
     nsp, stats = torch.zeros((), device=device), None
     d_queries: list[Tensor] = []
-    if weight and batch.step.nsp:
+    if contrasts and batch.step.nsp:
         query = rows(queries, model.width, model).requires_grad_()
         state = rows(states, model.embseq_width, model).requires_grad_(learning)
         nsp, stats = nsp_loss(query, state)
@@ -97,16 +104,21 @@ def _accumulate(
 
     ntp = torch.zeros((), device=device)
     for one in reversed(gen):
+        asks = one in asking and len(d_queries) > 0
+        if not asks and not model.ntp.weight:
+            continue
         loss, query = one.second()
         ntp += loss.detach()
-        asks = weight > 0 and one in asking and len(d_queries) > 0
-        torch.autograd.backward([loss, query] if asks else [loss], [None, d_queries.pop()] if asks else None)
-        if not weight:
-            queries.insert(0, query)
-    if batch.step.nsp and not weight:
-        nsp, stats = nsp_loss(rows(queries, model.width, model), rows(states, model.embseq_width, model))
+        outputs, gradients = [], []
+        if model.ntp.weight:
+            outputs.append(loss)
+            gradients.append(loss.new_tensor(model.ntp.weight))
+        if asks:
+            outputs.append(query)
+            gradients.append(d_queries.pop())
+        torch.autograd.backward(outputs, gradients)
     nsp = nsp.detach()
-    return CoSupervisionOutput(ntp + weight * nsp if weight else ntp, ntp, nsp, stats)
+    return CoSupervisionOutput(model.criterion.combine(ntp, nsp, weight), ntp, nsp, stats)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -161,7 +173,7 @@ class _GenPasses(_Passes[tuple[Tensor, Tensor]]):
         self.ntp_count = ntp_count
 
     def forward(self, *, whole: bool) -> tuple[Tensor, Tensor]:
-        if whole:
+        if whole and self.model.ntp.weight:
             return self.model.gen_losses(self.pack, self.ntp_count)
         query = self.model.query_embeddings(self.pack.pack, self.pack.query_rows)
         return query.new_zeros(()), query

@@ -321,6 +321,24 @@ def test_batch_without_retrieval_has_no_passages(model, corpus):
     assert batch.to(torch.device("cpu")).passages == ()
 
 
+def test_a_gen_alone_reads_the_passages_and_nobody_is_asked(model, examples, corpus):
+    alone, both = (make_batch(examples, corpus, model.template, retrieval=kind) for kind in (False, True))
+    assert alone.passages == ()
+    assert (alone.step.nsp, alone.step.passages, alone.step.ntp) == (0, 0, both.step.ntp)
+    for mine, theirs in zip(alone.gen, both.gen, strict=True):
+        assert torch.equal(mine.pack.input_ids, theirs.pack.input_ids)
+        assert torch.equal(mine.targets, theirs.targets)
+        assert len(mine.query_rows) == 0
+
+
+def test_questions_with_gold_alone_are_contrasted(model, corpus):
+    asks = [Example(id=name, question=f"{name}?", output=[], gold=[name]) for name in ("paris", "rome", "go")]
+    batch = make_batch(asks, corpus, model.template)
+    assert (batch.step.nsp, batch.step.passages) == (3, 3)
+    out = model(batch)
+    assert len(out.stats.rank) == 3
+
+
 def test_to_moves_every_tensor(model, examples, corpus):
     further = [ask("x", "paris", gold=["seine"])]
     moved = make_batch([*examples, *further], corpus, model.template, PackLimits(250)).to(torch.device("meta"))

@@ -87,7 +87,10 @@ def test_gold_defaults_to_the_distinct_passages_of_the_output():
         ({"output": [{"passage": "p"}]}, "output.0.text: expected a value, found only passage"),
         ({"output": [{"text": "x", "pasage": "p"}]}, "output.0.pasage: .*did you mean 'passage'\\?"),
         ({"output": [{"text": "x", "passage": "q"}]}, "output.0.passage: expected the id of a passage .*, found 'q'"),
-        ({"output": [{"text": "x"}]}, "output: expected at least one segment with a passage, found none"),
+        (
+            {"output": [{"text": "x"}]},
+            "output: expected at least one segment with a passage, or a gold passage, found none",
+        ),
         ({"gold": ["q"]}, "gold.0: expected the id of a passage in the corpus, found 'q'"),
         ({"negatives": ["q"]}, "negatives.0: expected the id of a passage in the corpus, found 'q'"),
         (

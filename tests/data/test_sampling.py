@@ -105,4 +105,25 @@ def test_a_set_without_a_supervised_token_is_refused(model, corpus, monkeypatch)
     monkeypatch.setattr(model.template, "gen_sequence", silent)
     examples = [Example(id=str(i), question="?", output=[]) for i in range(3)]
     with pytest.raises(ValueError, match=r"none of the 3 examples of data\.train has a supervised token"):
-        example_lengths(examples, corpus, model.template)
+        example_lengths(examples, corpus, model.template, retrieval=False)
+    with pytest.raises(ValueError, match=r"none of the 3 examples .* asks for a passage.* set nsp\.weight=0"):
+        example_lengths(examples, corpus, model.template, ntp=False)
+
+
+def test_a_gen_without_an_embseq_pays_for_no_passage(model, corpus, examples):
+    both, alone = (example_lengths(examples, corpus, model.template, retrieval=kind) for kind in (True, False))
+    passages = [{s.passage for s in e.output if s.passage} for e in examples]
+    spared = [sum(len(model.template.sequence(corpus[name])) for name in names) for names in passages]
+    assert [a - b for a, b in zip(both, alone, strict=True)] == spared
+    silent = [Example(id="x", question="?", output=[Segment(text="a")])]
+    assert example_lengths(silent, corpus, model.template, retrieval=False)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_an_epoch_of_one_seed_is_not_one_of_the_next(balanced):
+    """Seeds s and s + 1 must not share their data's order, shifted by an epoch."""
+    lengths = list(range(20, 60))
+    one, other = (StepSampler(lengths, 8, seed, balanced=balanced) for seed in (3, 4))
+    second = [one[one.steps_per_epoch + i] for i in range(one.steps_per_epoch)]
+    assert second != [other[i] for i in range(other.steps_per_epoch)]
+    assert sorted(i for step in second for i in step) == list(range(40))

@@ -63,6 +63,34 @@ def test_sequence_and_labels_follow_the_format(model, corpus, output, question):
     assert sequence.query_passages == [segment.passage for segment in output if segment.passage is not None]
 
 
+def test_gold_alone_is_one_query_where_the_output_begins(template, corpus):
+    """A question and its passage, as MS MARCO and converted KILT files have them: nothing follows the query."""
+    sequence = template.gen_sequence(Example(id="x", question="Where?", output=[], gold=["rome", "paris"]), corpus)
+    assert sequence.input_ids == [*template.prompt("Where?"), template.nsp]
+    assert sequence.query_rows == [len(sequence.input_ids) - 1]
+    assert sequence.query_passages == ["rome"]
+    assert [label for label in sequence.labels if label != IGNORE] == [template.nsp]
+
+
+def test_free_text_with_gold_is_grounded_on_it_as_a_whole(template, corpus):
+    texts = [Segment(text="It is "), Segment(text="Rome.")]
+    sequence = template.gen_sequence(Example(id="x", question="Where?", output=texts, gold=["rome"]), corpus)
+    passage = ids_of(template, f"{corpus['rome'].title} :: {corpus['rome'].text}")
+    written = [*ids_of(template, "It is "), *ids_of(template, "Rome."), template.context_end, template.eos]
+    asked = [*template.prompt("Where?"), template.nsp]
+    assert sequence.input_ids == [*asked, *passage, template.context_start, *written]
+    assert [label for label in sequence.labels if label != IGNORE] == [template.nsp, *written]
+    assert sequence.query_rows == [len(asked) - 1]
+
+
+def test_a_grounded_output_asks_for_what_it_cites_whatever_its_gold(template, corpus):
+    cited = [Segment(text="It is "), Segment(text="Rome.", passage="rome")]
+    plain, gold = (Example(id="x", question="?", output=cited, gold=names) for names in ([], ["paris"]))
+    assert template.gen_sequence(gold, corpus) == template.gen_sequence(plain, corpus)
+    unknown = Example(id="x", question="?", output=[Segment(text="Rome.")], gold=["nowhere"])
+    assert template.gen_sequence(unknown, corpus).query_rows == []
+
+
 def test_text_between_passages_keeps_its_labels(template, examples, corpus):
     two = examples[1]
     sequence = template.gen_sequence(two, corpus)

@@ -225,6 +225,28 @@ def test_weight_zero_reports_nsp_without_gradient():
     assert_same(out.loss, F.cross_entropy(hidden @ weight.T, torch.arange(4)), hidden, weight)
 
 
+def test_nsp_alone_needs_no_head():
+    hidden, keys = rand(4, 6), rand(5, 6)
+    loss = CoSupervisionLoss(nsp_weight=0.3, ntp_weight=0)
+    out = loss(None, None, None, query=hidden[:2], keys=keys)
+    nsp = F.cross_entropy(hidden[:2] @ keys.T, torch.arange(2))
+    assert out.ntp == 0
+    assert_same(out.loss, 0.3 * nsp, hidden, keys)
+    with pytest.raises(ValueError, match="query is None and ntp_weight is 0"):
+        loss(None, None, None, query=None, keys=None)
+    with pytest.raises(ValueError, match=r"lm_head_weight is None, and ntp_weight is 1\.0"):
+        CoSupervisionLoss()(hidden, None, torch.arange(4), query=None, keys=None)
+
+
+def test_both_losses_have_a_weight():
+    hidden, weight, keys = rand(4, 6), rand(17, 6), rand(5, 6)
+    out = CoSupervisionLoss(0.3, ntp_weight=0.2)(hidden, weight, torch.arange(4), query=hidden[:2], keys=keys)
+    ntp = F.cross_entropy(hidden @ weight.T, torch.arange(4))
+    nsp = F.cross_entropy(hidden[:2] @ keys.T, torch.arange(2))
+    torch.testing.assert_close(out.ntp, ntp)
+    assert_same(out.loss, 0.2 * ntp + 0.3 * nsp, hidden, weight, keys)
+
+
 def test_a_passage_twice_in_the_batch_is_no_negative_of_its_query():
     hidden, weight, keys = rand(3, 6), rand(17, 6), rand(3, 6)
     ids = torch.tensor([7, 8, 7])
@@ -238,6 +260,8 @@ def test_a_passage_twice_in_the_batch_is_no_negative_of_its_query():
     [
         ({"nsp_weight": -0.1}, "nsp_weight is -0.1"),
         ({"nsp_weight": math.nan}, "nsp_weight is nan"),
+        ({"ntp_weight": -1.0}, "ntp_weight is -1.0"),
+        ({"ntp_weight": 0, "nsp_weight": 0}, "nsp_weight and ntp_weight are both 0"),
         ({"ntp": LinearCrossEntropyLoss(reduction="sum")}, "ntp has reduction 'sum'"),
         ({"nsp": InfoNCELoss(reduction="none")}, "nsp has reduction 'none'"),
     ],

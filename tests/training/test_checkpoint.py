@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from cosup_fast.training import checkpoint
 from cosup_fast.training.checkpoint import (
     CheckpointError,
     checkpoints,
+    chosen_checkpoint,
     load_trainer_state,
-    newest,
     save_checkpoint,
 )
 from cosup_fast.training.optimizers import LocalOptimizer
@@ -48,7 +50,7 @@ def test_parameters_without_a_gradient_so_far_resume(make_model, tmp_path):
     saved = save_checkpoint(tmp_path, 1, model, optimizer)
     other = make_model()
     restored = _optimizer(other)
-    assert load_trainer_state(saved, other, restored) == 1
+    assert load_trainer_state(saved, other, restored) == (1, None)
     assert torch.equal(restored.states()[name]["exp_avg"], optimizer.states()[name]["exp_avg"])
     for p in other.parameters():
         p.grad = torch.ones_like(p)
@@ -57,12 +59,48 @@ def test_parameters_without_a_gradient_so_far_resume(make_model, tmp_path):
     assert int(restored.states()["gen.lm_head.weight"]["step"]) == 1
 
 
-def test_newest_takes_a_checkpoint_or_a_run(make_model, tmp_path):
+def test_a_runs_folder_means_its_best_checkpoint_or_else_the_newest(make_model, tmp_path):
     model = make_model()
-    saved = save_checkpoint(tmp_path / "checkpoints", 3, model, _optimizer(model))
-    assert newest(tmp_path) == newest(saved) == saved
+    optimizer, root = _optimizer(model), tmp_path / "checkpoints"
+    writer = checkpoint.CheckpointWriter(root, 1)
+
+    def save(step):
+        writer.start(step, model, optimizer)
+        return writer.finish()
+
+    first = save(3)
+    assert chosen_checkpoint(tmp_path) == chosen_checkpoint(first) == first
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
-        newest(tmp_path / "checkpoints")
+        chosen_checkpoint(root)
+    writer.mark_best(3)
+    save(4)
+    newest = save(5)
+    assert checkpoints(root) == [first, newest]
+    assert chosen_checkpoint(tmp_path) == first
+    writer.mark_best(6)
+    assert chosen_checkpoint(tmp_path) == first  # until the better one is whole
+    best = save(6)
+    assert checkpoints(root) == [best]
+    assert chosen_checkpoint(tmp_path) == best
+    shutil.rmtree(best)
+    save(7)
+    with pytest.raises(CheckpointError, match=r"best\.json names step-000006, which is gone: name a checkpoint"):
+        chosen_checkpoint(tmp_path)
+    (root / "best.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
+        chosen_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step-000004.bak", "step-4", "step-", "step-000003 (copy)", "step-x"])
+def test_what_lies_beside_the_checkpoints_is_left_alone(name, make_model, tmp_path):
+    """A copy that someone made, whole and with a manifest."""
+    model = make_model()
+    saved = save_checkpoint(tmp_path, 3, model, _optimizer(model))
+    shutil.copytree(saved, tmp_path / name)
+    assert checkpoints(tmp_path) == [saved]
+    newer = save_checkpoint(tmp_path, 5, model, _optimizer(model), keep=1)
+    assert checkpoints(tmp_path) == [newer]
+    assert (tmp_path / name / "manifest.json").is_file()
 
 
 def test_a_file_that_cannot_be_written_loses_nothing(make_model, tmp_path, monkeypatch):

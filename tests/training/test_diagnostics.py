@@ -84,13 +84,34 @@ def test_nothing_is_left_behind_and_dropout_is_the_same_in_both_passes(make_mode
     assert diagnose(model, batch, 1, precision="float32") != first
 
 
-def test_what_a_batch_does_not_have_is_none(make_model, examples, corpus):
-    model = make_model(nsp={"weight": 0.0})
-    found = diagnose(model, make_batch(examples[:1], corpus, model.template), 1, precision="float32")
-    assert (found.nsp_grad_norm, found.grad_cosine) == (None, None)
+def test_what_a_batch_does_not_have_is_none(model, examples, corpus):
+    one = make_batch(examples[:1], corpus, model.template)
+    found = diagnose(model, one, 1, precision="float32")
     assert (found.query_uniformity, found.passage_uniformity) == (None, None)
     assert found.ntp_grad_norm > 0
+    assert found.nsp_grad_norm == 0  # one passage is nothing to contrast with
     assert 0 < found.alignment < 4
+
+
+@pytest.mark.parametrize("alone", ["ntp", "nsp"])
+def test_a_loss_without_weight_has_no_gradient(alone, make_model, examples, corpus):
+    model = make_model(**{{"ntp": "nsp", "nsp": "ntp"}[alone]: {"weight": 0.0}})
+    batch = make_batch(examples, corpus, model.template, retrieval=alone == "nsp")
+    found = diagnose(model, batch, 1, precision="float32")
+    norms = {"ntp": found.ntp_grad_norm, "nsp": found.nsp_grad_norm}
+    assert norms.pop(alone) > 0
+    assert set(norms.values()) == {found.grad_cosine} == {None}
+    assert (found.alignment is None) == (alone == "ntp")
+
+
+def test_weights_scale_their_gradients(make_model, examples, corpus):
+    plain, weighted = make_model(), make_model(ntp={"weight": 0.25}, nsp={"weight": 3.0})
+    batch = make_batch(examples, corpus, plain.template)
+    one = diagnose(plain, batch, 1, precision="float32")
+    other = diagnose(weighted, batch, 1, precision="float32", nsp_weight=2.0)
+    assert other.ntp_grad_norm == pytest.approx(0.25 * one.ntp_grad_norm, rel=1e-5)
+    assert other.nsp_grad_norm == pytest.approx(2 * one.nsp_grad_norm, rel=1e-5)
+    assert other.grad_cosine == pytest.approx(one.grad_cosine, abs=1e-5)
 
 
 def test_uniformity_of_a_collapse_is_zero_and_of_opposites_is_low():

@@ -23,6 +23,8 @@ VARIANTS = {
     "symmetric": {"nsp": {"symmetric": True, "label_smoothing": 0.1}},
     "dot": {"nsp": {"similarity": "dot", "temperature": 8.0, "weight": 0.3}, "shared": True},
     "no NSP": {"nsp": {"weight": 0.0}},
+    "no NTP": {"ntp": {"weight": 0.0}},
+    "weighted": {"ntp": {"weight": 0.3}, "nsp": {"weight": 2.0}},
     "checkpointed": {"nsp": {"learnable_temperature": True}},
     "labelled passages": {"text": {"label_passages": True}},
 }
@@ -151,6 +153,7 @@ def forwards(made):
         hooks = [
             part.register_forward_hook(lambda _, args, out, name=name: seen[name].append(out[0].requires_grad))
             for name, part in (("gen", model.gen.base_model), ("embseq", model.embseq))
+            if part is not None
         ]
         try:
             in_packs(model, batch)
@@ -174,9 +177,41 @@ def test_no_forward_runs_that_nobody_reads(forwards, made, mixed, corpus):
     both = {"gen": [False] * 4 + [True] + [True] * 5, "embseq": [False] * 5 + [True] + [True] * 5}
     assert forwards("pair", batch(mixed, one_each)) == both
     assert forwards("frozen", batch(mixed, one_each)) == {"gen": both["gen"], "embseq": [False] * 6}
-    assert forwards("no NSP", batch(mixed, one_each)) == {"gen": [True] * 6, "embseq": [False] * 6}
+    assert forwards("no NSP", batch(mixed, one_each)) == {"gen": [True] * 6, "embseq": []}
+    # Without NTP the silent example has no pass at all.
+    assert forwards("no NTP", batch(mixed, one_each)) == {"gen": [False] * 4 + [True] * 5, "embseq": both["embseq"]}
     silent = batch([mixed[4]] * 2, one_each)
     assert forwards("pair", silent) == {"gen": [True] * 2, "embseq": []}
+    assert forwards("no NTP", silent) == {"gen": [], "embseq": []}
+
+
+@pytest.mark.parametrize("alone", ["no NTP", "no NSP"])
+def test_a_loss_without_weight_costs_nothing(alone, made, mixed, corpus, monkeypatch):
+    """No supervised row is gathered and no product with the head is formed; no query is made and no passage read."""
+    model = made(alone)
+    batch = make_batch(mixed, corpus, model.template, PackLimits(sequences=2), retrieval=alone == "no NTP")
+    gathered = []
+    at = model._at
+    monkeypatch.setattr(model, "_at", lambda states, rows, **k: gathered.append(len(rows)) or at(states, rows, **k))
+    monkeypatch.setattr(model, "ntp_loss" if alone == "no NTP" else "nsp_loss", None)
+    found = in_packs(model, batch)
+    assert found["ntp" if alone == "no NTP" else "nsp"] == 0
+    read = {"no NTP": 2 * batch.step.nsp, "no NSP": batch.step.ntp}[alone]
+    spared = sum(len(part.query_rows) for part in batch.gen if part is batch.gen[-1])  # its first pass is its only one
+    assert sum(gathered) == read - spared
+    if alone == "no NTP":
+        assert not any(name.startswith("gen.lm_head") for name in found)
+
+
+def test_lambda_of_a_step_scales_its_gradients(made, mixed, corpus):
+    """As where it moves from `nsp.initial_weight` to `nsp.weight`, 0 included."""
+    model = made("no NTP")
+    batch = make_batch(mixed, corpus, model.template, PackLimits(300))
+    whole, part, none = (in_packs(model, batch, nsp_weight=weight) for weight in (1.0, 0.25, 0.0))
+    same = whole.pop("nsp")
+    assert part.pop("nsp") == none.pop("nsp") == same
+    assert_equal(part, {name: 0.25 * x for name, x in whole.items()}, 1e-9)
+    assert all(not x.any() for x in none.values())
 
 
 def test_only_rows_that_are_read_are_normalised(made, examples, corpus, monkeypatch):
