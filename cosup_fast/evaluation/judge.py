@@ -284,7 +284,9 @@ def _words(text: str) -> Iterator[tuple[str, str]]:
 def _content(text: str) -> dict[str, str]:
     """Content words of a text: the key they are compared by -> as they stand."""
     return {
-        _key(normal): word for word, normal in _words(text) if normal not in FUNCTION_WORDS and normal not in NEGATIONS
+        _key(normal): word
+        for word, normal in _words(text)
+        if normal not in FUNCTION_WORDS and normal not in NEGATIONS and normal[0].isalnum()
     }
 
 

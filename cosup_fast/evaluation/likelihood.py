@@ -2,9 +2,9 @@
 
     r = 1 - log p(claim | passage) / log p(claim)
 
-r is the share of the claim's surprise that the passage removes: 1 where the passage says it all, 0 where it says nothing
-of it, below 0 where the claim goes against it. It becomes a probability by a logistic curve that was fitted to labels of
-VitaminC (`benchmarks/judges.py`; docs/evaluation.md says how well it separates them).
+r is the share of the claim's surprise that the passage removes: 1 where the passage says it all, 0 where it says
+nothing of it, below 0 where the claim goes against it. It becomes a probability by a logistic curve that was fitted to
+labels of VitaminC (`benchmarks/judges.py`; docs/evaluation.md says how well it separates them).
 """
 
 from __future__ import annotations
