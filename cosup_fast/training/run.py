@@ -40,13 +40,13 @@ from cosup_fast.model.folder import Changes, check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
+from cosup_fast.training.adamw import check_available
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.metrics import Changed, HeldOut
-from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.schedule import count_steps
 from cosup_fast.training.trainer import Trainer
