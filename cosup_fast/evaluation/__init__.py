@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from cosup_fast.evaluation.estimates import Estimate, bootstrap_mean, paired_gain
     from cosup_fast.evaluation.fluency import FluencyModel
     from cosup_fast.evaluation.inputs import TestSet, load_test_sets
-    from cosup_fast.evaluation.judge import Judge, LexicalJudge, NLIJudge, Verdict, load_judge
+    from cosup_fast.evaluation.judge import Judge, LexicalJudge, NLIJudge, Verdict
+    from cosup_fast.evaluation.judges import load_judge
     from cosup_fast.evaluation.kinds import SYSTEMS
     from cosup_fast.evaluation.likelihood import LikelihoodJudge
     from cosup_fast.evaluation.ranks import retrieval_ranks
@@ -52,7 +53,7 @@ _HOME = {
     "bootstrap_mean": "estimates",
     "compare": "comparison",
     "evaluate": "run",
-    "load_judge": "judge",
+    "load_judge": "judges",
     "load_test_sets": "inputs",
     "paired_gain": "estimates",
     "retrieval_ranks": "ranks",

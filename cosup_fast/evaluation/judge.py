@@ -245,25 +245,6 @@ class NLIJudge:
         return tokens[-1] if len(tokens) == 2 else tokens[0]
 
 
-def load_judge(name: str, *, device: torch.device | str = "cpu") -> Judge | None:
-    """The judge called `lexical`, a `LikelihoodJudge` for `likelihood` or `likelihood:MODEL`, an `NLIJudge`, or none.
-
-    Raises:
-        ValueError: what `LikelihoodJudge` or `NLIJudge` refuses.
-    """
-    if name == "none":
-        return None
-    if name == "lexical":
-        require("nltk.stem.porter", "nltk")
-        return LexicalJudge()
-    kind, _, model = name.partition(":")
-    if kind == "likelihood":
-        from cosup_fast.evaluation.likelihood import LikelihoodJudge
-
-        return LikelihoodJudge(model or "smollm2-135m", device=device)
-    return NLIJudge(name, device=device)
-
-
 def _premise(passage: Passage) -> str:
     return f"{passage.title}: {passage.text}" if passage.title else passage.text
 

@@ -20,7 +20,7 @@ from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.pretrained import load_pretrained
 from cosup_fast.model.linear import linear
 
-SLOPE, OFFSET = 3.0, -1.4
+SLOPE, OFFSET = 3.71, -1.80
 """Of the logistic curve: p = 1 / (1 + exp(-(SLOPE r + OFFSET)))."""
 
 

@@ -232,7 +232,7 @@ def encoder_folder(make_folder, tmp_path_factory) -> str:
 def test_a_dense_retriever_fetches_no_binary(encoder_folder, tmp_path):
     """bitsandbytes, which sentence-transformers brings along, asks the package `kernels` for one at its import."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('FETCHED')\n    raise ImportError\n")
-    code = "import sys; from cosup_fast.evaluation.systems import _sentence_encoder as e; e(sys.argv[1], 'cpu')"
+    code = "import sys; from cosup_fast.evaluation.text_retrievers import sentence_encoder as e; e(sys.argv[1], 'cpu')"
     done = subprocess.run(
         [sys.executable, "-c", code, encoder_folder], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
