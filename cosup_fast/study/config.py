@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
 from cosup_fast.data.records import nearest
 from cosup_fast.errors import CosupError
-from cosup_fast.evaluation.systems import split_name
+from cosup_fast.evaluation.kinds import split_name
 from cosup_fast.study.handed import HANDED
 from cosup_fast.study.probes import check_probe
 
