@@ -1,4 +1,4 @@
-"""What a run's folder says of going on with it: what may change, what may not, and whether anything is left to do."""
+"""What a run's folder says about resuming it: what may change, and whether anything is left to do."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool
     for record in records:
         best.replay(record, checkpoint.parent)
     if best.exhausted and records[-1]["step"] == step:
-        return f"{checkpoint} is the end of this run, whose patience has run out; a larger training.patience goes on"
+        return f"{checkpoint} is the end of this run, out of patience; a larger training.patience continues it"
     if step < count_steps(config.training, examples)[1]:
         return None
     shown = any(r["step"] == step for r in records)
     if shown or not evaluated or config.training.eval_every is None:
-        return f"{checkpoint} is the end of this run; a larger training.steps goes on"
+        return f"{checkpoint} is the end of this run; a larger training.steps continues it"
     return None
 
 
