@@ -74,6 +74,7 @@ def info_nce(
     positive_ids: Tensor | None = None,  # (N, P)
     duplicates: Duplicates = "mask",
     private_negatives: Tensor | None = None,  # (N, K, D)
+    margin: float | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     return_stats: bool = False,
@@ -108,6 +109,9 @@ def info_nce(
         duplicates: what a key other than positive[i] is whose id is query_ids[i]: "mask" no candidate, "positive" one
             more positive, "keep" a negative.
         private_negatives: (N, K, D), dtype and device of query: further negatives, each of one query only.
+        margin: false negatives by their score: a key, or private negative, of <q_i, k_j> above the positive's less this
+            is no candidate. 0.1 keeps keys that score at least 0.1 below `positive`, -0.1 all but those that score more
+            than 0.1 above it. In the units of <q, k>, before the scale; needs positive.
         label_smoothing: in [0, 1].
         reduction: "mean" over queries, "sum", or "none": (N,).
         return_stats: also return `Stats` of each query (of rows, also where symmetric).
@@ -138,7 +142,8 @@ def info_nce(
 
     Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,
     arXiv 2403.09024, section 3. With normalize and scale = 20 it is the MultipleNegativesRankingLoss of
-    sentence-transformers.
+    sentence-transformers. The margin of false negatives: Zhang et al. 2025 (Qwen3 Embedding), arXiv 2506.05176,
+    section 3.1, where it is -0.1.
     """
     peers = None
     if group is not None:
@@ -178,11 +183,18 @@ def info_nce(
             raise ValueError(
                 "symmetric=True with positive_ids leaves open which key answers a query; pass positive too"
             )
+        if margin is not None:
+            if not -math.inf < margin < math.inf:
+                raise ValueError(f"margin is {margin}; pass a finite number in the units of <q, k>, or None")
+            if positive is None:
+                raise ValueError(
+                    "margin is given and positive is None, so no score is the positive's; pass positive, or margin=None"
+                )
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
         if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
             check_positives(positive, key_ids, positive_ids, m)
-    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    options = {"margin": margin, "label_smoothing": label_smoothing, "reduction": reduction}
     if n == 0 and peers is None:
         loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
     elif impl == "reference":

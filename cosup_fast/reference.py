@@ -69,6 +69,7 @@ def info_nce(
     positive_ids: Tensor | None = None,  # (N, P)
     duplicates: str = "mask",
     private_negatives: Tensor | None = None,  # (N, K, D)
+    margin: float | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -99,11 +100,20 @@ def info_nce(
         dropped |= key_ids < 0
         is_positive &= ~dropped
 
-    z = (_wide(query @ keys.T) * scale).masked_fill(dropped, -torch.inf)  # (N, M)
+    z = _wide(query @ keys.T) * scale  # (N, M)
+    limit = None
+    if margin is not None and positive is not None:
+        own = (_wide(query) * _wide(keys[positive])).sum(1, keepdim=True)
+        limit = ((own - margin) * scale).detach()
+        dropped = dropped | ((z > limit) & ~is_positive)
+    z = z.masked_fill(dropped, -torch.inf)
     z_row, row_positive = z, is_positive
     if private_negatives is not None:
         private = torch.einsum("nd,nkd->nk", query, private_negatives)
-        z_row = torch.cat([z, _wide(private) * scale], 1)
+        z_private = _wide(private) * scale
+        if limit is not None:
+            z_private = z_private.masked_fill(z_private > limit, -torch.inf)
+        z_row = torch.cat([z, z_private], 1)
         row_positive = F.pad(is_positive, (0, private.shape[1]))
     loss = _softmax_xent(z_row, row_positive, label_smoothing)
     if symmetric:

@@ -34,6 +34,7 @@ class Call(NamedTuple):
     ranks: bool = False  # also return lse, positive logit, rank and top-1 of each row
     duplicates_are_positive: bool = False
     symmetric: bool = False
+    margin: float | None = None  # keys whose <x, w> is above the target's less this are no candidates
     softcap: float | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0

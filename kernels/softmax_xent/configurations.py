@@ -120,7 +120,7 @@ _TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stri
 _TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")
 _TYPES |= dict.fromkeys(("x", "w", "e", "out"), "*{dtype}")
 _TYPES["again"] = "*i32"
-_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "again"}
+_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "again", "limit"}
 
 
 def _held(options: Set[str]) -> set[str]:

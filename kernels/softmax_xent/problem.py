@@ -57,12 +57,22 @@ class Problem:
             call.query_ids,
             call.key_ids,
             call.positive_ids,
+            None,
             call.duplicates_are_positive,
             call.symmetric,
             call.softcap,
             call.label_smoothing,
             call.z_loss,
         )
+        if call.margin is not None:
+            self.scores.limit = self._limit(call.margin)
+
+    def _limit(self, margin: float) -> Tensor:
+        """(N,) the largest score of a candidate: the target's, less the margin."""
+        s = self.scores
+        assert s.target is not None
+        own = (s.x.to(self.wide) * s.w[s.target].to(self.wide)).sum(1)
+        return (own - margin) * s.scale
 
     def _enter(self, name: str, t: Tensor) -> Tensor:
         """An operand as it travels: normalised if asked, rounded to the product's dtype.

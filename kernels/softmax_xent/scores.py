@@ -107,6 +107,7 @@ class Scores:
     query_ids: Tensor | None = None  # (N,) int64; a key of this id other than the target duplicates the positive
     key_ids: Tensor | None = None  # (M,) int64; negative: no candidate
     positive_ids: Tensor | None = None  # (N, P) int64; every key of such an id is a positive
+    limit: Tensor | None = None  # (N,) fp32 (fp64); a key that scores above it and is no positive is no candidate
     duplicates_are_positive: bool = False  # else they are no candidates
     symmetric: bool = False
     softcap: float | None = None
@@ -119,7 +120,7 @@ class Scores:
 
     def rows(self, chunk: slice) -> Scores:
         """The same of some rows against every candidate."""
-        names = ("x", "private", "target", "query_ids", "positive_ids")
+        names = ("x", "private", "target", "query_ids", "positive_ids", "limit")
         return replace(self, **{k: v[chunk] for k in names if (v := getattr(self, k)) is not None})
 
     def column_positives(self, rows: Softmax) -> tuple[Tensor, Tensor]:
