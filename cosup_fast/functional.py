@@ -48,6 +48,7 @@ from cosup_fast.kernels.numerics import accumulator
 from cosup_fast.kernels.softmax_xent import dispatch
 from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
 from cosup_fast.kernels.softmax_xent.dispatch import Plan
+from cosup_fast.kernels.softmax_xent.joint import joint_softmax_xent
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
 from cosup_fast.kernels.softmax_xent.scores import Scores
 from cosup_fast.kernels.workspace import release_workspace
@@ -75,6 +76,8 @@ def info_nce(
     duplicates: Duplicates = "mask",
     private_negatives: Tensor | None = None,  # (N, K, D)
     margin: float | None = None,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     return_stats: bool = False,
@@ -112,6 +115,11 @@ def info_nce(
         margin: false negatives by their score: a key, or private negative, of <q_i, k_j> above the positive's less this
             is no candidate. 0.1 keeps keys that score at least 0.1 below `positive`, -0.1 all but those that score more
             than 0.1 above it. In the units of <q, k>, before the scale; needs positive.
+        query_negatives: joint denominators: scores of a query against the other queries join the sum of its candidates,
+            but for queries of the same answer (query_ids).
+        key_negatives: so do the scores of the key that answers it against the other keys, but for those of its id.
+            Both need positive, one process, and the plain loss: neither symmetric, label_smoothing, positive_ids nor
+            duplicates="positive". `Stats.lse` is of the joint sum; ranks are among keys. 4 products a block of scores.
         label_smoothing: in [0, 1].
         reduction: "mean" over queries, "sum", or "none": (N,).
         return_stats: also return `Stats` of each query (of rows, also where symmetric).
@@ -190,6 +198,14 @@ def info_nce(
                 raise ValueError(
                     "margin is given and positive is None, so no score is the positive's; pass positive, or margin=None"
                 )
+        if query_negatives or key_negatives:
+            name = "query_negatives" if query_negatives else "key_negatives"
+            for option, on in (
+                ("symmetric", symmetric), ("label_smoothing", label_smoothing > 0), ("group", peers is not None),
+                ("positive_ids", positive_ids is not None), ("duplicates='positive'", duplicates == "positive"),
+            ):  # fmt: skip
+                if on:
+                    raise ValueError(f"{name} is True and so is {option}: which sum is whose is open; pass one of them")
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
         if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
@@ -210,13 +226,24 @@ def info_nce(
             positive_ids=positive_ids,
             duplicates=duplicates,
             private_negatives=private_negatives,
+            query_negatives=query_negatives,
+            key_negatives=key_negatives,
             return_stats=return_stats,
             **options,
         )
+    elif query_negatives or key_negatives:
+        assert positive is not None
+        loss, *stats = joint_softmax_xent(
+            query, keys, target=positive, queries=query_negatives, keys=key_negatives,
+            unit=reference.unit if normalize else None, answers=query_ids, key_ids=key_ids,
+            query_ids=None if duplicates == "keep" or key_ids is None else _answers(query_ids, key_ids, positive),
+            scale=scale, product_dtype=dtype, private=private_negatives, ranks=return_stats,
+            checked=readable(query) and query.device.type == "cpu", impl=impl, margin=margin, reduction=reduction,
+        )  # fmt: skip
     else:
         checked = readable(query) and query.device.type == "cpu"
-        if query_ids is None and key_ids is not None and positive is not None and not elsewhere:
-            query_ids = key_ids[positive if checked else positive.clamp(0, m - 1)]
+        if key_ids is not None and positive is not None and not elsewhere:
+            query_ids = _answers(query_ids, key_ids, positive)
         options |= {
             "scale": scale,
             "private": private_negatives,
@@ -245,6 +272,11 @@ def info_nce(
                 **options,
             )
     return (loss, Stats(*stats)) if return_stats else loss
+
+
+def _answers(query_ids: Tensor | None, key_ids: Tensor, positive: Tensor) -> Tensor:
+    """The ids of the keys that answer, where they are not given; of no matter which key where one is out of range."""
+    return key_ids[positive.clamp(0, len(key_ids) - 1)] if query_ids is None else query_ids
 
 
 def linear_cross_entropy(

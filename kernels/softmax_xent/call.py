@@ -27,6 +27,7 @@ class Call(NamedTuple):
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
     positive_ids: Tensor | None = None
+    limit: Tensor | None = None
     fixed_scale: float = 1.0
     normalize: bool = False
     product_dtype: torch.dtype = torch.float32  # what x, w and private are rounded to before they are multiplied

@@ -221,12 +221,12 @@ class TorchChunk(Chunk):
         elif s.target is not None:
             above.scatter_(1, _part(s.target, rows).unsqueeze(1), False)
         z.masked_fill_(above, -torch.inf)
-        if z.device.type == "cpu" and s.private is None:
+        if z.device.type == "cpu" and s.alone and s.private is None:
             alone = (z > -torch.inf).sum(1).le(1) & above.any(1)
             if alone.any():
                 raise ValueError(
-                    f"margin leaves a query no candidate but its positive, of logit {z[alone][0].amax():.4g}; lower it, "
-                    "below 0 to leave out only keys that score above the positive"
+                    f"margin leaves a query no candidate but its positive, of logit {z[alone][0].amax():.4g}; lower "
+                    "it, below 0 to leave out only keys that score above the positive"
                 )
         return z
 

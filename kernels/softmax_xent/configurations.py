@@ -109,6 +109,7 @@ LOSSES: dict[str, set[str]] = {
     "vocabulary": {"target", "bias", "softcap", "SMOOTHING", "smoothing", "z_loss", "count"},
     "several positives": {"target", "key_ids", "query_ids", "positive_ids", "SEVERAL"},
     "symmetric": {"target", "key_ids", "query_ids", "columns"},
+    "margin": {"target", "key_ids", "query_ids", "limit"},
 }
 LOSSES["smoothed several positives"] = LOSSES["several positives"] | {"SMOOTHING", "smoothing", "count"}
 LOSSES["everything"] = set().union(*LOSSES.values())

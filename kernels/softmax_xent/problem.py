@@ -57,7 +57,8 @@ class Problem:
             call.query_ids,
             call.key_ids,
             call.positive_ids,
-            None,
+            call.limit,
+            call.limit is None,
             call.duplicates_are_positive,
             call.symmetric,
             call.softcap,
@@ -140,7 +141,8 @@ class Problem:
 
     def loss(self, stats: Statistics) -> Tensor:
         s = self.scores
-        loss = stats.rows.loss(s.label_smoothing, s.z_loss)
+        positives = s.target is not None or s.positive_ids is not None
+        loss = stats.rows.loss(s.label_smoothing, s.z_loss) if positives else stats.rows.lse
         if stats.columns is not None and s.target is not None:
             loss = (loss + stats.columns.at(s.target).loss(s.label_smoothing)) / 2
         if self.supervised is not None:

@@ -4,7 +4,8 @@
 
 Kernels that multiply and kernels that read products share them, so that all agree on what a score is. An option is on
 if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids`, `limit` and `bias` are pointers, `scale`
-a float or a pointer to one. Targets and ids are int32: a thread holds those of all its columns at once, in as many registers.
+a float or a pointer to one. Targets and ids are int32: a thread holds those of all its columns at once, in as many
+registers.
 
 Partials: the softmaxes of a tile lie in a tensor (T, F, size), T tiles along the axis that is summed, with the fields
 max, sum, with several positives pos_max, pos_sum, with label smoothing total, count.
