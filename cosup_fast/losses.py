@@ -57,7 +57,7 @@ class InfoNCELoss(nn.Module):
             key_grad: as in `functional.info_nce`.
 
     Raises:
-        TypeError: temperature or scale is no number.
+        TypeError: temperature or scale is not a number.
         ValueError: both temperature and scale are given; a value out of range.
     """
 
