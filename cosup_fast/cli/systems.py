@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from cosup_fast.config import config_of
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.html import HTML
+from cosup_fast.evaluation.kinds import split_name
 from cosup_fast.evaluation.report import REPORT
 from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
-from cosup_fast.evaluation.systems import System, split_name
+from cosup_fast.evaluation.systems import System
 from cosup_fast.evaluation.workbench import Workbench
 from cosup_fast.files import FolderKind, check_replaceable
 

@@ -245,20 +245,6 @@ class NLIJudge:
         return tokens[-1] if len(tokens) == 2 else tokens[0]
 
 
-def load_judge(name: str, *, device: torch.device | str = "cpu") -> Judge | None:
-    """The judge called `lexical`, none at all for `none`, or an `NLIJudge`.
-
-    Raises:
-        ValueError: what `NLIJudge` refuses.
-    """
-    if name == "none":
-        return None
-    if name == "lexical":
-        require("nltk.stem.porter", "nltk")
-        return LexicalJudge()
-    return NLIJudge(name, device=device)
-
-
 def _premise(passage: Passage) -> str:
     return f"{passage.title}: {passage.text}" if passage.title else passage.text
 
@@ -279,7 +265,9 @@ def _words(text: str) -> Iterator[tuple[str, str]]:
 def _content(text: str) -> dict[str, str]:
     """Content words of a text: the key they are compared by -> as they stand."""
     return {
-        _key(normal): word for word, normal in _words(text) if normal not in FUNCTION_WORDS and normal not in NEGATIONS
+        _key(normal): word
+        for word, normal in _words(text)
+        if normal not in FUNCTION_WORDS and normal not in NEGATIONS and normal[0].isalnum()
     }
 
 

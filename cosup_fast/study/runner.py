@@ -6,7 +6,6 @@ then a kill at any moment costs what the run's last checkpoint and the last answ
 
 from __future__ import annotations
 
-import fnmatch
 import gc
 import shutil
 import time
@@ -15,10 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cosup_fast.data.records import nearest
 from cosup_fast.files import locked, remove_unwritten
 from cosup_fast.study.cell import Questions, make_cell, train
-from cosup_fast.study.config import Cell, Study, StudyError
+from cosup_fast.study.config import Cell, Study, select
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import commit
 from cosup_fast.study.result import read_cell
@@ -81,24 +79,6 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
         )
         prune(study, console)
     return failed
-
-
-def select(study: Study, only: str | None) -> list[Cell]:
-    """The cells whose names match one of the patterns of a list, `ntp-only-*,pair-seed0`, in the order of the study.
-
-    Raises:
-        StudyError: a pattern matches none.
-    """
-    if only is None:
-        return list(study.cells.values())
-    wanted: set[str] = set()
-    for pattern in filter(None, only.split(",")):
-        found = fnmatch.filter(study.cells, pattern)
-        if not found:
-            near = nearest(pattern, study.cells)
-            raise StudyError(f"--only {pattern!r} matches no cell{near}: {', '.join(study.cells)}")
-        wanted |= set(found)
-    return [cell for name, cell in study.cells.items() if name in wanted]
 
 
 def make_work(study: Study) -> None:

@@ -34,19 +34,19 @@ from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory
-from cosup_fast.files import replace_file
+from cosup_fast.files import held, replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import Changes, check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
+from cosup_fast.training.adamw import check_available
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence, read_metrics
 from cosup_fast.training.metrics import Changed, HeldOut
-from cosup_fast.training.optimizers import check_available
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.schedule import count_steps
 from cosup_fast.training.trainer import Trainer
@@ -98,16 +98,17 @@ def run_training(
         observe: shown the model after every held-out evaluation, with the step.
 
     Raises:
-        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
+        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed in
+            what may not change.
         DataError: see `load_data`; or the data differ from those of the run being resumed.
-        ValueError: see `training_ranks`; what `check` refuses; or another rank has another configuration, other data
-            or other weights.
+        ValueError: see `training_ranks`; what `check` refuses; another process trains into that output; or another
+            rank has another configuration, other data or other weights.
         CheckpointError, TrainingError: see there.
         PeerError: a rank was lost, or did not come in time; it names the rank and what is saved.
-        KeyboardInterrupt: Ctrl-C; it says what was saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; it says what was saved.
     """
     output = Path(config.output)
-    with _endings_explained(output), training_ranks(config.training) as peers:
+    with _endings_explained(output), training_ranks(config.training) as peers, _sole_writer(output, peers):
         leads = peers is None or peers.rank == 0
         console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
         return _run(config, output, resume, check, console, peers, observe)
@@ -405,6 +406,18 @@ def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
 def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:
     """Tells the other ranks, if there are any, of an error inside."""
     return contextlib.nullcontext() if peers is None else peers.reporting(purpose)
+
+
+@contextlib.contextmanager
+def _sole_writer(output: Path, peers: Peers | None) -> Iterator[None]:
+    """Holds the output for this run, by rank 0 and before anything is written."""
+    with contextlib.ExitStack() as stack:
+        if peers is None or peers.rank == 0:
+            with _reporting(peers, "output"):
+                stack.enter_context(held(output, "training"))
+        if peers is not None:
+            peers.meet("output")
+        yield
 
 
 @contextlib.contextmanager

@@ -128,8 +128,8 @@ class _TritonChunk(Chunk):
         return self.x.new_empty(shape, dtype=dtype)
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
-        """An (n, M) matrix whose rows start at multiples of 16 elements."""
-        return self._empty(self.n, -(-self.m // 16) * 16, dtype=dtype)[:, : self.m]
+        """An (n, M) matrix whose rows are padded to whole 16s; kernels read and write the padding, see `in_memory`."""
+        return self._empty(self.n, -(-self.m // 16) * 16, dtype=dtype)
 
     def _partials(self, configuration: Configuration, *, ranks: bool = False, store: bool = False) -> _Partials:
         """Room for those of tiles of this size."""
@@ -324,7 +324,7 @@ class FusedChunk(_ProductChunk):
             kernel = product_kernels.scores_bwd_logits_kernel
             configuration = self._configuration(kernel, {"out", "again"}, lambda c: self._mend(c, held, weights))
             self._mend(configuration, held, weights)
-        return e
+        return e[:, : self.m]
 
     def _mend(self, configuration: Configuration, held: _Partials, weights: dict[str, Tensor | None]) -> None:
         """Multiplies those tiles again whose exponentials are too small for their columns."""
@@ -365,7 +365,7 @@ class RecomputedChunk(_ProductChunk):
         weights["again"] = None
         configuration = self._configuration(kernel, {"out"}, lambda c: self._product(kernel, c, out, **weights))
         self._product(kernel, configuration, out, **weights)
-        return out
+        return out[:, : self.m]
 
 
 class RowChunk(_TritonChunk):
@@ -407,11 +407,13 @@ class RowChunk(_TritonChunk):
 
     def _multiplied(self) -> Tensor:
         if self.products is None:
-            x, w = self.x, self.w.t()
+            x, w, matrix = self.x, self.w.t(), self._matrix(torch.float32)
+            matrix[:, self.m :] = 0.0
             if rounds_late(x.device) and x.dtype != torch.float32:
-                self.products = torch.mm(x, w, out_dtype=torch.float32)
+                torch.mm(x, w, out_dtype=torch.float32, out=matrix[:, : self.m])
             else:
-                self.products = torch.mm(x.float(), w.float(), out=self._matrix(torch.float32))
+                torch.mm(x.float(), w.float(), out=matrix[:, : self.m])
+            self.products = matrix
         return self.products
 
     def statistics(self, *, ranks: bool) -> Statistics:
@@ -435,7 +437,7 @@ class RowChunk(_TritonChunk):
             **self._both_weights(rows, columns, g, h),
         )  # fmt: skip
         self.products = None
-        return out
+        return out[:, : self.m]
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

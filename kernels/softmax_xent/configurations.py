@@ -105,6 +105,7 @@ FULL = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*FULL, "sm_86", "sm_89", "sm_120", "gfx942")
 """Compiled for: everything, and each loss in bf16."""
 LOSSES: dict[str, set[str]] = {
+    "targets alone": {"target"},
     "in-batch negatives": {"target", "key_ids", "query_ids"},
     "vocabulary": {"target", "bias", "softcap", "SMOOTHING", "smoothing", "z_loss", "count"},
     "several positives": {"target", "key_ids", "query_ids", "positive_ids", "SEVERAL"},

@@ -18,6 +18,7 @@ from .tile import (
     VARIES,
     candidates,
     finite,
+    in_memory,
     logit_gradient,
     logits,
     positives,
@@ -116,7 +117,8 @@ def stored_bwd_logits_kernel(
     o_n = i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < N, o_n < M
     p_e = e + o_m.to(tl.int64)[:, None] * stride_e + o_n[None, :]
-    b_e = tl.load(p_e, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+    m_e = m_m[:, None] & in_memory(o_n, M)[None, :]
+    b_e = tl.load(p_e, mask=m_e, other=0.0).to(tl.float32)
     p_part = parts + i_n.to(tl.int64) * F * N + o_m
     p_row = rows + o_m
     row = tl.cast(N, tl.int64)
@@ -156,7 +158,7 @@ def stored_bwd_logits_kernel(
         if columns is not None:
             b_uniform = b_uniform + tl.load(columns + 4 * column + o_n, mask=m_n, other=0.0)[None, :]
         b_d -= tl.where(m, b_uniform, 0.0)
-    tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_e)
 
 
 @triton.jit(do_not_specialize=["N", "M", "F"])
@@ -200,7 +202,7 @@ def rows_fwd_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    m = (o_m < N)[:, None] & in_memory(o_n, M)[None, :]
     b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
@@ -224,7 +226,7 @@ def ranks_fwd_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    m = (o_m < N)[:, None] & in_memory(o_n, M)[None, :]
     b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
@@ -245,7 +247,7 @@ def rows_bwd_logits_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    m = (o_m < N)[:, None] & in_memory(o_n, M)[None, :]
     b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
