@@ -152,7 +152,7 @@ def info_nce(
         The loss, or (loss, Stats). With N = 0 the loss is 0 (or empty) and every gradient is 0.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
+        TypeError: an argument is not a tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
             positive_ids but without positive, which leaves open which key answers a query; an option out of its
             range, or not the same on every rank; on CPU also an index out of range or a query whose positives are all
@@ -303,7 +303,7 @@ def linear_cross_entropy(
         hidden: (T, D) floating.
         weight: (V, D), dtype and device of hidden.
         target: (T,) int64; target[t] is the label of hidden[t], already shifted.
-        bias: (V,) floating, or None. A token of bias -inf is no candidate: label smoothing passes it over too.
+        bias: (V,) floating, or None. A token of bias -inf is not a candidate: label smoothing passes it over too.
         ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
             Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
             graph capture and fake tensors every row is computed and the losses of the others are dropped. None: every
@@ -320,7 +320,7 @@ def linear_cross_entropy(
         The loss, or (loss, Stats). If every row is ignored the loss is 0 and every gradient is 0.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
+        TypeError: an argument is not a tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; an option out of its range; on CPU also a supervised target
             outside 0..V-1. Elsewhere, and under torch.compile, its loss and gradient are NaN.
 
@@ -416,7 +416,7 @@ def gather_last_hidden(
         (R, D) in hidden's dtype, computed in fp32 (fp64 for fp64) and rounded once.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: shapes or devices that do not fit; eps < 0; on CPU also a row out of range.
 
     Source: query and sequence embeddings of Lee et al. 2024, arXiv 2403.09024, section 3.

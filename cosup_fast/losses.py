@@ -56,7 +56,7 @@ class InfoNCELoss(nn.Module):
         normalize, symmetric, label_smoothing, duplicates, reduction, impl, key_grad: as in `functional.info_nce`.
 
     Raises:
-        TypeError: temperature or scale is no number.
+        TypeError: temperature or scale is not a number.
         ValueError: both temperature and scale are given; a value out of range.
     """
 

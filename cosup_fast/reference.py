@@ -135,7 +135,7 @@ def linear_cross_entropy(
     supervised = target != ignore_index
     target = target.masked_fill(~supervised, 0)
     loss = F.cross_entropy(z, target, reduction="none")
-    if label_smoothing:  # torch's own is infinite where a token is no candidate, of bias -inf
+    if label_smoothing:  # torch's own is infinite where a token is not a candidate, of bias -inf
         loss = _softmax_xent(z, F.one_hot(target, len(weight)).bool(), label_smoothing)
     if z_loss:
         loss = loss + z_loss * z.logsumexp(1).square()

@@ -96,7 +96,7 @@ def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
     """Where an evaluation is kept, by default `evaluation/SYSTEM` beside the checkpoint.
 
     Raises:
-        ValueError: the folder holds something that is no evaluation.
+        ValueError: the folder holds something that is not an evaluation.
     """
     kind, argument = split_name(system)
     name = "-".join(filter(None, (kind.name, re.sub(r"[^\w.-]+", "-", Path(argument).name))))

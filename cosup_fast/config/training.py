@@ -98,7 +98,7 @@ class TrainingConfig(BaseModel):
     diagnose_every: int | None = Field(
         default=100,
         ge=1,
-        description="steps between looks at the gradients of each loss, each as dear as a step; null: never",
+        description="steps between looks at the gradients of each loss, each as expensive as a step; null: never",
     )
     spike_factor: float | None = Field(
         default=20.0,

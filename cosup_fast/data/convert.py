@@ -1,6 +1,6 @@
 """Published files to ours: Self-RAG's training file, KILT's tasks and its knowledge source.
 
-The forms that are read stand in docs/data.md. A conversion reads line by line and writes a folder that appears whole or
+The forms that are read are in docs/data.md. A conversion reads line by line and writes a folder that appears whole or
 not at all; a line that does not have its form is a `DataError` with its number, or is counted and left out when
 malformed lines are to be skipped. Sources: Asai et al. 2024, arXiv 2310.11511; Petroni et al. 2021, arXiv 2009.02252.
 """
@@ -90,7 +90,7 @@ def convert_self_rag(
 def self_rag_example(where: str, record: dict[str, Any], name: str) -> tuple[Example | None, list[Passage]]:
     """An example and the passages that it cites; no example where it cites none.
 
-    What follows a paragraph that is [Relevant] is grounded on it, also behind [Continue to Use Evidence], unless it is
+    What follows a paragraph that is [Relevant] is grounded on it, also after [Continue to Use Evidence], unless it is
     marked [No support / Contradictory]; all else is free text.
     """
     instruction, given, text = (_string(where, record, key, "") for key in ("instruction", "input", "output"))
@@ -184,12 +184,9 @@ def convert_kilt(
     if gold not in ("paragraph", "page"):
         raise DataError(f"gold={gold!r}: choose paragraph or page")
     if gold == "page" and knowledge is None:
-        raise DataError("gold='page': which paragraphs a page has stands in the knowledge source: name it")
-    if repeated := [
-        name
-        for name, count in Counter([PASSAGES, CONVERTED.marker, *(task.name for task in tasks)]).items()
-        if count > 1
-    ]:
+        raise DataError("gold='page': the knowledge source says which paragraphs a page has: name it")
+    written = Counter([PASSAGES, CONVERTED.marker, *(task.name for task in tasks)])
+    if repeated := [name for name, count in written.items() if count > 1]:
         raise DataError(f"kilt: {repeated[0]!r} would be the name of several files that are written: rename one")
     counts: Counter[str] = Counter()
     questions: dict[Path, list[tuple[str, Example, list[Provenance]]]] = {}

@@ -203,7 +203,7 @@ class Report(_Part):
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is no report that can be read ({reason}): expected what `cosup-fast evaluate` wrote, such "
+                f"{path} is not a report that can be read ({reason}): expected what `cosup-fast evaluate` wrote, such "
                 f"as RUN/evaluation/co-supervised, or its {REPORT}"
             ) from None
 

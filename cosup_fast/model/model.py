@@ -148,7 +148,7 @@ class CoSupervisionModel(nn.Module):
 
         Raises:
             ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
-                weights that are no safetensors; a model that cannot run on packs, or whose logits are more than
+                weights that are not safetensors; a model that cannot run on packs, or whose logits are more than
                 `logits` knows; adapters for layers that it does not have.
         """
         device, nsp = torch.device(device), nsp or NSPConfig()
@@ -196,7 +196,7 @@ class CoSupervisionModel(nn.Module):
             merge: fold adapters into the weights, so that a plain model is what is left; False: to train them further.
 
         Raises:
-            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; the
+            ValueError: the folder is not a co-supervised checkpoint, of another format version, or incomplete; the
                 weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
         folder, device = Path(folder), torch.device(device)

@@ -124,7 +124,7 @@ class Tuning(_Part):
 
 
 class Comparison(_Part):
-    """A difference that stands first in the report; arms are written `condition/system`."""
+    """A difference that comes first in the report; arms are written `condition/system`."""
 
     title: str
     metric: str = Field(description="such as correctness, grounded or recall@1")
@@ -189,7 +189,7 @@ class Study(_Part):
             for part in (condition.pair.writer, condition.pair.retriever):
                 if part not in self.conditions or self.conditions[part].pair is not None:
                     raise ValueError(
-                        f"conditions.{name}.pair: {part!r} is no condition that is trained"
+                        f"conditions.{name}.pair: {part!r} is not a condition that is trained"
                         f"{nearest(part, [n for n, c in self.conditions.items() if c.pair is None])}"
                     )
                 if missing := set(seeds) - set(self.seeds_of(part)):
@@ -325,7 +325,7 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
         output: where results go instead.
 
     Raises:
-        StudyError: the file is missing or no mapping, a name stands twice, a field is unknown, or a value cannot be.
+        StudyError: the file is missing or no mapping, a name occurs twice, a field is unknown, or a value cannot be.
     """
     path = Path(path)
     try:
@@ -349,7 +349,7 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+    """Refuses a key that occurs twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -376,7 +376,7 @@ def _checked_seeds(field: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _twice(names: Any) -> Any:
-    """The first name that stands twice, or None."""
+    """The first name that occurs twice, or None."""
     seen: set[Any] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
 
@@ -404,7 +404,7 @@ def prepared_set(name: str) -> dict[str, Any]:
 
     if name not in BENCHMARKS:
         raise ValueError(
-            f"sets: {name!r} is no prepared test set{nearest(name, BENCHMARKS)}: name one of {', '.join(BENCHMARKS)}, "
+            f"sets: {name!r} is not a prepared set{nearest(name, BENCHMARKS)}: name one of {', '.join(BENCHMARKS)}, "
             "or give examples, corpus and domain"
         )
     one = BENCHMARKS[name]

@@ -38,7 +38,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
 
     Raises:
         StudyError: a finished cell disagrees with the study, a test set is missing, or no cell matches `only`.
-        KeyboardInterrupt: Ctrl-C; the same study goes on from there.
+        KeyboardInterrupt: Ctrl-C; the same study resumes from there.
     """
     console = console or Console(stderr=True)
     cells = select(study, only)

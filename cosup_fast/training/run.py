@@ -90,7 +90,7 @@ def run_training(
 
     Args:
         config: the run.
-        resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none. A run
+        resume: resume from the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
         check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
             fits into memory; nothing is asked by default.
@@ -128,7 +128,7 @@ def _run(
     checkpoint = _checkpoint_to_resume(config, saved, output)
     changed = {} if checkpoint is None or saved is None else _changes(saved, config, told=True)
     if resume and checkpoint is None:
-        console.print(f"{config.output} holds no checkpoint to continue behind: a new run", markup=False)
+        console.print(f"{config.output} holds no checkpoint to resume from: a new run", markup=False)
     device = choose_device(config.training.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -237,7 +237,7 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     if not data.allow_leaks:
         try:
             if both := {e.id for e in examples} & {e.id for e in held_out}:
-                raise DataError(f"example {min(both)!r} stands in data.train and in data.dev ({len(both)} such ids)")
+                raise DataError(f"example {min(both)!r} is in data.train and in data.dev ({len(both)} such ids)")
             check_splits({"train": examples, "dev": held_out}, corpus)
         except DataError as error:
             raise DataError(
@@ -383,12 +383,12 @@ def _ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: boo
     for record in records:
         best.replay(record, checkpoint.parent)
     if best.exhausted and records[-1]["step"] == step:
-        return f"{checkpoint} is the end of this run, whose patience has run out; a larger training.patience goes on"
+        return f"{checkpoint} is the end of this run, out of patience; a larger training.patience continues it"
     if step < count_steps(config.training, examples)[1]:
         return None
     shown = any(r["step"] == step for r in records)
     if shown or not evaluated or config.training.eval_every is None:
-        return f"{checkpoint} is the end of this run; a larger training.steps goes on"
+        return f"{checkpoint} is the end of this run; a larger training.steps continues it"
     return None
 
 
@@ -422,7 +422,7 @@ def _sole_writer(output: Path, peers: Peers | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _endings_explained(output: Path) -> Iterator[None]:
-    """Says, where a `KeyboardInterrupt` or a lost rank ends the run, what there is to continue behind."""
+    """Says, where a `KeyboardInterrupt` or a lost rank ends the run, what there is to resume from."""
     try:
         yield
     except (KeyboardInterrupt, PeerError) as ending:

@@ -1,6 +1,6 @@
 """Softmax cross-entropy of linear scores, in chunks of rows: the engine behind InfoNCE and the LM head.
 
-    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
+    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is not a candidate
     p_ij = exp(z_ij - lse_i)        t_ij = exp(z_ij - lse+_i) over the positives of row i, else 0
     L_i  = (1 - e) (lse_i - lse+_i) + e (lse_i - mean_j z_ij) + q lse_i^2
     dz   = g_i ((1 + 2 q lse_i) p_ij - (1 - e) t_ij - e / C_i)      da = dz (1 - (z / c)^2)

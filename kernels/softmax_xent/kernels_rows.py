@@ -28,7 +28,7 @@ from .tile import (
 )
 
 HIGHEST = tl.constexpr(85.0)
-"""exp(-HIGHEST) is no 0 in bf16 and fp32, and exp(HIGHEST) no infinity."""
+"""exp(-HIGHEST) is not 0 in bf16 and fp32, and exp(HIGHEST) no infinity."""
 NEGLIGIBLE = tl.constexpr(17.0)
 """exp(-NEGLIGIBLE) beside 1 is lost in fp32."""
 

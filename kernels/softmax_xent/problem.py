@@ -149,7 +149,7 @@ class Problem:
         return ByRow(stats.rows.lse, self._spoilt(stats.rows.positive_logit), stats.rank, stats.top1)
 
     def _spoilt(self, t: Tensor) -> Tensor:
-        """t (N,) with NaN where the target is no candidate at all."""
+        """t (N,) with NaN where the target is not a candidate at all."""
         return t if self.void is None else t.masked_fill(self.void, torch.nan)
 
     def weights(self) -> Tensor:

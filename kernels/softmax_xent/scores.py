@@ -1,6 +1,6 @@
 """What is scored, and what a softmax over the scores is summed up by: the language of the loss engine.
 
-    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
+    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is not a candidate
 
 `Scores` says which logits there are, `Softmax` holds a softmax as maximum and sum of exponentials, a `Chunk` is what an
 implementation supplies: the statistics of some rows of logits, and the gradient of the loss in them.
@@ -107,7 +107,7 @@ class Scores:
     query_ids: Tensor | None = None  # (N,) int64; a key of this id other than the target duplicates the positive
     key_ids: Tensor | None = None  # (M,) int64; negative: no candidate
     positive_ids: Tensor | None = None  # (N, P) int64; every key of such an id is a positive
-    duplicates_are_positive: bool = False  # else they are no candidates
+    duplicates_are_positive: bool = False  # else they are not candidates
     symmetric: bool = False
     softcap: float | None = None
     label_smoothing: float = 0.0

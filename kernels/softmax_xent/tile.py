@@ -1,6 +1,6 @@
 """Device functions of one tile of logits: its product, scores and masks, its softmax, its gradient.
 
-    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
+    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is not a candidate
 
 Kernels that multiply and kernels that read products share them, so that all agree on what a score is. An option is on
 if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` a float

@@ -165,7 +165,7 @@ def test_kilt(tmp_path):
     first, second, third = read_examples(tmp_path / "out" / "nq-dev-kilt.jsonl", ids, allow_no_retrieval=True)
     assert (first.dataset, first.question, first.output) == ("nq", "Where does the Nile flow?", [])
     assert first.answers == ["north", "to the north"]
-    assert first.gold == ["kilt:12:1", "kilt:12:3", "kilt:12:5"]  # a title and a heading are no passages
+    assert first.gold == ["kilt:12:1", "kilt:12:3", "kilt:12:5"]  # a title and a heading are not passages
     assert (second.id, second.gold, second.answers) == ("5", ["kilt:7:1"], [])
     assert (third.gold, third.answers) == ([], ["SUPPORTS"])
 
@@ -231,7 +231,7 @@ def test_what_kilt_needs_is_said(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             convert_kilt(*arguments, tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match="gold='page': which paragraphs"):
+    with pytest.raises(DataError, match="gold='page': the knowledge source says which paragraphs"):
         convert_kilt(["a.jsonl"], tmp_path / "out", gold="page", progress=False)
     with pytest.raises(DataError, match="gold='book': choose paragraph or page"):
         convert_kilt(["a.jsonl"], tmp_path / "out", gold="book", progress=False)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The modules: what they add to the operators, and that they can stand in for the losses people use."""
+"""The modules: what they add to the operators, and that they can replace the losses people use."""
 
 from __future__ import annotations
 

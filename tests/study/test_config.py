@@ -53,7 +53,7 @@ ONE = {"systems": ["gold"]}
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "tow"}}}},
-            r"conditions\.both\.pair: 'tow' is no condition that is trained",
+            r"conditions\.both\.pair: 'tow' is not a condition that is trained",
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, "seeds": [4]}}},

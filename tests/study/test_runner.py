@@ -104,7 +104,7 @@ def test_a_cell_made_with_another_configuration_is_refused_by_name(write_study, 
     with pytest.raises(StudyError, match=r"cell ntp-seed0: .*ntp-seed0\.json was made with run\.data\.corpus="):
         run_study(ours)
     (ours.results / "ntp-seed0.json").write_text('{"format": "something')
-    with pytest.raises(StudyError, match=r"ntp-seed0\.json is no result of a cell .* remove it"):
+    with pytest.raises(StudyError, match=r"ntp-seed0\.json is not a result of a cell .* remove it"):
         run_study(ours)
 
 
