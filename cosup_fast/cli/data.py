@@ -38,7 +38,7 @@ def data_list() -> None:
 def data_prepare(
     name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, starter, or all")],
 ) -> None:
-    """Fetch, verify and convert a model or a data set; takes up where it stopped."""
+    """Fetch, verify and convert a model or a data set; run again, it resumes where it stopped."""
     from cosup_fast.data.prepared.prepare import prepare
 
     say(f"ready: {prepare(name)}")

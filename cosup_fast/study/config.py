@@ -90,6 +90,7 @@ class Condition(_Part):
     probes: tuple[str, ...] = Field(default=(), description="further looks at the trained model; see `probes`")
     seeds: tuple[int, ...] | None = Field(default=None, description="null: those of the study")
     train: bool = Field(default=True, description="false: evaluated as it is before training")
+    random_embseq: bool = Field(default=False, description="Embseq starts from random weights of its architecture")
     pair: Pair | None = Field(default=None, description="nothing is trained, two other conditions are put together")
     keep: bool = Field(default=False, description="keep the checkpoints of its finished cells")
     tune: tuple[dict[str, Any], ...] = Field(
@@ -99,7 +100,7 @@ class Condition(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.pair is not None:
-            if self.change or self.tune or self.probes or not self.train or self.systems:
+            if self.change or self.tune or self.probes or not self.train or self.systems or self.random_embseq:
                 raise ValueError(
                     "a pair trains nothing and is one system: leave out change, tune, probes, train, systems"
                 )
@@ -136,8 +137,10 @@ class Evaluation(_Part):
     """How every cell is evaluated; how Gen writes is in `base.generation`."""
 
     batch: int = Field(default=16, ge=1, description="questions answered at once")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights while they write")
-    judge: str = Field(default="lexical", description="of grounding, as `cosup-fast evaluate --judge` takes it")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the weights while they write"
+    )
+    judge: str = Field(default="lexical", description="judge of grounding, as `cosup-fast evaluate --judge` takes it")
 
 
 class Study(_Part):
@@ -279,6 +282,14 @@ class Cell:
     def trains(self) -> bool:
         return self.settings.pair is None and self.settings.train
 
+    @property
+    def random_embseq(self) -> tuple[str, Path]:
+        """The model whose architecture an Embseq of random weights has, and where that one is."""
+        fields = _flat(self.study.base) | _flat(self.settings.change)
+        name = fields.get("model.embseq") or fields.get("model.gen") or RunConfig().model.gen
+        layers = fields.get("model.embseq_layers") or "all"
+        return name, self.study.work_folder / "models" / f"random-{Path(name).name}-{layers}"
+
     @cached_property
     def run(self) -> RunConfig:
         """What it trains.
@@ -291,6 +302,8 @@ class Cell:
             trial = _flat(self.settings.tune[self.trial])
             fields |= {"training.steps": self.study.tuning.steps} | trial
         fields |= {"training.seed": self.seed, "output": str(self.work / "run")}
+        if self.settings.random_embseq:
+            fields["model.embseq"] = str(self.random_embseq[1])
         try:
             return load_config(None, [f"{name}={json.dumps(value)}" for name, value in fields.items()])
         except ConfigError as error:
@@ -304,6 +317,8 @@ class Cell:
         about: dict[str, Any] = {"seed": self.seed}
         if settings.pair is None:
             about["run"] = _decisive(self.run)
+            if settings.random_embseq:
+                about["run"]["model"]["embseq"] = f"random weights of {self.random_embseq[0]}"
         else:
             about |= {"pair": settings.pair.model_dump(), "parts": [part.identity["run"] for part in self.parts]}
         if self.trial is None:
