@@ -79,8 +79,8 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(default=False, description="torch.compile for every decoder layer")
     sharding: Sharding = Field(
         default="ddp",
-        description="how ranks share the work under torchrun. fsdp: they shard weights, gradients and optimizer states; ddp: each "
-        "has all of them; none: there is one process. One process is the same with each",
+        description="how torchrun's ranks share the work. fsdp: weights, gradients and optimizer states are sharded; "
+        "ddp: each rank has all of them; none: there is one process. One process is the same with each",
     )
     optimizer: OptimizerName = Field(
         default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"
