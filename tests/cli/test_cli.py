@@ -616,6 +616,13 @@ def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
     assert (status, "nothing is prepared yet" in err) == (1, True)
 
 
+def test_a_corpus_is_checked_without_examples(cosup, data_folder):
+    status, _, err = cosup("data", "check", "--corpus", "/nosuch")
+    assert (status, "corpus '/nosuch': expected a JSONL file" in err) == (1, True)
+    status, out, err = cosup("data", "check", "--corpus", data_folder / "passages.jsonl")
+    assert (status, "11 passages" in out + err) == (0, True)
+
+
 def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):
     assert cosup("train", *_arguments(fields))[0] == 0
     monkeypatch.setitem(sys.modules, "faiss", None)
