@@ -38,7 +38,7 @@ class EvaluateOptions(BaseModel):
     )
     metric: list[str] = Field(default=[], description="report this metric for every data set, too")
     in_domain: list[str] = Field(default=[], description="a data set or source that training has seen")
-    out_of_domain: list[str] = Field(default=[], description="one that it has not")
+    out_of_domain: list[str] = Field(default=[], description="a data set or source that training has not seen")
     limit: int | None = Field(default=None, ge=1, description="use only so many examples, drawn by the seed")
     max_new_tokens: int | None = Field(default=None, description="most tokens that Gen chooses")
     max_retrievals: int | None = Field(default=None, description="most retrievals of an answer")
@@ -114,7 +114,7 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
 
 def compare(
     before: Annotated[Path, typer.Argument(help="report.json of the baseline, or its folder", show_default=False)],
-    after: Annotated[Path, typer.Argument(help="that of the other run", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="report.json of the other run, or its folder", show_default=False)],
     metric: Annotated[list[str] | None, typer.Option(help="only this metric; repeat it for several")] = None,
     datasets: Annotated[bool, typer.Option("--datasets", help="Show every data set too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, data sets included.")] = False,

@@ -137,8 +137,10 @@ class Evaluation(_Part):
     """How every cell is evaluated; how Gen writes is in `base.generation`."""
 
     batch: int = Field(default=16, ge=1, description="questions answered at once")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights while they write")
-    judge: str = Field(default="lexical", description="of grounding, as `cosup-fast evaluate --judge` takes it")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the weights while they write"
+    )
+    judge: str = Field(default="lexical", description="judge of grounding, as `cosup-fast evaluate --judge` takes it")
 
 
 class Study(_Part):

@@ -107,6 +107,8 @@ class Scores:
     query_ids: Tensor | None = None  # (N,) int64; a key of this id other than the target duplicates the positive
     key_ids: Tensor | None = None  # (M,) int64; negative: no candidate
     positive_ids: Tensor | None = None  # (N, P) int64; every key of such an id is a positive
+    limit: Tensor | None = None  # (N,) fp32 (fp64); a key that scores above it and is no positive is no candidate
+    alone: bool = True  # no other scores join these, so that a limit that leaves a row nothing is an error
     duplicates_are_positive: bool = False  # else they are not candidates
     symmetric: bool = False
     softcap: float | None = None
@@ -115,11 +117,14 @@ class Scores:
 
     @property
     def several_positives(self) -> bool:
-        return self.positive_ids is not None or (self.query_ids is not None and self.duplicates_are_positive)
+        """Whether rows may have any number of positives, or none at all: then their loss is the log-sum-exp."""
+        if self.target is None or self.positive_ids is not None:
+            return True
+        return self.query_ids is not None and self.duplicates_are_positive
 
     def rows(self, chunk: slice) -> Scores:
         """The same of some rows against every candidate."""
-        names = ("x", "private", "target", "query_ids", "positive_ids")
+        names = ("x", "private", "target", "query_ids", "positive_ids", "limit")
         return replace(self, **{k: v[chunk] for k in names if (v := getattr(self, k)) is not None})
 
     def column_positives(self, rows: Softmax) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
     first = mined.read_bytes()
     assert cosup(*wanted)[0] == 0
     assert mined.read_bytes() == first
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".mined*"))
     before, after = ({e.id: e for e in read_examples(path, None)} for path in (given, mined))
     assert list(before) == list(after)
     assert all(len(e.negatives) == 2 for e in after.values())
@@ -614,6 +614,13 @@ def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
     monkeypatch.setenv("COSUP_HOME", str(tmp_path))
     status, _, err = cosup("data", "check")
     assert (status, "nothing is prepared yet" in err) == (1, True)
+
+
+def test_a_corpus_is_checked_without_examples(cosup, data_folder):
+    status, _, err = cosup("data", "check", "--corpus", "/nosuch")
+    assert (status, "corpus '/nosuch': expected a JSONL file" in err) == (1, True)
+    status, out, err = cosup("data", "check", "--corpus", data_folder / "passages.jsonl")
+    assert (status, "11 passages" in out + err) == (0, True)
 
 
 def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):

@@ -123,7 +123,7 @@ def test_files_that_are_no_configuration(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted((Path(__file__).parents[2]).glob("examples/*.yaml")) if path.name != "study.yaml"],
+    [path for path in sorted((Path(__file__).parents[2]).glob("examples/*.yaml")) if not path.name.startswith("study")],
     ids=lambda path: path.name,
 )
 def test_the_examples_are_valid_configurations(path):

@@ -114,6 +114,7 @@ OPTIONS = {
     "several positives": {"ids": True, "several": 2},
     "several positives, symmetric": {"ids": True, "several": 2, "symmetric": True, "label_smoothing": 0.2},
     "private": {"private": 2, "positive": True, "label_smoothing": 0.1},
+    "margin, symmetric": {"margin": -0.5, "symmetric": True, "private": 1},
     "sum": {"reduction": "sum", "positive": True},
     "none": {"reduction": "none", "normalize": True},
     "none, symmetric": {"reduction": "none", "symmetric": True, "ids": True, "private": 1},
