@@ -12,6 +12,7 @@ gpu/            what is a GPU worth? everything above and more, within a budget,
 batch_memory.py how much memory does a step take, by the size of its batch?
 gate.py         have the exact figures changed? against exact.json
 report.py       tables and plots, in a folder that is there whole or not at all
+overview.py     the plot in the README, from the tables of a folder
 speed.py        the same as pytest-benchmark entry points
 
 Beside them, run as a file: generation.py (the batched decoder beside plain_decoder.py), index_build.py (packs beside

@@ -1,4 +1,4 @@
-"""Validation of the operators' arguments: their types, shapes, dtypes, devices, ranges and combinations.
+"""The operators' arguments: what they may be, and their validation.
 
 Shapes, dtypes and devices are always checked; values only where reading them needs no synchronisation, see `readable`.
 """
@@ -6,16 +6,53 @@ Shapes, dtypes and devices are always checked; values only where reading them ne
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from cosup_fast.distributed import Peers
 
 Reduction = Literal["none", "mean", "sum"]
 Duplicates = Literal["mask", "positive", "keep"]
 Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
 KeyGrad = Literal["global", "local"]
 PositiveRows = Literal["rank", "group"]
+
+
+class InfoNCEOptions(TypedDict, total=False):
+    """The options of `functional.info_nce` but `return_stats`."""
+
+    scale: float | Tensor
+    normalize: bool
+    symmetric: bool
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    positive_ids: Tensor | None
+    duplicates: Duplicates
+    private_negatives: Tensor | None
+    label_smoothing: float
+    reduction: Reduction
+    impl: Impl
+    group: ProcessGroup | Peers | None
+    key_grad: KeyGrad
+    positive_rows: PositiveRows
+
+
+class LinearCrossEntropyOptions(TypedDict, total=False):
+    """The options of `functional.linear_cross_entropy` but `return_stats`."""
+
+    bias: Tensor | None
+    ignore_index: int | None
+    scale: float | Tensor
+    softcap: float | None
+    z_loss: float
+    label_smoothing: float
+    reduction: Reduction
+    impl: Impl
 
 
 def check_tensor(
@@ -59,7 +96,7 @@ def check_operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | Non
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:
-    if value not in get_args(kind):
+    if value not in kind.__args__:
         raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
 
 

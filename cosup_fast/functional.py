@@ -21,17 +21,18 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosup_fast import reference
 from cosup_fast.checks import (
     Duplicates,
     Impl,
+    InfoNCEOptions,
     KeyGrad,
+    LinearCrossEntropyOptions,
     PositiveRows,
     Reduction,
     check_choice,
@@ -43,13 +44,10 @@ from cosup_fast.checks import (
     check_tensor,
     readable,
 )
+from cosup_fast.explain import explain
 from cosup_fast.kernels.last_hidden import op as last_hidden
 from cosup_fast.kernels.numerics import accumulator
-from cosup_fast.kernels.softmax_xent import dispatch
-from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
-from cosup_fast.kernels.softmax_xent.dispatch import Plan
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
-from cosup_fast.kernels.softmax_xent.scores import Scores
 from cosup_fast.kernels.workspace import release_workspace
 from cosup_fast.reference import Stats
 
@@ -61,6 +59,33 @@ if TYPE_CHECKING:
     from cosup_fast.distributed import Peers
 
 
+@overload
+def info_nce(
+    query: Tensor,
+    keys: Tensor,
+    positive: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[InfoNCEOptions],
+) -> Tensor: ...
+@overload
+def info_nce(
+    query: Tensor,
+    keys: Tensor,
+    positive: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[InfoNCEOptions],
+) -> tuple[Tensor, Stats]: ...
+@overload
+def info_nce(
+    query: Tensor,
+    keys: Tensor,
+    positive: Tensor | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[InfoNCEOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
 def info_nce(
     query: Tensor,  # (N, D)
     keys: Tensor,  # (M, D)
@@ -81,7 +106,7 @@ def info_nce(
     group: ProcessGroup | Peers | None = None,
     key_grad: KeyGrad = "global",
     positive_rows: PositiveRows = "rank",
-) -> Any:
+) -> Tensor | tuple[Tensor, Stats]:
     """InfoNCE of queries against keys, every key a candidate of every query.
 
         z_ij = scale <q_i, k_j>        L_i = log sum_{j in C_i} exp(z_ij) - log sum_{j in P_i} exp(z_ij)
@@ -182,39 +207,30 @@ def info_nce(
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
         if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
             check_positives(positive, key_ids, positive_ids, m)
-    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    options = {
+        "scale": scale,
+        "normalize": normalize,
+        "symmetric": symmetric,
+        "positive_ids": positive_ids,
+        "label_smoothing": label_smoothing,
+        "reduction": reduction,
+    }
     if n == 0 and peers is None:
         loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
     elif impl == "reference":
-        return reference.info_nce(
-            query,
-            keys,
-            positive,
-            scale=scale,
-            normalize=normalize,
-            symmetric=symmetric,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            positive_ids=positive_ids,
-            duplicates=duplicates,
-            private_negatives=private_negatives,
-            return_stats=return_stats,
-            **options,
-        )
+        ids = {"query_ids": query_ids, "key_ids": key_ids, "duplicates": duplicates}
+        options |= {"private_negatives": private_negatives, "return_stats": return_stats}
+        return reference.info_nce(query, keys, positive, **ids, **options)
     else:
         checked = readable(query) and query.device.type == "cpu"
         if query_ids is None and key_ids is not None and positive is not None and not elsewhere:
             query_ids = key_ids[positive if checked else positive.clamp(0, m - 1)]
         options |= {
-            "scale": scale,
             "private": private_negatives,
-            "normalize": normalize,
             "product_dtype": dtype,
             "ranks": return_stats,
             "query_ids": None if duplicates == "keep" else query_ids,
-            "positive_ids": positive_ids,
             "duplicates_are_positive": duplicates == "positive",
-            "symmetric": symmetric,
             "impl": impl,
         }
         if peers is None:
@@ -235,6 +251,33 @@ def info_nce(
     return (loss, Stats(*stats)) if return_stats else loss
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> tuple[Tensor, Stats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
 def linear_cross_entropy(
     hidden: Tensor,  # (T, D)
     weight: Tensor,  # (V, D)
@@ -249,7 +292,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     return_stats: bool = False,
     impl: Impl = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, Stats]:
     """Cross-entropy of the next token without the logits.
 
         a_tv = scale <h_t, w_v> + b_v      z = softcap tanh(a / softcap)      L_t = lse_t - z_t,y(t) + z_loss lse_t^2
@@ -346,60 +389,6 @@ def linear_cross_entropy(
     if rows is not None:
         return loss, Stats(*(_scatter(s, rows, t, blank) for s, blank in zip(stats, blanks)))
     return loss, Stats(*(s.where(supervised, blank) for s, blank in zip(stats, blanks)))
-
-
-def explain(
-    n: int,
-    m: int,
-    d: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    symmetric: bool = False,
-    softcap: float | None = None,
-    reduction: Reduction = "mean",
-    gradients: int = 2,
-    impl: Impl = "auto",
-) -> Plan:
-    """What `info_nce` of N queries and M keys, or `linear_cross_entropy` of N supervised rows and M tokens, will run.
-
-        G = 2 N M D FLOP
-
-    Args:
-        n, m, d: rows, candidates and width, >= 1. Nothing of these sizes is allocated.
-        dtype: of the operands. A CPU without bf16 instructions multiplies them in fp32.
-        device: where they are; it need not exist.
-        symmetric: as of `info_nce`.
-        softcap: as of `linear_cross_entropy`.
-        reduction: "none" multiplies the scores again in backward.
-        gradients: how many of the two operands need a gradient, 0 to 2.
-        impl: "auto" or an implementation that forms chunks of scores; the reference has no plan.
-
-    Returns:
-        A `Plan`: impl and the reason for it, products (of G), flops, bytes moved, workspace (bytes beside operands and
-        gradients), chunks, the rows of one, and the cost that "auto" compares. bf16 scores too large to be trusted take
-        one more product on a CPU; that depends on values. Where "auto" is asked for rank and top-1 of rows with several
-        positives, which fused and recomputed do not give, it runs another one.
-
-    Raises:
-        ValueError: a size, `gradients` or option out of its range.
-    """
-    for name, size in (("n", n), ("m", m), ("d", d)):
-        if size < 1:
-            raise ValueError(f"{name} is {size}; pass a size of at least 1")
-    if gradients not in (0, 1, 2):
-        raise ValueError(f"gradients is {gradients}; pass how many of the two operands need one: 0, 1 or 2")
-    check_softcap(softcap)
-    check_choice("reduction", reduction, Reduction)
-    check_choice("impl", impl, Impl)
-    if impl == "reference":
-        raise ValueError("impl is 'reference', which materialises every score; pass 'auto' or 'stored' for a plan")
-    device = torch.device(device)
-    wide = operand_dtype(dtype, device, n * m * d)
-    with FakeTensorMode():
-        x, w = (torch.empty(size, d, dtype=wide, device=device) for size in (n, m))
-        scores = Scores(x, w, symmetric=symmetric, softcap=softcap)
-        return dispatch.plan(impl, scores, at_once=reduction != "none", gradients=gradients)
 
 
 def gather_last_hidden(

@@ -14,6 +14,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which costs a call where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / |x| along the last dimension and 1 / |x|, both 0 for a row no longer than `TINY`."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

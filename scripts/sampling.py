@@ -7,8 +7,8 @@ At most 200 questions of a set, in turn of its groups (labels, relations), in th
 question may be drawn when
 1. no question that trains or tunes has its words, and no other of its set;
 2. its passage, unless that is a lead, shares no ten words in a row with a lead that trains or tunes;
-3. it has an answer among the first 100 words of its passage, which may then be cut to 192 tokens; a claim is true or
-   false.
+3. it has an answer of more than a letter among the first 100 words of its passage, which may then be cut to 192
+   tokens; a claim is true or false, and half of its words, the title's left out, stand there.
 Natural Questions with and without substituted answers ask the same questions. A corpus of more than 2,100 passages is
 cut to 2,000: those that answer, and others in the order of a hash.
 """
@@ -28,7 +28,8 @@ from cosup_fast.data.prepared.prepare import prepare
 from cosup_fast.data.prepared.spans import draw
 from cosup_fast.data.prepared.splits import page_roles
 from cosup_fast.data.records import Example, Passage, read_examples, read_passages
-from cosup_fast.data.text import find_answer, tokens
+from cosup_fast.data.text import STOPWORDS, find_answer, stem, tokens
+from cosup_fast.evaluation.metrics import LABELS
 
 QUESTIONS, PASSAGES, WORDS, RUN = 200, 2000, 100, 10
 TRAINED = ("cloze", "questions", "spans", "chains", "claims", "trivia")
@@ -89,19 +90,24 @@ def _fit(read: Iterable[Asked], asked: Collection[tuple[str, ...]], trained: Col
 
 
 def _answers(example: Example, passage: Passage) -> bool:
-    """Whether the beginning of the passage says what is asked; of a claim, whether it is true or false."""
-    if example.instruction:
-        return example.answers != ["NOT ENOUGH INFO"]
+    """Whether the beginning of the passage says what is asked, or decides a claim, as far as words can tell."""
     start = " ".join(passage.text.split()[:WORDS])
-    title = [passage.title] if find_answer(passage.title, example.answers, example.answer_type) else []
-    return bool(title or find_answer(start, example.answers, example.answer_type))
+    if example.instruction:
+        named = {*STOPWORDS, *tokens(passage.title)}
+        said = [stem(word) for word in dict.fromkeys(tokens(example.question)) if word not in named]
+        there = {stem(word) for word in tokens(start)}
+        return example.answers != ["NOT ENOUGH INFO"] and 2 * sum(word in there for word in said) >= len(said)
+    answers = [answer for answer in example.answers if len(answer) > 1]
+    return any(find_answer(text, answers, example.answer_type) for text in (passage.title, start))
 
 
 def _in_turn(fit: Iterable[Asked]) -> list[str]:
+    """The first ids of each group in turn, until there are enough; of labels, as many of each."""
     groups: dict[str, list[str]] = defaultdict(list)
     for group, example, _ in fit:
         groups[group].append(example.id)
-    rows = zip_longest(*(sorted(groups[group], key=draw) for group in sorted(groups)))
+    columns = [sorted(groups[group], key=draw) for group in sorted(groups)]
+    rows = zip(*columns, strict=False) if LABELS.keys() >= groups.keys() else zip_longest(*columns)
     return [id for row in rows for id in row if id is not None][:QUESTIONS]
 
 

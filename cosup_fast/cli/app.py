@@ -28,6 +28,7 @@ from cosup_fast.cli.plan import plan
 from cosup_fast.cli.serve import serve
 from cosup_fast.cli.study import study
 from cosup_fast.cli.train import train
+from cosup_fast.signals import terminable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,10 +114,14 @@ app.command(
 
 
 def run() -> None:
-    """Runs the command line; user errors become a message on standard error and exit status 1, Ctrl-C 130."""
+    """Runs the command line; user errors become a message on standard error and exit status 1.
+
+    Ctrl-C and SIGTERM end any command alike, with status 130.
+    """
     hush()
     try:
-        app()
+        with terminable():
+            app()
     except Exception as error:
         if DEBUG["on"]:
             raise

@@ -109,11 +109,8 @@ def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
         otherwise: what is said where the work itself says nothing.
         then: how to go on.
     """
-    from cosup_fast.signals import terminable
-
     try:
-        with terminable():
-            yield
+        yield
     except KeyboardInterrupt as interrupt:
         text = (str(interrupt) or otherwise) + then
         if leads():

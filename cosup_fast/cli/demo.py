@@ -1,7 +1,7 @@
-"""The whole mission in a few minutes without a GPU: train, index, retrieve, generate, before against after.
+"""The whole mission in a few minutes without a GPU: train, index, retrieve, generate, beside honest baselines.
 
-The questions that are scored are real ones whose passages were never trained on. Everything lands in one folder;
-run again, the demo continues where it stopped.
+The same trained Gen answers the same held-out questions closed-book, with random passages, with those of a pretrained
+retriever, with the gold ones, and with its own. Everything lands in one folder; run again, the demo resumes there.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,28 +25,32 @@ from cosup_fast.config import RunConfig, load_config
 from cosup_fast.data.prepared.prepare import prepare
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
-from cosup_fast.evaluation import (
-    IndexRetriever,
-    QuestionRecord,
-    Report,
-    System,
-    evaluate,
-    paired_gain,
-    retrieval_ranks,
-)
+from cosup_fast.evaluation import Corpus, QuestionRecord, Report, Workbench, evaluate, paired_gain
+from cosup_fast.evaluation.retrievers import Retriever
+from cosup_fast.evaluation.scoring import rank_scores
 from cosup_fast.files import replace_file
-from cosup_fast.index import SequenceIndex
+from cosup_fast.generation import Generator
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.run import run_training
 
-QUESTIONS, ANSWERED, POOL = 400, 64, 800
-Ranks = dict[str, int]  # by question id, passages ahead of the gold one
-SHOWN = {"recall@1": "R@1", "recall@5": "R@5", "containment": "answer in the output", "grounded": "grounded"}
+QUESTIONS, ANSWERED, POOL = 400, 128, 800
+OURS, CLOSED_BOOK = "co-supervised", "closed-book"
+SYSTEMS = {
+    CLOSED_BOOK: "no passage",
+    "random": "random passages",
+    "dense:minilm": "passages of MiniLM",
+    "gold": "gold passages",
+    OURS: "its own passages",
+}
+"""What the trained Gen is given, by the name of the system."""
+
+Values = Mapping[str, float]
+"""A metric by question."""
 
 
 def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> None:
-    """Runs the demo into `output` and prints before, after, the paired gains and three answers."""
+    """Runs the demo into `output` and prints the table of the systems and three answers."""
     started = time.monotonic()
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: name a folder")
@@ -52,37 +58,45 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         config = load_config(path, [*overrides, f"output={json.dumps(str(output / 'run'))}"])
 
     console.rule("1/4  real weights, real text")
-    for name in ("smollm2-135m", "wiki-leads", "questions"):
+    for name in ("smollm2-135m", "minilm", "wiki-leads", "questions", "spans", "chains"):
         console.print(f"{name}: {prepare(name)}", soft_wrap=True, highlight=False, markup=False)
-    questions, pool = held_out_questions(config)
+    questions, corpus = held_out_questions(config)
     console.print(
-        f"{len(questions)} held-out questions; {len(pool)} passages to search, the gold ones never trained on"
+        f"{len(questions)} held-out questions; {len(corpus)} passages to search, the gold ones never trained on"
     )
 
-    console.rule("2/4  before training")
-    before, ranks_before = _scored(output / "before", lambda: _untrained(config), questions, pool, config, console)
+    console.rule("2/4  co-supervised training")
+    before = _ranked(output, "before training", lambda: _bench(_untrained(config)), OURS, questions, corpus)
+    run_training(config, resume=True, console=console)
+    trained = CoSupervisionModel.load(chosen_checkpoint(Path(config.output)))
 
-    console.rule("3/4  co-supervised training")
-    if not (output / "after" / "report.json").is_file():
-        run_training(config, resume=True, console=console)
-    trained = chosen_checkpoint(Path(config.output))
+    console.rule("3/4  the same Gen with other passages")
+    bench = _bench(trained)
+    reports, recalls = {}, {"before training": before}
+    for name in SYSTEMS:
+        if name in ("dense:minilm", OURS):
+            recalls[name] = _ranked(output, name, lambda: bench, name, questions, corpus)
+        reports[name] = evaluate(
+            bench.system(name, corpus),
+            questions[:ANSWERED],
+            config.generation,
+            folder=output / "evaluation" / name.replace(":", "-"),
+        )
+    console.print(comparison(reports, recalls, corpus))
+    console.print(gains(reports), highlight=False, markup=False)
 
-    console.rule("4/4  after training")
-    after, ranks_after = _scored(
-        output / "after", lambda: CoSupervisionModel.load(trained), questions, pool, config, console
-    )
-
-    console.print(comparison(before, after, ranks_before, ranks_after))
-    for record in _telling(after):
+    console.rule("4/4  what it writes")
+    for record in _telling(reports[OURS]):
         print_answer(console, record.example.question, record.answer)
         console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
+    _show_two_retrievals(console, bench, config, corpus)
     console.print(
         f"curves: {config.output}/curves.png   everything: {output}", soft_wrap=True, highlight=False, markup=False
     )
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def held_out_questions(config: RunConfig) -> tuple[list[Example], list[Passage]]:
+def held_out_questions(config: RunConfig) -> tuple[list[Example], Corpus]:
     """Real questions of both test splits that have an answer to check, and a pool that holds their passages."""
     draw = random.Random(config.training.seed)
     corpus = load_corpus(config.data.corpus)
@@ -91,31 +105,57 @@ def held_out_questions(config: RunConfig) -> tuple[list[Example], list[Passage]]
     examples = draw.sample([e for e in examples if e.answers], QUESTIONS)
     gold = {passage for example in examples for passage in example.gold}
     others = draw.sample([passage for passage in corpus if passage.id not in gold], POOL - len(gold))
-    return examples, [passage for passage in corpus if passage.id in gold] + others
+    return examples, Corpus([passage for passage in corpus if passage.id in gold] + others, "pool")
 
 
-def comparison(before: Report, after: Report, ranks_before: Ranks, ranks_after: Ranks) -> Table:
-    """Each metric before and after, in percent, with the paired 95% interval of its gain.
+def comparison(reports: Mapping[str, Report], recalls: Mapping[str, Mapping[str, Values]], corpus: Corpus) -> Table:
+    """Recall, correctness and grounding of each system, in percent.
 
-    Retrieval is measured on all questions, what Gen writes on those it answered.
+    Recall is that of all questions, the rest of those that were answered. What is grounded rests on the passage that
+    was given, right or wrong: beside random passages it says how readily Gen copies.
     """
-    columns = ("", "questions", "before", "after", "gain, paired 95% interval")
+    count = len(next(iter(reports.values())).questions)
+    asked = len(next(iter(recalls.values()))["recall@1"])
+    columns = ("Gen writes with", f"R@1 of {asked}", "R@5", f"correct of {count}", "not a title", "grounded")
     table = Table(*columns, title="on held-out questions, percent")
-    for metric, title in SHOWN.items():
-        if metric.startswith("recall@"):
-            k = int(metric.removeprefix("recall@"))
-            pair = [{name: float(rank < k) for name, rank in ranks.items()} for ranks in (ranks_before, ranks_after)]
-        else:
-            pair = [before.values(metric), after.values(metric)]
-        means = [sum(values.values()) / len(values) for values in pair]
-        gain = paired_gain(*pair)
+    table.add_row("(chance)", *(f"{100 * k / len(corpus):.1f}" for k in (1, 5)), "", "", "")
+    table.add_row("(before training)", *_percent(recalls["before training"]), "", "", "")
+    for name, title in SYSTEMS.items():
+        report = reports[name]
+        correct = report.values("correctness")
+        grounded = report.values("grounded") if name != CLOSED_BOOK else {}
         table.add_row(
             title,
-            str(gain.count),
-            *(f"{100 * mean:.1f}" for mean in means),
-            f"{100 * gain.mean:+.1f}  [{100 * (gain.low or 0):+.1f}, {100 * (gain.high or 0):+.1f}]",
+            *(_percent(recalls[name]) if name in recalls else ("", "")),
+            _mean(correct),
+            _mean(_apart_from_titles(report, correct)),
+            _mean(grounded),
         )
     return table
+
+
+def gains(reports: Mapping[str, Report]) -> str:
+    """What its own passages add to an answer, paired question by question."""
+    values = {name: report.values("correctness") for name, report in reports.items()}
+    lines = []
+    for name in (CLOSED_BOOK, "random", "dense:minilm"):
+        gain = paired_gain(values[name], values[OURS])
+        interval = f"[{100 * (gain.low or 0):+.1f}, {100 * (gain.high or 0):+.1f}]"
+        lines.append(f"correct, {SYSTEMS[OURS]} - {SYSTEMS[name]}: {100 * gain.mean:+.1f}, 95% interval {interval}")
+    return "\n".join(lines)
+
+
+def _apart_from_titles(report: Report, values: Values) -> Values:
+    """Of the questions whose answer is not the title of their passage, which copying the title cannot answer."""
+    return {r.key: values[r.key] for r in report.questions if r.key in values and r.titles.answer_is_gold is False}
+
+
+def _mean(values: Values) -> str:
+    return f"{100 * fmean(values.values()):.1f}" if values else ""
+
+
+def _percent(recalls: Mapping[str, Values]) -> tuple[str, str]:
+    return _mean(recalls["recall@1"]), _mean(recalls["recall@5"])
 
 
 def _untrained(config: RunConfig) -> CoSupervisionModel:
@@ -123,33 +163,48 @@ def _untrained(config: RunConfig) -> CoSupervisionModel:
     return CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp)
 
 
-def _scored(
-    folder: Path,
-    make_model: Callable[[], CoSupervisionModel],
-    questions: Sequence[Example],
-    pool: Sequence[Passage],
-    config: RunConfig,
-    console: Console,
-) -> tuple[Report, Ranks]:
-    """The report in `folder` and the rank of each question's passage, made now unless they are there."""
-    ranked = folder.with_suffix(".ranks.json")
-    if (folder / "report.json").is_file() and ranked.is_file():
-        report, ranks = Report.load(folder), json.loads(ranked.read_text())
-    else:
-        model = make_model()
-        index = SequenceIndex.build(model, pool)
-        ranks = {e.id: r for e, r in zip(questions, retrieval_ranks(model, questions, index), strict=True)}
-        system = System("co-supervised", model, IndexRetriever(model, index))
-        report = evaluate(system, questions[:ANSWERED], config.generation, folder=folder)
-        with replace_file(ranked) as file:
-            json.dump(ranks, file)
-    recall = sum(rank == 0 for rank in ranks.values()) / len(ranks)
-    console.print(f"R@1 {recall:.1%}, answer in the output {report.overall['containment'].mean:.1%}", highlight=False)
-    return report, ranks
+def _bench(model: CoSupervisionModel) -> Workbench:
+    return Workbench(model.eval())
+
+
+def _ranked(
+    output: Path, title: str, bench: Any, name: str, questions: Sequence[Example], corpus: Corpus
+) -> dict[str, Values]:
+    """Recall at 1 and 5 of every question, made now unless it is kept in `output`."""
+    path = output / "ranks" / f"{title.replace(':', '-').replace(' ', '-')}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    retriever: Retriever = bench().system(name, corpus).retriever_of(corpus.name)
+    lists = retriever.rank(questions, 5)
+    assert lists is not None
+    ranked = rank_scores(questions, lists)
+    found: dict[str, Values] = {
+        metric: {e.id: fmean(one.scores[metric] for one in row) for e, row in zip(questions, ranked, strict=True)}
+        for metric in ("recall@1", "recall@5")
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as file:
+        json.dump(found, file)
+    return found
 
 
 def _telling(report: Report) -> list[QuestionRecord]:
-    """Three answers to look at: the first with the right passage and answer, and the next ones as they come."""
-    right = [r for r in report.questions if r.scores.get("containment") == 1 and r.scores.get("recall@1") == 1]
-    rest = [r for r in report.questions if r not in right[:2]]
-    return [*right[:2], *rest][:3]
+    """Two answers to look at: one with the right passage and an answer that is not its title, one that is wrong."""
+    right = [r for r in report.questions if r.scores.get("correctness") == 1 and r.scores.get("recall@1") == 1]
+    read = [r for r in right if r.titles.answer_is_gold is False] or right
+    wrong = [r for r in report.questions if r.scores.get("correctness") == 0]
+    return [*read[:1], *wrong[:1]] or list(report.questions[:2])
+
+
+def _show_two_retrievals(console: Console, bench: Workbench, config: RunConfig, corpus: Corpus) -> None:
+    """A question of two parts about passages of the pool, none of them trained on."""
+    first, second = _pair(corpus.passages, config.training.seed)
+    writing = config.generation.model_copy(update={"max_retrievals": 2, "max_new_tokens": 96, "ret_first": False})
+    index = bench.index("", corpus)
+    question = f"Compare {first.title} and {second.title}."
+    print_answer(console, question, Generator(bench.model, index, writing).generate(question))
+
+
+def _pair(passages: Sequence[Passage], seed: int) -> tuple[Passage, Passage]:
+    first, second = random.Random(seed).sample([p for p in passages[: POOL // 4] if "(" not in p.title], 2)
+    return first, second

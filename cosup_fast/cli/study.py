@@ -14,7 +14,7 @@ def study(
     config: Annotated[Path, typer.Argument(help="a study: YAML with conditions, seeds and sets", show_default=False)],
     status: Annotated[bool, typer.Option("--status", help="Show the state of every cell, run nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Report the finished cells, run nothing.")] = False,
-    only: Annotated[str | None, typer.Option(help="run the cells whose names match, such as 'ntp-only-*'")] = None,
+    only: Annotated[str | None, typer.Option(help="run the cells of these names: 'ntp-only-*,pair-seed0'")] = None,
     output: Annotated[Path | None, typer.Option(help="where results go instead of the study's output")] = None,
     allow_mixed_commits: Annotated[
         bool, typer.Option("--allow-mixed-commits", help="Report cells that different commits made in one table.")

@@ -16,10 +16,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in the output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start although the plan says that it does not fit.")] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the complete configuration with comments, and stop.")
+    ] = False,
 ) -> None:
     """Train Gen and Embseq together; torchrun shares every step among processes."""
-    from cosup_fast.config import dump_config
+    from cosup_fast.config.describe import dump_commented
 
     config = run_config(arguments or [])
     if show and config.model.init_from is not None:
@@ -27,7 +29,7 @@ def train(
 
         config = inherit(config)
     if show:
-        print(dump_config(config), end="")
+        print(dump_commented(config), end="")
         return
     from cosup_fast.plan.fits import check_fits
     from cosup_fast.training.run import run_training

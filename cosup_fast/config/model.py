@@ -133,6 +133,11 @@ class NSPConfig(BaseModel):
     symmetric: bool = Field(default=False, description="also contrast passages against queries")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
+    @property
+    def unit(self) -> bool:
+        """Whether queries and sequence embeddings leave the model divided by their length."""
+        return self.similarity == "cosine"
+
     @model_validator(mode="after")
     def _ramp_has_both_ends(self) -> Self:
         if (self.ramp is None) != (self.initial_weight is None):

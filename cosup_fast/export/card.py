@@ -90,7 +90,7 @@ def _licence(name: str) -> str | None:
 
 
 def _fields(text: TextConfig, nsp: NSPConfig, facts: RunFacts) -> dict[str, str]:
-    measure = "inner product of unit vectors" if nsp.similarity == "cosine" else "inner product, not normalised"
+    measure = "inner product of unit vectors" if nsp.unit else "inner product, not normalised"
     return {
         "name": facts.name,
         "passage": text.passage.replace("\n", "\\n"),

@@ -182,7 +182,7 @@ def _document_side(model: CoSupervisionModel) -> _Side:
         _tokenizer(template.embseq_tokenizer, longest, start, end),
         longest,
         None if model.projection is None else model.projection.weight,
-        model.nsp.similarity == "cosine",
+        model.nsp.unit,
         expected,
     )
 
@@ -200,7 +200,7 @@ def _query_side(model: CoSupervisionModel) -> _Side:
 
     longest = min(template.max_length, 1 << 20)
     tokenizer = _tokenizer(template.tokenizer, longest, template.start, [template.nsp], before, after[0])
-    return _Side(model.gen.base_model, tokenizer, longest, None, model.nsp.similarity == "cosine", expected)
+    return _Side(model.gen.base_model, tokenizer, longest, None, model.nsp.unit, expected)
 
 
 def _tokenizer(

@@ -343,7 +343,7 @@ class CoSupervisionModel(nn.Module):
 
     def queries(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Query embeddings (N, D) from Gen's hidden states (T, D) at the rows of [NSP] (N,)."""
-        return gather_last_hidden(hidden, rows, normalize=self.nsp.similarity == "cosine")
+        return gather_last_hidden(hidden, rows, normalize=self.nsp.unit)
 
     def embed(self, pack: Pack) -> Tensor:
         """Sequence embeddings (S, D), one for each passage of a pack."""
@@ -357,7 +357,7 @@ class CoSupervisionModel(nn.Module):
         """
         self.require_embseq("passages cannot be embedded")
         model = self.gen.base_model if self.embseq is None else self.embseq
-        unit = self.projection is None and self.nsp.similarity == "cosine"
+        unit = self.projection is None and self.nsp.unit
 
         def run() -> Tensor:
             hidden = run_pack(model, pack, self.embseq_norm)
@@ -371,11 +371,11 @@ class CoSupervisionModel(nn.Module):
         if self.projection is None:
             return states
         embedding = self.projection(states)
-        return nn.functional.normalize(embedding, dim=-1) if self.nsp.similarity == "cosine" else embedding
+        return nn.functional.normalize(embedding, dim=-1) if self.nsp.unit else embedding
 
     def _queries(self, states: Tensor, rows: Tensor) -> Tensor:
         with self.nsp_gradient():
-            return self._at(states, rows, normalize=self.nsp.similarity == "cosine")
+            return self._at(states, rows, normalize=self.nsp.unit)
 
     def _inside(self, part: PreTrainedModel, run: Callable[[], R]) -> R:
         """Runs what reads a model's weights; of a sharded one they are whole only inside (see `training.sharding`)."""

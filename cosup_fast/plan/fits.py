@@ -14,6 +14,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, Pack
 from cosup_fast.plan.planner import GIB, PlanError, make_plan, margin
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import count_weights
+from cosup_fast.training.adamw import state_bytes
 
 SMALL = 0.25
 """Share of a CPU's memory below which weights, gradients and states are not worth a simulation."""
@@ -92,7 +93,7 @@ def _memory(device: torch.device) -> int:
 def _least(request: PlanRequest) -> float:
     """Bytes of weights, and of gradients and states where these are trained, that no step is without."""
     each = {"bfloat16": 2, "float64": 8}.get(request.dtype, 4)
-    training = each + (2 * each if request.optimizer == "adamw" else 2)
+    training = each + state_bytes(request.optimizer, each)
 
     def of(config: dict[str, Any], lora: LoRAConfig, *, frozen: bool = False) -> float:
         weight = 0.5 if lora.quantize else each

@@ -29,7 +29,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from cosup_fast import functional
 from cosup_fast.config.model import NSPConfig, NTPConfig
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack, StepCounts
-from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.kernels.softmax_xent.call import Call
 from cosup_fast.kernels.softmax_xent.chunk_torch import operand_dtype
 from cosup_fast.model import CoSupervisionModel, attention, backbone
@@ -39,7 +38,8 @@ from cosup_fast.model.attention import PACKED_SDPA
 from cosup_fast.model.loading import keep_layers
 from cosup_fast.plan.memory import LiveMemory, phase
 from cosup_fast.plan.request import PlanRequest
-from cosup_fast.training.optimizers import LocalOptimizer, quiet_torchao
+from cosup_fast.training.adamw import optimizer_class
+from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.sharding import local, shard, unsharded_parameters
 from cosup_fast.training.step import accumulate_gradients
 
@@ -313,20 +313,8 @@ def _patched(request: PlanRequest) -> Iterator[None]:
         replace(attention, "LONGEST", {})  # a CPU's alone
         if request.gen_lora.rank or request.embseq_lora.rank:
             replace(nn.Module, "to", lambda self, *args, **kwargs: self)  # fake parameters cannot be moved in place
-        if request.optimizer == "adamw-8bit":
-            with no_downloaded_kernels():
-                from bitsandbytes.optim.optimizer import Optimizer8bit
-
-            def fill(self: Any) -> None:
-                self.name2qmap.update(dynamic=torch.empty(256), udynamic=torch.empty(256))
-
-            replace(Optimizer8bit, "fill_qmap", fill)
-        if request.optimizer == "adamw-8bit-torchao" or (request.optimizer == "adamw" and request.dtype == "bfloat16"):
-            with quiet_torchao():
-                from torchao.optim import adam, subclass_8bit
-            subclass_8bit.get_qmap_signed()  # their values are kept
-            subclass_8bit.get_qmap_unsigned()
-            replace(adam._AdamBase, "step", _compiled_step)
+        rounded = request.dtype == "bfloat16"
+        optimizer_class(request.optimizer, rounded=rounded)(rounded=rounded).simulate(replace)
         yield
 
 
@@ -337,20 +325,6 @@ def _named_norm(model: nn.Module) -> backbone.FinalNorm | None:
         if norm is not None and "RMSNorm" in type(norm).__name__:
             return backbone.FinalNorm(name, 1e-6, 0.0)
     return None
-
-
-@torch.no_grad()
-def _compiled_step(self: Any) -> None:
-    """torchao's step, which is compiled: both moments in fp32 are all that may leave a kernel."""
-    for group in self.param_groups:
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if not self.state[p]:
-                buffers = {name: self._new_buffer(p, name == "exp_avg") for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p].update(step=torch.tensor(0.0), **buffers)
-            moments = [torch.empty_like(p, dtype=torch.float32) for _ in range(2)]
-            del moments
 
 
 def _reduce(parameters: list[nn.Parameter]) -> None:

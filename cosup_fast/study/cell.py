@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,28 @@ from rich.console import Console
 
 from cosup_fast.data.records import Example
 from cosup_fast.environment import choose_device
-from cosup_fast.evaluation import Corpus, QuestionRecord, Report, System, TestSet, Workbench, evaluate, load_judge
+from cosup_fast.evaluation import (
+    Corpus,
+    Judge,
+    QuestionRecord,
+    Report,
+    System,
+    TestSet,
+    Workbench,
+    evaluate,
+    load_judge,
+)
+from cosup_fast.evaluation.progress import OnProgress
 from cosup_fast.evaluation.scoring import DEPTH, chances, rank_scores, titles
 from cosup_fast.generation import Answer
 from cosup_fast.study.config import RANKS, Cell
-from cosup_fast.study.probes import PROBES
+from cosup_fast.study.handed import HANDED, followed
+from cosup_fast.study.probes import AFTERWARDS, SPACES
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import machine, versions
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
-from cosup_fast.training.checkpoint import newest, verify
+from cosup_fast.study.spaces import SPACES_FILE, SpaceLog
+from cosup_fast.training.checkpoint import chosen_checkpoint, verify
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import run_training
 
@@ -55,6 +68,7 @@ def make_cell(cell: Cell, questions: Questions, progress: Progress, console: Con
     if cell.trial is None:
         made = _looked_at(cell, questions, progress, console)
     records = read_metrics(cell.work / "run" / "metrics.jsonl") if cell.trains else []
+    records += read_metrics(cell.work / SPACES_FILE)
     return CellResult(
         name=cell.name,
         condition=cell.condition,
@@ -76,9 +90,10 @@ def make_cell(cell: Cell, questions: Questions, progress: Progress, console: Con
 def train(cell: Cell, progress: Progress, console: Console) -> Path:
     """The run of a cell, resumed or left as it is when it has ended; returns the checkpoint that is evaluated."""
     output = Path(cell.run.output)
+    observe = SpaceLog(cell.work / SPACES_FILE, cell.run) if SPACES in cell.settings.probes else None
     with progress.stage("training"), _watched(output / "metrics.jsonl", cell, progress):
-        run_training(cell.run, resume=True, console=console)
-    return newest(output)
+        run_training(cell.run, resume=True, console=console, observe=observe)
+    return chosen_checkpoint(output)
 
 
 def _looked_at(cell: Cell, questions: Questions, progress: Progress, console: Console) -> dict[str, Any]:
@@ -88,28 +103,34 @@ def _looked_at(cell: Cell, questions: Questions, progress: Progress, console: Co
     systems = {}
     for name in ("pair",) if cell.parts else cell.settings.systems:
         console.print(f"{cell.name}: {name}", markup=False)
-        if name == RANKS:
-            with progress.stage(name):
-                systems[name] = _ranked(bench.system("co-supervised", questions.corpora), questions)
-            continue
         with progress.stage(name):
-            system = bench.system("pair:retriever" if name == "pair" else name, questions.corpora)
-            report = evaluate(
-                system,
-                questions.tests,
-                (cell.parts[0] if cell.parts else cell).run.generation,
-                judge=judge,
-                folder=cell.work / "evaluation" / name.replace(":", "-"),
-                batch=cell.study.evaluation.batch,
-                progress=_of_stages(progress),
-            )
-        systems[name] = _scores(report, questions)
+            systems[name] = _system(name, cell, bench, questions, judge, _of_stages(progress))
     probes = {}
     for name in cell.settings.probes:
-        console.print(f"{cell.name}: {name}", markup=False)
-        with progress.stage(name):
-            probes[name] = PROBES[name](bench, questions, cell)
+        if name in AFTERWARDS:
+            console.print(f"{cell.name}: {name}", markup=False)
+            with progress.stage(name):
+                probes[name] = AFTERWARDS[name](bench.model, questions)
     return {"systems": systems, "probes": probes}
+
+
+def _system(
+    name: str, cell: Cell, bench: Workbench, questions: Questions, judge: Judge | None, show: OnProgress
+) -> dict[str, SetScores]:
+    """What the cell's model gets as one system, by set."""
+    if name == RANKS:
+        return _ranked(bench.system("co-supervised", questions.corpora), questions)
+    config = (cell.parts[0] if cell.parts else cell).run.generation
+    folder, batch = cell.work / "evaluation" / name.replace(":", "-"), cell.study.evaluation.batch
+    if name in HANDED:
+        corpora = {corpus.name: corpus for corpus in questions.corpora}
+        found = followed(name, bench, questions.tests, corpora, config, folder=folder, batch=batch, progress=show)
+        return {
+            test.source: _of_questions(test, found[test.source]) for test in questions.tests if test.source in found
+        }
+    system = bench.system("pair:retriever" if name == "pair" else name, questions.corpora)
+    report = evaluate(system, questions.tests, config, judge=judge, folder=folder, batch=batch, progress=show)
+    return _scores(report, questions)
 
 
 def _bench(cell: Cell) -> Workbench:
@@ -128,7 +149,7 @@ def _model(cell: Cell) -> CoSupervisionModel:
     run = cell.run
     device = choose_device(run.training.device)
     if cell.settings.train:
-        checkpoint = newest(Path(run.output))
+        checkpoint = chosen_checkpoint(Path(run.output))
         verify(checkpoint)
         model = CoSupervisionModel.load(checkpoint, device=device, attention=run.model.attention)
     else:
@@ -146,15 +167,25 @@ def _ranked(system: System, questions: Questions) -> dict[str, SetScores]:
         lists = retriever.rank(test.examples, DEPTH)
         assert lists is not None
         ranked = rank_scores(test.examples, lists)
+        keys = [_key(example) for example in test.examples]
         columns = {
-            name: pack([float(np.mean([one.scores[name] for one in row])) if row else None for row in ranked])
+            name: {
+                key: float(np.mean([one.scores[name] for one in row]))
+                for key, row in zip(keys, ranked, strict=True)
+                if row
+            }
             for name in KEPT
             if name.startswith("recall@")
         }
-        found[test.source] = SetScores(
-            retrieval="", correctness="", answer_is_retrieved_title=pack([None] * len(test.examples)), scores=columns
-        )
+        found[test.source] = _of_questions(test, columns)
     return found
+
+
+def _of_questions(test: TestSet, columns: Mapping[str, Mapping[str, float]]) -> SetScores:
+    """Metrics by question, none of which stands for retrieval or correctness."""
+    keys = [_key(example) for example in test.examples]
+    scores = {name: pack([column.get(key) for key in keys]) for name, column in columns.items()}
+    return SetScores(retrieval="", correctness="", answer_is_retrieved_title=pack([None] * len(keys)), scores=scores)
 
 
 def _scores(report: Report, questions: Questions) -> dict[str, SetScores]:
@@ -202,7 +233,7 @@ def _flag(value: bool | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _of_stages(progress: Progress) -> Callable[[str, int, int], None]:
+def _of_stages(progress: Progress) -> OnProgress:
     """The evaluation's stages as one: answering, which takes nearly all of the time, is what is counted."""
 
     def on_progress(stage: str, done: int, total: int) -> None:

@@ -14,6 +14,7 @@ conditions:
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Hashable, Iterator
@@ -27,11 +28,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
 from cosup_fast.data.records import nearest
+from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.systems import split_name
+from cosup_fast.study.handed import HANDED
 from cosup_fast.study.probes import check_probe
 
 RANKS = "ranks"
 """A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
+OWN = (RANKS, *HANDED)
+"""Systems that `cosup-fast evaluate` does not have."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Of `training`, what decides nothing: where a run is, and how often it reports or saves.
@@ -40,7 +45,7 @@ _INCIDENTAL = {
 }  # fmt: skip
 
 
-class StudyError(ValueError):
+class StudyError(CosupError, ValueError):
     """A study that cannot be run or reported; the message names the cell or the field, and the remedy."""
 
 
@@ -63,8 +68,6 @@ class StudySet(_Part):
         if isinstance(value, str):
             value = {"name": value}
         if isinstance(value, dict) and "name" in value and "examples" not in value:
-            from cosup_fast.study.sets import prepared_set
-
             return prepared_set(str(value["name"])) | value
         return value
 
@@ -106,7 +109,7 @@ class Condition(_Part):
             if twice := _twice(getattr(self, what)):
                 raise ValueError(f"{what}: {twice!r} is named twice")
         for system in self.systems:
-            if system != RANKS:
+            if system not in OWN:
                 split_name(system)
         for probe in self.probes:
             check_probe(probe)
@@ -389,3 +392,38 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
                 yield f"{prefix}{name}", value
 
     return dict(fields())
+
+
+def prepared_set(name: str) -> dict[str, Any]:
+    """The fields of a test set that `cosup-fast data prepare` makes.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    from cosup_fast.data.prepared.benchmarks import BENCHMARKS
+
+    if name not in BENCHMARKS:
+        raise ValueError(
+            f"sets: {name!r} is no prepared test set{nearest(name, BENCHMARKS)}: name one of {', '.join(BENCHMARKS)}, "
+            "or give examples, corpus and domain"
+        )
+    one = BENCHMARKS[name]
+    return {"name": name, "examples": one.questions, "corpus": one.corpus, "domain": one.domain}
+
+
+def select(study: Study, only: str | None) -> list[Cell]:
+    """The cells whose names match one of the patterns of a list, `ntp-only-*,pair-seed0`, in the order of the study.
+
+    Raises:
+        StudyError: a pattern matches none.
+    """
+    if only is None:
+        return list(study.cells.values())
+    wanted: set[str] = set()
+    for pattern in filter(None, only.split(",")):
+        found = fnmatch.filter(study.cells, pattern)
+        if not found:
+            near = nearest(pattern, study.cells)
+            raise StudyError(f"--only {pattern!r} matches no cell{near}: {', '.join(study.cells)}")
+        wanted |= set(found)
+    return [cell for name, cell in study.cells.items() if name in wanted]

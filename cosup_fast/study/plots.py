@@ -27,6 +27,13 @@ CURVES = {
         "query_uniformity": "uniformity of queries",
         "passage_uniformity": "uniformity of passages",
     },
+    "spaces": {
+        "cka_passages": "CKA of passages: token space, sequence space",
+        "cka_queries": "CKA of queries and what they ask for",
+        "alignment": "alignment, held out",
+        "query_uniformity": "uniformity of queries, held out",
+        "passage_uniformity": "uniformity of passages, held out",
+    },
 }
 _COLUMNS = 2
 
@@ -38,6 +45,8 @@ def plots(report: StudyReport) -> dict[str, str]:
         "What decides": _forest(report.decisive, labels) if labels else None,
         "Held-out figures over steps": curves(report, "held-out"),
         "What the losses do to Gen and to the space of sequences": curves(report, "diagnosis"),
+        "Token space and sequence space": curves(report, "spaces"),
+        "Attention from the answer, by layer": attention(report),
     }
     return {title: svg for title, svg in drawn.items() if svg}
 
@@ -67,6 +76,30 @@ def curves(report: StudyReport, kind: str) -> str | None:
         axes.legend(fontsize=7)
 
     return panelled(list(panels), draw)
+
+
+def attention(report: StudyReport) -> str | None:
+    """Shares of attention by layer, a line for each condition's first seed."""
+    looked = {
+        condition: found
+        for condition, seeds in report.probes.items()
+        if (found := next((probes["attention"] for probes in seeds.values() if "attention" in probes), None))
+    }
+    if not looked:
+        return None
+    titles = {"passage": "to the passage", "answer": "to the answer in the passage", "prompt": "to the prompt"}
+
+    def draw(axes: Axes, name: str) -> None:
+        for number, (condition, found) in enumerate(looked.items()):
+            values = found["by_layer"][name]
+            axes.plot(range(1, len(values) + 1), values, ".-", color=f"C{number % 10}", label=condition)
+        if name == "passage":
+            even = next(iter(looked.values()))["even"]
+            axes.axhline(even, color="0.4", linestyle=":", label="all tokens alike")
+        axes.set(xlabel="layer", title=titles[name])
+        axes.legend(fontsize=7)
+
+    return panelled(list(titles), draw)
 
 
 def panelled(names: Sequence[str], draw: Callable[[Any, str], None]) -> str:

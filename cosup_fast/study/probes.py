@@ -1,4 +1,8 @@
-"""Closer looks at a trained model, by name."""
+"""Closer looks at a model, by the name that `probes` of a condition gives them.
+
+attention   of the trained model: `attention.attention_by_layer`
+spaces      while it is trained, at every held-out evaluation: `spaces.look`
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,21 @@ from typing import TYPE_CHECKING, Any
 from cosup_fast.data.records import nearest
 
 if TYPE_CHECKING:
-    from cosup_fast.evaluation import Workbench
+    from cosup_fast.model import CoSupervisionModel
     from cosup_fast.study.cell import Questions
-    from cosup_fast.study.config import Cell
 
-Probe = Callable[["Workbench", "Questions", "Cell"], dict[str, Any]]
+SPACES = "spaces"
+Probe = Callable[["CoSupervisionModel", "Questions"], dict[str, Any]]
 
-PROBES: Mapping[str, Probe] = {}
+
+def _attention(model: CoSupervisionModel, questions: Questions) -> dict[str, Any]:
+    from cosup_fast.study.attention import attention_by_layer
+
+    return attention_by_layer(model, questions.tests, {corpus.name: corpus for corpus in questions.corpora})
+
+
+AFTERWARDS: Mapping[str, Probe] = {"attention": _attention}
+"""Those of the trained model."""
 
 
 def check_probe(name: str) -> None:
@@ -23,5 +35,6 @@ def check_probe(name: str) -> None:
     Raises:
         ValueError: naming it and the nearest one.
     """
-    if name not in PROBES:
-        raise ValueError(f"probes: {name!r} is unknown{nearest(name, PROBES)}: expected one of {', '.join(PROBES)}")
+    names = (*AFTERWARDS, SPACES)
+    if name not in names:
+        raise ValueError(f"probes: {name!r} is unknown{nearest(name, names)}: expected one of {', '.join(names)}")

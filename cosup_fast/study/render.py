@@ -93,11 +93,9 @@ def sections(report: StudyReport) -> Iterator[Section]:
             "losses that the condition trains.",
             [*_trials(report)],
         )
-    for condition, seeds in report.probes.items():
-        for seed, probes in seeds.items():
-            for name, found in probes.items():
-                if rows := found.get("table"):
-                    yield Section(f"{name}: {condition}, seed {seed}", found.get("text", ""), rows)
+    if rows := list(_attention(report)):
+        text = "Of the positions that predict the answer's tokens, the share of attention on the inserted passage."
+        yield Section("Attention to the passage", text, rows)
     yield Section("Cells", "", [*_cells(report)])
 
 
@@ -157,6 +155,25 @@ def _trials(report: StudyReport) -> Iterator[list[str]]:
             *("-" if value is None else f"{value:.3f}" for value in (row.loss, *map(row.held_out.get, names))),
             "best" if row.best else "",
         ]
+
+
+def _attention(report: StudyReport) -> Iterator[list[str]]:
+    looked = [
+        (condition, seed, probes["attention"])
+        for condition, seeds in report.probes.items()
+        for seed, probes in seeds.items()
+        if "attention" in probes
+    ]
+    if not looked:
+        return
+    yield ["condition", "seed", "questions", "mean of layers", "most in a layer", "to the answer, most", "all alike"]
+    for condition, seed, found in looked:
+        passage, answer = found["by_layer"]["passage"], found["by_layer"]["answer"]
+        most = max(range(len(passage)), key=passage.__getitem__)
+        shares = (f"{100 * value:.1f}" for value in (sum(passage) / len(passage), passage[most], max(answer)))
+        mean, top, to_answer = shares
+        layer = f"{top} (layer {most + 1})"
+        yield [condition, str(seed), str(found["questions"]), mean, layer, to_answer, f"{100 * found['even']:.1f}"]
 
 
 def _cells(report: StudyReport) -> Iterator[list[str]]:

@@ -28,6 +28,8 @@ METRICS = {
     "beyond_gold_title": "correct, answer not the gold title",
     "beyond_retrieved_title": "correct, answer not the retrieved title",
     "grounded": "grounded",
+    "follows_passage": "follows the passage",
+    "follows_memory": "follows memory",
 }
 """All of them shares. The two on titles are correctness on a part of the questions."""
 
@@ -258,7 +260,7 @@ class _Table:
         found = {}
         for scope, inside in self.scopes({name: {} for name in self.facts}):
             rows = [self.facts[name].chance for name in inside]
-            names = set.intersection(*(set(row) for row in rows))
+            names = set.intersection(*(set(row) for row in rows)) if rows else set()
             found[scope] = {name: fmean(row[name] for row in rows) for name in sorted(names)}
         return found
 

@@ -146,7 +146,7 @@ def by_id(facts: SetFacts, packed: Packed) -> dict[str, float]:
 def curves(records: Sequence[Mapping[str, Any]], *, points: int = 120) -> dict[str, dict[str, list[Value]]]:
     """A run's metrics as columns: held-out evaluations, diagnoses, and means of steps over at most `points` spans."""
     found = {}
-    for kind in ("held-out", "diagnosis"):
+    for kind in ("held-out", "diagnosis", "spaces"):
         rows = [record for record in records if record["kind"] == kind]
         names = [name for name in (rows[0] if rows else ()) if name != "kind"]
         found[kind] = {name: [_rounded(row.get(name)) for row in rows] for name in names}

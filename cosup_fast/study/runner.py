@@ -6,7 +6,6 @@ then a kill at any moment costs what the run's last checkpoint and the last answ
 
 from __future__ import annotations
 
-import fnmatch
 import gc
 import shutil
 import time
@@ -15,10 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cosup_fast.data.records import nearest
 from cosup_fast.files import locked, remove_unwritten
 from cosup_fast.study.cell import Questions, make_cell, train
-from cosup_fast.study.config import Cell, Study, StudyError
+from cosup_fast.study.config import Cell, Study, select
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import commit
 from cosup_fast.study.result import read_cell
@@ -32,7 +30,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
 
     Args:
         study: what to make.
-        only: make the cells whose names match this pattern, such as `ntp-only-*`.
+        only: make the cells whose names match a list of patterns, such as `ntp-only-*,pair-seed0`.
         console: where progress goes; standard error by default.
 
     Returns:
@@ -81,20 +79,6 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
         )
         prune(study, console)
     return failed
-
-
-def select(study: Study, only: str | None) -> list[Cell]:
-    """The cells whose names match a pattern of the shell, or contain it.
-
-    Raises:
-        StudyError: there is none.
-    """
-    if only is None:
-        return list(study.cells.values())
-    found = [cell for name, cell in study.cells.items() if fnmatch.fnmatch(name, only) or only in name]
-    if not found:
-        raise StudyError(f"--only {only!r} matches no cell{nearest(only, study.cells)}: {', '.join(study.cells)}")
-    return found
 
 
 def make_work(study: Study) -> None:

@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
-from cosup_fast.data.records import DataError, nearest
+from cosup_fast.data.records import DataError
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.evaluation import Corpus, TestSet
 from cosup_fast.study.config import Study, StudyError
-
-
-def prepared_set(name: str) -> dict[str, Any]:
-    """The fields of a test set that `cosup-fast data prepare` makes.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    from cosup_fast.data.prepared.benchmarks import BENCHMARKS
-
-    if name not in BENCHMARKS:
-        raise ValueError(
-            f"sets: {name!r} is no prepared test set{nearest(name, BENCHMARKS)}: name one of {', '.join(BENCHMARKS)}, "
-            "or give examples, corpus and domain"
-        )
-    one = BENCHMARKS[name]
-    return {"name": name, "examples": one.questions, "corpus": one.corpus, "domain": one.domain}
 
 
 def load_sets(study: Study) -> tuple[list[TestSet], list[Corpus]]:

@@ -9,7 +9,7 @@ from statistics import fmean
 from rich.table import Table
 
 from cosup_fast.files import locked
-from cosup_fast.study.config import Cell, Study
+from cosup_fast.study.config import Cell, Study, select
 from cosup_fast.study.progress import read_progress, time_left
 
 
@@ -47,8 +47,6 @@ def state_of(cell: Cell) -> str:
 
 def time_left_of(study: Study, only: str | None = None) -> float | None:
     """Seconds that the unfinished cells will take if they are like the finished ones, best those of their condition."""
-    from cosup_fast.study.runner import select
-
     taken: dict[tuple[str, bool], list[float]] = {}
     cells = select(study, only)
     for cell in study.cells.values():

@@ -145,6 +145,10 @@ class Compiled:
     shared: int = 0
     shared_limit: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
+    sass: int | None = None
+    """Instructions of the whole kernel, on NVIDIA."""
+    epilogue: int | None = None
+    """Of these, those outside the innermost loops that hold tensor-core instructions."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -211,6 +215,7 @@ def compile_source(source: Any, name: str, dtype: str, target: str, options: dic
     if goal.backend == "cuda":
         assembly = _disassemble(binary.asm["cubin"])
         made.registers, made.spills = _ptxas_figures(log.getvalue())
+        made.sass, made.epilogue = _instruction_counts(assembly, COUNTED[goal.tensor_core])
     else:
         assembly = binary.asm["amdgcn"]
         made.registers, made.spills = _amd_figures(assembly)
@@ -224,6 +229,26 @@ def _ptxas_figures(log: str) -> tuple[int, int]:
     if not registers:
         raise RuntimeError(f"ptxas reports no registers: {log.strip() or 'nothing'}")
     return max(registers), sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+
+
+def _instruction_counts(assembly: str, core: str) -> tuple[int, int | None]:
+    """Instructions of a kernel, and those outside the innermost loops that hold one like `core`, if there are any."""
+    lines, labels = [], {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            lines.append(line)
+    loops = []
+    for end, line in enumerate(lines):
+        # Conditional: what waits out of line jumps back without a condition, and closes no loop.
+        goal = re.search(r"@.*\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        start = labels.get(goal[1], end + 1) if goal else end + 1
+        if start <= end and any(re.search(core, one) for one in lines[start : end + 1]):
+            loops.append(range(start, end + 1))
+    inner = [a for a in loops if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in loops)]
+    within = {i for loop in inner for i in loop}
+    return len(lines), len(lines) - len(within) if within else None
 
 
 def _amd_figures(assembly: str) -> tuple[int, int]:
@@ -321,7 +346,10 @@ def _watched(results: Iterable[Compiled], total: int) -> Iterator[Compiled]:
     yield from track(results, "compiling", total, console=Console(stderr=True))
 
 
-COLUMNS = ("kernel", "dtype", "target", "registers", "spilled", "shared", "of", "instructions", "seconds", "verdict")
+COLUMNS = (
+    "kernel", "dtype", "target", "registers", "spilled", "shared", "of", "SASS", "outside the loop", "instructions",
+    "seconds", "verdict",
+)  # fmt: skip
 
 
 def rows(results: Iterable[Compiled]) -> list[tuple[str, ...]]:
@@ -329,16 +357,15 @@ def rows(results: Iterable[Compiled]) -> list[tuple[str, ...]]:
     for r in results:
         instructions = ", ".join(f"{number} {name}" for name, number in r.instructions.items())
         verdict = "ok" if r.ok else ("FAIL: " if r.gate else "reported: ") + "; ".join(r.problems)
-        figures = (r.registers, r.spills, r.shared, r.shared_limit)
-        out.append(
-            (r.kernel, r.dtype, r.target, *(f"{n:,}" for n in figures), instructions, f"{r.seconds:.1f}", verdict)
-        )
+        figures = (r.registers, r.spills, r.shared, r.shared_limit, r.sass, r.epilogue)
+        texts = ("-" if n is None else f"{n:,}" for n in figures)
+        out.append((r.kernel, r.dtype, r.target, *texts, instructions, f"{r.seconds:.1f}", verdict))
     return out
 
 
 def markdown(results: Iterable[Compiled]) -> str:
     """A Markdown table of results."""
-    lines = [COLUMNS, ("---", "---", "---", "--:", "--:", "--:", "--:", "---", "--:", "---"), *rows(results)]
+    lines = [COLUMNS, ("---",) * 3 + ("--:",) * 6 + ("---", "--:", "---"), *rows(results)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

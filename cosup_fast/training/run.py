@@ -34,19 +34,19 @@ from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory
-from cosup_fast.files import replace_file
+from cosup_fast.files import held, replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import Changes, check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
+from cosup_fast.training.adamw import check_available
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence, read_metrics
-from cosup_fast.training.metrics import Changed
-from cosup_fast.training.optimizers import check_available
+from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.schedule import count_steps
 from cosup_fast.training.trainer import Trainer
@@ -68,12 +68,21 @@ Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch
 device, it returns what is printed, and raises ValueError where the run is not to begin."""
 
 
+Observe: TypeAlias = Callable[[CoSupervisionModel, int], None]
+"""Shown the model, as it is after so many steps; it changes nothing of it."""
+
+
 # What a run that was killed at its beginning may have written before config.yaml.
 OWN = {"checkpoints", "curves.png", "data.json", "metrics.jsonl", "refused-step.json", "tensorboard", "warnings.log"}
 
 
 def run_training(
-    config: RunConfig, *, resume: bool = False, check: Check | None = None, console: Console | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    check: Check | None = None,
+    console: Console | None = None,
+    observe: Observe | None = None,
 ) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
@@ -86,25 +95,33 @@ def run_training(
         check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
             fits into memory; nothing is asked by default.
         console: where progress goes; standard error by default.
+        observe: shown the model after every held-out evaluation, with the step.
 
     Raises:
-        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed.
+        ConfigError: the output folder holds another run, or the configuration differs from the one being resumed in
+            what may not change.
         DataError: see `load_data`; or the data differ from those of the run being resumed.
-        ValueError: see `training_ranks`; what `check` refuses; or another rank has another configuration, other data
-            or other weights.
+        ValueError: see `training_ranks`; what `check` refuses; another process trains into that output; or another
+            rank has another configuration, other data or other weights.
         CheckpointError, TrainingError: see there.
         PeerError: a rank was lost, or did not come in time; it names the rank and what is saved.
-        KeyboardInterrupt: Ctrl-C; it says what was saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; it says what was saved.
     """
     output = Path(config.output)
-    with _endings_explained(output), training_ranks(config.training) as peers:
+    with _endings_explained(output), training_ranks(config.training) as peers, _sole_writer(output, peers):
         leads = peers is None or peers.rank == 0
         console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
-        return _run(config, output, resume, check, console, peers)
+        return _run(config, output, resume, check, console, peers, observe)
 
 
 def _run(
-    config: RunConfig, output: Path, resume: bool, check: Check | None, console: Console, peers: Peers | None
+    config: RunConfig,
+    output: Path,
+    resume: bool,
+    check: Check | None,
+    console: Console,
+    peers: Peers | None,
+    observe: Observe | None,
 ) -> Path:
     saved = _saved(config, output, resume)
     config = inherit(config, saved)
@@ -173,7 +190,7 @@ def _run(
             lengths=lengths,
             peers=peers,
             device=device,
-            evaluate=evaluator,
+            evaluate=_observed(evaluator, observe),
             on_metrics=log.metrics,
             on_warning=log.warning,
             on_notice=functools.partial(console.print, markup=False),
@@ -330,6 +347,21 @@ def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
     return digest.hexdigest()
 
 
+def _observed(
+    evaluator: HeldOutEvaluator | None, observe: Observe | None
+) -> Callable[[CoSupervisionModel, int], HeldOut] | None:
+    """An evaluation that shows the model to `observe`, too."""
+    if evaluator is None or observe is None:
+        return evaluator
+
+    def evaluate(model: CoSupervisionModel, step: int) -> HeldOut:
+        found = evaluator(model, step)
+        observe(model, step)
+        return found
+
+    return evaluate
+
+
 def _check_same_data(output: Path, digests: dict[str, str]) -> None:
     path = output / "data.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -374,6 +406,18 @@ def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
 def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:
     """Tells the other ranks, if there are any, of an error inside."""
     return contextlib.nullcontext() if peers is None else peers.reporting(purpose)
+
+
+@contextlib.contextmanager
+def _sole_writer(output: Path, peers: Peers | None) -> Iterator[None]:
+    """Holds the output for this run, by rank 0 and before anything is written."""
+    with contextlib.ExitStack() as stack:
+        if peers is None or peers.rank == 0:
+            with _reporting(peers, "output"):
+                stack.enter_context(held(output, "training"))
+        if peers is not None:
+            peers.meet("output")
+        yield
 
 
 @contextlib.contextmanager

@@ -259,7 +259,7 @@ class Trainer:
     def _stop(self, interrupted: threading.Event, *, late: bool = False) -> bool:
         """Whether this rank, or any other, was interrupted or is late."""
         minutes = self.config.checkpoint_minutes
-        due = minutes is not None and time.monotonic() >= self._saved_at + 60 * minutes
+        due = self.step > 0 and minutes is not None and time.monotonic() >= self._saved_at + 60 * minutes
         note = {"stop": interrupted.is_set() or late, "written": not self.writer.busy, "due": due}
         notes = [note] if self.peers is None else self.peers.meet(f"step {self.step + 1}", note)
         self._written = all(one["written"] for one in notes)

@@ -106,6 +106,15 @@ class TorchChunk(Chunk):
         self.scratch: dict[str, Tensor] = {}
         self.final = False  # self.z holds logits rather than products
 
+    @classmethod
+    def held_bytes(cls, scores: Scores, rows: int) -> int:
+        dtype, wide = scores.x.dtype, accumulator(scores.x.dtype)
+        one = dtype.itemsize if scores.x.device.type == "cpu" else wide.itemsize
+        return one * rows * len(scores.w)
+
+    def hold(self) -> None:
+        self.scratch.clear()
+
     def close(self) -> None:
         if self.buffer is not None:
             workspace.give_back(self.buffer)
@@ -305,7 +314,7 @@ class TorchChunk(Chunk):
         weight = g * (1 + 2 * s.z_loss * finite(rows.lse)) if s.z_loss else g
         if p is None:
             p, weight = (z - finite(rows.max)[:, None]).exp_(), ratio(weight, rows.sum)
-        dz = p.mul_(weight[:, None])
+        dz = p.mul_(weight.unsqueeze(1))
         on_target = g if share == 1 else share * g
         if rows.count is not None:
             dz -= (z > -torch.inf) * (s.label_smoothing * g / rows.count)[:, None]
@@ -324,7 +333,7 @@ class TorchChunk(Chunk):
                 on_target = on_target + h_pos[target] * (rows.pos_max - columns.pos_max[target]).exp()
         if positives is None:
             assert target is not None
-            dz.scatter_add_(1, target[:, None], on_target.neg()[:, None])
+            dz.scatter_add_(1, target.unsqueeze(1), on_target.neg().unsqueeze(1))
         if s.softcap is not None:
             dz *= 1 - (z / s.softcap).square_()
         return dz

@@ -47,7 +47,8 @@ class _Partials(NamedTuple):
     positive: Tensor | None  # (n,) logit of the one positive
     ranks: Tensor | None  # (T, 2, n)
     out: Tensor | None  # (n, M) exponentials
-    width: int  # of a tile
+    height: int  # of a tile
+    width: int
 
 
 class _TritonChunk(Chunk):
@@ -127,8 +128,8 @@ class _TritonChunk(Chunk):
         return self.x.new_empty(shape, dtype=dtype)
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
-        """An (n, M) matrix whose rows start at multiples of 16 elements."""
-        return self._empty(self.n, -(-self.m // 16) * 16, dtype=dtype)[:, : self.m]
+        """An (n, M) matrix whose rows are padded to whole 16s; kernels read and write the padding, see `in_memory`."""
+        return self._empty(self.n, -(-self.m // 16) * 16, dtype=dtype)
 
     def _partials(self, configuration: Configuration, *, ranks: bool = False, store: bool = False) -> _Partials:
         """Room for those of tiles of this size."""
@@ -141,6 +142,7 @@ class _TritonChunk(Chunk):
             self._empty(self.n) if self.single else None,
             self._empty(tiles_n, 2, self.n, dtype=torch.int32) if ranks else None,
             self._matrix(self.x.dtype) if store else None,
+            tile["BM"],
             tile["BN"] // parts,
         )
 
@@ -279,7 +281,7 @@ class FusedChunk(_ProductChunk):
     partials: _Partials | None = None
 
     @classmethod
-    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+    def traffic(cls, scores: Scores, again: float, gradients: int) -> float:
         return scores.x.dtype.itemsize * (1 + again + (2 + gradients if gradients else 0))
 
     @classmethod
@@ -288,11 +290,17 @@ class FusedChunk(_ProductChunk):
         return held + cls._partial_bytes(scores, rows), held
 
     @classmethod
+    def held_bytes(cls, scores: Scores, rows: int) -> int:
+        return scores.x.dtype.itemsize * rows * len(scores.w) + cls._partial_bytes(scores, rows)
+
+    @classmethod
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
         if scores.softcap is not None:
             return "holds exponentials, which do not tell the derivative of a softcap"
-        if scores.symmetric:
-            return "normalises rows alone, and the loss is symmetric"
+        if scores.symmetric and scores.several_positives:
+            return "holds exponentials above a tile's rows, and columns have several positives"
+        if scores.symmetric and scores.x.dtype == torch.float16:
+            return "holds exponentials above a tile's rows, too narrow in fp16 for the columns of a symmetric loss"
         return super().unsupported(scores, ranks)
 
     def statistics(self, *, ranks: bool) -> Statistics:
@@ -301,25 +309,45 @@ class FusedChunk(_ProductChunk):
         return self._summary(self.partials)
 
     def logit_gradient(self, rows: Softmax, columns: Softmax | None, g: Tensor, h: Tensor | None) -> Tensor:
-        assert columns is None, "FusedChunk normalises rows alone"
         held = self.partials or self._score(store=True, ranks=False)
         self.partials, e = None, held.out
         assert e is not None
+        weights = self._both_weights(rows, columns, g, h)
         config = shipped.stored_tiles(self.target, held.width)
         tiles = triton.cdiv(self.n, config.constexprs["BM"]) * triton.cdiv(self.m, held.width)
         self._launch(
             row_kernels.stored_bwd_logits_kernel, tiles, config,
-            e=e, stride_e=e.stride(0), parts=held.rows, rows=self._weights(rows, g, self.s.z_loss),
-            bias=self.scoring["bias"], SMOOTHING=self.smooth, **self.shape, **self.masks,
+            e=e, stride_e=e.stride(0), parts=held.rows, bias=self.scoring["bias"], SMOOTHING=self.smooth, **weights,
+            **self.shape, **self.masks,
         )  # fmt: skip
-        return e
+        if weights["columns"] is not None:
+            kernel = product_kernels.scores_bwd_logits_kernel
+            configuration = self._configuration(kernel, {"out", "again"}, lambda c: self._mend(c, held, weights))
+            self._mend(configuration, held, weights)
+        return e[:, : self.m]
+
+    def _mend(self, configuration: Configuration, held: _Partials, weights: dict[str, Tensor | None]) -> None:
+        """Multiplies those tiles again whose exponentials are too small for their columns."""
+        tile = configuration.constexprs
+        tiles = triton.cdiv(self.n, tile["BM"]) * triton.cdiv(self.m, tile["BN"])
+        again = self._empty(tiles, dtype=torch.int32)
+        config = Configuration(
+            {"BM": tile["BM"], "BN": tile["BN"], "HEIGHT": held.height, "WIDTH": held.width}, num_warps=4
+        )
+        self._launch(
+            row_kernels.underflow_bwd_kernel, tiles, config, rows=held.rows, columns=held.columns,
+            weights=weights["columns"], again=again, F=held.rows.shape[1], **self.shape,
+        )  # fmt: skip
+        self._product(product_kernels.scores_bwd_logits_kernel, configuration, held.out, again=again, **weights)
 
 
 class RecomputedChunk(_ProductChunk):
     """Scores that are multiplied once for their statistics and once more for their gradient."""
 
+    holds = False
+
     @classmethod
-    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+    def traffic(cls, scores: Scores, again: float, gradients: int) -> float:
         return scores.x.dtype.itemsize * (1 + gradients if gradients else 0)
 
     @classmethod
@@ -334,9 +362,10 @@ class RecomputedChunk(_ProductChunk):
     def logit_gradient(self, rows: Softmax, columns: Softmax | None, g: Tensor, h: Tensor | None) -> Tensor:
         out, kernel = self._matrix(self.x.dtype), product_kernels.scores_bwd_logits_kernel
         weights = self._both_weights(rows, columns, g, h)
+        weights["again"] = None
         configuration = self._configuration(kernel, {"out"}, lambda c: self._product(kernel, c, out, **weights))
         self._product(kernel, configuration, out, **weights)
-        return out
+        return out[:, : self.m]
 
 
 class RowChunk(_TritonChunk):
@@ -350,6 +379,10 @@ class RowChunk(_TritonChunk):
         return 4 if size == 4 else 4 + size
 
     @classmethod
+    def held_bytes(cls, scores: Scores, rows: int) -> int:
+        return 4 * rows * len(scores.w)
+
+    @classmethod
     def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
         count = rows * len(scores.w)
         partials = 0 if again else cls._partial_bytes(scores, rows)
@@ -357,9 +390,9 @@ class RowChunk(_TritonChunk):
         return formed, scores.x.dtype.itemsize * count
 
     @classmethod
-    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
+    def traffic(cls, scores: Scores, again: float, gradients: int) -> float:
         # Each product is written and read in fp32, and where it becomes a gradient read once more.
-        return 8 * (1 + again) + (4 * (not again) + scores.x.dtype.itemsize * (1 + gradients) if gradients else 0)
+        return 8 * (1 + again) + (4 * (1 - again) + scores.x.dtype.itemsize * (1 + gradients) if gradients else 0)
 
     def _rows(self, kernel: Any, **arguments: Any) -> None:
         a, config = self._multiplied(), self.tiles
@@ -374,11 +407,13 @@ class RowChunk(_TritonChunk):
 
     def _multiplied(self) -> Tensor:
         if self.products is None:
-            x, w = self.x, self.w.t()
+            x, w, matrix = self.x, self.w.t(), self._matrix(torch.float32)
+            matrix[:, self.m :] = 0.0
             if rounds_late(x.device) and x.dtype != torch.float32:
-                self.products = torch.mm(x, w, out_dtype=torch.float32)
+                torch.mm(x, w, out_dtype=torch.float32, out=matrix[:, : self.m])
             else:
-                self.products = torch.mm(x.float(), w.float(), out=self._matrix(torch.float32))
+                torch.mm(x.float(), w.float(), out=matrix[:, : self.m])
+            self.products = matrix
         return self.products
 
     def statistics(self, *, ranks: bool) -> Statistics:
@@ -402,7 +437,7 @@ class RowChunk(_TritonChunk):
             **self._both_weights(rows, columns, g, h),
         )  # fmt: skip
         self.products = None
-        return out
+        return out[:, : self.m]
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

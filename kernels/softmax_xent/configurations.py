@@ -105,6 +105,7 @@ FULL = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*FULL, "sm_86", "sm_89", "sm_120", "gfx942")
 """Compiled for: everything, and each loss in bf16."""
 LOSSES: dict[str, set[str]] = {
+    "targets alone": {"target"},
     "in-batch negatives": {"target", "key_ids", "query_ids"},
     "vocabulary": {"target", "bias", "softcap", "SMOOTHING", "smoothing", "z_loss", "count"},
     "several positives": {"target", "key_ids", "query_ids", "positive_ids", "SEVERAL"},
@@ -119,7 +120,13 @@ _TYPES |= dict.fromkeys(("target", "key_ids", "query_ids", "positive_ids"), "*i3
 _TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stride_e", "D"), "i32:16")
 _TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")
 _TYPES |= dict.fromkeys(("x", "w", "e", "out"), "*{dtype}")
-_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive"}
+_TYPES["again"] = "*i32"
+_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "again"}
+
+
+def _held(options: Set[str]) -> set[str]:
+    """What of a loss's options exponentials can be held for."""
+    return {*options, "out"} - {"softcap", "columns" if "SEVERAL" in options else ""}
 
 
 def _case(
@@ -165,20 +172,21 @@ def _product_cases(target: str) -> Iterator[dict[str, Any]]:
     forward, backward = product.scores_fwd_kernel, product.scores_bwd_logits_kernel
     for loss, options in LOSSES.items():
         options = options | (set() if "SEVERAL" in options else {"positive"})
-        held, back = (options - {"softcap", "columns"}) | {"out"}, (options - {"positive"}) | {"out"}
+        held, back = _held(options), (options - {"positive"}) | {"out"}
         broad = target in FULL and loss in ("vocabulary", "everything")
         for dtypes in (["bf16", "fp16"], ["fp32"]) if broad else (["bf16"],):
-            forms = [(f"{loss}, stored", held)] if loss != "symmetric" else []
-            forms += [(loss, options)]
+            forms = [(f"{loss}, stored", held), (loss, options)]
             if target in FULL and "SEVERAL" not in options:
                 forms += [(f"{name}, ranks", these | {"ranks", "reference"}) for name, these in forms]
             for name, these in forms:
                 yield _product_case(forward, name, these, target, dtypes)
             yield _product_case(backward, loss, back, target, dtypes)
+        if loss == "symmetric":
+            yield _product_case(backward, "symmetric, again", back | {"again"}, target, ["bf16"])
 
 
 def _row_cases() -> Iterator[dict[str, Any]]:
-    for loss in ("in-batch negatives", "vocabulary", "everything"):
+    for loss in ("in-batch negatives", "vocabulary", "symmetric", "everything"):
         options = LOSSES[loss] | (set() if "SEVERAL" in LOSSES[loss] else {"positive"})
         for kernel, dtypes in (
             (rows.rows_fwd_kernel, ["fp32"]),
@@ -187,7 +195,7 @@ def _row_cases() -> Iterator[dict[str, Any]]:
         ):
             ranked = options | {"ranks", "reference"}
             yield _case(kernel, loss, ranked, row_tiles("sm_80"), FULL, dtypes=dtypes)
-        held = (options - {"softcap", "columns"}) | {"out"}
+        held = _held(options)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             shipped, _ = product_tiles(product.scores_fwd_kernel, dtype, held)
             widths = {target: part_width(shipped[target]) for target in FULL}
@@ -196,6 +204,10 @@ def _row_cases() -> Iterator[dict[str, Any]]:
                 configuration = stored_tiles("sm_80", width)
                 kernel, made = rows.stored_bwd_logits_kernel, f"{loss}, tiles of {width}"
                 yield _case(kernel, made, held, configuration, targets, dtypes=[name])
+        if "columns" in held:
+            tile = Configuration({"BM": 128, "BN": 128, "HEIGHT": 128, "WIDTH": 32}, num_warps=4)
+            types = {"rows": "*fp32", "columns": "*fp32", "F": "i32"}
+            yield _case(rows.underflow_bwd_kernel, loss, held | {"again"}, tile, FULL, types, dtypes=["fp32"])
         yield _case(rows.merge_fwd_kernel, loss, options, MERGE, FULL, dtypes=["fp32"])
         yield _case(rows.weights_bwd_kernel, loss, options, WEIGHTS, FULL, dtypes=["fp32"])
 

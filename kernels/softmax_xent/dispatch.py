@@ -6,7 +6,8 @@
 - recomputed: a Triton product for the statistics, a second one for the gradient. The least traffic, one product more.
 
     G = 2 N M D FLOP      forward and backward 3 G, 4 G where the scores are multiplied again: recomputed,
-    reduction="none", whose weights come later, and a symmetric loss whose columns span several chunks
+    reduction="none", whose weights come later; 3 G and the share of scores that are not held where the columns of a
+    symmetric loss span several chunks, and for fused the tiles whose exponentials underflow, which only values tell
 
 `auto` is stored except on CUDA devices, where it is the implementation of least modelled cost among those that can
 compute the loss, each with the chunks that the workspace allows it:
@@ -33,7 +34,6 @@ KERNELS = ("fused", "rows", "recomputed")
 """Implementations by Triton kernels: for a GPU, or for tensors of any device under Triton's interpreter."""
 BALANCE = {2: 256, 4: 16, 8: 8}
 """FLOP in the time of a byte, by bytes of an operand: between those of A100 (156, 10, 10) and H100 (295, 20, 20)."""
-
 FP32_RATE = 0.5
 """Of a library's: without tensor cores a tile of 64 x 64 x 32 reads shared memory for half of its time."""
 EPILOGUE = 2
@@ -67,7 +67,7 @@ class Plan:
 
     impl: str
     reason: str
-    products: int
+    products: float
     """Products of N x M x D, forward and backward, by how often the scores are multiplied."""
     flops: int
     """Of these products."""
@@ -121,15 +121,22 @@ def _plan(impl: str, reason: str, s: Scores, at_once: bool, gradients: int) -> P
     (n, d), m, size = s.x.shape, len(s.w), s.x.dtype.itemsize
     parts = engine.chunks(s, kind, gradients > 0)
     rows = max((p.stop - p.start for p in parts), default=0)
-    again = bool(gradients) and (impl == "recomputed" or not at_once or (s.symmetric and len(parts) > 1))
+    kept = 1
+    again = float(gradients > 0 and (not kind.holds or not at_once))
+    if gradients and at_once and kind.holds and s.symmetric and len(parts) > 1:
+        kept = min(len(parts), engine.HELD)
+        again = 1 - parts[kept - 1].stop / n
     products = 1 + gradients + again
-    flops = 2 * n * m * d * products
+    flops = round(2 * n * m * d * products)
     several = gradients > 0 and len(parts) > 1
-    moved = kind.traffic(s, again, gradients) * n * m + (engine.Sums.traffic(s) * (len(parts) - 1) if several else 0)
-    (formed, read), (before, during, end) = kind.peaks(s, rows, again), engine.Sums.workspace(s, gradients, several)
-    held = max(formed + before, read + during, end)
-    operands = len(parts) * size * m * d * (1 + again + (gradients > 0))
-    own = (1 + again) * n * m * kind.multiplies
+    sums = engine.Sums.traffic(s) * (len(parts) - 1) if several else 0
+    moved = round(kind.traffic(s, again, gradients) * n * m) + sums
+    formed, read = kind.peaks(s, rows, again > 0 or kept > 1)
+    first, later, during, end = engine.Sums.workspace(s, gradients, several)
+    waiting = [max(0, count) * kind.held_bytes(s, rows) for count in (kept - 1, kept - 2)]
+    held = max(formed + first + waiting[0], formed + later + waiting[1], read + during + waiting[0], end)
+    operands = round(len(parts) * size * m * d * (1 + again + (gradients > 0)))
+    own = round((1 + again) * n * m) * kind.multiplies
     slowed = flops + (own * 2 * d * (1 / FP32_RATE - 1) if size == 4 else 0)
     cost = round(slowed / BALANCE[size]) + EPILOGUE * own + moved + operands
     return Plan(impl, reason, products, flops, moved, held, len(parts), rows, cost, kind)

@@ -27,7 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..numerics import accumulator, finite, ratio, sum_by
+from ..numerics import accumulator, cast, finite, ratio, sum_by
 from ..workspace import workspace_bytes
 from .chunk_torch import TorchChunk, product, rounds_late
 from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics
@@ -35,6 +35,8 @@ from .scores import Chunk, Gradients, Needs, Scores, Softmax, Statistics
 MIN_ROWS = 32
 """Rows of the smallest chunk, whatever the budget: products of fewer rows leave the machine idle."""
 GPU_ROWS = 128
+HELD = 4
+"""Chunks of scores that a symmetric loss keeps between its phases, each of the workspace's size."""
 Merge = Callable[[Softmax], Softmax]
 """Completes the statistics of the columns with those of rows that are scored elsewhere."""
 LIFTED = 2.0**12
@@ -116,13 +118,14 @@ class Sums:
     """
 
     @staticmethod
-    def workspace(s: Scores, gradients: int, several: bool) -> tuple[int, int, int]:
-        """Bytes of sums beyond the gradients that they become: before a chunk is added, meanwhile, and at the end.
+    def workspace(s: Scores, gradients: int, several: bool) -> tuple[int, int, int, int]:
+        """Bytes of sums beyond the gradients that they become: before the first chunk is added, before a later one,
+        while one is, and at the end.
 
-        `gradients`: 1 of w, 2 of x and w, neither normalised. A single chunk's are made when its own are formed.
+        `gradients`: 1 of w, 2 of x and w, neither normalised.
         """
         if not gradients:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         size, wide = s.x.dtype.itemsize, accumulator(s.x.dtype).itemsize
         kept = wide if s.x.dtype == torch.float16 else size  # see `_lifted`
         dx = s.x.numel() * (gradients > 1)
@@ -130,8 +133,8 @@ class Sums:
         apart = size if several and not (size == wide or rounds_late(s.x.device)) else 0  # each product
         during = dx * (kept - size) + dw * (sums + apart - size)
         end = dx * (kept if kept != size else 0) + dw * (sums if sums != size else 0)
-        before = during - dw * apart if several else -size * (dx + dw)
-        return before, during, end
+        first = dx * (kept - size) - dw * size if several else -size * (dx + dw)
+        return first, during - dw * apart if several else first, during, end
 
     @staticmethod
     def traffic(s: Scores) -> int:
@@ -169,7 +172,7 @@ class Sums:
                 if self.dx is not None:
                     self.dx[self.chunk] = part
                 elif self.needs.x:
-                    self.dx = part.to(self.dx_dtype)
+                    self.dx = cast(part, self.dx_dtype)
                 self._scale(part)
         if self.needs.w:
             self._add_w(d if self.columns == slice(None) else d[:, self.columns], x)
@@ -227,7 +230,7 @@ def _walk(
         else:
             sums.chunk = part
             if private is None and not s.symmetric:
-                stats = chunk.statistics_and_accumulate(g[part], sums, ranks=ranks)
+                stats = chunk.statistics_and_accumulate(g if len(parts) == 1 else g[part], sums, ranks=ranks)
             else:
                 stats = chunk.statistics(ranks=ranks)
                 stats = stats if private is None else private.extend(stats)
@@ -240,6 +243,43 @@ def _walk(
         chunk.close()
         del chunk, private  # before the next chunk's are there
     return _together(found)
+
+
+def _walk_twice(
+    s: Scores, kind: type[Chunk], ranks: bool, parts: list[slice], needs: Needs, g: Tensor, h: Tensor | None,
+    merge: Merge | None, wide: bool,
+) -> tuple[Statistics, Sums]:  # fmt: skip
+    """Statistics of all chunks, which the columns need, and then their gradients."""
+    found, held = [], []
+    s = kind.prepare(s)
+    for i, part in enumerate(parts):
+        rows = s.rows(part)
+        chunk, private = kind(rows), None if s.private is None else _Private(rows)
+        stats = chunk.statistics(ranks=ranks)
+        found.append(stats if private is None else private.extend(stats))
+        if kind.holds and i < HELD:
+            chunk.hold()
+            held.append((chunk, private))
+        else:
+            chunk.close()
+        del chunk, private
+    stats = _together(found)
+    if merge is not None and stats.columns is not None:
+        stats = stats._replace(columns=merge(stats.columns))
+    sums = Sums(s, needs, True, wide)
+    for part in parts:
+        if held:
+            chunk, private = held.pop(0)
+        else:
+            rows = s.rows(part)
+            chunk, private = kind(rows), None if s.private is None else _Private(rows)
+        seen, sums.chunk = stats._replace(rows=stats.rows.at(part)), part
+        chunk.accumulate(seen, g[part], h, sums)
+        if private is not None:
+            sums.add_private(private.logit_gradient(seen.rows, g[part]))
+        chunk.close()
+        del chunk, private
+    return stats, sums
 
 
 def _together(found: list[Statistics]) -> Statistics:
@@ -299,24 +339,25 @@ def statistics_and_gradient(
     merge: Merge | None = None,
     wide: bool = True,
 ) -> tuple[Statistics, Gradients]:
-    """Both phases on each chunk of scores: three matrix products, four where columns span several chunks.
+    """Both phases on each chunk of scores: three matrix products.
+
+    Where the columns of a symmetric loss span several chunks, the first `HELD` of them are held between the phases, and
+    the scores of the others multiplied again.
 
     `merge` is called once, between the phases, if the loss is symmetric. `wide`: as for `gradient`.
     """
     parts = chunks(s, kind, bool(needs.w))
-    if s.symmetric and len(parts) > 1:
-        stats = statistics(s, ranks=ranks, kind=kind)
-        if merge is not None and stats.columns is not None:
-            stats = stats._replace(columns=merge(stats.columns))
-        return stats, gradient(s, stats, g, needs, h=h, kind=kind, wide=wide)
     g, h, lift = _lifted(s, g, h)
+    if s.symmetric and len(parts) > 1:
+        stats, sums = _walk_twice(s, kind, ranks, parts, needs, g, h, merge, wide or lift is not None)
+        return stats, _lowered(sums.gradients(), lift)
     sums = Sums(s, needs, len(parts) > 1, wide or lift is not None)
     return _walk(s, kind, ranks, parts, sums, g, h, merge), _lowered(sums.gradients(), lift)
 
 
 def _lifted(s: Scores, g: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """g and h scaled into fp16's range, and by what; as they are in other dtypes."""
-    if s.x.dtype != torch.float16 or not len(g):
+    if s.x.dtype != torch.float16 or not g.shape[0]:
         return g, h, None
     top = g.abs().amax()
     if h is not None:  # a key that answers many queries weighs as much as all of them

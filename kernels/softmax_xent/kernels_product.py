@@ -70,30 +70,50 @@ def scores_fwd_kernel(
 
 @triton.jit(do_not_specialize=VARIES)
 def scores_bwd_logits_kernel(
-    x, w, out, stride_out, rows, columns,
+    x, w, out, stride_out, rows, columns, again,
     N, M, D, stride_x, stride_w,
     scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A program owns the gradient `out` of each of its tiles, formed from the weights of its rows and columns."""
-    BC: tl.constexpr = BN // PARTS
+    """A program owns the gradient `out` of each of its tiles, formed from the weights of its rows and columns.
+
+    Given `again` (tiles), only of those where it is not 0.
+    """
     tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(M, BN)
     for i_t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_at(i_t, tiles_m, tiles_n, GROUP)
-        b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
-        o_m = i_m * BM + tl.arange(0, BM)
-        for i_p in tl.static_range(PARTS):
-            i_c = i_n * PARTS + i_p
-            o_n = i_c * BC + tl.arange(0, BC)
-            b_s = part_of(b_a, i_p, PARTS)
-            m_pos = positives(
-                b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
-            )
-            b_z = logits(b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
-            b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
-            store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
+        if again is None or tl.load(again + i_m * tiles_n + i_n) != 0:
+            gradient_tile(
+                x, w, out, stride_out, rows, columns, i_m, i_n, N, M, D, stride_x, stride_w,
+                scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+                SEVERAL, DUPLICATES_ARE_POSITIVE, SMOOTHING, TMA, PRECISION, BM, BN, BK, PARTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def gradient_tile(
+    x, w, out, stride_out, rows, columns, i_m, i_n, N, M, D, stride_x, stride_w,
+    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Multiplies one tile and stores its gradient."""
+    BC: tl.constexpr = BN // PARTS
+    b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
+    o_m = i_m * BM + tl.arange(0, BM)
+    for i_p in tl.static_range(PARTS):
+        i_c = i_n * PARTS + i_p
+        o_n = i_c * BC + tl.arange(0, BC)
+        b_s = part_of(b_a, i_p, PARTS)
+        m_pos = positives(
+            b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
+        )
+        b_z = logits(b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+        b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
+        store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
 
 @triton.jit(do_not_specialize=["N", "M"])

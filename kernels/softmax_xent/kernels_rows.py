@@ -18,6 +18,7 @@ from .tile import (
     VARIES,
     candidates,
     finite,
+    in_memory,
     logit_gradient,
     logits,
     positives,
@@ -25,6 +26,11 @@ from .tile import (
     store_ranks,
     store_softmax,
 )
+
+HIGHEST = tl.constexpr(85.0)
+"""exp(-HIGHEST) is no 0 in bf16 and fp32, and exp(HIGHEST) no infinity."""
+NEGLIGIBLE = tl.constexpr(17.0)
+"""exp(-NEGLIGIBLE) beside 1 is lost in fp32."""
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -94,14 +100,15 @@ def weights_bwd_kernel(
 
 @triton.jit(do_not_specialize=VARIES)
 def stored_bwd_logits_kernel(
-    e, stride_e, parts, rows, N, M,
+    e, stride_e, parts, rows, columns, N, M,
     bias, target, key_ids, query_ids, positive_ids, P,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program owns a (BM, BN) tile of e, exponentials above the maxima in `parts`, and turns it into the gradient.
 
-    BN is that of the tiles whose maxima these are. The one positive's p - t is formed from its fp32 logit.
+    BN is that of the tiles whose maxima these are. The one positive's p - t is formed from its fp32 logit. What columns
+    weigh is exact where exponentials have not underflowed; see `underflow_bwd_kernel` for the rest.
     """
     F: tl.constexpr = 2 + 2 * SEVERAL + 2 * SMOOTHING
     tiles_n = tl.cdiv(M, BN)
@@ -110,7 +117,8 @@ def stored_bwd_logits_kernel(
     o_n = i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < N, o_n < M
     p_e = e + o_m.to(tl.int64)[:, None] * stride_e + o_n[None, :]
-    b_e = tl.load(p_e, mask=m_m[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+    m_e = m_m[:, None] & in_memory(o_n, M)[None, :]
+    b_e = tl.load(p_e, mask=m_e, other=0.0).to(tl.float32)
     p_part = parts + i_n.to(tl.int64) * F * N + o_m
     p_row = rows + o_m
     row = tl.cast(N, tl.int64)
@@ -118,7 +126,8 @@ def stored_bwd_logits_kernel(
     b_p = tl.load(p_row + row, mask=m_m, other=0.0)
     b_pos_max = tl.load(p_row + 2 * row, mask=m_m, other=0.0)
     b_t = tl.load(p_row + 3 * row, mask=m_m, other=0.0)
-    b_rest = b_p * tl.exp(tl.load(p_part, mask=m_m, other=-float("inf")) - b_shift)
+    b_max = tl.load(p_part, mask=m_m, other=-float("inf"))
+    b_rest = b_p * tl.exp(b_max - b_shift)
     m_pos = positives(
         b_e, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
@@ -128,13 +137,57 @@ def stored_bwd_logits_kernel(
         b_d = b_e * tl.where(m_pos, b_pos[:, None], b_rest[:, None])
     else:
         b_pos = b_p * tl.exp(b_pos_max - b_shift) - b_t
-        b_d = tl.where(m_pos, b_pos[:, None], b_e * b_rest[:, None])
+        b_each = b_rest[:, None]
+        if columns is not None:
+            column = tl.cast(M, tl.int64)
+            b_column = finite(tl.load(columns + o_n, mask=m_n, other=0.0))
+            b_weight = tl.load(columns + column + o_n, mask=m_n, other=0.0)
+            b_lift = tl.minimum(finite(b_max)[:, None] - b_column[None, :], HIGHEST)
+            b_each = b_each + tl.exp(b_lift) * b_weight[None, :]
+            p_own = columns + tl.load(target + o_m, mask=m_m, other=0)
+            b_above = b_pos_max - tl.load(p_own, mask=m_m, other=0.0)
+            b_apart = b_pos_max - tl.load(p_own + 2 * column, mask=m_m, other=0.0)
+            b_pos += tl.exp(b_above) * tl.load(p_own + column, mask=m_m, other=0.0)
+            b_pos -= tl.exp(b_apart) * tl.load(p_own + 3 * column, mask=m_m, other=0.0)
+        b_d = tl.where(m_pos, b_pos[:, None], b_e * b_each)
     if SMOOTHING:
         m = candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
         if bias is not None:
             m = m & (tl.load(bias + o_n, mask=m_n, other=0.0) > -float("inf"))[None, :]
-        b_d -= tl.where(m, tl.load(p_row + 4 * row, mask=m_m, other=0.0)[:, None], 0.0)
-    tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+        b_uniform = tl.load(p_row + 4 * row, mask=m_m, other=0.0)[:, None]
+        if columns is not None:
+            b_uniform = b_uniform + tl.load(columns + 4 * column + o_n, mask=m_n, other=0.0)[None, :]
+        b_d -= tl.where(m, b_uniform, 0.0)
+    tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_e)
+
+
+@triton.jit(do_not_specialize=["N", "M", "F"])
+def underflow_bwd_kernel(
+    rows, columns, weights, again, N, M, F,
+    BM: tl.constexpr, BN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A program owns `again` of a (BM, BN) tile: whether exponentials of it that a column needs may have underflowed.
+
+    An exponential is above its row's maximum a_i in a tile of WIDTH columns (`rows`), and 0 below a_i - HIGHEST. A
+    column of maximum C_j needs what lies above C_j - NEGLIGIBLE, if its own maximum in these rows, of tiles of HEIGHT
+    (`columns`), does. `weights` (5, M) say C_j and what a column weighs.
+    """
+    tiles_n = tl.cdiv(M, BN)
+    i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < N, o_n < M
+    b_row = tl.full((BM,), -float("inf"), dtype=tl.float32)
+    for i_t in range(i_n * BN // WIDTH, tl.cdiv(tl.minimum(i_n * BN + BN, M), WIDTH)):
+        b_row = tl.maximum(b_row, tl.load(rows + tl.cast(i_t, tl.int64) * F * N + o_m, mask=m_m, other=-float("inf")))
+    b_column = tl.full((BN,), -float("inf"), dtype=tl.float32)
+    for i_t in range(i_m * BM // HEIGHT, tl.cdiv(tl.minimum(i_m * BM + BM, N), HEIGHT)):
+        p_part = columns + tl.cast(i_t, tl.int64) * F * M + o_n
+        b_column = tl.maximum(b_column, tl.load(p_part, mask=m_n, other=-float("inf")))
+    b_needed = tl.load(weights + o_n, mask=m_n, other=0.0) - NEGLIGIBLE
+    b_weight = tl.load(weights + tl.cast(M, tl.int64) + o_n, mask=m_n, other=0.0)
+    m_needed = m_n & (b_weight != 0.0) & (b_column > b_needed) & (tl.max(b_row, 0) - HIGHEST > b_needed)
+    tl.store(again + tl.program_id(0), tl.max(m_needed.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -149,7 +202,7 @@ def rows_fwd_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    m = (o_m < N)[:, None] & in_memory(o_n, M)[None, :]
     b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
@@ -173,7 +226,7 @@ def ranks_fwd_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    m = (o_m < N)[:, None] & in_memory(o_n, M)[None, :]
     b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
@@ -194,7 +247,7 @@ def rows_bwd_logits_kernel(
     i_m, i_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    m = (o_m < N)[:, None] & (o_n < M)[None, :]
+    m = (o_m < N)[:, None] & in_memory(o_n, M)[None, :]
     b_a = tl.load(a + o_m.to(tl.int64)[:, None] * stride_a + o_n[None, :], mask=m, other=0.0)
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import accumulator
+from ..numerics import accumulator, cast
 from .call import LOCAL, NOTHING, ByRow, Call, Pool, Results
 from .problem import Problem, kept
 from .scores import Gradients, Softmax, Statistics
@@ -26,11 +26,14 @@ ONCE = "this loss is differentiated once; pass impl='reference' for second deriv
 VMAP = "this loss cannot be vmapped over its operands; loop over them, or pass impl='reference'"
 
 
+_NOTHING = nullcontext()
+
+
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off, and costs nothing where it is off."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known and torch.is_autocast_enabled(kind) else _NOTHING
 
 
 class _Loss(torch.autograd.Function):
@@ -69,7 +72,7 @@ class _Loss(torch.autograd.Function):
                 grads = problem.leave(problem.gradient(stats, g))
             needs = ctx.needs_input_grad[2:]
             grads = [
-                t.to(dtype) if need and t is not None else None for t, dtype, need in zip(grads, ctx.dtypes, needs)
+                cast(t, dtype) if need and t is not None else None for t, dtype, need in zip(grads, ctx.dtypes, needs)
             ]
         return None, None, *once(g, grads)
 
@@ -310,9 +313,10 @@ def softmax_xent(
         options["scale"] = scale
     else:
         options["fixed_scale"] = float(scale)
-    call = Call(x, w, **options)
     if torch.is_grad_enabled():
-        call = call._replace(needs=[t is not None and t.requires_grad for t in call.operands])
+        operands = x, w, options.get("scale"), options.get("bias"), options.get("private")
+        options["needs"] = [t is not None and t.requires_grad for t in operands]
+    call = Call(x, w, **options)
     if not _has_values(x):
         loss, *by_row = _forward(*call)[: 1 + len(ByRow._fields)]
         return (loss, *(t.detach() for t in by_row)) if call.ranks else (loss,)

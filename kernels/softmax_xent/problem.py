@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import accumulator, unit, unit_backward
+from ..numerics import accumulator, cast, unit, unit_backward
 from . import dispatch
 from .call import LOCAL, ByRow, Call, Pool
 from .chunk_torch import operand_dtype
@@ -29,7 +29,7 @@ class Problem:
         self.wide = accumulator(call.product_dtype)
         self.units: dict[str, tuple[Tensor, Tensor]] = {}
         x, w, target = call.x, call.w, call.target
-        self.queries, keys = pool.sizes(len(x), len(w))
+        self.queries, keys = pool.sizes(x.shape[0], w.shape[0])
         self.aligned = call.impl in dispatch.KERNELS or x.is_cuda
         self.operand_dtype = operand_dtype(call.product_dtype, x.device, self.queries * keys * x.shape[1])
         if self.aligned:
@@ -48,8 +48,8 @@ class Problem:
         elif self.supervised is not None and target is not None:
             target = target.clamp(min=0)
         self.scores = Scores(
-            self._enter("x", x).to(self.operand_dtype),
-            pool.gather(self._enter("w", w)).to(self.operand_dtype),
+            cast(self._enter("x", x), self.operand_dtype),
+            cast(pool.gather(self._enter("w", w)), self.operand_dtype),
             call.fixed_scale if call.scale is None else call.scale.to(self.wide),
             None if call.bias is None else call.bias.to(self.wide),
             None if call.private is None else self._enter("private", call.private).to(self.operand_dtype),
@@ -75,21 +75,21 @@ class Problem:
             if t.dtype == dtype:
                 dtype = self.operand_dtype
             t, _ = self.units[name] = unit(t.to(self.wide))
-        t = t.to(dtype)
+        t = cast(t, dtype)
         return _aligned(t) if self.aligned else t
 
     def run(self) -> tuple[Statistics, Gradients | None]:
         """The statistics and, where the weights of the rows are known and anybody asks, the gradients."""
         if self.call.at_once and self.wanted:
             g, h = self.upstream(self.weights())
-            if not len(self.scores.x):
+            if not self.scores.x.shape[0]:
                 return self._no_rows(), self._no_gradient()
             stats, grads = statistics_and_gradient(
                 self.scores, g, self.needs, h=h, ranks=self.call.ranks, kind=self.kind(), merge=self.pool.merge,
                 wide=self._wide_gradients,
             )  # fmt: skip
             return stats, grads
-        if not len(self.scores.x):
+        if not self.scores.x.shape[0]:
             return self._no_rows(), None
         stats = statistics(self.scores, ranks=self.call.ranks, kind=self.kind())
         return self._merged(stats), None
@@ -97,7 +97,7 @@ class Problem:
     def gradient(self, stats: Statistics, g: Tensor) -> Gradients:
         """The gradients of losses that are weighted by g (N,)."""
         g, h = self.upstream(g)
-        if not len(self.scores.x):
+        if not self.scores.x.shape[0]:
             return self._no_gradient()
         return gradient(self.scores, stats, g, self.needs, h=h, kind=self.kind(), wide=self._wide_gradients)
 
@@ -154,7 +154,7 @@ class Problem:
 
     def weights(self) -> Tensor:
         """What each row weighs in the reduced loss."""
-        n = len(self.scores.x)
+        n = self.scores.x.shape[0]
         if self.call.reduction == "mean" and self.supervised is None:
             return self.scores.x.new_full((n,), 1 / self.count(), dtype=self.wide)
         ones = self.scores.x.new_ones(n, dtype=self.wide)
@@ -174,7 +174,7 @@ class Problem:
 
     def leave(self, found: Gradients) -> list[Tensor | None]:
         """Gradients of the inputs, in their dtypes; fp16 cannot hold one whose loss scale is still to come."""
-        if found.w is not None:
+        if found.w is not None and self.pool is not LOCAL:
             found = found._replace(w=self.pool.give(found.w))
         grads = []
         for name, g, t in zip(Gradients._fields, found, self.call.operands):
@@ -185,7 +185,7 @@ class Problem:
                 g = g[..., : t.shape[-1]].contiguous()
             if name in self.units:
                 g = unit_backward(g.to(self.wide), *self.units[name])
-            grads.append(g.to(kept(t.dtype)))
+            grads.append(cast(g, kept(t.dtype)))
         return grads
 
 

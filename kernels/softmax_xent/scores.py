@@ -137,6 +137,8 @@ class Chunk(ABC):
     candidates: pos_max = -inf and pos_sum = 0 then. A row without a candidate has max = -inf and sum = 0.
     """
 
+    holds = True
+    """Whether its scores are still there after the statistics."""
     multiplies = False
     """Whether its scores come from a kernel of its own, whose epilogue makes of them what is wanted."""
 
@@ -144,6 +146,11 @@ class Chunk(ABC):
     @abstractmethod
     def score_bytes(cls, scores: Scores) -> int:
         """Workspace for one score of a chunk."""
+
+    @classmethod
+    def held_bytes(cls, scores: Scores, rows: int) -> int:
+        """What is left of a chunk of so many rows after `hold`."""
+        return cls.score_bytes(scores) * rows * len(scores.w)
 
     @classmethod
     def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
@@ -155,8 +162,8 @@ class Chunk(ABC):
         return held, held
 
     @classmethod
-    def traffic(cls, scores: Scores, again: bool, gradients: int) -> int:
-        """Bytes of memory that one score moves: multiplied once or `again`, its gradient read by so many products.
+    def traffic(cls, scores: Scores, again: float, gradients: int) -> float:
+        """Bytes of memory that one score moves: multiplied once and `again`, its gradient read by so many products.
 
         Here: written by its product, read and written where it becomes its gradient. Off the CPU each of torch's passes
         is one over memory, and each copy in `score_bytes` is written and read.
@@ -202,6 +209,9 @@ class Chunk(ABC):
         stats = self.statistics(ranks=ranks)
         self.accumulate(stats, g, None, sums)
         return stats
+
+    def hold(self) -> None:  # noqa: B027
+        """Gives back what the gradient does not need, where other chunks come between it and the statistics."""
 
     def close(self) -> None:  # noqa: B027  most have nothing to give
         """Gives its memory to the next chunk, when nothing is left to be read of it."""

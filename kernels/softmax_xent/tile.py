@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-VARIES = ("N", "P", "query_ids", "positive_ids")
+VARIES = ("N", "M", "P", "query_ids", "positive_ids")
 """Arguments whose values and alignment vary from chunk to chunk and step to step; see `launch`."""
 
 
@@ -79,6 +79,12 @@ def part_of(b, i_p: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def in_memory(o_n, M):
+    """Which columns a matrix of scores has: rows are padded to whole 16s, so that for any M 16 bytes move at a time."""
+    return o_n < tl.cdiv(M, 16) * 16
+
+
+@triton.jit
 def store_tile(
     out, stride_out, b, i_m, i_n, o_m, o_n, N, M, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
@@ -87,7 +93,7 @@ def store_tile(
         out.store([i_m * BM, i_n * BN], b.to(out.dtype))
     else:
         p_out = out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :]
-        tl.store(p_out, b.to(out.dtype.element_ty), mask=(o_m < N)[:, None] & (o_n < M)[None, :])
+        tl.store(p_out, b.to(out.dtype.element_ty), mask=(o_m < N)[:, None] & in_memory(o_n, M)[None, :])
 
 
 @triton.jit

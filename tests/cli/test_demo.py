@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -23,13 +24,57 @@ def test_the_demo_runs_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
         console = Console(file=io.StringIO(), width=120)
         demo.run_demo(tmp_path / "demo", console, short)
         printed.append(console.file.getvalue())
-    for name in ("R@1", "answer in the output", "paired 95% interval", "expected", "curves.png"):
+    for name in (
+        "R@1 of 6",
+        "(chance)",
+        "passages of MiniLM",
+        "gold passages",
+        "not a title",
+        "expected",
+        "curves.png",
+    ):
         assert name in printed[0]
-    after = json.loads((tmp_path / "demo" / "after" / "report.json").read_text())
-    assert after["overall"]["recall@1"]["count"] == 4
-    assert len(json.loads((tmp_path / "demo" / "after.ranks.json").read_text())) == 6
+    assert "correct, its own passages - no passage:" in printed[0]
+    assert "Compare " in printed[0]
+    for system in ("closed-book", "random", "dense-minilm", "gold", "co-supervised"):
+        report = json.loads((tmp_path / "demo" / "evaluation" / system / "report.json").read_text())
+        assert report["overall"]["correctness"]["count"] == 4
+    ranks = json.loads((tmp_path / "demo" / "ranks" / "co-supervised.json").read_text())
+    assert len(ranks["recall@1"]) == 6
     assert "held out after" in printed[0]
     assert "held out after" not in printed[1]  # nothing was trained again
+
+
+def _report(correct, answer_is_title):
+    """What the table reads of a report: three questions, their scores and titles."""
+    questions = [
+        SimpleNamespace(key=str(i), titles=SimpleNamespace(answer_is_gold=title), scores={"correctness": score})
+        for i, (score, title) in enumerate(zip(correct, answer_is_title, strict=True))
+    ]
+
+    def values(metric):
+        return {q.key: q.scores[metric] for q in questions if metric in q.scores}
+
+    return SimpleNamespace(questions=questions, values=values)
+
+
+def test_the_table_counts_apart_what_copying_a_title_cannot_answer():
+    titles = [True, False, False, None]
+    reports = {name: _report([1.0, 0.0, 0.0, 0.0], titles) for name in demo.SYSTEMS}
+    reports[demo.OURS] = _report([1.0, 1.0, 0.0, 0.0], titles)
+    ranks = {"recall@1": {"a": 1.0, "b": 0.0}, "recall@5": {"a": 1.0, "b": 1.0}}
+    recalls = dict.fromkeys(("before training", "dense:minilm", demo.OURS), ranks)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(demo.comparison(reports, recalls, range(800)))
+    rows = {
+        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
+        for line in console.file.getvalue().splitlines()
+        if "│" in line
+    }
+    assert rows["(chance)"][:2] == ["0.1", "0.6"]
+    assert rows["no passage"] == ["", "", "25.0", "0.0", ""]
+    assert rows["its own passages"][:4] == ["50.0", "100.0", "50.0", "50.0"]
+    assert "its own passages - no passage: +25.0, 95% interval [+0.0," in demo.gains(reports)
 
 
 def test_no_held_out_question_has_a_passage_that_is_trained_on():
@@ -45,6 +90,6 @@ def test_no_held_out_question_has_a_passage_that_is_trained_on():
         pytest.skip("wiki-leads and questions are not prepared: cosup-fast data prepare questions")
     questions, pool = demo.held_out_questions(RunConfig())
     asked = {passage for example in questions for passage in example.gold}
-    assert asked <= {passage.id for passage in pool}
+    assert asked <= set(pool.by_id)
     assert not asked & {passage for example in trained for passage in example.gold}
     assert len(pool) == demo.POOL

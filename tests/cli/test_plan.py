@@ -139,7 +139,8 @@ def test_what_is_not_trained_takes_less_time():
 
     assert pflop(embseq_lora={"rank": 8}) < 0.9 * pflop()
     assert pflop(freeze_embseq=True) < 0.9 * pflop(embseq_lora={"rank": 8})
-    assert pflop(nsp_weight=0) == pflop(freeze_embseq=True)
+    assert pflop(nsp_weight=0) < 0.9 * pflop(freeze_embseq=True)  # there is none
+    assert pflop(ntp_weight=0) < pflop()  # no head
 
 
 def test_a_failed_simulation_says_why(cosup, tmp_path):

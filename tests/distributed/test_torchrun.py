@@ -161,10 +161,11 @@ def test_a_rank_that_answers_no_more_is_named_in_time(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_once_and_ends_all(arguments, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_once_and_end_all(number, arguments, tmp_path):
     process = start(2, arguments("run", training__steps=100000, training__eval_every=None))
     wait_for(tmp_path / "run", 3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=90)
     err = " ".join(err.split())
     assert err.count("interrupted: stopped after step") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosup_fast.config import load_config
-from cosup_fast.config.model import ModelConfig, NSPConfig
+from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.packing import PackLimits, make_batch
 from cosup_fast.data.records import Example, Segment
 from cosup_fast.data.template import TextConfig
@@ -23,6 +23,7 @@ VARIANTS = {
     "frozen": {"model": {"freeze_embseq": True}},
     "symmetric": {"nsp": {"symmetric": True, "label_smoothing": 0.1}},
     "no NSP": {"nsp": {"weight": 0.0}},
+    "no NTP": {"ntp": {"weight": 0.0}},
     "adapters": {"model": {"gen_lora": {"rank": 4}, "embseq_lora": {"rank": 2}}},
     "adapters of Gen": {"model": {"gen_lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}}},
 }
@@ -57,7 +58,10 @@ def load(settings: str) -> CoSupervisionModel:
     sections = json.loads(settings)
     torch.manual_seed(0)
     return CoSupervisionModel.from_pretrained(
-        ModelConfig(**sections["model"]), TextConfig(), NSPConfig(**sections.get("nsp", {}))
+        ModelConfig(**sections["model"]),
+        TextConfig(),
+        NSPConfig(**sections.get("nsp", {})),
+        ntp=NTPConfig(**sections.get("ntp", {})),
     ).eval()
 
 
@@ -154,17 +158,23 @@ def test_a_diagnosis_is_that_of_the_whole_step(variant, sharded, small_world, se
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "shared out"])
-@pytest.mark.parametrize("variant", ["pair", "shared"])
+@pytest.mark.parametrize("variant", ["pair", "shared", "no NSP", "no NTP"])
 def test_held_out_figures_are_those_of_one_process(variant, sharded, small_world, settings, examples, corpus):
     """Each rank does a part of the work, however unequal the parts are."""
-    config = load_config(None, ["training.batch_size=2", "data.dev_pool=9"])
+    weight = VARIANTS[variant].get("nsp", {}).get("weight", 1.0)
+    config = load_config(None, ["training.batch_size=2", "data.dev_pool=9", f"nsp.weight={weight}"])
     expected = HeldOutEvaluator(examples, corpus, config)(load(settings(variant)), 7)
     answers = small_world.run("held_out", [0, 1, 2], settings(variant), examples, corpus, config, sharded)
+    there = {name: x for name, x in vars(expected).items() if x is not None}
     for found, _ in answers:
-        assert vars(found) == pytest.approx(vars(expected), rel=1e-6)
+        assert {name: x for name, x in vars(found).items() if x is not None} == pytest.approx(there, rel=1e-6)
+    assert expected.ntp > 0
+    if weight == 0:
+        assert there.keys() == {"step", "ntp"}
+        return
+    assert 0 < expected.recall_at_5 <= 1
     tokens = [n for _, n in answers]
     assert max(tokens) < 0.6 * sum(tokens)
-    assert 0 < expected.recall_at_5 <= 1
 
 
 @pytest.mark.parametrize("what", ["", "configuration", "data"])

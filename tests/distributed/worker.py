@@ -146,8 +146,8 @@ def grad_cache(size: int, part: dict[str, Tensor], weight: Tensor, rows: int) ->
 
 @functools.cache
 def co_supervised(settings: str, device: str = "cpu") -> Any:
-    """The model of a JSON text: sections model, text, nsp."""
-    from cosup_fast.config.model import ModelConfig, NSPConfig
+    """The model of a JSON text: sections model, text, nsp, ntp."""
+    from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
     from cosup_fast.data.template import TextConfig
     from cosup_fast.model import CoSupervisionModel
 
@@ -155,7 +155,8 @@ def co_supervised(settings: str, device: str = "cpu") -> Any:
     torch.manual_seed(0)
     parts = ModelConfig(**sections["model"])
     text, nsp = TextConfig(**sections.get("text", {})), NSPConfig(**sections.get("nsp", {}))
-    return CoSupervisionModel.from_pretrained(parts, text, nsp, device=device).eval()
+    ntp = NTPConfig(**sections.get("ntp", {}))
+    return CoSupervisionModel.from_pretrained(parts, text, nsp, ntp=ntp, device=device).eval()
 
 
 def shards(peers: Peers, settings: str) -> Any:

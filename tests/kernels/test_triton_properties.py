@@ -95,7 +95,9 @@ def check(kind: type[Chunk], problem: tuple[Scores, Tensor, Tensor | None], tile
     """Statistics are good to the rounding of scores; gradients to it, and to one of the operands' dtype or two."""
     s, g, h = problem
     if kind is FusedChunk:
-        s, h = replace(s, softcap=None, symmetric=False), None
+        s = replace(s, softcap=None)
+        if FusedChunk.unsupported(s, False):
+            s, h = replace(s, symmetric=False), None
     ranks = s.target is not None and (kind is RowChunk or not s.several_positives)
     exact_chunk = TorchChunk(wide(s))
     exact = exact_chunk.statistics(ranks=ranks)

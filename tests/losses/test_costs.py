@@ -38,7 +38,9 @@ def test_matrix_products(monkeypatch):
     assert products(info_nce, {"query": q.detach(), "keys": k.detach()}, unit, backward=False) == 1
     with torch.no_grad():
         assert products(info_nce, {"query": q, "keys": k}, unit, backward=False) == 1
-    assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 4
+    assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 3.5  # four of eight chunks are held
+    monkeypatch.setattr(engine, "MIN_ROWS", 6)
+    assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 3
     monkeypatch.delenv("COSUP_WORKSPACE_BYTES")
     assert products(info_nce, {"query": q, "keys": k}, unit, symmetric=True) == 3
     target = torch.full((n,), -100)
@@ -106,8 +108,9 @@ def test_memory_stays_within_the_workspace(options, whole, monkeypatch):
             loss = info_nce(x, w, **options)
         (loss[0] if options.get("return_stats") else loss).sum().backward()
     gradients_and_statistics = 4 * (n + m) * (4 * d + 16)
-    assert memory.peak <= budget + 8 * block + gradients_and_statistics
-    assert whole or memory.peak < n * m * 4
+    held = engine.HELD if "symmetric" in options and not whole else 1
+    assert memory.peak <= held * budget + 8 * block + gradients_and_statistics
+    assert whole or held > 1 or memory.peak < n * m * 4
 
 
 @pytest.mark.parametrize("value", ["", "0", "-5", "1e9", "much"])

@@ -209,20 +209,31 @@ def test_known_positives_are_no_negatives(make_model, gpt2_folder, corpus):
 
 
 @pytest.mark.parametrize("kind", ["two", "shared", "projected"])
-def test_without_weight_nsp_costs_no_graph(make_model, gpt2_folder, examples, corpus, kind):
+def test_without_weight_of_nsp_there_is_no_embseq(make_model, gpt2_folder, examples, corpus, kind):
     made = {"embseq": gpt2_folder if kind == "projected" else None, "shared": kind == "shared"}
     model = make_model(nsp={"weight": 0.0}, **made)
+    assert (model.has_embseq, model.shared, model.embseq, model.projection) == (False, False, None, None)
     batch = make_batch(examples, corpus, model.template)
-    graphs = []
-    backbone = model.gen.base_model if kind == "shared" else model.embseq
-    backbone.register_forward_hook(lambda module, args, out: graphs.append(out.last_hidden_state.requires_grad))
+    passes = []
+    model.gen.base_model.register_forward_hook(lambda *arguments: passes.append(1))
     out = model(batch)
     out.loss.backward()
-    assert graphs == ([True, False] if kind == "shared" else [False])
-    torch.testing.assert_close(out.nsp, make_model(**made)(batch).nsp)
+    assert len(passes) == len(batch.gen)
+    assert (out.nsp, out.stats) == (0, None)
     assert torch.equal(out.loss, out.ntp)
-    moved = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert moved == {"gen"}
+    with pytest.raises(ValueError, match="passages cannot be embedded: this model is a Gen without an Embseq"):
+        model.embed(batch.passages[0])
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_without_weight_ntp_is_a_diagnosis_alone(make_model, examples, corpus, differentiated):
+    model = make_model(ntp={"weight": 0.0})
+    batch = make_batch(examples, corpus, model.template)
+    with torch.set_grad_enabled(differentiated):
+        out = model(batch)
+    assert torch.equal(out.loss, out.nsp)
+    expected = torch.zeros(()) if differentiated else make_model()(batch).ntp
+    torch.testing.assert_close(out.ntp, expected)
 
 
 def test_the_end_token_learns_where_a_model_pads_with_it(make_model, llama_folder, examples, corpus, tmp_path):

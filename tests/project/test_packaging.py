@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import json
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,26 +83,6 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     assert python(code) == "['cosup_fast']"
 
 
-def test_no_package_asks_one_that_asks_it_back():
-    """Which folder of cosup_fast imports which, also inside functions: the arrows point one way."""
-    package = Path(cosup_fast.__file__).parent
-    folders = {path.parent.name for path in package.glob("*/*.py")}
-    arrows: dict[str, set[str]] = {name: set() for name in folders}
-    for path in package.glob("*/**/*.py"):
-        name = path.relative_to(package).parts[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                imported = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
-            parts = [one.split(".") for one in imported if one.startswith("cosup_fast.")]
-            arrows[name] |= {part[1] for part in parts if part[1] in folders} - {name}
-    assert "training" in arrows["plan"]
-    assert list(TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
-
-
 @pytest.mark.slow
 def test_losses_import_in_the_time_of_torch():
     def seconds(module: str) -> float:
@@ -147,7 +125,7 @@ def test_wheel_and_sdist_hold_the_kernels_and_the_data(tmp_path):
     package = ROOT / "cosup_fast"
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.html", "*.yaml", "*.tsv", "py.typed")
+        for pattern in ("*.py", "*.html", "*.md", "*.yaml", "*.tsv", "py.typed")
         for folder in (package, package / "kernels")
         for path in folder.rglob(pattern)
     }

@@ -43,14 +43,18 @@ def make_study(passages, examples, llama_folder):
             ],
             "seeds": [0, 1],
             "conditions": {
-                "low": {"change": {"nsp.weight": 0.1}, "systems": ["gold", "ranks"]},
-                "high": {"systems": ["gold", "co-supervised"]},
-                "pair": {"pair": {"writer": "low", "retriever": "high"}, "seeds": [0]},
+                "ntp": {"change": {"nsp.weight": 0}, "systems": ["gold", "closed-book"]},
+                "nsp": {"change": {"ntp.weight": 0}, "systems": ["ranks"], "seeds": [0]},
+                "both": {
+                    "systems": ["gold", "co-supervised", "swapped", "replaced"],
+                    "probes": ["attention", "spaces"],
+                },
+                "pair": {"pair": {"writer": "ntp", "retriever": "nsp"}, "seeds": [0]},
             },
-            "main": "high/co-supervised",
+            "main": "both/co-supervised",
             "decisive": [
-                {"title": "gold", "metric": "correctness", "after": "high/gold", "before": "low/gold"},
-                {"title": "query", "metric": "recall@1", "after": "high/co-supervised", "before": "low/ranks"},
+                {"title": "write", "metric": "correctness", "after": "both/gold", "before": "ntp/gold"},
+                {"title": "query", "metric": "recall@1", "after": "both/co-supervised", "before": "nsp/ranks"},
             ],
         }
         if "conditions" in changes:  # which the comparisons name

@@ -60,7 +60,7 @@ def finished(tmp_path_factory, make_study):
 
 def test_every_cell_has_one_small_file_and_its_checkpoints_are_gone(finished):
     study, printed = finished
-    assert [*study.cells] == ["low-seed0", "high-seed0", "pair-seed0", "low-seed1", "high-seed1"]
+    assert [*study.cells] == ["ntp-seed0", "nsp-seed0", "both-seed0", "pair-seed0", "ntp-seed1", "both-seed1"]
     assert sorted(path.name for path in study.results.iterdir()) == sorted(f"{name}.json" for name in study.cells)
     for cell in study.cells.values():
         result = read_cell(cell)
@@ -70,9 +70,10 @@ def test_every_cell_has_one_small_file_and_its_checkpoints_are_gone(finished):
         assert not (cell.work / "run" / "checkpoints").exists()
         assert result.sets["cities"].ids == ["cities/e1", "cities/e2"]
         assert {*result.systems} == ({"pair"} if cell.parts else {*cell.settings.systems})
-    assert "4 of 5" not in printed
+        assert {*result.probes} == {*cell.settings.probes} - {"spaces"}
+        assert result.curves["spaces"].get("step", []) == ([0, 2, 4] if "spaces" in cell.settings.probes else [])
     assert (study.work_folder / ".gitignore").read_text() == "*\n"
-    assert _run(study)[1].strip() == "5 of 5 cells are finished"
+    assert _run(study)[1].strip() == "6 of 6 cells are finished"
 
 
 def test_ranks_are_those_of_the_model_evaluated_as_a_system(write_study):
@@ -98,12 +99,12 @@ def test_a_cell_made_with_another_configuration_is_refused_by_name(write_study, 
     study, _ = finished
     ours = load_study(write_study())
     ours.results.mkdir(parents=True)
-    result = json.loads(study.cells["low-seed0"].result.read_text())
-    (ours.results / "low-seed0.json").write_text(json.dumps(result))
-    with pytest.raises(StudyError, match=r"cell low-seed0: .*low-seed0\.json was made with run\.data\.corpus="):
+    result = json.loads(study.cells["ntp-seed0"].result.read_text())
+    (ours.results / "ntp-seed0.json").write_text(json.dumps(result))
+    with pytest.raises(StudyError, match=r"cell ntp-seed0: .*ntp-seed0\.json was made with run\.data\.corpus="):
         run_study(ours)
-    (ours.results / "low-seed0.json").write_text('{"format": "something')
-    with pytest.raises(StudyError, match=r"low-seed0\.json is no result of a cell .* remove it"):
+    (ours.results / "ntp-seed0.json").write_text('{"format": "something')
+    with pytest.raises(StudyError, match=r"ntp-seed0\.json is no result of a cell .* remove it"):
         run_study(ours)
 
 
@@ -137,19 +138,19 @@ def test_a_failed_cell_does_not_stop_the_others_and_one_at_work_elsewhere_is_lef
 
 def test_only_makes_what_it_names_and_a_pair_trains_what_it_lacks(write_study):
     study = load_study(write_study())
-    with pytest.raises(StudyError, match="--only 'hihg-seed0' matches no cell, did you mean 'high-seed0'"):
-        run_study(study, only="hihg-seed0")
-    failed, _ = _run(study, only="low-seed0")
+    with pytest.raises(StudyError, match="--only 'boht-seed0' matches no cell, did you mean 'both-seed0'"):
+        run_study(study, only="boht-seed0")
+    failed, _ = _run(study, only="ntp-seed0")
     assert failed == []
-    assert [name for name, cell in study.cells.items() if cell.result.is_file()] == ["low-seed0"]
-    folder = study.cells["low-seed0"].work / "run" / "checkpoints"
+    assert [name for name, cell in study.cells.items() if cell.result.is_file()] == ["ntp-seed0"]
+    folder = study.cells["ntp-seed0"].work / "run" / "checkpoints"
     assert folder.is_dir()  # the pair reads it
     shutil.rmtree(folder)
     failed, printed = _run(study, only="pair-*")
     assert failed == []
-    assert "pair-seed0: the checkpoint of low-seed0 is gone, so it is trained again" in printed
+    assert "pair-seed0: the checkpoint of ntp-seed0 is gone, so it is trained again" in printed
     assert not folder.exists()
-    assert (study.cells["high-seed0"].work / "run" / "checkpoints").is_dir()  # its own cell is not finished
+    assert (study.cells["nsp-seed0"].work / "run" / "checkpoints").is_dir()  # its own cell is not finished
 
 
 def test_trials_train_for_tuning_steps_and_are_not_evaluated(write_study):

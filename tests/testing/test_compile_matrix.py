@@ -146,6 +146,16 @@ def test_examples_compile():
         assert ("TMA load" in made.instructions) == ("descriptor" in made.kernel)
 
 
+def test_what_is_not_the_loop_of_a_product_is_told_apart():
+    made = compile_case(WIDE, "bf16", "sm_90")
+    assert made.sass is not None
+    assert made.epilogue is not None
+    assert 0 < made.epilogue < made.sass
+    without = compile_case(GREEDY, "fp32", "sm_90")
+    assert without.sass is not None
+    assert without.epilogue is None  # it has no product
+
+
 @pytest.mark.slow
 def test_examples_compile_for_every_target():
     results = compile_matrix(examples)

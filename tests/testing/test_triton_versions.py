@@ -72,3 +72,15 @@ def test_shipped_binaries_on_triton(version, tritons):
     )  # fmt: skip
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "FAIL" in line)
     assert done.stdout.count("| ok |") > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_launches_on_the_oldest_triton(tritons):
+    """Bound, specialised and compiled as launched, on what torch 2.11 pins."""
+    launches = TESTS.parent / "kernels" / "test_launches.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(launches), "-q", "-m", "slow or not slow", "-p", "no:cacheprovider"],
+        env=environment(VERSIONS[0], tritons), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-10000:]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from cosup_fast.config import ConfigError, load_config
-from cosup_fast.training import optimizers
-from cosup_fast.training.optimizers import LocalOptimizer, check_available
+from cosup_fast.config.training import OptimizerName
+from cosup_fast.training import adamw
+from cosup_fast.training.adamw import OPTIMIZERS, check_available
+from cosup_fast.training.optimizers import LocalOptimizer
 
 
 def regression(dtype=torch.float32):
@@ -106,12 +109,16 @@ def test_what_torchao_would_not_quantize_is_refused():
         LocalOptimizer(nn.Linear(65, 64).named_parameters(), "adamw-8bit-torchao", lr=1e-3)
 
 
+def test_every_optimizer_of_the_configuration_has_a_class():
+    assert list(OPTIMIZERS) == list(get_args(OptimizerName))
+
+
 @pytest.mark.parametrize(
     ("name", "rounded", "package"),
     [("adamw", True, "torchao"), ("adamw-8bit", False, "bitsandbytes"), ("adamw-8bit-torchao", False, "torchao")],
 )
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, name, rounded, package):
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(adamw.importlib.util, "find_spec", lambda name: None)
     check_available("adamw", rounded=False)
     with pytest.raises(ValueError, match=rf"training.optimizer={name}.*{package}.*pip install"):
         check_available(name, rounded=rounded)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from cosup_fast.data.prepared import bigbench
-from cosup_fast.data.prepared.questions import decode_fever_title, page_id
+from cosup_fast.data.prepared.questions import bare_title, decode_fever_title, page_id
 from cosup_fast.data.prepared.splits import page_roles
 from cosup_fast.data.records import Example, Passage, read_examples, read_passages, write_jsonl
-from cosup_fast.data.text import tokens
+from cosup_fast.data.text import occurs, tokens
 
 TABLE = Path(__file__).with_name("benchmarks.tsv")
 LEADS = "leads-2k"
@@ -160,7 +160,7 @@ def _own(read: Callable[..., Iterator[bigbench.Pair]], file: str, *arguments: bo
 
 
 def _fever(home: Path) -> Iterator[Asked]:
-    """Claims that only leads of the test decide."""
+    """Claims about a lead of the test that decides them; no lead that trains or tunes does."""
     leads = _leads(home)
     roles = page_roles(leads.values())
     pages: dict[str, list[str]] = {}
@@ -168,12 +168,13 @@ def _fever(home: Path) -> Iterator[Asked]:
         claim, _, page, _ = line.split()
         pages.setdefault(claim, []).append(page_id(decode_fever_title(page)))
     gold = {
-        claim: [leads[page] for page in named]
+        claim: [leads[page] for page in named if page in leads]
         for claim, named in pages.items()
-        if all(roles.get(page) == "test" for page in named)
+        if all(roles.get(page, "test") == "test" for page in named)
     }
     for example, passage in bigbench.read_fever(home / "bigbench" / "fever.json", gold):
-        yield example.answers[0], example, passage
+        if occurs(tokens(bare_title(passage.title)), tokens(example.question)):
+            yield example.answers[0], example, passage
 
 
 def _wikidata(home: Path) -> Iterator[Asked]:

@@ -1,7 +1,10 @@
 """The study's test sets: what each published format becomes, the committed sample, and what pins it."""
 
 import json
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -167,3 +170,51 @@ def test_every_test_set_is_pinned_and_in_the_group():
         assert all(len(digest) == 64 for digest in entry.files.values())
         assert benchmark.name == name
     assert set(GROUPS["study"]) >= {LEADS, *BENCHMARKS, *GROUPS["starter"]}
+
+
+def test_the_table_of_the_docs_says_what_there_is():
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    shown = {row[0].strip("`"): row for row in rows if row[0].strip("`") in BENCHMARKS and len(row) == 9}
+    assert list(shown) == list(BENCHMARKS)
+    table = read_table()
+    for name, (_, test, _, corpus, _, domain, correctness, title, licence) in shown.items():
+        benchmark = BENCHMARKS[name]
+        assert int(test) == len(table[name, "question"])
+        spec, size = corpus.split()
+        assert spec == f"`{benchmark.corpus}`"
+        assert (benchmark.corpus, "passage") not in table or int(size.replace(",", "")) == len(
+            table[benchmark.corpus, "passage"]
+        )
+        assert domain == benchmark.domain.removesuffix("-domain").removesuffix("-of")
+        assert correctness == {"containment": "contains", "label_accuracy": "label"}[benchmark.metric]
+        assert title == ("yes" if benchmark.title_answers else "no")
+        assert licence == benchmark.licence
+
+
+@pytest.mark.slow
+def test_every_test_set_is_prepared_and_its_counts_are_those_of_the_docs():
+    from cosup_fast.data.prepared.prepare import prepare
+    from cosup_fast.data.sources import load_corpus, load_examples
+
+    prepare("study")
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name, benchmark in BENCHMARKS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 10)
+        passages = {passage.id: passage for passage in load_corpus(benchmark.corpus)}
+        for example in load_examples(benchmark.questions, passages):
+            assert example.dataset == name
+            assert example.gold
+        counts = [f"{len(passages):,}"]
+        if benchmark.own_corpus:
+            counts.append(f"{len(load_examples(f'{name}/whole', None)):,}")
+        if "passages-whole.jsonl" in CATALOG[name].files:
+            counts.append(f"{len(load_corpus(f'{name}/passages-whole')):,}")
+        assert all(count in row for count in counts), row
+
+
+@pytest.mark.slow
+def test_the_sample_is_what_the_script_draws():
+    script = Path(__file__).parents[3] / "scripts" / "sampling.py"
+    run = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -80,11 +80,7 @@ def test_info_nce(impl, kind, dtype):
 @pytest.mark.parametrize("impl", KERNELS)
 def test_info_nce_options(impl, options):
     x, w = operands(37, 75, 40)
-    if impl == "fused" and "symmetric" in options:
-        with sanitize(), pytest.raises(ValueError, match="impl is 'fused', which normalises rows alone"):
-            info_nce(x, w, impl=impl, **options)
-    else:
-        compare(info_nce, reference.info_nce, impl, x, w, **options)
+    compare(info_nce, reference.info_nce, impl, x, w, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -295,3 +291,43 @@ def test_a_copy_of_the_positive_does_not_rank_above_it(impl, dtype, monkeypatch)
         _, ours = info_nce(x, w, impl=impl, return_stats=True)
     assert (eager.rank == 0).all()
     assert torch.equal(ours.rank, eager.rank)
+
+
+@pytest.mark.parametrize("budget", ["2**29", "1"], ids=["one chunk", "four chunks"])
+@pytest.mark.parametrize("impl", KERNELS[:2])
+def test_a_symmetric_loss_is_three_products(impl, budget, monkeypatch):
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", str(eval(budget)))
+    n = 128
+    x, w = operands(n, n, 64, dtype=torch.bfloat16)
+    with count() as counts:
+        run(info_nce, x, w, impl=impl, symmetric=True)
+        plan = explain(n, n, 64, dtype=x.dtype, impl=impl, symmetric=True)
+    assert plan.chunks == (1 if budget != "1" else 4)
+    assert counts.products(n, n, 64) == plan.products == 3.0
+    assert not counts.atomics
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_columns_whose_exponentials_underflow_are_multiplied_again(dtype, kind, monkeypatch):
+    """Exponentials are held above their rows' maxima: of scores near 1,800 the columns would find zeros."""
+    monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
+    x, w = operands(70, 75, 40, kind, dtype)
+    well = kind not in ("near-uniform", "extreme")
+    compare(info_nce, reference.info_nce, "fused", x, w, well, symmetric=True, positive=torch.arange(70) // 2)
+    with count() as counts:
+        run(info_nce, x, w, impl="fused", symmetric=True)
+    tiles = 2 * 96 * 96 * 64  # a product of whole tiles
+    score = counts.dots.total() - tiles
+    assert (score > 0) == (kind == "extreme")
+    assert score <= tiles
+
+
+def test_what_fused_cannot_hold_for_columns_is_refused():
+    x, w = operands(4, 4, 4, dtype=torch.float16)
+    ids = {"key_ids": torch.arange(4), "duplicates": "positive"}
+    with interpret():
+        with pytest.raises(ValueError, match="too narrow in fp16 for the columns"):
+            info_nce(x, w, impl="fused", symmetric=True)
+        with pytest.raises(ValueError, match="and columns have several positives"):
+            info_nce(x.float(), w.float(), impl="fused", symmetric=True, **ids)

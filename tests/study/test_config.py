@@ -1,0 +1,87 @@
+"""A study's YAML: the cells that follow from it, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from cosup_fast.study import StudyError, load_study
+
+
+def test_cells_stand_in_the_order_in_which_they_are_made(study):
+    assert [*study.cells] == ["ntp-seed0", "nsp-seed0", "both-seed0", "pair-seed0", "ntp-seed1", "both-seed1"]
+    assert study.cells["ntp-seed1"].run.nsp.weight == 0
+    assert study.cells["ntp-seed1"].run.training.seed == 1
+    assert study.cells["both-seed0"].run.nsp.weight == 1
+    assert [part.name for part in study.cells["pair-seed0"].parts] == ["ntp-seed0", "nsp-seed0"]
+
+
+def test_what_decides_nothing_is_no_part_of_a_cells_identity(write_study, study):
+    before = study.cells["ntp-seed0"].identity
+    base = {**study.base, "training": {**study.base["training"], "log_every": 7, "device": "cpu"}}
+    assert load_study(write_study(base=base)).cells["ntp-seed0"].identity == before
+    base["training"]["lr"] = 0.5
+    assert load_study(write_study(base=base)).cells["ntp-seed0"].identity != before
+
+
+def test_sections_and_dotted_names_say_the_same(write_study):
+    for change in ({"nsp.weight": 0.3}, {"nsp": {"weight": 0.3}}):
+        study = load_study(write_study(conditions={"one": {"change": change, "systems": ["gold"]}}))
+        assert study.cells["one-seed0"].run.nsp.weight == 0.3
+
+
+ONE = {"systems": ["gold"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0, 1, 0]}, "seeds: seed 0 is named twice"),
+        ({"seeds": []}, r"seeds=\[\]: name at least one seed"),
+        ({"conditions": {"one": {**ONE, "seeds": [3, 3]}}}, r"conditions\.one\.seeds: seed 3 is named twice"),
+        ({"conditions": {}}, "conditions: a study needs at least one"),
+        ({"conditions": {"One": ONE}}, "conditions: 'One' names files"),
+        ({"conditions": {"one": {}}}, r"systems=\[\]: name at least one system"),
+        ({"conditions": {"one": {"systems": ["gold", "gold"]}}}, "systems: 'gold' is named twice"),
+        ({"conditions": {"one": {"systems": ["glod"]}}}, "'glod' is unknown, did you mean 'gold'"),
+        ({"conditions": {"one": {**ONE, "probes": ["atention"]}}}, "'atention' is unknown, did you mean 'attention'"),
+        ({"conditions": {"one": {**ONE, "change": {"nsp.wait": 1}}}}, "condition 'one': unknown field 'nsp.wait'"),
+        ({"conditions": {"one": {**ONE, "change": {"training.lr": -1}}}}, "condition 'one': training.lr"),
+        ({"conditions": {"one": {**ONE, "seeds": [1000]}}}, "1000 is tuning.seed"),
+        (
+            {"conditions": {"one": {**ONE, "tune": [{"training.lr": 1}]}, "two": {**ONE, "tune": [{}, {}]}}},
+            "equal effort, so as many trials each, found one 1, two 2",
+        ),
+        (
+            {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "tow"}}}},
+            r"conditions\.both\.pair: 'tow' is no condition that is trained",
+        ),
+        (
+            {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, "seeds": [4]}}},
+            "conditions.both: seed 4 is none of 'one'",
+        ),
+        (
+            {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, **ONE}}},
+            "a pair trains nothing and is one system",
+        ),
+        ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is none of this study, did you mean 'ntp/gold'"),
+        ({"sets": []}, "is evaluated and sets=\\[\\] has nothing to ask"),
+        ({"set": []}, "set: Extra inputs are not permitted"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message, write_study):
+    with pytest.raises(StudyError, match=message):
+        load_study(write_study(**changes))
+
+
+def test_a_condition_named_twice_is_refused(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "output: x\nconditions:\n  one: {systems: [gold]}\n  two: {systems: [gold]}\n  one: {systems: [gold]}\n"
+    )
+    with pytest.raises(StudyError, match=r"(?s)'one' is named twice.*line 3"):
+        load_study(path)
+    with pytest.raises(StudyError, match="no such study"):
+        load_study(tmp_path / "none.yaml")
+    path.write_text("- 1\n")
+    with pytest.raises(StudyError, match="expected a mapping"):
+        load_study(path)

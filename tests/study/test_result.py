@@ -1,0 +1,41 @@
+"""What a cell's file holds: values of questions, curves, and how two configurations differ."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosup_fast.study.result import curves, first_difference, pack, unpack
+
+
+@given(st.lists(st.none() | st.floats(0, 1)))
+def test_values_come_back_rounded_to_four_digits(values):
+    assert unpack(pack(values)) == pytest.approx([None if x is None else round(x, 4) for x in values])
+
+
+def test_shares_of_one_question_are_a_sign_each():
+    assert pack([1.0, 0.0, None, 1]) == "10-1"
+    assert pack([1.0, 0.5]) == [1.0, 0.5]
+
+
+def test_the_first_field_that_differs_is_named():
+    then = {"run": {"lr": 0.1, "steps": 5}, "systems": ["gold"], "old": 1}
+    assert first_difference(then, then) is None
+    assert first_difference(then, {**then, "run": {"lr": 0.2, "steps": 5}}) == ("run.lr", 0.1, 0.2)
+    assert first_difference(then, {"run": then["run"], "systems": ["gold"]}) == ("old", 1, None)
+    assert first_difference(then, {**then, "systems": ["gold", "bm25"]})[0] == "systems"
+
+
+def test_curves_are_columns_and_steps_are_means_of_spans():
+    records = [
+        {"kind": "held-out", "step": 0, "ntp": 3.0, "nsp": None},
+        *({"kind": "step", "step": i + 1, "ntp": float(i), "nsp": None, "lr": 0.1} for i in range(5)),
+        {"kind": "held-out", "step": 5, "ntp": 1.0, "nsp": None},
+    ]
+    found = curves(records, points=3)
+    assert found["held-out"] == {"step": [0, 5], "ntp": [3.0, 1.0], "nsp": [None, None]}
+    assert found["step"]["step"] == [2, 4, 5]
+    assert found["step"]["ntp"] == [0.5, 2.5, 4.0]
+    assert found["step"]["nsp"] == [None, None, None]
+    assert found["diagnosis"] == {}

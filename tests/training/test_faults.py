@@ -1,0 +1,280 @@
+"""What goes wrong while a run is under way: two at once, SIGTERM, steps that are refused, settings that change."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from cosup_fast.config import ConfigError, load_config
+from cosup_fast.config.training import TrainingConfig
+from cosup_fast.data.records import Segment
+from cosup_fast.model import CoSupervisionModel
+from cosup_fast.training.checkpoint import CheckpointError, checkpoints, save_checkpoint, verify
+from cosup_fast.training.clipping import clip_gradients
+from cosup_fast.training.log import read_metrics
+from cosup_fast.training.metrics import Skipped, StepMetrics, as_record
+from cosup_fast.training.optimizers import LocalOptimizer
+from cosup_fast.training.run import run_training
+from cosup_fast.training.step import accumulate_gradients
+from cosup_fast.training.trainer import Trainer, TrainingError
+
+
+@pytest.fixture
+def configure(data_folder, llama_folder, tmp_path):
+    """A function that makes the configuration of a tiny run of two steps an epoch."""
+
+    def configure(**changes):
+        fields = {
+            "output": str(tmp_path / "run"),
+            "model.gen": llama_folder,
+            "data.corpus": str(data_folder / "passages.jsonl"),
+            "data.train": [str(data_folder / "examples.jsonl")],
+            "data.dev": [],
+            "training.batch_size": 2,
+            "training.steps": 4,
+            "training.lr": 1e-2,
+        }
+        changes = {name.replace("__", "."): value for name, value in changes.items()}
+        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
+
+    return configure
+
+
+def train(config, resume=False):
+    """What was printed, on one line."""
+    console = Console(file=io.StringIO(), width=200)
+    run_training(config, resume=resume, console=console)
+    return " ".join(console.file.getvalue().split())
+
+
+def records(config, kind):
+    return [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
+
+
+@pytest.fixture
+def make_trainer(make_model, examples, corpus, tmp_path):
+    def make(model=None, output=tmp_path, seen=None, chosen=examples, **fields):
+        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "eval_every": None, **fields})
+        record = (lambda metrics: None) if seen is None else seen.append
+        return Trainer(model or make_model(), config, chosen, corpus, output, on_metrics=record)
+
+    return make
+
+
+def during(monkeypatch, step, act):
+    """Calls `act` before a step of every trainer."""
+    taken = Trainer._step
+
+    def acting(self):
+        if self.step == step:
+            act()
+        return taken(self)
+
+    monkeypatch.setattr(Trainer, "_step", acting)
+
+
+def test_a_second_run_on_an_output_is_refused_and_changes_nothing(configure, monkeypatch):
+    config, other = configure(training__checkpoint_every=1), configure(training__lr=1e-3)
+    said = []
+
+    def second():
+        folder = Path(config.output)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=r"run is being written by process \d+ on .*: wait for that training"):
+            run_training(other, resume=True, console=Console(quiet=True))
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        said.append(True)
+
+    during(monkeypatch, 2, second)
+    train(config)
+    assert said == [True]
+    assert [r["lr"] for r in records(config, "step")] == [1e-2] * 4
+    train(configure(training__steps=5), resume=True)  # free again
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_saves_as_the_first_ctrl_c(times, configure, monkeypatch):
+    """A second SIGTERM, as torchrun sends it after a Ctrl-C, does not lose the step."""
+    before = signal.getsignal(signal.SIGTERM)
+    during(monkeypatch, 2, lambda: [signal.raise_signal(signal.SIGTERM) for _ in range(times)])
+    config = configure()
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        train(config)
+    saved = Path(config.output) / "checkpoints" / "step-000003"
+    assert str(interrupt.value) == f"stopped after step 3; saved {saved}"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_a_command_with_what_is_done(cosup, monkeypatch, tmp_path, model, data_folder):
+    """Every command, by the way of `index build`."""
+    from cosup_fast.index import build
+
+    model.save(tmp_path / "checkpoint")
+    embed = build.embed_sequences
+    monkeypatch.setattr(
+        build, "embed_sequences", lambda *a, **k: (signal.raise_signal(signal.SIGTERM), embed(*a, **k))[1]
+    )
+    status, _, err = cosup("index", "build", tmp_path / "checkpoint", "--corpus", data_folder / "passages.jsonl")
+    assert status == 130
+    assert "interrupted:" in err
+
+
+def test_checkpoints_come_by_minutes_too(make_trainer, tmp_path):
+    make_trainer(steps=3, checkpoint_every=None, checkpoint_minutes=1e-9, keep_checkpoints=9).train()
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [f"step-00000{i}" for i in (1, 2, 3)]
+    make_trainer(output=tmp_path / "b", steps=3, checkpoint_every=None, checkpoint_minutes=60).train()
+    assert [path.name for path in checkpoints(tmp_path / "b" / "checkpoints")] == ["step-000003"]
+
+
+@pytest.fixture
+def planted(examples):
+    """Enough examples for a window, the last of which no trained model foresees."""
+    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(12)]
+    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
+    return [*plain, examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})]
+
+
+SPIKE = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,
+         "spike_window": 16, "spike_factor": 10.0, "checkpoint_every": None, "on_spike": "skip"}  # fmt: skip
+
+
+def test_a_bad_batch_is_passed_over_and_named(make_model, make_trainer, planted, tmp_path):
+    seen: list = []
+    trainer = make_trainer(make_model(), tmp_path / "whole", seen, planted, **SPIKE)
+    trainer.train()
+    skipped = [m for m in seen if isinstance(m, Skipped)]
+    assert {tuple(m.examples) for m in skipped} == {("planted",)}
+    assert all("robust standard deviations above" in m.problems[0] for m in skipped)
+    assert len([m for m in seen if isinstance(m, StepMetrics)]) == 60 - len(skipped)
+    first = skipped[0].step
+    parts = make_trainer(make_model(), tmp_path / "parts", None, planted, **SPIKE | {"steps": first})
+    saved = parts.train()
+    rest: list = []
+    resumed = make_trainer(CoSupervisionModel.load(saved), tmp_path / "parts", rest, planted, **SPIKE)
+    resumed.resume(saved)
+    resumed.replay(as_record(m) for m in seen if m.step <= first)
+    assert resumed._skipped == 1
+    resumed.train()
+    losses = [(m.step, m.ntp, m.gen_grad_norm) for m in rest if isinstance(m, StepMetrics)]
+    assert losses == [(m.step, m.ntp, m.gen_grad_norm) for m in seen if isinstance(m, StepMetrics) and m.step > first]
+
+
+def test_steps_are_skipped_at_most_so_many_times_in_a_row(make_trainer, tmp_path):
+    seen: list = []
+    trainer = make_trainer(seen=seen, steps=9, on_spike="skip", max_skips=2)
+    trainer._step()
+    with torch.no_grad():
+        trainer.model.gen.lm_head.weight[5] = math.nan
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(TrainingError, match=r"step 4 after 2 skipped in a row: NTP loss nan"):
+        trainer.train()
+    assert [(m.step, m.in_a_row) for m in seen if isinstance(m, Skipped)] == [(2, 1), (3, 2)]
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(p, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_refused_step_draws_no_random_numbers(make_model, make_trainer, gpt2_folder):
+    """So that the run that is resumed from it is the one that would have been."""
+    trainer = make_trainer(make_model(embseq=gpt2_folder, gen=gpt2_folder).train())
+    trainer._step()
+    with torch.no_grad():
+        trainer.model.gen.lm_head.weight[5] = math.nan
+    state = torch.get_rng_state()
+    with pytest.raises(TrainingError):
+        trainer._step()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_may_change_on_resume_is_said_and_recorded(configure):
+    config = configure(training__steps=2)
+    train(config)
+    changed = configure(training__lr=1e-3, training__clip=0.5, training__weight_decay=0.1, training__log_every=1)
+    said = train(changed, resume=True)
+    for change in ("training.lr was 0.01, and is 0.001", "training.clip was 1.0, and is 0.5", "training.steps was 2"):
+        assert f"{change}" in said
+    (record,) = records(config, "changed")
+    assert record["step"] == 2
+    assert record["fields"]["training.lr"] == [0.01, 0.001]
+    assert record["fields"]["training.weight_decay"] == [0.0, 0.1]
+    assert [r["lr"] for r in records(config, "step")] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
+    train(configure(training__lr=1e-3, training__clip=0.5, training__weight_decay=0.1, training__steps=5), resume=True)
+    assert [r["fields"] for r in records(config, "changed")[1:]] == [{"training.steps": [4, 5]}]
+    for field, value in (("nsp__temperature", 0.1), ("training__batch_size", 4), ("training__warmup", 0.5)):
+        with pytest.raises(ConfigError, match=rf"--resume: {field.replace('__', '.')}=.* was started with"):
+            train(configure(**{field: value}), resume=True)
+
+
+def test_warm_up_and_decay_across_epochs_as_metrics_tell(configure):
+    """Three steps of warm-up, then a straight line to the floor, halved by each epoch of two steps."""
+    fields = {"warmup": 3, "schedule": "linear", "min_lr": 0.1, "lr_decay": 0.5, "steps": 7}
+    config = configure(**{f"training__{name}": x for name, x in fields.items()})
+    train(config)
+    line = [0.1 + 0.9 * (1 - i / 4) for i in range(4)]
+    expected = [1 / 3, 2 / 3, 0.5, 0.5 * line[0], 0.25 * line[1], 0.25 * line[2], 0.1]
+    found = records(config, "step")
+    assert [r["lr"] for r in found] == pytest.approx([1e-2 * factor for factor in expected])
+    assert [r["epoch"] for r in found] == pytest.approx([0.5 * i for i in range(1, 8)])
+
+
+def test_an_extended_run_goes_on_from_its_learning_rate(configure):
+    """A warm-up of half the steps would begin again, and a cosine would jump."""
+    fields = {"training__warmup": 0.5, "training__schedule": "cosine"}
+    train(configure(**fields))
+    config = configure(**fields, training__steps=20, training__checkpoint_every=1)
+    train(config, resume=True)
+    rates = [r["lr"] for r in records(config, "step")]
+    assert rates[:4] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.5e-2])
+    assert rates[4] == rates[3]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0 < rates[-1] < 0.1 * rates[3]
+    # From any of its checkpoints the extended run is the same again.
+    folder = Path(config.output)
+    for saved in checkpoints(folder / "checkpoints")[1:]:
+        (saved / "manifest.json").unlink()
+    train(config, resume=True)
+    assert [r["lr"] for r in records(config, "step")] == rates
+
+
+@pytest.mark.parametrize("share", [0.5, 1.001, 2.0])
+def test_clipping_scales_what_is_too_long_and_nothing_else(share, make_model, corpus, examples, make_trainer):
+    trainer = make_trainer(make_model(nsp={"learnable_temperature": True}))
+    accumulate_gradients(trainer.model, trainer.batch(0))
+    before = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    norm = clip_gradients(trainer.model, None)[2]
+    clip_gradients(trainer.model, share * norm)
+    for name, p in trainer.model.named_parameters():
+        if p.grad is not None and share > 1:
+            assert torch.equal(p.grad, before[name]), name
+        elif p.grad is not None:
+            torch.testing.assert_close(p.grad, share * before[name], msg=name)
+
+
+def _refusal(saved, rank, ranks):
+    try:
+        verify(saved, rank, ranks)
+    except CheckpointError as error:
+        return str(error).split(" (")[0]
+    return None
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_file_of_a_checkpoint_is_verified_by_one_rank(ranks, model, tmp_path):
+    saved = save_checkpoint(tmp_path, 1, model, LocalOptimizer(model.named_parameters(), "adamw", lr=1e-3))
+    files = json.loads((saved / "manifest.json").read_text())["files"]
+    assert len(files) > 5
+    for name in files:
+        path = saved / name
+        whole = path.read_bytes()
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        refused = [_refusal(saved, rank, ranks) for rank in range(ranks)]
+        assert [message for message in refused if message] == [f"{path} was altered"], name
+        path.write_bytes(whole)
+    for rank in range(ranks):
+        verify(saved, rank, ranks)
