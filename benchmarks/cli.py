@@ -43,7 +43,7 @@ Output = Annotated[
     Path | None, typer.Option(help="folder to write; default: benchmarks/results/<hardware>-<date>/<command>")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="of torch; default: as torch chooses")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch; default: as torch chooses")]
 
 
 def main(arguments: list[str] | None = None, name: str = "python -m benchmarks") -> None:
@@ -260,7 +260,7 @@ def train_step_command(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="examples of a step, or with --cache of a micro-batch")] = 8,
     factor: Annotated[int, typer.Option(min=2, help="micro-batches of --cache")] = 16,
-    model: Annotated[str, typer.Option(help="of Gen and Embseq")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="the model that is Gen and Embseq")] = "smollm2-135m",
     layers: Annotated[int | None, typer.Option(min=1, help="keep so many of each model")] = None,
     examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
     corpus: str = "wiki-leads",
@@ -269,7 +269,7 @@ def train_step_command(
     measure: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(train_step.MEASURES)}; repeat for several; default: all")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 2,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -303,15 +303,17 @@ def train_step_command(
 def versions_command(
     other: Annotated[Path, typer.Argument(help="a checkout of the other version", exists=True, file_okay=False)],
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    model: Annotated[str, typer.Option(help="of Gen and Embseq")] = versions.Setting.model,
+    model: Annotated[str, typer.Option(help="the model that is Gen and Embseq")] = versions.Setting.model,
     layers: Annotated[int | None, typer.Option(min=1, help="keep so many of Gen's")] = None,
     embseq_layers: Annotated[int, typer.Option(min=1, help="keep so many of Embseq's")] = 6,
     examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
     corpus: str = versions.Setting.corpus,
     passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = versions.Setting.passage_tokens,
     batch_size: Annotated[int, typer.Option(min=1, help="examples of a step")] = versions.Setting.batch_size,
-    precision: Annotated[str, typer.Option(help="of products: float32 or bfloat16")] = versions.Setting.precision,
-    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
+    precision: Annotated[
+        str, typer.Option(help="precision of products: float32 or bfloat16")
+    ] = versions.Setting.precision,
+    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 2,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -344,15 +346,17 @@ def versions_command(
 def batch_memory_command(
     size: Annotated[list[int], typer.Option(min=1, help="examples of a step; repeat the option for several")],
     limit_gib: Annotated[float | None, typer.Option(help="exit status 1 where a peak is above it")] = None,
-    model: Annotated[str, typer.Option(help="of Gen and Embseq")] = batch_memory.Setting.model,
+    model: Annotated[str, typer.Option(help="the model that is Gen and Embseq")] = batch_memory.Setting.model,
     layers: Annotated[int | None, typer.Option(min=1, help="keep so many of each model")] = None,
     examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
     corpus: str = batch_memory.Setting.corpus,
     passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = batch_memory.Setting.passage_tokens,
     tokens_per_micro_batch: Annotated[int, typer.Option(min=1)] = batch_memory.Setting.tokens_per_micro_batch,
-    precision: Annotated[str, typer.Option(help="of products: float32 or bfloat16")] = batch_memory.Setting.precision,
+    precision: Annotated[
+        str, typer.Option(help="precision of products: float32 or bfloat16")
+    ] = batch_memory.Setting.precision,
     checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
-    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 2,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:

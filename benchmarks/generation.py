@@ -224,7 +224,7 @@ def describe(results: Sequence[Result]) -> str:
 
 
 def main() -> None:
-    """Measures the cases named, and writes the folder's table anew from all that were."""
+    """Measures the cases named, and writes the folder's table again from all that were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)

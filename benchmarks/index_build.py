@@ -4,7 +4,7 @@
     python benchmarks/index_build.py --output FOLDER     # and a folder with it
 
 Whole batches of neighbours are drawn from the corpus, so that lengths mix as they do in it; in random order they are
-mixed anew. Tokenizing counts. The providers take turns, and embed the same vectors, which is checked first.
+mixed again. Tokenizing counts. The providers take turns, and embed the same vectors, which is checked first.
 """
 
 from __future__ import annotations

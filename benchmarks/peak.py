@@ -56,7 +56,7 @@ def here(case: Case, provider: str) -> int:
         return max(torch.cuda.max_memory_allocated() - before - case.gradient_bytes, 0)
     ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     step(loss, inputs)
     return max(status("VmHWM") - before - case.gradient_bytes, 0)
 

@@ -1,4 +1,4 @@
-"""The published training step restated, its defects mended, with every optimisation of the library's step as a switch.
+"""The published training step restated and corrected, with every optimisation of the library's step as a switch.
 
     recipe      right-padded batches of both models, the final norm on every row, logits of every position, dense
                 scores, each passage encoded as often as it is asked for
@@ -9,8 +9,8 @@
     once        a passage that is asked for twice is encoded once
 
 All of them give the same loss and gradients; `ours` is the library's own step, `training.step.accumulate_gradients`.
-What is mended: passages are read at their last token, not at padding; padding is no label; a query's own passage under
-another [NSP] is no negative. Source: Lee et al. 2024, arXiv 2403.09024, and its published code.
+Corrected: passages are read at their last token, not at padding; padding has no label; a query's own passage under
+another [NSP] is not a negative. Source: Lee et al. 2024, arXiv 2403.09024, and its published code.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Recipe:
         distinct = list(passages.input_ids.split(passages.lengths))
         asked = torch.arange(len(distinct)) if switches.once else batch.positive
         self.passages = _Layout([distinct[row] for row in asked.tolist()], switches.packed)
-        # Where each distinct passage stands first among those that are encoded.
+        # Where each distinct passage comes first among those that are encoded.
         self.first = torch.stack([(asked == row).nonzero()[0, 0] for row in range(len(distinct))])
         self.query_rows, self.supervised_rows = self.gen.rows(gen.query_rows), self.gen.rows(gen.supervised_rows)
         self.targets = gen.targets

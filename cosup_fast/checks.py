@@ -34,6 +34,9 @@ class InfoNCEOptions(TypedDict, total=False):
     positive_ids: Tensor | None
     duplicates: Duplicates
     private_negatives: Tensor | None
+    margin: float | None
+    query_negatives: bool
+    key_negatives: bool
     label_smoothing: float
     reduction: Reduction
     impl: Impl

@@ -87,7 +87,7 @@ def check_writable(path: str | Path) -> Path:
     path = Path(path)
     check_regular(path)
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder: make it first, or name another file")
+        raise ValueError(f"{path.parent} is not a folder: make it first, or name another file")
     return path
 
 

@@ -47,6 +47,7 @@ from cosup_fast.checks import (
 from cosup_fast.explain import explain
 from cosup_fast.kernels.last_hidden import op as last_hidden
 from cosup_fast.kernels.numerics import accumulator
+from cosup_fast.kernels.softmax_xent.joint import joint_softmax_xent
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
 from cosup_fast.kernels.workspace import release_workspace
 from cosup_fast.reference import Stats
@@ -99,6 +100,9 @@ def info_nce(
     positive_ids: Tensor | None = None,  # (N, P)
     duplicates: Duplicates = "mask",
     private_negatives: Tensor | None = None,  # (N, K, D)
+    margin: float | None = None,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     return_stats: bool = False,
@@ -133,6 +137,14 @@ def info_nce(
         duplicates: what a key other than positive[i] is whose id is query_ids[i]: "mask" no candidate, "positive" one
             more positive, "keep" a negative.
         private_negatives: (N, K, D), dtype and device of query: further negatives, each of one query only.
+        margin: false negatives by their score: a key, or private negative, of <q_i, k_j> above the positive's less this
+            is no candidate. 0.1 keeps keys that score at least 0.1 below `positive`, -0.1 all but those that score more
+            than 0.1 above it. In the units of <q, k>, before the scale; needs positive.
+        query_negatives: joint denominators: scores of a query against the other queries join the sum of its candidates,
+            but for queries of the same answer (query_ids).
+        key_negatives: so do the scores of the key that answers it against the other keys, but for those of its id.
+            Both need positive, one process, and the plain loss: neither symmetric, label_smoothing, positive_ids nor
+            duplicates="positive". `Stats.lse` is of the joint sum; ranks are among keys. 4 products a block of scores.
         label_smoothing: in [0, 1].
         reduction: "mean" over queries, "sum", or "none": (N,).
         return_stats: also return `Stats` of each query (of rows, also where symmetric).
@@ -152,7 +164,7 @@ def info_nce(
         The loss, or (loss, Stats). With N = 0 the loss is 0 (or empty) and every gradient is 0.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
+        TypeError: an argument is not a tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
             positive_ids but without positive, which leaves open which key answers a query; an option out of its
             range, or not the same on every rank; on CPU also an index out of range or a query whose positives are all
@@ -163,7 +175,8 @@ def info_nce(
 
     Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,
     arXiv 2403.09024, section 3. With normalize and scale = 20 it is the MultipleNegativesRankingLoss of
-    sentence-transformers.
+    sentence-transformers. The margin of false negatives: Zhang et al. 2025 (Qwen3 Embedding), arXiv 2506.05176,
+    section 3.1, where it is -0.1.
     """
     peers = None
     if group is not None:
@@ -203,6 +216,21 @@ def info_nce(
             raise ValueError(
                 "symmetric=True with positive_ids leaves open which key answers a query; pass positive too"
             )
+        if margin is not None:
+            if not -math.inf < margin < math.inf:
+                raise ValueError(f"margin is {margin}; pass a finite number in the units of <q, k>, or None")
+            if positive is None:
+                raise ValueError(
+                    "margin is given and positive is None, so no score is the positive's; pass positive, or margin=None"
+                )
+        if query_negatives or key_negatives:
+            name = "query_negatives" if query_negatives else "key_negatives"
+            for option, on in (
+                ("symmetric", symmetric), ("label_smoothing", label_smoothing > 0), ("group", peers is not None),
+                ("positive_ids", positive_ids is not None), ("duplicates='positive'", duplicates == "positive"),
+            ):  # fmt: skip
+                if on:
+                    raise ValueError(f"{name} is True and so is {option}: which sum is whose is open; pass one of them")
         if peers is not None and impl == "reference":
             raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
         if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
@@ -212,6 +240,7 @@ def info_nce(
         "normalize": normalize,
         "symmetric": symmetric,
         "positive_ids": positive_ids,
+        "margin": margin,
         "label_smoothing": label_smoothing,
         "reduction": reduction,
     }
@@ -220,11 +249,21 @@ def info_nce(
     elif impl == "reference":
         ids = {"query_ids": query_ids, "key_ids": key_ids, "duplicates": duplicates}
         options |= {"private_negatives": private_negatives, "return_stats": return_stats}
+        options |= {"query_negatives": query_negatives, "key_negatives": key_negatives}
         return reference.info_nce(query, keys, positive, **ids, **options)
+    elif query_negatives or key_negatives:
+        assert positive is not None
+        loss, *stats = joint_softmax_xent(
+            query, keys, target=positive, queries=query_negatives, keys=key_negatives,
+            unit=reference.unit if normalize else None, answers=query_ids, key_ids=key_ids,
+            query_ids=None if duplicates == "keep" or key_ids is None else _answers(query_ids, key_ids, positive),
+            scale=scale, product_dtype=dtype, private=private_negatives, ranks=return_stats,
+            checked=readable(query) and query.device.type == "cpu", impl=impl, margin=margin, reduction=reduction,
+        )  # fmt: skip
     else:
         checked = readable(query) and query.device.type == "cpu"
-        if query_ids is None and key_ids is not None and positive is not None and not elsewhere:
-            query_ids = key_ids[positive if checked else positive.clamp(0, m - 1)]
+        if key_ids is not None and positive is not None and not elsewhere:
+            query_ids = _answers(query_ids, key_ids, positive)
         options |= {
             "private": private_negatives,
             "product_dtype": dtype,
@@ -249,6 +288,11 @@ def info_nce(
                 **options,
             )
     return (loss, Stats(*stats)) if return_stats else loss
+
+
+def _answers(query_ids: Tensor | None, key_ids: Tensor, positive: Tensor) -> Tensor:
+    """The ids of the keys that answer, where they are not given; of no matter which key where one is out of range."""
+    return key_ids[positive.clamp(0, len(key_ids) - 1)] if query_ids is None else query_ids
 
 
 @overload
@@ -303,7 +347,7 @@ def linear_cross_entropy(
         hidden: (T, D) floating.
         weight: (V, D), dtype and device of hidden.
         target: (T,) int64; target[t] is the label of hidden[t], already shifted.
-        bias: (V,) floating, or None. A token of bias -inf is no candidate: label smoothing passes it over too.
+        bias: (V,) floating, or None. A token of bias -inf is not a candidate: label smoothing passes it over too.
         ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
             Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
             graph capture and fake tensors every row is computed and the losses of the others are dropped. None: every
@@ -320,7 +364,7 @@ def linear_cross_entropy(
         The loss, or (loss, Stats). If every row is ignored the loss is 0 and every gradient is 0.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype; operands of different dtypes outside autocast.
+        TypeError: an argument is not a tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; an option out of its range; on CPU also a supervised target
             outside 0..V-1. Elsewhere, and under torch.compile, its loss and gradient are NaN.
 
@@ -416,7 +460,7 @@ def gather_last_hidden(
         (R, D) in hidden's dtype, computed in fp32 (fp64 for fp64) and rounded once.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: shapes or devices that do not fit; eps < 0; on CPU also a row out of range.
 
     Source: query and sequence embeddings of Lee et al. 2024, arXiv 2403.09024, section 3.

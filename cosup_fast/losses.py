@@ -53,10 +53,11 @@ class InfoNCELoss(nn.Module):
         learnable_scale: train the scale, as the parameter `log_scale` = log(scale), fp32.
         max_scale: each forward first clamps log_scale in place to at most log(max_scale), so that its gradient at the
             bound stays alive and a step can lead away from it (100 as in CLIP, Radford et al. 2021, section 2.5).
-        normalize, symmetric, label_smoothing, duplicates, reduction, impl, key_grad: as in `functional.info_nce`.
+        normalize, symmetric, margin, query_negatives, key_negatives, label_smoothing, duplicates, reduction, impl,
+            key_grad: as in `functional.info_nce`.
 
     Raises:
-        TypeError: temperature or scale is no number.
+        TypeError: temperature or scale is not a number.
         ValueError: both temperature and scale are given; a value out of range.
     """
 
@@ -69,6 +70,9 @@ class InfoNCELoss(nn.Module):
         max_scale: float = 100.0,
         normalize: bool = False,
         symmetric: bool = False,
+        margin: float | None = None,
+        query_negatives: bool = False,
+        key_negatives: bool = False,
         label_smoothing: float = 0.0,
         duplicates: Duplicates = "mask",
         reduction: Reduction = "mean",
@@ -97,6 +101,7 @@ class InfoNCELoss(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32)) if learnable_scale else None
         self.fixed_scale, self.max_scale = scale, max_scale
         self.normalize, self.symmetric, self.label_smoothing = normalize, symmetric, label_smoothing
+        self.margin, self.query_negatives, self.key_negatives = margin, query_negatives, key_negatives
         self.duplicates: Duplicates = duplicates
         self.reduction: Reduction = reduction
         self.impl: Impl = impl
@@ -109,6 +114,9 @@ class InfoNCELoss(nn.Module):
             scale=f"exp(log_scale), at most {self.max_scale:g}" if learnt else f"{self.fixed_scale:g}",
             normalize=self.normalize or None,
             symmetric=self.symmetric or None,
+            margin=self.margin,
+            query_negatives=self.query_negatives or None,
+            key_negatives=self.key_negatives or None,
             label_smoothing=self.label_smoothing or None,
             duplicates=self.duplicates,
             reduction=self.reduction,
@@ -155,6 +163,9 @@ class InfoNCELoss(nn.Module):
             positive_ids=positive_ids,
             duplicates=self.duplicates,
             private_negatives=private_negatives,
+            margin=self.margin,
+            query_negatives=self.query_negatives,
+            key_negatives=self.key_negatives,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction if count is None else "sum",
             return_stats=return_stats,

@@ -30,7 +30,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     long = norm > 1e-12
     return torch.where(long, x / torch.where(long, norm, 1.0), 0.0)
@@ -69,6 +69,9 @@ def info_nce(
     positive_ids: Tensor | None = None,  # (N, P)
     duplicates: str = "mask",
     private_negatives: Tensor | None = None,  # (N, K, D)
+    margin: float | None = None,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -78,8 +81,8 @@ def info_nce(
     if positive is None and positive_ids is None:
         positive = torch.arange(n, device=query.device)
     if normalize:
-        query, keys = _unit(query), _unit(keys)
-        private_negatives = None if private_negatives is None else _unit(private_negatives)
+        query, keys = unit(query), unit(keys)
+        private_negatives = None if private_negatives is None else unit(private_negatives)
 
     is_positive = torch.zeros(n, m, dtype=torch.bool, device=query.device)
     dropped = torch.zeros_like(is_positive)
@@ -99,17 +102,42 @@ def info_nce(
         dropped |= key_ids < 0
         is_positive &= ~dropped
 
-    z = (_wide(query @ keys.T) * scale).masked_fill(dropped, -torch.inf)  # (N, M)
+    z = _wide(query @ keys.T) * scale  # (N, M)
+    limit = None
+    if margin is not None and positive is not None:
+        own = (_wide(query) * _wide(keys[positive])).sum(1, keepdim=True)
+        limit = ((own - margin) * scale).detach()
+        dropped = dropped | ((z > limit) & ~is_positive)
+    z = z.masked_fill(dropped, -torch.inf)
     z_row, row_positive = z, is_positive
     if private_negatives is not None:
         private = torch.einsum("nd,nkd->nk", query, private_negatives)
-        z_row = torch.cat([z, _wide(private) * scale], 1)
+        z_private = _wide(private) * scale
+        if limit is not None:
+            z_private = z_private.masked_fill(z_private > limit, -torch.inf)
+        z_row = torch.cat([z, z_private], 1)
         row_positive = F.pad(is_positive, (0, private.shape[1]))
+    stats = _stats(z_row, row_positive)
+    if positive is not None and (query_negatives or key_negatives):
+        ids = torch.arange(m, device=keys.device) if key_ids is None else key_ids
+        answers = ids[positive] if query_ids is None else query_ids
+        blocks = []
+        if query_negatives:
+            blocks.append((_wide(query @ query.T) * scale, answers))
+        if key_negatives:
+            blocks.append((_wide(keys[positive] @ keys.T) * scale, ids))
+        for z_block, block_ids in blocks:
+            no_candidate = (block_ids == answers[:, None]) | (block_ids < 0)
+            if limit is not None:
+                no_candidate = no_candidate | (z_block > limit)
+            z_row = torch.cat([z_row, z_block.masked_fill(no_candidate, -torch.inf)], 1)
+            row_positive = F.pad(row_positive, (0, z_block.shape[1]))
+        stats = stats._replace(lse=z_row.detach().logsumexp(1))
     loss = _softmax_xent(z_row, row_positive, label_smoothing)
     if symmetric:
         loss = (loss + _softmax_xent(z.T[positive], is_positive.T[positive], label_smoothing)) / 2
     loss = _reduce(loss, n, reduction)
-    return (loss, _stats(z_row, row_positive)) if return_stats else loss
+    return (loss, stats) if return_stats else loss
 
 
 def linear_cross_entropy(
@@ -135,7 +163,7 @@ def linear_cross_entropy(
     supervised = target != ignore_index
     target = target.masked_fill(~supervised, 0)
     loss = F.cross_entropy(z, target, reduction="none")
-    if label_smoothing:  # torch's own is infinite where a token is no candidate, of bias -inf
+    if label_smoothing:  # torch's own is infinite where a token is not a candidate, of bias -inf
         loss = _softmax_xent(z, F.one_hot(target, len(weight)).bool(), label_smoothing)
     if z_loss:
         loss = loss + z_loss * z.logsumexp(1).square()
@@ -160,4 +188,4 @@ def gather_last_hidden(
     y = _wide(hidden.flatten(0, -2)[rows])
     if norm_weight is not None:
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm_weight
-    return (_unit(y) if normalize else y).to(hidden.dtype)
+    return (unit(y) if normalize else y).to(hidden.dtype)

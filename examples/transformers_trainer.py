@@ -120,7 +120,8 @@ def main(arguments: list[str] | None = None) -> CoSupervisionTrainer:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-5)
     given = parser.parse_args(arguments)
-    records = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with given.data.open(encoding="utf-8-sig") as file:  # a text may hold what str.splitlines takes for a line's end
+        records = [json.loads(line) for line in file if line.strip()]
     embseq_name = given.embseq or given.gen
     tokenizer, embseq_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (given.gen, embseq_name))
     tokenizer.add_special_tokens({"additional_special_tokens": [NSP]})

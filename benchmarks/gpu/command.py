@@ -63,7 +63,7 @@ def gpu(
 
 
 def _chosen(names: list[str] | None) -> list[Task]:
-    """All tasks, or those named; what is no whole name may be the beginning of several."""
+    """All tasks, or those named; what is not a whole name may be the beginning of several."""
     known = [task.name for task in TASKS]
     wanted: set[str] = set()
     for name in names or known:

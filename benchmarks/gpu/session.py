@@ -110,7 +110,7 @@ class Session:
         try:
             return Result(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no result ({error}): remove it, and it is measured again") from None
+            raise ValueError(f"{path} is not a result ({error}): remove it, and it is measured again") from None
 
     def keep(self, result: Result) -> None:
         """Writes a result, whole or not at all."""
@@ -120,7 +120,7 @@ class Session:
     def run(self, tasks: Iterable[Task], *, retry: bool = False) -> list[str]:
         """Runs what has no result yet (with `retry`, no good one); returns the names that the time did not suffice for.
 
-        Tasks come in order of value. One that needs more time than is left makes room for smaller ones behind it.
+        Tasks come in order of value. One that needs more time than is left makes room for smaller ones after it.
         """
         waiting = []
         with _Worker(self.setting) as worker:

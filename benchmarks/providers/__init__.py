@@ -81,7 +81,7 @@ def every() -> list[Provider]:
 
 
 def chosen(names: list[str] | None) -> list[Provider]:
-    """The named providers in the order of the list; what is no whole name may be the beginning of several."""
+    """The named providers in the order of the list; what is not a whole name may be the beginning of several."""
     known = every()
     whole = {provider.name for provider in known}
     for name in names or []:

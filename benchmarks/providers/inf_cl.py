@@ -14,7 +14,7 @@ def make(case: Case) -> Loss:
 
 
 def unfit(case: Case) -> str | None:
-    return f"splits D into heads of 256: D = {case.d} is no multiple" if case.d % 256 else None
+    return f"splits D into heads of 256: D = {case.d} is not a multiple" if case.d % 256 else None
 
 
 PROVIDERS = [Provider("inf_cl", "cal_flash_loss", ("info-nce",), make, "inf-cl", triton=True, unfit=unfit)]

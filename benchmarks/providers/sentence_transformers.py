@@ -41,7 +41,7 @@ def cached(case: Case) -> Loss:
 
 
 def unfit(case: Case) -> str | None:
-    return f"takes as many negatives for each query: M = {case.m} is no multiple of N" if case.m % case.n else None
+    return f"takes as many negatives for each query: M = {case.m} is not a multiple of N" if case.m % case.n else None
 
 
 LOSSES = ("info-nce", "info-nce-cosine", "info-nce-symmetric")

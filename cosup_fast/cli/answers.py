@@ -1,7 +1,7 @@
 """What `cosup-fast generate` does: questions from arguments and files, answers to a terminal as they come, or JSONL.
 
 Answers come out in the order of the questions. On a terminal the first that has not ended is shown piece by piece;
-those behind it are written at the same time and shown when it is their turn.
+those after it are written at the same time and shown when it is their turn.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def read_questions(arguments: Sequence[str], files: Sequence[str]) -> list[Quest
     """Questions of the command line, then those of files: *.jsonl, or one question a line; - is standard input.
 
     Raises:
-        DataError: a file that cannot be read, or a line that is no question.
+        DataError: a file that cannot be read, or a line that is not a question.
         ValueError: no question at all.
     """
     questions = [_question("the question", {"question": text}) for text in arguments]

@@ -107,7 +107,7 @@ def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
 
     Args:
         otherwise: what is said where the work itself says nothing.
-        then: how to go on.
+        then: how to continue.
     """
     try:
         yield

@@ -38,7 +38,7 @@ def data_list() -> None:
 def data_prepare(
     name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, starter, or all")],
 ) -> None:
-    """Fetch, verify and convert a model or a data set; takes up where it stopped."""
+    """Fetch, verify and convert a model or a data set; run again, it resumes where it stopped."""
     from cosup_fast.data.prepared.prepare import prepare
 
     say(f"ready: {prepare(name)}")
@@ -49,7 +49,9 @@ def data_check(
     examples: Annotated[
         list[str] | None, typer.Argument(help="example sets: JSONL files or names; none: check what was prepared")
     ] = None,
-    corpus: Annotated[str, typer.Option(help="the passages: a JSONL file or a name")] = "wiki-leads",
+    corpus: Annotated[
+        str | None, typer.Option(help="the passages: a JSONL file or a name; wiki-leads unless given")
+    ] = None,
     allow_no_retrieval: Annotated[
         bool, typer.Option("--allow-no-retrieval", help="Accept examples whose output names no passage.")
     ] = False,
@@ -58,7 +60,7 @@ def data_check(
     from cosup_fast.data.prepared.prepare import check, list_prepared
     from cosup_fast.data.sources import load_corpus, load_examples
 
-    if not examples:
+    if not examples and corpus is None:
         ready = [row.name for row in list_prepared() if row.ready]
         if not ready:
             raise ValueError("nothing is prepared yet: cosup-fast data prepare starter")
@@ -66,9 +68,10 @@ def data_check(
             raise ValueError("\n".join(problems))
         say(f"{', '.join(ready)}: as first made, and no tested passage is trained on")
         return
+    corpus = corpus or "wiki-leads"
     passages = {passage.id for passage in load_corpus(corpus)}
     say(f"{corpus}: {len(passages)} passages")
-    for name in examples:
+    for name in examples or ():
         count = len(load_examples(name, passages, allow_no_retrieval=allow_no_retrieval))
         say(f"{name}: {count} examples")
 

@@ -3,56 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field
 
-from cosup_fast.cli.common import Checkpoint, Device, Stale, err, generation_config, interruptible, load_model, out, say
+from cosup_fast.cli.common import Checkpoint, err, generation_config, interruptible, load_model, out, say
+from cosup_fast.cli.options import with_options
+from cosup_fast.evaluation.kinds import forms
 
 
-def evaluate(
-    checkpoint: Checkpoint,
-    examples: Annotated[
-        list[str] | None,
-        typer.Option(help="a JSONL file of examples or of KILT, or a prepared set; repeat it", show_default=False),
-    ] = None,
-    system: Annotated[
-        str,
-        typer.Option(help="co-supervised, closed-book, gold, random, bm25, dense:NAME, pair:RUN or untrained"),
-    ] = "co-supervised",
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside what retrieves")] = None,
-    corpus: Annotated[
-        str | None, typer.Option(help="passages to search or hand over; default: those of the index, or the run's")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint")
-    ] = None,
-    judge: Annotated[
-        str, typer.Option(help="of grounding: lexical, none, or an NLI model (folder or Hugging Face name)")
-    ] = "lexical",
-    fluency: Annotated[
-        str, typer.Option(help="model for perplexity: base (what the run's Gen began as), none, or a name")
-    ] = "base",
-    metric: Annotated[list[str] | None, typer.Option(help="report this metric for every data set too")] = None,
-    in_domain: Annotated[list[str] | None, typer.Option(help="a data set or source that training has seen")] = None,
-    out_of_domain: Annotated[list[str] | None, typer.Option(help="one that it has not")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="use only so many examples, drawn by the seed")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
-    max_retrievals: Annotated[int | None, typer.Option(help="most retrievals of an answer")] = None,
-    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
-    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
-    seed: Annotated[int, typer.Option(help="of --limit and of random passages")] = 0,
-    allow_missing_gold: Annotated[
-        bool, typer.Option("--allow-missing-gold", help="Count gold passages that the corpus lacks as never found.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the output holds answers.")] = False,
-    device: Device = "auto",
-    allow_stale: Stale = False,
-) -> None:
+class EvaluateOptions(BaseModel):
+    """What is evaluated, on what, and how; what is not given of the writing is as the run's configuration says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    examples: list[str] = Field(
+        default=[], description="a JSONL file of examples or of KILT, or a prepared set; repeat it for several"
+    )
+    system: str = Field(default="co-supervised", description=f"what answers: {forms()}")
+    index: Path | None = Field(default=None, description="the index; default: index/ beside what retrieves")
+    corpus: str | None = Field(
+        default=None, description="passages to search or hand over; default: those of the index, or the run's"
+    )
+    output: Path | None = Field(
+        default=None, description="folder to keep it in; default: evaluation/SYSTEM beside the checkpoint"
+    )
+    judge: str = Field(
+        default="lexical",
+        description="what judges grounding: lexical, likelihood, none, or an NLI model (folder or Hugging Face name)",
+    )
+    fluency: str = Field(
+        default="base", description="model for perplexity: base (what the run's Gen began as), none, or a name"
+    )
+    metric: list[str] = Field(default=[], description="report this metric for every data set, too")
+    in_domain: list[str] = Field(default=[], description="a data set or source that training has seen")
+    out_of_domain: list[str] = Field(default=[], description="a data set or source that training has not seen")
+    limit: int | None = Field(default=None, ge=1, description="use only so many examples, drawn by the seed")
+    max_new_tokens: int | None = Field(default=None, description="most tokens that Gen chooses")
+    max_retrievals: int | None = Field(default=None, description="most retrievals of an answer")
+    ret_first: bool | None = Field(default=None, description="retrieve before the first word")
+    ctx_truncate: bool | None = Field(default=None, description="drop a passage once its text is written")
+    batch: int = Field(default=16, ge=1, description="questions answered at once")
+    seed: int = Field(default=0, description="seed of --limit and of random passages")
+    allow_missing_gold: bool = Field(
+        default=False, description="count gold passages that the corpus lacks as never found"
+    )
+    overwrite: bool = Field(default=False, description="start over where the output holds answers")
+    device: str = Field(default="auto", description="auto, cpu or cuda")
+    allow_stale: bool = Field(default=False, description="use an index that another checkpoint made")
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """The fields that change the run's `generation`."""
+        return self.model_dump(include={"max_new_tokens", "max_retrievals", "ret_first", "ctx_truncate"})
+
+
+@with_options(EvaluateOptions)
+def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
     """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
-    Every answer is kept as soon as it is there: the same command goes on where it was stopped. The folder then holds
+    Every answer is kept as soon as it is there: the same command resumes where it was stopped. The folder then holds
     report.json (everything) and report.html (to read).
     """
     from cosup_fast import evaluation
@@ -60,48 +71,42 @@ def evaluate(
     from cosup_fast.environment import choose_device
     from cosup_fast.evaluation.suites import check_metrics
 
-    check_metrics(metric or [])
-    folder = command.output_folder(output, checkpoint, system)
-    config = generation_config(
-        checkpoint,
-        max_new_tokens=max_new_tokens,
-        max_retrievals=max_retrievals,
-        ret_first=ret_first,
-        ctx_truncate=ctx_truncate,
-    )
+    check_metrics(options.metric)
+    folder = command.output_folder(options.output, checkpoint, options.system)
+    config = generation_config(checkpoint, **options.writing)
     opened = command.open_system(
-        system,
+        options.system,
         checkpoint,
-        lambda path: load_model(path, device),
-        index=index,
-        corpus=corpus,
-        seed=seed,
-        allow_stale=allow_stale,
+        lambda path: load_model(path, options.device),
+        index=options.index,
+        corpus=options.corpus,
+        seed=options.seed,
+        allow_stale=options.allow_stale,
     )
     tests = evaluation.load_test_sets(
-        examples or ["questions/test-in", "questions/test-out"],
+        options.examples or ["questions/test-in", "questions/test-out"],
         opened.passages,
-        in_domain=in_domain or (),
-        out_of_domain=out_of_domain or (),
-        limit=limit,
-        seed=seed,
-        allow_missing_gold=allow_missing_gold,
+        in_domain=options.in_domain,
+        out_of_domain=options.out_of_domain,
+        limit=options.limit,
+        seed=options.seed,
+        allow_missing_gold=options.allow_missing_gold,
     )
-    where = choose_device(device, "--device")
-    grounds = evaluation.load_judge(judge, device=where)
-    perplexed = command.fluency_model(fluency, checkpoint)
-    if overwrite:
+    where = choose_device(options.device, "--device")
+    judge = evaluation.load_judge(options.judge, device=where)
+    perplexed = command.fluency_model(options.fluency, checkpoint)
+    if options.overwrite:
         command.clear(folder)
-    with interruptible("what is answered is kept; the same command goes on from there"):
+    with interruptible("what is answered is kept; the same command resumes there"):
         report = evaluation.evaluate(
             opened,
             tests,
             config,
-            judge=grounds,
+            judge=judge,
             fluency=evaluation.FluencyModel(perplexed, device=where) if perplexed else None,
-            metrics=metric or (),
+            metrics=options.metric,
             folder=folder,
-            batch=batch,
+            batch=options.batch,
         )
     out.print(report.table())
     say(f"report: {folder / 'report.html'}")
@@ -109,7 +114,7 @@ def evaluate(
 
 def compare(
     before: Annotated[Path, typer.Argument(help="report.json of the baseline, or its folder", show_default=False)],
-    after: Annotated[Path, typer.Argument(help="that of the other run", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="report.json of the other run, or its folder", show_default=False)],
     metric: Annotated[list[str] | None, typer.Option(help="only this metric; repeat it for several")] = None,
     datasets: Annotated[bool, typer.Option("--datasets", help="Show every data set too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, data sets included.")] = False,

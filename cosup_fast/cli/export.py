@@ -17,7 +17,9 @@ def export(
         str,
         typer.Option(help="retriever (both sides, for sentence-transformers), query or embseq (one of them), or gen"),
     ] = "retriever",
-    licence: Annotated[str | None, typer.Option("--license", help="of the model, for its card, as apache-2.0")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="the model's licence, for its card, such as apache-2.0")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="title of the model card; default: the run's folder")] = None,
 ) -> None:
     """Write a checkpoint for sentence-transformers (MTEB, BEIR) or transformers, with a model card."""

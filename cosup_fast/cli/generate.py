@@ -34,7 +34,7 @@ def generate(
     candidates: Annotated[int | None, typer.Option(help="passages listed for each retrieval")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
-    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed of sampling")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="end an answer where this text appears; \\n is a line's end")
     ] = None,

@@ -36,7 +36,7 @@ def index_build(
     factory: Annotated[
         str | None, typer.Option(help="also make an approximate index: a FAISS factory string, as IVF4096,PQ64")
     ] = None,
-    parameters: Annotated[str, typer.Option(help="of the approximate search, as nprobe=64")] = "",
+    parameters: Annotated[str, typer.Option(help="parameters of the approximate search, such as nprobe=64")] = "",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 products")] = "float32",
     batch_tokens: BatchTokens = None,
     shard_size: Annotated[

@@ -9,7 +9,7 @@ import typer
 
 from cosup_fast.cli.common import Checkpoint, Device, Stale, interruptible, load_model, say
 
-PASSED_OVER = {"gold": "gold", "answer": "bear an answer", "score": "score too near the positive"}
+PASSED_OVER = {"gold": "gold", "answer": "contain an answer", "score": "score too near the positive"}
 
 
 def mine(
@@ -31,10 +31,10 @@ def mine(
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
-    """Mine hard negatives: passages that rank high for a question but neither are gold nor bear an answer.
+    """Mine hard negatives: passages that rank high for a question but neither are gold nor contain an answer.
 
-    They stand in `negatives` of the examples written, which `cosup-fast train` takes as they are. Interrupted, the same
-    command goes on where it was.
+    They are in `negatives` of the examples written, which `cosup-fast train` takes as they are. Interrupted, the same
+    command resumes where it was.
     """
     from cosup_fast.data.records import write_jsonl
     from cosup_fast.data.sources import load_corpus, load_examples
@@ -52,10 +52,10 @@ def mine(
     known = None if passages is None else {passage.id for passage in passages}
     chosen = [e for name in examples for e in load_examples(name, known, allow_no_retrieval=True)]
     if corpus is None and not (folder / STAMP).is_file():
-        raise ValueError(f"{folder} is no index, it has no {STAMP}: give --corpus to build it, or another --index")
+        raise ValueError(f"{folder} is not an index, it has no {STAMP}: give --corpus to build it, or another --index")
     model = load_model(checkpoint, device)
     journal = output.with_name(f".{output.name}.part")
-    with interruptible("the same command goes on where this one stopped"):
+    with interruptible("the same command resumes where this one stopped"):
         if corpus is not None and not (folder / STAMP).is_file():
             built = SequenceIndex.build(model, corpus, folder)  # shard by shard, so that a kill costs little
             say(f"index: {folder} ({len(built)} passages)")

@@ -35,7 +35,8 @@ def plan(
         ),
     ] = None,
     embseq_pack: Annotated[
-        str | None, typer.Option(help="sequences x tokens of a pack of Embseq's; default: 16x256, or likewise")
+        str | None,
+        typer.Option(help="sequences x tokens of a pack of Embseq's; default: 16x256, or by the same setting"),
     ] = None,
     nsp_batch: Annotated[
         int | None,
@@ -48,7 +49,7 @@ def plan(
     quick: Annotated[bool, typer.Option("--quick", help="Let a few layers stand for all; give no advice.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Simulate a training step and tell the memory that it takes on each GPU; no weights, no GPU.
+    """Simulate a training step and report the memory it takes on each GPU; needs no weights and no GPU.
 
     The step, the sharding and the optimizer are those of a real run, on tensors that have shapes and no data. What is
     not simulated (CUDA context, NCCL, cuBLAS, scratch of attention, fragmentation) is left a margin. Exits with 1 if it

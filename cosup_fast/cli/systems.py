@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from cosup_fast.config import config_of
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.html import HTML
+from cosup_fast.evaluation.kinds import split_name
 from cosup_fast.evaluation.report import REPORT
 from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
-from cosup_fast.evaluation.systems import System, split_name
+from cosup_fast.evaluation.systems import System
 from cosup_fast.evaluation.workbench import Workbench
 from cosup_fast.files import FolderKind, check_replaceable
 
@@ -95,7 +96,7 @@ def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
     """Where an evaluation is kept, by default `evaluation/SYSTEM` beside the checkpoint.
 
     Raises:
-        ValueError: the folder holds something that is no evaluation.
+        ValueError: the folder holds something that is not an evaluation.
     """
     kind, argument = split_name(system)
     name = "-".join(filter(None, (kind.name, re.sub(r"[^\w.-]+", "-", Path(argument).name))))

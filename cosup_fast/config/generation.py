@@ -37,7 +37,7 @@ class GenerationConfig(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="random seed of every answer when temperature > 0")
     stop: list[str] = Field(
-        default=[], description="texts that end an answer where they appear; they are no part of it"
+        default=[], description="texts that end an answer where they appear; they are not part of it"
     )
 
     @field_validator("stop")

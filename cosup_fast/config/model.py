@@ -15,9 +15,11 @@ class LoRAConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(default=0, ge=0, description="of A and B; 0: no adapters, all weights are trained")
+    rank: int = Field(
+        default=0, ge=0, description="rank of the adapters A and B; 0: no adapters, all weights are trained"
+    )
     alpha: float | None = Field(default=None, gt=0, description="B A is scaled by alpha / rank; null: twice the rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what goes into A")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
     targets: list[str] | None = Field(
         default=None,
         min_length=1,
@@ -39,7 +41,7 @@ class ModelConfig(BaseModel):
         "projection, temperature and adapters, with a new optimizer; null: from gen and embseq",
     )
     gen: str = Field(default="smollm2-135m", description="Gen: a prepared name, a local folder or a Hugging Face name")
-    embseq: str | None = Field(default=None, description="Embseq, likewise; null means the same model as gen")
+    embseq: str | None = Field(default=None, description="Embseq, named as Gen is; null: the same model as gen")
     shared: bool = Field(default=False, description="Embseq is Gen itself: one set of weights")
     freeze_embseq: bool = Field(default=False, description="Embseq's weights stay as they are")
     gen_layers: int | None = Field(default=None, ge=1, description="keep only the first layers of Gen")
@@ -47,7 +49,7 @@ class ModelConfig(BaseModel):
     attention: Attention = Field(default="auto", description="auto: FlashAttention where it can run, else packed_sdpa")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(default="float32", description="dtype of the weights")
     gen_lora: LoRAConfig = Field(default=LoRAConfig(), description="train adapters of Gen instead of its weights")
-    embseq_lora: LoRAConfig = Field(default=LoRAConfig(), description="likewise of Embseq")
+    embseq_lora: LoRAConfig = Field(default=LoRAConfig(), description="adapters of Embseq")
 
     def alone(self) -> ModelConfig:
         """Gen without an Embseq."""

@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 mark = seen[key.value].start_mark
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice, first in line {mark.line + 1}", key.start_mark
+                    None, None, f"the key {key.value!r} occurs twice, first in line {mark.line + 1}", key.start_mark
                 )
             if isinstance(key, yaml.ScalarNode):
                 seen[key.value] = key
@@ -30,7 +30,7 @@ def read_yaml(text: str) -> Any:
     """What a YAML text says.
 
     Raises:
-        yaml.YAMLError: it is no YAML, has a key twice, is nested too deep, or unfolds to more than `MOST_VALUES`.
+        yaml.YAMLError: it is not YAML, has a key twice, is nested too deep, or unfolds to more than `MOST_VALUES`.
     """
     try:
         loader = _Loader(text)

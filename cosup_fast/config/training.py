@@ -63,7 +63,9 @@ class TrainingConfig(BaseModel):
     lr_decay: float = Field(
         default=1.0, gt=0, le=1, description="factor on the learning rate after each epoch (paper: 0.85)"
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="of matrices; norms, biases and scales have none")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="weight decay of matrices; norms, biases and scales have none"
+    )
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip: float | None = Field(
         default=1.0, gt=0, description="global gradient norm over both models; null: no clipping"
@@ -77,8 +79,8 @@ class TrainingConfig(BaseModel):
     compile: bool = Field(default=False, description="torch.compile for every decoder layer")
     sharding: Sharding = Field(
         default="ddp",
-        description="of ranks under torchrun. fsdp: they share out weights, gradients and optimizer states; ddp: each "
-        "has all of them; none: there is one process. One process is the same with each",
+        description="how torchrun's ranks share the work. fsdp: weights, gradients and optimizer states are sharded; "
+        "ddp: each rank has all of them; none: there is one process. One process is the same with each",
     )
     optimizer: OptimizerName = Field(
         default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"
@@ -98,7 +100,7 @@ class TrainingConfig(BaseModel):
     diagnose_every: int | None = Field(
         default=100,
         ge=1,
-        description="steps between looks at the gradients of each loss, each as dear as a step; null: never",
+        description="steps between looks at the gradients of each loss, each as expensive as a step; null: never",
     )
     spike_factor: float | None = Field(
         default=20.0,
@@ -181,7 +183,7 @@ class TrainingConfig(BaseModel):
             ),
         ):
             if self.optimizer_in_backward and wrong:
-                raise ValueError(f"training.optimizer_in_backward=true cannot be had with {field}")
+                raise ValueError(f"training.optimizer_in_backward=true cannot be combined with {field}")
         return self
 
     @property

@@ -11,7 +11,7 @@ A text becomes words that are equal where people would say that they are the sam
     scripts without spaces     each character of Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan is a word
     punctuation                separates words, but for "C++", "C#"
 
-An answer is found where its words stand in a row; English articles count only for an answer of nothing else.
+An answer is found where its words are in a row; English articles count only for an answer of nothing else.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Word(NamedTuple):
 
 
 def words(text: str) -> list[Word]:
-    """The words of a text; what is no letter, digit or pictograph is none."""
+    """The words of a text; what is not a letter, digit or pictograph is none."""
     found = (Word(_normal(match.group()), *match.span()) for match in _WORD.finditer(text))
     return [word for word in found if word.normal]
 
@@ -72,7 +72,7 @@ def normal_words(text: str) -> list[str]:
 
 
 def contains_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands in a text, in whole words.
+    """Whether one of the answers is in a text, in whole words.
 
     An answer without a word ("++") is looked for as it is, in lower case; one that is blank is nowhere.
     """
@@ -91,7 +91,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def holds_answer(text: str, example: Example, *, undecided: bool = False) -> bool:
-    """Whether a gold answer of an example, a string, a pattern or one of its short answers, stands in a text.
+    """Whether a gold answer of an example, a string, a pattern or one of its short answers, is in a text.
 
     Args:
         text: where to look.
@@ -109,7 +109,7 @@ def all_answers(example: Example) -> list[str]:
 
 
 def answer_spans(text: str, example: Example) -> list[tuple[int, int]]:
-    """Where the gold answers stand in a text, as (start, end) in order and without overlap."""
+    """Where the gold answers are in a text, as (start, end) in order and without overlap."""
     found: list[tuple[int, int]] = []
     if example.answer_type == "regex":
         for pattern in answer_patterns(example):
@@ -230,6 +230,6 @@ def _normal(word: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _joined(text: str) -> tuple[str, str]:
-    """The words of a text between spaces: all of them, and those that are no articles."""
+    """The words of a text between spaces: all of them, and those that are not articles."""
     found = normal_words(text)
     return f" {' '.join(found)} ", f" {' '.join(word for word in found if word not in ARTICLES)} "

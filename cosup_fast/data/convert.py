@@ -1,6 +1,6 @@
 """Published files to ours: Self-RAG's training file, KILT's tasks and its knowledge source.
 
-The forms that are read stand in docs/data.md. A conversion reads line by line and writes a folder that appears whole or
+The forms that are read are in docs/data.md. A conversion reads line by line and writes a folder that appears whole or
 not at all; a line that does not have its form is a `DataError` with its number, or is counted and left out when
 malformed lines are to be skipped. Sources: Asai et al. 2024, arXiv 2310.11511; Petroni et al. 2021, arXiv 2009.02252.
 """
@@ -25,6 +25,7 @@ from cosup_fast.terminal import SafeConsole
 
 CONVERTED = FolderKind("converted data", "converted.json", frozenset({"form", "sources", "counts", "files"}))
 PASSAGES = "passages.jsonl"
+MAX_PARAGRAPHS = 10_000  # of one piece of evidence; no page of KILT has as many
 Gold = Literal["paragraph", "page"]
 Provenance = tuple[str, int, int]
 """A page's id, and its first and last paragraph that count; -1 where only the page is known."""
@@ -36,7 +37,9 @@ _MARKS = (
     "[Fully supported]", "[Partially supported]", _NO_SUPPORT,
     "[Utility:1]", "[Utility:2]", "[Utility:3]", "[Utility:4]", "[Utility:5]",
 )  # fmt: skip
-_PIECES = re.compile(r"(<paragraph>.*?</paragraph>|" + "|".join(map(re.escape, _MARKS)) + ")", re.DOTALL)
+_PIECES = re.compile(
+    r"(<paragraph>(?:(?!<paragraph>).)*?</paragraph>|" + "|".join(map(re.escape, _MARKS)) + ")", re.DOTALL
+)
 
 
 def convert_self_rag(
@@ -87,7 +90,7 @@ def convert_self_rag(
 def self_rag_example(where: str, record: dict[str, Any], name: str) -> tuple[Example | None, list[Passage]]:
     """An example and the passages that it cites; no example where it cites none.
 
-    What follows a paragraph that is [Relevant] is grounded on it, also behind [Continue to Use Evidence], unless it is
+    What follows a paragraph that is [Relevant] is grounded on it, also after [Continue to Use Evidence], unless it is
     marked [No support / Contradictory]; all else is free text.
     """
     instruction, given, text = (_string(where, record, key, "") for key in ("instruction", "input", "output"))
@@ -181,8 +184,9 @@ def convert_kilt(
     if gold not in ("paragraph", "page"):
         raise DataError(f"gold={gold!r}: choose paragraph or page")
     if gold == "page" and knowledge is None:
-        raise DataError("gold='page': which paragraphs a page has stands in the knowledge source: name it")
-    if repeated := [name for name, count in Counter([PASSAGES, *(task.name for task in tasks)]).items() if count > 1]:
+        raise DataError("gold='page': the knowledge source says which paragraphs a page has: name it")
+    written = Counter([PASSAGES, CONVERTED.marker, *(task.name for task in tasks)])
+    if repeated := [name for name, count in written.items() if count > 1]:
         raise DataError(f"kilt: {repeated[0]!r} would be the name of several files that are written: rename one")
     counts: Counter[str] = Counter()
     questions: dict[Path, list[tuple[str, Example, list[Provenance]]]] = {}
@@ -250,6 +254,11 @@ def kilt_question(where: str, record: dict[str, Any], dataset: str, name: str) -
                 raise DataError(f"{where}: {field}.wikipedia_id: expected a page's id, found {page!r:.60}")
             first = _whole(where, source, "start_paragraph_id", -1, field)
             last = _whole(where, source, "end_paragraph_id", first, field)
+            if last - first >= MAX_PARAGRAPHS:
+                raise DataError(
+                    f"{where}: {field}.end_paragraph_id: expected fewer than {MAX_PARAGRAPHS} paragraphs after "
+                    f"{first}, found {last}"
+                )
             provenance[str(page), first, max(first, last)] = None
     example = {
         "id": str(record.get("id") or name),

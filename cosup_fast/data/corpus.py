@@ -30,7 +30,7 @@ class Corpus(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> Iterator[Passage]:
-        """The passages of the rows from `start` to before `stop`; a row that is no passage is a `DataError`."""
+        """The passages of the rows from `start` to before `stop`; a row that is not a passage is a `DataError`."""
         ...
 
 

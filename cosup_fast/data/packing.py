@@ -41,14 +41,14 @@ class PackLimits(NamedTuple):
 class Pack:
     """Sequences laid end to end, no pad token anywhere unless a fixed size was asked for.
 
-    A filler is more sequences behind the `count` real ones: attention keeps them apart and nothing reads them.
+    A filler is more sequences after the `count` real ones: attention keeps them apart and nothing reads them.
     """
 
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, restarts at 0 with every sequence
     cu_seqlens: Tensor  # (S + 1,) int32, cumulative lengths from 0 to T, filler included
     lengths: tuple[int, ...]  # S lengths, on the host so that nothing waits for a device
-    count: int  # sequences that are no filler, the first ones
+    count: int  # sequences that are not filler, the first ones
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], size: int | None = None) -> Self:
@@ -86,7 +86,7 @@ class Pack:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are no filler."""
+        """Tokens that are not filler."""
         return sum(self.lengths[: self.count])
 
     def to(self, device: torch.device) -> Self:
@@ -169,7 +169,7 @@ class CoSupervisionBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of both models that are no filler."""
+        """Tokens of both models that are not filler."""
         return sum(pack.tokens for pack in self.packs)
 
     def to(self, device: torch.device) -> Self:
@@ -190,8 +190,8 @@ def make_batch(
 ) -> CoSupervisionBatch:
     """Tokenizes and packs examples with the passages they ask for and with their hard negatives.
 
-    Every passage is a candidate of every query: one example's hard negative is every query's. A passage that is known
-    to answer a query is no negative of it: the positives of a query are the passage that its [NSP] asks for and those
+    Every passage is a candidate of every query: one example's hard negative is every query's. A passage known
+    to answer a query is never its negative: the positives of a query are the passage that its [NSP] asks for and those
     of `Example.gold` in the batch that no other [NSP] of the example asks for.
 
     Ranks share the examples so that each has nearly as many tokens, and the passages so that each is encoded once, by

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cosup_fast.data.prepared.catalog import CATALOG, PASSAGES, is_corpus
+from cosup_fast.data.prepared.verify import verify
 from cosup_fast.data.records import (
     DataError,
     Example,
@@ -80,7 +81,7 @@ def find(spec: str, kind: str) -> Path:
     sets = _sets(kind)
     if spec in sets:
         name, file = sets[spec]
-        return _prepared(name) / file
+        return _prepared(name, file)
     if Path(spec).is_file():
         return Path(spec)
     raise DataError(
@@ -89,11 +90,13 @@ def find(spec: str, kind: str) -> Path:
     )
 
 
-def _prepared(name: str) -> Path:
+def _prepared(name: str, file: str | None = None) -> Path:
+    """The folder of a prepared set, or a file of it, compared with what was prepared."""
     if not CATALOG[name].is_ready(home()):
         found = "found it as another version made it" if (home() / name).is_dir() else "found nothing"
         raise DataError(f"{name!r}: expected it prepared in {home()}, {found}: run `cosup-fast data prepare {name}`")
-    return home() / name
+    verify(home() / name, None if file is None else [file])
+    return home() / name / (file or "")
 
 
 def _read_hub(spec: str, kind: type[R]) -> list[tuple[str, R]]:

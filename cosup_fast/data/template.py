@@ -61,7 +61,7 @@ class TextConfig(BaseModel):
         try:
             fields = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
         except ValueError as error:
-            raise ValueError(f"text.{info.field_name}={value!r} is no template: {error}") from None
+            raise ValueError(f"text.{info.field_name}={value!r} is not a template: {error}") from None
         main = "question" if "question" in wanted else "text"
         if not fields <= wanted or main not in fields:
             raise ValueError(

@@ -22,7 +22,7 @@ def tokens(text: str) -> list[str]:
 
 
 def occurs(needle: Sequence[str], words: Sequence[str]) -> bool:
-    """Whether the words of `needle` stand in a row among `words`."""
+    """Whether the words of `needle` are in a row among `words`."""
     return _position(needle, words) is not None
 
 

@@ -182,6 +182,7 @@ def info_nce(
         "scale": "a tensor" if learnt else scale,
         "normalize": normalize,
         "symmetric": options["symmetric"],
+        "margin": options["margin"],
         "label_smoothing": options["label_smoothing"],
         "reduction": reduction,
         "key_grad": key_grad,

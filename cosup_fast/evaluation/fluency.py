@@ -3,7 +3,7 @@
     perplexity = exp(mean over texts of (1/T) sum_t -log p(w_t | w_<t))
 
 over the T tokens of a text that have a token before them; a tokenizer that starts texts with a token of its own makes
-that all of them. Inserted passages are no part of the text.
+that all of them. Inserted passages are not part of the text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FluencyModel:
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
             longest = len(tokens[rows[-1]])
-            # Padding stands at the right, where a causal model does not see it.
+            # Padding is on the right, where a causal model does not see it.
             ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in rows])
             mask = torch.tensor([[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in rows])
             ids, mask = ids.to(self._model.device), mask.to(self._model.device)

@@ -27,8 +27,8 @@ class Journal:
         restart: start over when the file's settings differ, rather than refuse them.
 
     Raises:
-        ValueError: the file holds work with other settings (the first that differs is named), is no journal, or another
-            process is writing it.
+        ValueError: the file holds work with other settings (the first that differs is named) or is not a journal, or
+            another process is writing it.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], *, restart: bool = False):

@@ -48,7 +48,7 @@ _NUMBER_WORDS |= {"once": 1, "twice": 2, "thrice": 3, "hundred": 100, "thousand"
 _NUMBER_WORDS |= {"billion": 10**9}
 
 COVERAGE = 0.85
-"""The share of a claim's content words that must stand in the passage."""
+"""The share of a claim's content words that must be in the passage."""
 
 _CONTRACTIONS = [
     (regex.compile(pattern, regex.IGNORECASE), replacement)
@@ -87,9 +87,9 @@ class LexicalJudge:
     """The offline judge: rules about words, numbers, names and negation; no model, English in mind.
 
     A claim is entailed if
-    1. 85% of its content words, stemmed, stand in one sentence of the passage, its neighbour or the title;
-    2. each of its numbers stands there (1,000 = 1000, twelve = 12, 19th = 19);
-    3. each of its names (words with a capital inside a sentence) stands in the passage;
+    1. 85% of its content words, stemmed, are in one sentence of the passage, its neighbour or the title;
+    2. each of its numbers is there (1,000 = 1000, twelve = 12, 19th = 19);
+    3. each of its names (words with a capital inside a sentence) is in the passage;
     4. it and the clause that covers it best are both negated or both not.
 
     It knows no synonyms and no roles: true paraphrases fail and some exchanged roles ("France defeated Germany") pass.
@@ -134,7 +134,7 @@ class LexicalJudge:
             nearest = max(clauses, key=lambda clause: len(wanted.keys() & set(_content(clause))))
             if _negated(claim) != _negated(nearest):
                 return no(f"negated on one side only: {nearest.strip()[:200]}")
-        return Verdict(entailed=True, score=score, why="its words stand in the passage")
+        return Verdict(entailed=True, score=score, why="its words are in the passage")
 
 
 class NLIJudge:
@@ -245,20 +245,6 @@ class NLIJudge:
         return tokens[-1] if len(tokens) == 2 else tokens[0]
 
 
-def load_judge(name: str, *, device: torch.device | str = "cpu") -> Judge | None:
-    """The judge called `lexical`, none at all for `none`, or an `NLIJudge`.
-
-    Raises:
-        ValueError: what `NLIJudge` refuses.
-    """
-    if name == "none":
-        return None
-    if name == "lexical":
-        require("nltk.stem.porter", "nltk")
-        return LexicalJudge()
-    return NLIJudge(name, device=device)
-
-
 def _premise(passage: Passage) -> str:
     return f"{passage.title}: {passage.text}" if passage.title else passage.text
 
@@ -279,7 +265,9 @@ def _words(text: str) -> Iterator[tuple[str, str]]:
 def _content(text: str) -> dict[str, str]:
     """Content words of a text: the key they are compared by -> as they stand."""
     return {
-        _key(normal): word for word, normal in _words(text) if normal not in FUNCTION_WORDS and normal not in NEGATIONS
+        _key(normal): word
+        for word, normal in _words(text)
+        if normal not in FUNCTION_WORDS and normal not in NEGATIONS and normal[0].isalnum()
     }
 
 
@@ -309,12 +297,12 @@ def _names(claim: str) -> list[str]:
 
 
 def _negated(text: str) -> bool:
-    """Whether an odd number of negations stands in a text."""
+    """Whether an odd number of negations is in a text."""
     return sum(normal in NEGATIONS for _, normal in _words(text)) % 2 == 1
 
 
 def _verbatim(claim: str, text: str) -> bool:
-    """Whether a claim stands in a text, in whole words, with no negation in the three words before it."""
+    """Whether a claim is in a text, in whole words, with no negation in the three words before it."""
     every, wanted = ([normal for _, normal in _words(part) if normal not in ARTICLES] for part in (text, claim))
     for i in range(len(every) - len(wanted) + 1):
         if every[i : i + len(wanted)] == wanted:

@@ -20,7 +20,7 @@ def load_pretrained(factory: Any, name: str, device: torch.device | str, role: s
         options: for `from_pretrained`.
 
     Raises:
-        ValueError: no such model, none of the factory's kind, weights that are no safetensors, or code of its own.
+        ValueError: no such model, none of the factory's kind, weights that are not safetensors, or code of its own.
     """
     try:
         model = read_model(factory, name, dtype="auto", **options)

@@ -13,8 +13,6 @@ from statistics import fmean
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.estimates import Estimate, bootstrap_mean, macro_average
@@ -24,6 +22,7 @@ from cosup_fast.evaluation.scoring import Titles
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, Suite
 from cosup_fast.files import replace_file
 from cosup_fast.generation import Answer
+from cosup_fast.terminal import FigureTable
 
 FORMAT = "cosup-fast evaluation"
 FORMAT_VERSION = 2
@@ -142,18 +141,18 @@ class Report(_Part):
             for record in self.questions
         ]
 
-    def table(self) -> Table:
+    def table(self) -> FigureTable:
         """The main metrics with their intervals, a row for each data set and average."""
-        table = Table(caption="percent (perplexity apart), with 95% bootstrap intervals")
         columns = [name for name in ("recall@1", "recall@5", "recall@20") if name in self.overall]
         last = [name for name in ("grounded", "perplexity") if name in self.overall]
-        table.add_column("data set")
-        table.add_column("questions", justify="right")
-        for title in (*(METRICS[name].title for name in columns), *("retrieval", "correctness"), *last):
-            table.add_column(title, justify="right")
+        table = FigureTable(
+            *("data set", "questions"), *(METRICS[name].title for name in columns), *("retrieval", "correctness"),
+            *(METRICS[name].title for name in last),
+            caption="percent (perplexity apart), with 95% bootstrap intervals",
+        )  # fmt: skip
         for part in self.datasets:
             table.add_row(
-                escape("\n".join(filter(None, (part.dataset or "(no name)", part.domain)))),
+                "\n".join(filter(None, (part.dataset or "(no name)", part.domain))),
                 str(part.questions),
                 *(_with_chance(shown(name, part.metrics.get(name)), name, part.chance) for name in columns),
                 *(
@@ -198,11 +197,13 @@ class Report(_Part):
                 raise ValueError(
                     f"format {data['format']!r} version {data['format_version']!r}, this release reads {FORMAT_VERSION}"
                 )
+            if missing := {"system", "checkpoint", "generation", "judge", "fluency"} - set(data["settings"]):
+                raise ValueError(f"its settings lack {', '.join(sorted(missing))}")
             return cls.model_validate(data)
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is no report that can be read ({reason}): expected what `cosup-fast evaluate` wrote, such "
+                f"{path} is not a report that can be read ({reason}): expected what `cosup-fast evaluate` wrote, such "
                 f"as RUN/evaluation/co-supervised, or its {REPORT}"
             ) from None
 

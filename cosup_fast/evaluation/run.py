@@ -174,7 +174,7 @@ def _check(system: System, questions: Sequence[Question]) -> None:
     for question in questions:
         example, key = question.example, question.key
         if key in seen:
-            raise ValueError(f"example {key!r} stands more than once: ids must be unique in a data set")
+            raise ValueError(f"example {key!r} occurs more than once: ids must be unique in a data set")
         seen.add(key)
         answer_patterns(example)
         length = len(template.prompt(example.question, example.instruction))

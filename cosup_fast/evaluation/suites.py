@@ -36,7 +36,7 @@ METRICS = {
     "passage_f1": Metric("F1 (ids)", "harmonic mean of these two"),
     "answer_in_passage": Metric("answer in passage", "share of the passages given to Gen that hold a gold answer"),
     "containment": Metric("contains", "a gold answer is a substring of what Gen wrote, as in ALCE's script"),
-    "contains_words": Metric("contains words", "a gold answer stands in what Gen wrote, in whole words"),
+    "contains_words": Metric("contains words", "a gold answer is in what Gen wrote, in whole words"),
     "exact_match": Metric("EM", "the first grounded segment is a gold answer"),
     "f1": Metric("F1", "words of the first grounded segment against the best gold answer"),
     "label_accuracy": Metric("label", "the label that Gen names first is the gold one"),

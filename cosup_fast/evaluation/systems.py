@@ -1,6 +1,6 @@
 """The systems under test: one writer, Gen with its decoder, and one retriever that hands it passages.
 
-All write with the same prompts and decoding, many questions at once, so that only what is retrieved differs. `SYSTEMS`
+All write with the same prompts and decoding, many questions at once, so that only what is retrieved differs. `kinds`
 lists them. With a Gen trained on NTP alone, `dense` and `pair` are the single-supervision baselines of Lee et al. 2024,
 arXiv 2403.09024, section 4.
 """
@@ -9,25 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cosup_fast.data.records import Example, Passage, Segment, nearest
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.retrievers import (
-    GoldRetriever,
-    IndexRetriever,
-    PairRetriever,
-    RandomRetriever,
     Request,
     Retriever,
 )
-from cosup_fast.evaluation.text_retrievers import BM25Retriever
 from cosup_fast.generation import Answer, Asked, GenerationConfig, Generator
 from cosup_fast.generation import Request as Question
 from cosup_fast.generation.request import Found
 
 if TYPE_CHECKING:
-    from cosup_fast.index import SequenceIndex
     from cosup_fast.model import CoSupervisionModel
 
 
@@ -170,114 +164,3 @@ class _Searches:
             written = tuple(Segment.model_construct(text=s.text, passage=s.passage) for s in one.segments)
             requests.append(Request(one.request.example, one.query, written, one.retrievals))
         return self._retriever.retrieve(requests, k)
-
-
-class Bench(Protocol):
-    """What a retriever is opened from, a `Workbench`; the run `""` is that of the model which writes."""
-
-    model: CoSupervisionModel
-    seed: int
-
-    def searcher(self, run: str) -> CoSupervisionModel: ...
-    def index(self, run: str, corpus: Corpus) -> SequenceIndex: ...
-    def dense(self, name: str, corpus: Corpus) -> Retriever: ...
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A row of the table of systems.
-
-    Args:
-        name: what `--system` calls it.
-        retrieves: what Gen is given, for help and docs.
-        reads: what has to be there besides the checkpoint.
-        open: makes its retriever over a corpus, given a workbench and what follows the colon.
-        argument: what follows the colon, if anything does.
-        default: that argument when it is left out; without a default it is required.
-    """
-
-    name: str
-    retrieves: str
-    reads: str  # "index", "corpus" or ""
-    open: Callable[[Bench, str, Corpus], Retriever] | None
-    argument: str = ""
-    default: str = ""
-
-    @property
-    def form(self) -> str:
-        """How it is written: `dense:NAME`."""
-        return f"{self.name}:{self.argument}" if self.argument else self.name
-
-
-SYSTEMS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "co-supervised",
-            "what Gen's own queries find in the index of its Embseq",
-            "index",
-            lambda bench, _, corpus: IndexRetriever(bench.model, bench.index("", corpus), corpus),
-        ),
-        Kind("closed-book", "nothing", "", None),
-        Kind("gold", "the gold passages, in order", "corpus", lambda bench, _, corpus: GoldRetriever(corpus)),
-        Kind(
-            "random",
-            "passages drawn by `--seed`",
-            "corpus",
-            lambda bench, _, corpus: RandomRetriever(corpus, bench.seed),
-        ),
-        Kind(
-            "bm25",
-            "what BM25 (bm25s) finds with the question and the text written so far",
-            "corpus",
-            lambda bench, _, corpus: BM25Retriever(corpus),
-        ),
-        Kind(
-            "dense",
-            "what a sentence-transformers model finds with the question and the text written so far; `dense:minilm` "
-            "is prepared by `cosup-fast data prepare minilm`",
-            "corpus",
-            lambda bench, name, corpus: bench.dense(name, corpus),
-            argument="NAME",
-            default="minilm",
-        ),
-        Kind(
-            "pair",
-            "what another run finds: its Gen reads the same text and makes the query, its Embseq made the index",
-            "index",
-            lambda bench, run, corpus: PairRetriever(bench.searcher(run), bench.index(run, corpus), corpus),
-            argument="RUN",
-        ),
-        Kind(
-            "untrained",
-            "what the run's model finds before training, which writes, too",
-            "corpus",
-            lambda bench, _, corpus: IndexRetriever(bench.model, bench.index("", corpus), corpus),
-        ),
-    )
-}
-"""Every system, by what its name begins with. Error text, help and the table in docs/evaluation.md come from here."""
-
-
-def forms() -> str:
-    """All systems as they are written, for help and errors."""
-    names = [kind.form for kind in SYSTEMS.values()]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def split_name(name: str) -> tuple[Kind, str]:
-    """The kind of a system and what follows its colon: `dense` gives that of `dense:NAME` and `minilm`.
-
-    Raises:
-        ValueError: there is no such kind, its argument is missing, or it takes none.
-    """
-    first, _, argument = name.partition(":")
-    if first not in SYSTEMS:
-        raise ValueError(f"--system {name!r} is unknown{nearest(first, SYSTEMS)}: expected {forms()}")
-    kind = SYSTEMS[first]
-    argument = argument or kind.default
-    if kind.argument and not argument:
-        raise ValueError(f"--system {name!r} needs its {kind.argument}: write {kind.form}")
-    if argument and not kind.argument:
-        raise ValueError(f"--system {name!r}: {kind.name} takes nothing after a colon")
-    return kind, argument

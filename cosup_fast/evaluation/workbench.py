@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosup_fast.evaluation.corpus import Corpus
-from cosup_fast.evaluation.retrievers import Retriever
-from cosup_fast.evaluation.systems import System, split_name
-from cosup_fast.evaluation.text_retrievers import DenseRetriever
+from cosup_fast.evaluation.kinds import split_name
+from cosup_fast.evaluation.retrievers import (
+    GoldRetriever,
+    IndexRetriever,
+    PairRetriever,
+    RandomRetriever,
+    Retriever,
+)
+from cosup_fast.evaluation.systems import System
+from cosup_fast.evaluation.text_retrievers import BM25Retriever, DenseRetriever
 from cosup_fast.index import SequenceIndex
 from cosup_fast.index.embed import embed_passages
 from cosup_fast.index.origin import Origin
@@ -131,7 +138,27 @@ class Workbench:
             self._origins[run] = Origin.of(self.searcher(run))  # which reads all weights: once is enough
         return self._origins[run]
 
+    def own(self, corpus: Corpus) -> IndexRetriever:
+        """What the model's own queries find."""
+        return IndexRetriever(self.model, self.index("", corpus), corpus)
+
+    def pair(self, run: str, corpus: Corpus) -> PairRetriever:
+        """What the model of another run finds."""
+        return PairRetriever(self.searcher(run), self.index(run, corpus), corpus)
+
+    def gold(self, corpus: Corpus) -> GoldRetriever:
+        """The gold passages."""
+        return GoldRetriever(corpus)
+
+    def random(self, corpus: Corpus) -> RandomRetriever:
+        """Passages drawn by the seed."""
+        return RandomRetriever(corpus, self.seed)
+
+    def bm25(self, corpus: Corpus) -> BM25Retriever:
+        """What BM25 finds."""
+        return BM25Retriever(corpus)
+
     def dense(self, name: str, corpus: Corpus) -> DenseRetriever:
-        """The corpus, searched by a sentence-transformers model."""
+        """What a sentence-transformers model finds."""
         template = self.model.template.config.passage
         return DenseRetriever(name, corpus, template, device=self.model.device, progress=self._progress)

@@ -6,8 +6,8 @@
   `SentenceBERT`). Embseq has no queries, a query being Gen's hidden state at [NSP].
 - `gen`: Gen as any causal LM, with its tokenizer.
 
-No folder needs trust_remote_code. Embseq reads `TextConfig.passage` filled in, and the end-of-sequence token behind it;
-Gen reads `TextConfig.prompt` filled in, and [NSP] behind it. The tokenizers of the folders add all of that but the
+No folder needs trust_remote_code. Embseq reads `TextConfig.passage` filled in, and the end-of-sequence token after it;
+Gen reads `TextConfig.prompt` filled in, and [NSP] after it. The tokenizers of the folders add all of that but the
 passage's own template, and are compared with `Template` when they are written.
 """
 
@@ -37,7 +37,7 @@ Kind = Literal["retriever", "query", "embseq", "gen"]
 EXPORT = FolderKind("an export", "export.json", frozenset({"kind", "fingerprint", "files"}))
 
 _MODULES = "sentence_transformers.models"
-# AutoTokenizer builds the tokenizers of some architectures (Qwen2's) anew from the vocabulary, without the normalizer
+# AutoTokenizer builds the tokenizers of some architectures (Qwen2's) again from the vocabulary, without the normalizer
 # that carries the template. A type that has no class of its own is read from tokenizer.json as it is.
 _AS_IT_IS = {"tokenizer_type": "glm"}
 # Text that tokenizers like to treat in a way of their own.
@@ -206,7 +206,7 @@ def _query_side(model: CoSupervisionModel) -> _Side:
 def _tokenizer(
     source: Any, longest: int, start: list[int], end: list[int], before: str = "", after: str = ""
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts text before and behind a text, and tokens before and behind all that."""
+    """A tokenizer that puts text before and after a text, and tokens before and after all that."""
     if not source.is_fast:
         raise ValueError(f"the tokenizer {source.name_or_path!r} has no tokenizer.json form: it cannot be exported")
     backend = Tokenizer.from_str(source.backend_tokenizer.to_str())

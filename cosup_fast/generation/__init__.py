@@ -1,4 +1,4 @@
-"""Generation with retrieval: Gen writes, asks for a passage with [NSP], is given it, and goes on.
+"""Generation with retrieval: Gen writes, asks for a passage with [NSP], is given it, and continues.
 
 1. Gen decodes until [NSP], or [NSP] is forced as its first token.
 2. Gen's hidden state at [NSP] is the query; the passage whose sequence embedding has the largest inner product is

@@ -89,7 +89,7 @@ class Transcript:
         self._text = ""
         self._sent = 0
         self._starts: list[tuple[int, str | None]] = [(0, None)]  # where segments begin in the text, and their passage
-        # Tokens are decoded from the last place where a character ended, behind the tokens before it: how a token
+        # Tokens are decoded from the last place where a character ended, after the tokens before it: how a token
         # decodes may depend on what it follows (a leading space), and on no more than that.
         self._known: list[int] = []
         self._new: list[int] = []

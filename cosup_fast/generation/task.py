@@ -182,11 +182,11 @@ def prompt_tokens(template: Template, question: str, instruction: str, *more: in
     """What Gen reads first.
 
     Raises:
-        PromptError: it is no Unicode text, or longer than Gen's positions.
+        PromptError: it is not Unicode text, or longer than Gen's positions.
     """
     for name, text in (("question", question), ("instruction", instruction)):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise PromptError(f"the {name} {text[:60]!a} holds half of a surrogate pair, which is no Unicode text")
+            raise PromptError(f"the {name} {text[:60]!a} holds half of a surrogate pair, which is not Unicode text")
     tokens = [*template.prompt(question, instruction), *more]
     if len(tokens) > template.max_length:
         raise PromptError(

@@ -181,7 +181,7 @@ class Build:
         except KeyboardInterrupt:
             done = sum((self.work / name / RECORD).is_file() for name in names)
             raise KeyboardInterrupt(
-                f"{done} of {len(names)} shards are finished; the same command continues behind them"
+                f"{done} of {len(names)} shards are finished; the same command continues after them"
             ) from None
         return names
 

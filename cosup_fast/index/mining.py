@@ -2,10 +2,11 @@
 
 1. Every [NSP] of an example, teacher-forced, searches the index.
 2. Of its `depth` best passages the first `skip_top` are left out, and so is what may well answer: the example's gold
-   passages, by id or by text; a passage that bears one of its answers; one that scores too near the positive.
-3. The rest, best first and in turn from the example's queries, become its `negatives`, behind those it has already.
+   passages, by id or by text; a passage that contains one of its answers; one that scores too near the positive.
+3. The rest, best first and in turn from the example's queries, become its `negatives`, after those it has already.
 
-A passage bears an answer if the answer's words stand in its title or text in a row, as `data.answers` compares them (or
+A passage contains an answer if the answer's words occur in a row in its title or text, as `data.answers` compares them
+(or
 if the answer, a pattern, is found there, or takes too long to look for).
 
 Sources: mining with the model that is trained, Xiong et al. 2021, arXiv 2007.00808 (ANCE); no passage that bears an
@@ -100,8 +101,8 @@ def mine(
         index: what is searched; every passage that an example names is in it.
         examples: ids unique. One that retrieves nothing and names no gold passage gets no negatives.
         config: how to choose.
-        journal: a file that keeps what is done; with it the same call goes on where an earlier one was interrupted. A
-            journal of other weights, passages, examples or settings is begun anew.
+        journal: a file that keeps what is done; with it the same call resumes where an earlier one was interrupted. A
+            journal of other weights, passages, examples or settings is started again.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -200,7 +201,7 @@ class _Miner:
 
 
 def bears_answer(passage: Passage, example: Example) -> bool:
-    """Whether one of an example's answers stands in a passage's title or text; a pattern that takes too long does."""
+    """Whether one of an example's answers is in a passage's title or text; a pattern that takes too long does."""
     return holds_answer(f"{passage.title}\n{passage.text}", example, undecided=True)
 
 
@@ -214,7 +215,7 @@ def _check(examples: Iterable[Example]) -> dict[str, str]:
     named: dict[str, str] = {}
     for example in examples:
         if example.id in seen:
-            raise ValueError(f"example id {example.id!r} stands more than once: ids must be unique")
+            raise ValueError(f"example id {example.id!r} occurs more than once: ids must be unique")
         seen.add(example.id)
         named |= dict.fromkeys((*example.gold, *example.cited, *example.negatives), example.id)
         if example.answer_type == "regex":

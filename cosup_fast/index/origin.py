@@ -66,7 +66,7 @@ class Approximate(BaseModel):
 
 
 class Stamp(BaseModel):
-    """The `index.json` of an index; what it does not name is no part of the index."""
+    """The `index.json` of an index; what it does not name is not part of the index."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,7 +89,7 @@ class Stamp(BaseModel):
         path = folder / STAMP
         if not path.is_file():
             raise ValueError(
-                f"{folder} is no index, it has no {STAMP}: make one with `cosup-fast index build`, or name another"
+                f"{folder} is not an index, it has no {STAMP}: make one with `cosup-fast index build`, or name another"
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

@@ -295,7 +295,7 @@ def read_approximate(path: Path, width: int, count: int) -> Any:
     """A FAISS index that `faiss.write_index` wrote and whose checksum agrees.
 
     Raises:
-        ValueError: it is no FAISS index, or not of these embeddings.
+        ValueError: it is not a FAISS index, or not of these embeddings.
     """
     try:
         index = faiss_module().read_index(str(path))

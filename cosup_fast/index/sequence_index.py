@@ -110,7 +110,7 @@ class SequenceIndex:
             progress: show progress bars on stderr.
 
         Raises:
-            ValueError: a model without an Embseq, an empty corpus, an id twice, a line that is no passage, a passage
+            ValueError: a model without an Embseq, an empty corpus, an id twice, a line that is not a passage, a passage
                 that is too long, a folder that holds something else or an unfinished build of something else, or an
                 unknown factory.
             ImportError: faiss is needed and not installed.
@@ -365,7 +365,7 @@ class SequenceIndex:
         self._take(Stamp.read(self.folder))
 
     def delete(self, ids: Iterable[str]) -> None:
-        """Removes passages; in a folder the shards that hold them are written anew, and all of it counts at once.
+        """Removes passages; in a folder the shards that hold them are rewritten, and all of it counts at once.
 
         An approximate index is filled again with what is left, without being trained again.
 
@@ -404,7 +404,7 @@ class SequenceIndex:
         """Writes a copy of the index; the folder appears whole or not at all, and replaces an earlier index.
 
         Raises:
-            ValueError: the folder holds something that is no index, or is where this index lives.
+            ValueError: the folder holds something that is not an index, or is where this index lives.
         """
         folder = Path(folder)
         if self.folder is not None and folder.resolve() == self.folder:

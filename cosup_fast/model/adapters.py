@@ -56,7 +56,7 @@ def keep_layout(model: nn.Module) -> None:
 def check_targets(config: LoRAConfig, field: str, model_config: Any) -> None:
     """Refuses targets that a model of this configuration does not have, before its weights are read.
 
-    The experts of a mixture are fused into one parameter of three dimensions, which is no linear layer: adapters over
+    The experts of a mixture are fused into one parameter of three dimensions, not a linear layer: adapters over
     it could be trained, but neither merged nor loaded again.
 
     Raises:
@@ -121,7 +121,7 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
 
 
 def save_adapter_config(model: Any, folder: Path) -> None:
-    """Writes adapter_config.json as peft does; adapter_model.safetensors holds `adapter_state` behind a prefix."""
+    """Writes adapter_config.json as peft does; adapter_model.safetensors holds `adapter_state` under a prefix."""
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[_NAME].save_pretrained(str(folder))
 

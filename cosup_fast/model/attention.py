@@ -37,7 +37,7 @@ PACKED = (PACKED_SDPA, PACKED_FLASH)
 
 
 class SequenceLengths:
-    """The lengths of a pack, opaque to torch.compile, which would compile anew for each pack."""
+    """The lengths of a pack, opaque to torch.compile, which would recompile for each pack."""
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor):
         self.lengths = lengths

@@ -20,7 +20,7 @@ from cosup_fast.data.packing import Pack
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.model.attention import PACKED, PACKED_SDPA, SequenceLengths, attending, recorded_windows
 
-# Two sequences of a few tokens that every vocabulary has, the second to be compared alone and behind the first.
+# Two sequences of a few tokens that every vocabulary has, the second to be compared alone and after the first.
 _BEFORE, _PROBE = [40, 41, 42, 43, 44], [30, 31, 32, 33]
 
 # What the last norm of a decoder is called in transformers.
@@ -153,7 +153,7 @@ def probe(device: torch.device) -> Tensor:
 
 
 def agree(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results differ by no more than the rounding of a deep model; NaN is no difference."""
+    """Whether two results differ by no more than the rounding of a deep model; NaN is not a difference."""
     # 30 layers in bf16 are 2 eps away from fp32; products of fp32 may be rounded to TF32, 11 bits.
     tolerance = 10 * max(torch.finfo(dtype).eps, 2**-11)
     return not (ours.float() - expected.float()).norm() > tolerance * expected.float().norm()

@@ -217,12 +217,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The `cosup.json` of a folder.
 
     Raises:
-        ValueError: it is not there, is no JSON object, is of another format version, or is incomplete.
+        ValueError: it is not there, is not a JSON object, is of another format version, or is incomplete.
     """
     path = folder / "cosup.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no co-supervised checkpoint (no cosup.json): expected one that `cosup-fast train` wrote, "
+            f"{folder} is not a co-supervised checkpoint (no cosup.json): expected one that `cosup-fast train` wrote, "
             "such as RUN/checkpoints/step-000100"
         )
     try:

@@ -151,6 +151,13 @@ def lm_head(gen: PreTrainedModel) -> nn.Linear:
     return cast(nn.Linear, head)
 
 
+def logit_options(gen: PreTrainedModel) -> dict[str, Any]:
+    """What a configuration says of the logits: logit_scale (Cohere), logits_scaling (Granite), a soft cap (Gemma)."""
+    config = gen.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
 @torch.no_grad()
 def embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
     """Gives Gen rows for the special tokens: the means of their descriptions' rows."""

@@ -27,16 +27,7 @@ from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.numerics import accumulator
 from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
 from cosup_fast.model.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, unwrapped
-from cosup_fast.model.backbone import (
-    FinalNorm,
-    agree,
-    check_packs,
-    ends_in,
-    find_final_norm,
-    norm_rows,
-    probe,
-    run_pack,
-)
+from cosup_fast.model.backbone import FinalNorm, find_final_norm, norm_rows, run_pack
 from cosup_fast.model.folder import HEADS, Changes, heads_of, load_parts, save_folder, whole_weights
 from cosup_fast.model.layers import compile_layers, recompute_activations
 from cosup_fast.model.linear import linear
@@ -47,7 +38,9 @@ from cosup_fast.model.loading import (
     lm_head,
     load_language_model,
     load_template,
+    logit_options,
 )
+from cosup_fast.model.trial import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +70,7 @@ class CoSupervisionModel(nn.Module):
     embseq_norm: FinalNorm | None
     """The final norms, where they can run on the rows alone that are read."""
     sharded = False
-    """Whether ranks have shared out the weights (`training.sharding.shard`)."""
+    """Whether ranks share the weights (`training.sharding.shard`)."""
 
     def __init__(
         self,
@@ -110,7 +103,7 @@ class CoSupervisionModel(nn.Module):
         self.criterion = CoSupervisionLoss(
             nsp_weight=nsp.weight,
             ntp_weight=self.ntp.weight,
-            ntp=LinearCrossEntropyLoss(ignore_index=None, **_logit_options(gen)),  # supervised rows alone come in
+            ntp=LinearCrossEntropyLoss(ignore_index=None, **logit_options(gen)),  # supervised rows alone come in
             nsp=InfoNCELoss(
                 temperature=nsp.temperature,
                 learnable_scale=nsp.learnable_temperature,
@@ -148,7 +141,7 @@ class CoSupervisionModel(nn.Module):
 
         Raises:
             ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
-                weights that are no safetensors; a model that cannot run on packs, or whose logits are more than
+                weights that are not safetensors; a model that cannot run on packs, or whose logits are more than
                 `logits` knows; adapters for layers that it does not have.
         """
         device, nsp = torch.device(device), nsp or NSPConfig()
@@ -169,7 +162,7 @@ class CoSupervisionModel(nn.Module):
         made = cls(gen, embseq, template, nsp, ntp=ntp, freeze_embseq=model.freeze_embseq, has_embseq=has_embseq).to(
             device
         )
-        made.check(model.gen, model.embseq or model.gen)
+        check_model(made, model.gen, model.embseq or model.gen)
         if model.gen_lora.rank:
             made.adapt("gen", Base.of(model.gen, model.gen_layers, model.gen_lora, new))
         if model.embseq_lora.rank:
@@ -196,7 +189,7 @@ class CoSupervisionModel(nn.Module):
             merge: fold adapters into the weights, so that a plain model is what is left; False: to train them further.
 
         Raises:
-            ValueError: the folder is no co-supervised checkpoint, of another format version, or incomplete; the
+            ValueError: the folder is not a co-supervised checkpoint, of another format version, or incomplete; the
                 weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
         folder, device = Path(folder), torch.device(device)
@@ -218,7 +211,7 @@ class CoSupervisionModel(nn.Module):
                 raise ValueError(f"{folder / HEADS} holds {sorted(heads)}, expected {sorted(made)}")
             model.load_state_dict(heads, strict=False)
             model.to(device)
-            model.check(str(folder / "gen"), str(folder / "embseq"))
+            check_model(model, str(folder / "gen"), str(folder / "embseq"))
             for name, base in parts.bases.items():
                 model.adapt(name, base)
                 load_adapters(getattr(model, name), folder / name)
@@ -335,10 +328,8 @@ class CoSupervisionModel(nn.Module):
         """
         head, ntp = lm_head(self.gen), self.criterion.ntp
         logits = linear(hidden, head.weight)
-        if ntp.scale != 1:
-            logits = logits * ntp.scale
-        if (bias := unwrapped(head).bias) is not None:
-            logits = logits + bias
+        logits = logits if ntp.scale == 1 else logits * ntp.scale
+        logits = logits if (bias := unwrapped(head).bias) is None else logits + bias
         return logits if ntp.softcap is None else ntp.softcap * torch.tanh(logits / ntp.softcap)
 
     def queries(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -379,7 +370,7 @@ class CoSupervisionModel(nn.Module):
 
     def _inside(self, part: PreTrainedModel, run: Callable[[], R]) -> R:
         """Runs what reads a model's weights; of a sharded one they are whole only inside (see `training.sharding`)."""
-        return getattr(part, "run_inside", _call)(run)
+        return part.run_inside(run) if hasattr(part, "run_inside") else run()
 
     def _gen_states(self, pack: Pack) -> Tensor:
         return run_pack(self.gen.base_model, pack, self.gen_norm)
@@ -426,7 +417,7 @@ class CoSupervisionModel(nn.Module):
                 recompute_activations(part, kind)
 
     def compile_layers(self, *, fixed_shapes: bool = False) -> None:
-        """Compiles the decoder layers of both models, when each first runs; see `decoder_layers.compile_layers`."""
+        """Compiles the decoder layers of both models, when each first runs; see `layers.compile_layers`."""
         for name, part in self.parts():
             compile_layers(part, name.capitalize(), fixed_shapes=fixed_shapes)
 
@@ -457,42 +448,3 @@ class CoSupervisionModel(nn.Module):
         t = self.template
         add_adapters(getattr(self, name), base.lora, [t.nsp, t.context_start, t.context_end, t.pad] * (name == "gen"))
         self.bases[name] = base
-
-    @torch.no_grad()
-    def check(self, gen: str, embseq: str) -> None:
-        """Compares a few tokens in a pack with what transformers makes of them alone; the models are as loaded.
-
-        Raises:
-            ValueError: a model mixes the sequences of a pack or cannot run on one, or `logits` is not all of its head.
-        """
-        if self.device.type == "meta":
-            return
-        hidden = check_packs(self.gen.base_model, f"Gen {gen!r}", self.device)
-        if self.gen_norm is not None and not ends_in(self.gen.base_model, self.gen_norm, hidden):
-            self.gen_norm = None
-        ours, expected = self.logits(hidden), self.gen(input_ids=probe(self.device), use_cache=False).logits[0]
-        ours, expected = (x - x.mean(dim=-1, keepdim=True) for x in (ours, expected))  # a shift changes no loss
-        if not agree(ours, expected, self.gen.dtype):
-            name = next(name for name, module in self.gen.named_modules() if module is lm_head(self.gen))
-            raise ValueError(
-                f"Gen {gen!r} ({type(self.gen).__name__}): its logits are not those of its head {name!r} with a bias, "
-                "logit_scale, logits_scaling or final_logit_softcapping, the only ones that NTP knows: choose another "
-                "model.gen"
-            )
-        if self.embseq is None:
-            self.embseq_norm = self.gen_norm
-            return
-        hidden = check_packs(self.embseq, f"Embseq {embseq!r}", self.device)
-        if self.embseq_norm is not None and not ends_in(self.embseq, self.embseq_norm, hidden):
-            self.embseq_norm = None
-
-
-def _call(run: Callable[[], R]) -> R:
-    return run()
-
-
-def _logit_options(gen: PreTrainedModel) -> dict[str, Any]:
-    """What a configuration says of the logits: logit_scale (Cohere), logits_scaling (Granite), a soft cap (Gemma)."""
-    config = gen.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}

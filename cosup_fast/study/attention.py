@@ -36,7 +36,7 @@ def attention_by_layer(
     """The shares by layer, of up to `limit` questions taken from the sets in turn.
 
     Raises:
-        ValueError: no set has a question whose answer stands in what Gen reads of its gold passage.
+        ValueError: no set has a question whose answer is in what Gen reads of its gold passage.
     """
     sums: dict[str, torch.Tensor] = {}
     even, count = 0.0, 0
@@ -52,7 +52,7 @@ def attention_by_layer(
             even += sum(len(layout.passage) / (row + 1) for row in layout.rows) / len(layout.rows)
             count += 1
     if not count:
-        raise ValueError("attention: no test set has a question whose answer stands in its gold passage: name another")
+        raise ValueError("attention: no test set has a question whose answer is in its gold passage: name another")
     by_layer = {name: [round(x, 5) for x in (total / count).tolist()] for name, total in sums.items()}
     return {"questions": count, "even": round(even / count, 5), "by_layer": by_layer}
 

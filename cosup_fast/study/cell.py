@@ -35,6 +35,7 @@ from cosup_fast.study.handed import HANDED, followed
 from cosup_fast.study.probes import AFTERWARDS, SPACES
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import machine, versions
+from cosup_fast.study.random_weights import random_weights
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
 from cosup_fast.study.spaces import SPACES_FILE, SpaceLog
 from cosup_fast.training.checkpoint import chosen_checkpoint, verify
@@ -90,6 +91,9 @@ def make_cell(cell: Cell, questions: Questions, progress: Progress, console: Con
 def train(cell: Cell, progress: Progress, console: Console) -> Path:
     """The run of a cell, resumed or left as it is when it has ended; returns the checkpoint that is evaluated."""
     output = Path(cell.run.output)
+    if cell.settings.random_embseq:
+        name, folder = cell.random_embseq
+        random_weights(name, folder, layers=cell.run.model.embseq_layers)
     observe = SpaceLog(cell.work / SPACES_FILE, cell.run) if SPACES in cell.settings.probes else None
     with progress.stage("training"), _watched(output / "metrics.jsonl", cell, progress):
         run_training(cell.run, resume=True, console=console, observe=observe)

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
 from cosup_fast.data.records import nearest
 from cosup_fast.errors import CosupError
-from cosup_fast.evaluation.systems import split_name
+from cosup_fast.evaluation.kinds import split_name
 from cosup_fast.study.handed import HANDED
 from cosup_fast.study.probes import check_probe
 
@@ -90,6 +90,7 @@ class Condition(_Part):
     probes: tuple[str, ...] = Field(default=(), description="further looks at the trained model; see `probes`")
     seeds: tuple[int, ...] | None = Field(default=None, description="null: those of the study")
     train: bool = Field(default=True, description="false: evaluated as it is before training")
+    random_embseq: bool = Field(default=False, description="Embseq starts from random weights of its architecture")
     pair: Pair | None = Field(default=None, description="nothing is trained, two other conditions are put together")
     keep: bool = Field(default=False, description="keep the checkpoints of its finished cells")
     tune: tuple[dict[str, Any], ...] = Field(
@@ -99,7 +100,7 @@ class Condition(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.pair is not None:
-            if self.change or self.tune or self.probes or not self.train or self.systems:
+            if self.change or self.tune or self.probes or not self.train or self.systems or self.random_embseq:
                 raise ValueError(
                     "a pair trains nothing and is one system: leave out change, tune, probes, train, systems"
                 )
@@ -124,7 +125,7 @@ class Tuning(_Part):
 
 
 class Comparison(_Part):
-    """A difference that stands first in the report; arms are written `condition/system`."""
+    """A difference that comes first in the report; arms are written `condition/system`."""
 
     title: str
     metric: str = Field(description="such as correctness, grounded or recall@1")
@@ -136,8 +137,10 @@ class Evaluation(_Part):
     """How every cell is evaluated; how Gen writes is in `base.generation`."""
 
     batch: int = Field(default=16, ge=1, description="questions answered at once")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights while they write")
-    judge: str = Field(default="lexical", description="of grounding, as `cosup-fast evaluate --judge` takes it")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the weights while they write"
+    )
+    judge: str = Field(default="lexical", description="judge of grounding, as `cosup-fast evaluate --judge` takes it")
 
 
 class Study(_Part):
@@ -189,7 +192,7 @@ class Study(_Part):
             for part in (condition.pair.writer, condition.pair.retriever):
                 if part not in self.conditions or self.conditions[part].pair is not None:
                     raise ValueError(
-                        f"conditions.{name}.pair: {part!r} is no condition that is trained"
+                        f"conditions.{name}.pair: {part!r} is not a condition that is trained"
                         f"{nearest(part, [n for n, c in self.conditions.items() if c.pair is None])}"
                     )
                 if missing := set(seeds) - set(self.seeds_of(part)):
@@ -279,6 +282,14 @@ class Cell:
     def trains(self) -> bool:
         return self.settings.pair is None and self.settings.train
 
+    @property
+    def random_embseq(self) -> tuple[str, Path]:
+        """The model whose architecture an Embseq of random weights has, and where that one is."""
+        fields = _flat(self.study.base) | _flat(self.settings.change)
+        name = fields.get("model.embseq") or fields.get("model.gen") or RunConfig().model.gen
+        layers = fields.get("model.embseq_layers") or "all"
+        return name, self.study.work_folder / "models" / f"random-{Path(name).name}-{layers}"
+
     @cached_property
     def run(self) -> RunConfig:
         """What it trains.
@@ -291,6 +302,8 @@ class Cell:
             trial = _flat(self.settings.tune[self.trial])
             fields |= {"training.steps": self.study.tuning.steps} | trial
         fields |= {"training.seed": self.seed, "output": str(self.work / "run")}
+        if self.settings.random_embseq:
+            fields["model.embseq"] = str(self.random_embseq[1])
         try:
             return load_config(None, [f"{name}={json.dumps(value)}" for name, value in fields.items()])
         except ConfigError as error:
@@ -304,6 +317,8 @@ class Cell:
         about: dict[str, Any] = {"seed": self.seed}
         if settings.pair is None:
             about["run"] = _decisive(self.run)
+            if settings.random_embseq:
+                about["run"]["model"]["embseq"] = f"random weights of {self.random_embseq[0]}"
         else:
             about |= {"pair": settings.pair.model_dump(), "parts": [part.identity["run"] for part in self.parts]}
         if self.trial is None:
@@ -325,7 +340,7 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
         output: where results go instead.
 
     Raises:
-        StudyError: the file is missing or no mapping, a name stands twice, a field is unknown, or a value cannot be.
+        StudyError: the file is missing or no mapping, a name occurs twice, a field is unknown, or a value cannot be.
     """
     path = Path(path)
     try:
@@ -349,7 +364,7 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+    """Refuses a key that occurs twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -376,7 +391,7 @@ def _checked_seeds(field: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _twice(names: Any) -> Any:
-    """The first name that stands twice, or None."""
+    """The first name that occurs twice, or None."""
     seen: set[Any] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
 
@@ -404,7 +419,7 @@ def prepared_set(name: str) -> dict[str, Any]:
 
     if name not in BENCHMARKS:
         raise ValueError(
-            f"sets: {name!r} is no prepared test set{nearest(name, BENCHMARKS)}: name one of {', '.join(BENCHMARKS)}, "
+            f"sets: {name!r} is not a prepared set{nearest(name, BENCHMARKS)}: name one of {', '.join(BENCHMARKS)}, "
             "or give examples, corpus and domain"
         )
     one = BENCHMARKS[name]

@@ -3,9 +3,9 @@
     swapped    the gold passage of another question of the set
     replaced   the gold passage, its answer replaced by that of another question: a number by a number, a name by a name
 
-A question is asked where its answer is a text that stands in what Gen reads of the passage. `follows_memory`: a gold
-answer stands in what Gen wrote. `follows_passage`: under `replaced`, the new answer does; under `swapped`, the first
-grounded text stands in the other passage. The set `nq-substituted` comes with its answers replaced by entities of the
+A question is asked where its answer is a text that is in what Gen reads of the passage. `follows_memory`: a gold
+answer is in what Gen wrote. `follows_passage`: under `replaced`, the new answer does; under `swapped`, the first
+grounded text is in the other passage. The set `nq-substituted` comes with its answers replaced by entities of the
 same type (Longpre et al. 2021, arXiv 2109.05052): `replaced` hands over its passages as they are, and memory is the
 answer of `nq-restored`.
 """
@@ -141,7 +141,7 @@ _HAND: Mapping[str, Callable[[TestSet, Corpus, Template], Iterator[Handed]]] = {
 
 
 def readable(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Example]:
-    """The questions whose answer is a text that stands in what Gen reads of the gold passage."""
+    """The questions whose answer is a text that is in what Gen reads of the gold passage."""
     for example in test.examples:
         found = corpus.found(example.gold)
         if example.answer_type == "regex" or not example.answers or has_label(example) or not found:
@@ -168,7 +168,7 @@ def _replace(text: str, example: Example, new: str) -> str:
 
 
 def _another(example: Example, held: str, answers: Sequence[str]) -> str | None:
-    """An answer of the same shape that is not right and does not stand in the passage, drawn by the question's id."""
+    """An answer of the same shape that is not right and is not in the passage, drawn by the question's id."""
     for answer in random.Random(example.id).sample(answers, len(answers)):
         as_answer = example.model_copy(update={"answers": [answer], "answer_sets": []})
         alike = _shape(answer) == _shape(example.answers[0])

@@ -72,7 +72,7 @@ def html(report: StudyReport) -> str:
 
 
 def sections(report: StudyReport) -> Iterator[Section]:
-    """The tables in their order: what decides stands first."""
+    """The tables in their order: what decides comes first."""
     missing = f"Not finished: {', '.join(report.missing)}." if report.missing else "All cells are finished."
     yield Section("What decides", missing, [*_differences(report.decisive)] if report.decisive else ())
     yield Section("How to read it", METHOD)

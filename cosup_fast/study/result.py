@@ -89,7 +89,7 @@ class CellResult(_Part):
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise StudyError(
-                f"{path} is no result of a cell that can be read ({reason}): remove it, and the cell runs again"
+                f"{path} is not a result of a cell that can be read ({reason}): remove it, and the cell runs again"
             ) from None
 
 

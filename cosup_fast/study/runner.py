@@ -7,6 +7,7 @@ then a kill at any moment costs what the run's last checkpoint and the last answ
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,15 +15,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cosup_fast.files import locked, remove_unwritten
+from cosup_fast.files import locked, remove_unwritten, replace_file
 from cosup_fast.study.cell import Questions, make_cell, train
-from cosup_fast.study.config import Cell, Study, select
+from cosup_fast.study.config import Cell, Study, StudyError, select
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import commit
-from cosup_fast.study.result import read_cell
+from cosup_fast.study.result import first_difference, read_cell
 from cosup_fast.study.sets import load_sets
 from cosup_fast.study.status import duration, time_left_of
 from cosup_fast.training.checkpoint import checkpoints
+
+BEGUN = "run.json"  # what a cell's run was begun with
 
 
 def run_study(study: Study, *, only: str | None = None, console: Console | None = None) -> list[str]:
@@ -38,7 +41,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
 
     Raises:
         StudyError: a finished cell disagrees with the study, a test set is missing, or no cell matches `only`.
-        KeyboardInterrupt: Ctrl-C; the same study goes on from there.
+        KeyboardInterrupt: Ctrl-C; the same study resumes from there.
     """
     console = console or Console(stderr=True)
     cells = select(study, only)
@@ -59,6 +62,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
                 console.rule(cell.name)
                 started = time.monotonic()
                 remove_unwritten(cell.work)
+                _check_begun(cell)
                 progress = Progress(cell.work, code)
                 _provide(cell, code, console)
                 make_cell(cell, questions, progress, console).save(cell.result)
@@ -102,6 +106,25 @@ def prune(study: Study, console: Console) -> None:
             pass
 
 
+def _check_begun(cell: Cell) -> None:
+    """Refuses to go on with a run that was begun with other settings: some of them a resumed run would just take on.
+
+    Raises:
+        StudyError: naming the first field that differs.
+    """
+    path, now = cell.work / BEGUN, cell.identity.get("run")
+    if path.is_file():
+        if difference := first_difference(json.loads(path.read_text(encoding="utf-8")), now):
+            field, then, wanted = difference
+            raise StudyError(
+                f"cell {cell.name} was begun with {field}={then}, the study now says {wanted}: restore it, or remove "
+                f"{cell.work} to begin again"
+            )
+        return
+    with replace_file(path) as file:
+        json.dump(now, file)
+
+
 def _provide(cell: Cell, code: str, console: Console) -> None:
     """The checkpoints that a pair is made of: those of its parts, trained again where they are gone."""
     for part in cell.parts:
@@ -113,6 +136,7 @@ def _provide(cell: Cell, code: str, console: Console) -> None:
             shutil.rmtree(part.run.output, ignore_errors=True)
         part.work.mkdir(exist_ok=True)
         with locked(part.work, wait=True):
+            _check_begun(part)
             train(part, Progress(part.work, code), console)
 
 

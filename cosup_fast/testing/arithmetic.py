@@ -1,6 +1,6 @@
 """bf16 and tf32 as a GPU computes them, for Triton's interpreter, which holds bf16 as bare 16-bit patterns.
 
-Unmended, the interpreter adds, compares and multiplies those patterns as integers, cuts fp32 off to bf16 instead of
+Uncorrected, the interpreter adds, compares and multiplies those patterns as integers, cuts fp32 off to bf16 instead of
 rounding it, and runs tf32 products in fp32. Here bf16 operations run in fp32 and round once to nearest even, dots
 multiply in fp32 and lose the 13 low bits of tf32 operands: Triton emits no conversion to tf32, so hardware drops them.
 """

@@ -163,7 +163,7 @@ class Compiled:
 
 
 def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str) -> Compiled:
-    """Compiles a case anew, without a GPU and past Triton's cache, and reads the binary."""
+    """Compiles a case again, without a GPU and past Triton's cache, and reads the binary."""
     from triton import knobs
     from triton.runtime.jit import JITFunction
 

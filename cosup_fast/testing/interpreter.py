@@ -118,7 +118,7 @@ class _Session:
         self.launch = launch = Launch(kernel, shape, [])
         undo, language = Patches(), None
         try:
-            # All of the language at once: Triton patches it anew at each call of a device function, and leaves it so.
+            # All of the language at once: Triton patches it again at each call of a device function, and leaves it so.
             language = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             undo.set(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
             undo.set(interpreter, "_implicit_cvt", self._convert(interpreter._implicit_cvt))

@@ -62,7 +62,7 @@ class Region:
         return good
 
     def index(self, offset: int) -> tuple[int, ...]:
-        """The index at a byte offset; out of bounds its leading entry goes on counting."""
+        """The index at a byte offset; out of bounds its leading entry keeps counting."""
         rest, index = offset // self.itemsize, [0] * self.tensor.ndim
         for stride, _, dimension in self.strides:
             index[dimension], rest = divmod(rest, stride)

@@ -4,7 +4,7 @@
     def test_binaries(compiled):
         compiled.check()
 
-runs once a combination of kernel, dtype and target that the modules declare, and skips where a target is no gate and
+runs once a combination of kernel, dtype and target that the modules declare, and skips where a target is not a gate and
 has problems, with them as the reason. `targets=["sm_90"]` narrows it.
 """
 

@@ -29,7 +29,7 @@ from cosup_fast.environment import no_downloaded_kernels
 SMALL = 4096
 """Tensors of fewer elements keep fp32 states in both libraries."""
 BLOCK = 256
-"""Elements that share a scale; torchao quantizes nothing whose size is no multiple of it."""
+"""Elements that share a scale; torchao quantizes nothing whose size is not a multiple of it."""
 
 Parts = dict[str, Tensor]
 """A moment of a tensor: {"values"}, or {"codes", "scale"} of its blocks in 8 bits."""
@@ -47,8 +47,8 @@ class AdamW:
     """What has to be installed besides torch."""
     bits: int | None = None
     """Of each moment of an element, in tensors of at least `SMALL` elements; None: those of the weight."""
-    moments = "exp_avg", "exp_avg_sq"
-    """The keys of its state; only the first of the two has a sign."""
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    """The keys of its state; only the first one has a sign."""
 
     def __init__(self, *, rounded: bool):
         self.rounded = rounded
@@ -120,7 +120,7 @@ class TorchaoAdamW8bit(TorchaoAdamW):
         if p.numel() >= SMALL and p.numel() % BLOCK:
             raise ValueError(
                 f"training.optimizer=adamw-8bit-torchao would keep the states of {name}, {p.numel()} elements on this "
-                f"rank, in full: that is no multiple of {BLOCK}; use adamw-8bit where weights are in fp32, or adamw"
+                f"rank, in full: that is not a multiple of {BLOCK}; use adamw-8bit where weights are in fp32, or adamw"
             )
 
     def unpack(self, state: dict[str, Any], key: str) -> Parts:
@@ -151,7 +151,7 @@ class BitsandbytesAdamW8bit(AdamW):
 
     package = "bitsandbytes"
     bits = 8
-    moments = "state1", "state2"
+    moments = ("state1", "state2")
 
     def make(self, groups: list[Any], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
         with no_downloaded_kernels(), quiet_torchao():
@@ -209,9 +209,9 @@ def optimizer_class(name: OptimizerName, *, rounded: bool) -> type[AdamW]:
 
 
 def state_bytes(name: OptimizerName, itemsize: int) -> int:
-    """Bytes that both moments of a weight take, without the scales of blocks; `itemsize` is that of a weight."""
-    bits = optimizer_class(name, rounded=itemsize < 4).bits
-    return 2 * (itemsize if bits is None else bits // 8)
+    """Bytes that the moments of a weight take, without the scales of blocks; `itemsize` is that of a weight."""
+    kind = optimizer_class(name, rounded=itemsize < 4)
+    return len(kind.moments) * (itemsize if kind.bits is None else kind.bits // 8)
 
 
 def check_available(name: OptimizerName, *, rounded: bool) -> None:

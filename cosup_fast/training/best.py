@@ -28,7 +28,7 @@ class Best:
         self._since = 0
 
     def update(self, record: Mapping[str, Any]) -> bool:
-        """Whether an evaluation (see `metrics.as_record`) is the best so far; one that is no number never is."""
+        """Whether an evaluation (see `metrics.as_record`) is the best so far; one that is not a number never is."""
         if not self.improved(record):
             self._since += 1
             return False

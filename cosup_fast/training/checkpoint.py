@@ -11,7 +11,7 @@ best.json beside them names the best one by `training.keep_best`, which is never
 ours and is left alone.
 
 Nothing here is a pickle. Weights that ranks have shared out are gathered one by one, and each rank writes some of them:
-a checkpoint is a Hugging Face folder at once, and knows no number of ranks. Copies are made before training goes on;
+a checkpoint is a Hugging Face folder at once, and knows no number of ranks. Copies are made before training continues;
 files are written beside it, by a thread of each rank. When all are done, rank 0 gives the folder its name.
 """
 
@@ -41,7 +41,7 @@ from cosup_fast.training.sharding import reshard
 
 MANIFEST = "manifest.json"
 CHECKPOINT = FolderKind("a checkpoint", "cosup.json", frozenset({"format_version", "shared"}), ("*",))
-REMEDY = "remove this checkpoint, then --resume continues behind the one before"
+REMEDY = "remove this checkpoint, then --resume continues from the one before"
 BEST = "best.json"
 _PREFIX = "step-"
 
@@ -51,7 +51,7 @@ class CheckpointError(CosupError, ValueError):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time, while training goes on.
+    """Writes the checkpoints of a run, one at a time, while training continues.
 
     Every method but `busy` is a collective of the ranks.
 
@@ -197,7 +197,7 @@ class CheckpointWriter:
                 file.write(json.dumps({"step": self._best}) + "\n")
         for old in checkpoints(self.root):
             if old not in kept:
-                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+                (old / MANIFEST).unlink()  # first: what is half removed is not a checkpoint
                 shutil.rmtree(old)
 
     def _finished(self, folder: Path, name: str) -> None:
@@ -275,7 +275,7 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no finished checkpoint: {MANIFEST} cannot be read ({error})") from None
+        raise CheckpointError(f"{folder} is not a finished checkpoint: {MANIFEST} cannot be read ({error})") from None
     for name, expected in list(files.items())[rank::ranks]:
         path = folder / name
         if not path.is_file():
@@ -333,11 +333,11 @@ def load_trainer_state(
         raise CheckpointError(f"{folder} has no state of a trainer that can be read ({error}): {REMEDY}") from None
     saved = [SavedStates(x, parameters) for x, parameters in zip(read, description["ranks"], strict=True)]
     try:
-        anew = load_states(optimizer, saved, rank, ranks)
+        again = load_states(optimizer, saved, rank, ranks)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     if len(saved) != ranks:
-        same = "8-bit optimizer states were quantized anew" if anew else "weights and optimizer states are the same"
+        same = "8-bit optimizer states were quantized again" if again else "weights and optimizer states are the same"
         warn(f"continuing with {ranks} ranks what {len(saved)} began: {same}, sums are rounded in another order")
     if rank < len(read):
         random = {name.removeprefix("random/"): read[rank][name] for name in read[rank] if name.startswith("random/")}
@@ -365,7 +365,7 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 def _index_weights(folder: Path, files: dict[str, Any]) -> None:
-    """The index that Hugging Face reads where a model's weights stand in several files."""
+    """The index that Hugging Face reads where a model's weights are in several files."""
     for part in ("gen", "embseq"):
         shards = sorted(name for name in files if name.startswith(f"{part}/model-"))
         if not shards:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics as JSONL and for TensorBoard, a progress bar, plots."""
+"""What a run tells while it runs: metrics as JSONL and for TensorBoard, a progress bar, plots."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RunLog:
                 plot_curves(read_metrics(self.path), self.output / "curves.png")
 
     def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """Opens the files and returns the records so far; those behind `step`, of a part run again, are dropped."""
+        """Opens the files and returns the records so far; those after `step`, of a part run again, are dropped."""
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -123,7 +123,7 @@ class RunLog:
 
 
 def _told(*figures: tuple[str, float | None, str]) -> str:
-    """Those figures that there are, each behind its name."""
+    """Those figures that there are, each after its name."""
     return "  ".join(f"{name} {value:{form}}" for name, value, form in figures if value is not None)
 
 

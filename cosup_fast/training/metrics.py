@@ -31,7 +31,7 @@ class StepMetrics:
     lr: float
     nsp_weight: float  # lambda of this step
     tokens_per_second: float
-    useful_tokens: float  # share of the computed tokens that are no filler: 1 unless shapes are fixed
+    useful_tokens: float  # share of the computed tokens that are not filler: 1 unless shapes are fixed
     peak_memory_gib: float  # so far: allocated on the GPU, or resident in this process without one; 0 if not known
 
 

@@ -100,14 +100,14 @@ class SpikeGuard:
         z = (loss - median) / max(1.4826 MAD, FLOOR)
 
     MAD is the median distance from the median; 1.4826 makes it the standard deviation of a normal distribution. Only a
-    rise is a spike. A loss that is no finite number is always refused, and none is remembered.
+    rise is a spike. A loss that is not a finite number is always refused, and none is remembered.
 
     Args:
         factor: the largest z that passes; None: only what is not finite is refused.
         window: steps that are remembered. The first half of it must be full before anything finite is refused.
     """
 
-    FLOOR = 0.1  # nats: where a loss hardly moves at all, a small rise is no spike
+    FLOOR = 0.1  # nats: where a loss hardly moves at all, a small rise is not a spike
 
     def __init__(self, factor: float | None, window: int = 100):
         self.factor = factor

@@ -1,7 +1,7 @@
 """Optimizer states as plain tensors and numbers, for checkpoints: of the same ranks bit for bit, of others resharded.
 
 A weight (n, ...) is shared out by rows: rank r of R holds ceil(n / R) of them from r ceil(n / R) on. States are saved
-as each rank has them. Read by other ranks, those in 32 or 16 bits are cut anew and stay what they are; those in 8 bits
+as each rank has them. Read by other ranks, those in 32 or 16 bits are cut again and stay what they are; those in 8 bits
 are blocks of 256 elements of a shard, so they are dequantized, cut, and quantized again.
 """
 

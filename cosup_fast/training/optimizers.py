@@ -25,7 +25,7 @@ class LocalOptimizer:
         named: trained parameters by name, loaded and sharded already.
         name: which one.
         lr, betas: of Adam.
-        rates: learning rates of their own for what stands under a module of the model, such as {"embseq": 1e-5}.
+        rates: learning rates of their own for what is under a module of the model, such as {"embseq": 1e-5}.
         weight_decay: of matrices; decay would pull norms, biases and scales towards 0, not towards a simpler model.
         in_backward: step each parameter as soon as its gradient is there, and free that; one backward pass a step.
 

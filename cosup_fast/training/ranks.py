@@ -3,7 +3,7 @@
     g = sum over ranks of g_r        the gradient of the step, on every rank (`reduce_gradients`)
 
 Losses are sums over global counts, so nothing is averaged and no result depends on how many ranks there are. What is
-done with gradients between the backward passes and the optimizer stands in `reduce_gradients` alone.
+done with gradients between the backward passes and the optimizer is in `reduce_gradients` alone.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cosup_fast.config import ConfigError, RunConfig, dump_config, load_config
+from cosup_fast.config import ConfigError, RunConfig, dump_config
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
@@ -41,27 +41,14 @@ from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
 from cosup_fast.training.adamw import check_available
-from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
-from cosup_fast.training.log import RunLog, Silence, read_metrics
+from cosup_fast.training.log import RunLog, Silence
 from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.ranks import digest, training_ranks
-from cosup_fast.training.schedule import count_steps
+from cosup_fast.training.resume import changes, check_same_data, checkpoint_to_resume, ended, saved_config
 from cosup_fast.training.trainer import Trainer
-
-# What may change between the parts of one run: steps already taken and the order of the data stay as they are.
-RESUMABLE = {
-    "training.steps", "training.epochs", "training.max_minutes", "training.log_every", "training.eval_every",
-    "training.checkpoint_every", "training.checkpoint_minutes", "training.keep_checkpoints", "training.keep_best",
-    "training.patience", "training.device", "output", "training.diagnose_every", "training.spike_factor",
-    "training.spike_window", "training.on_spike", "training.max_skips", "training.rank_timeout", "training.sharding",
-    "training.lr", "training.embseq_lr", "training.temperature_lr", "training.schedule", "training.min_lr",
-    "training.lr_decay", "training.clip", "training.weight_decay", "data.allow_leaks",
-}  # fmt: skip
-# Of these, what changes nothing that is trained, so that metrics do not tell of it.
-UNTOLD = {"output", "training.device", "training.log_every", "training.rank_timeout", "data.allow_leaks"}
 
 Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch.device], str]
 """Asked before a model is loaded: given the run, rank 0's part of the first steps, how many ranks there are and its
@@ -70,10 +57,6 @@ device, it returns what is printed, and raises ValueError where the run is not t
 
 Observe: TypeAlias = Callable[[CoSupervisionModel, int], None]
 """Shown the model, as it is after so many steps; it changes nothing of it."""
-
-
-# What a run that was killed at its beginning may have written before config.yaml.
-OWN = {"checkpoints", "curves.png", "data.json", "metrics.jsonl", "refused-step.json", "tensorboard", "warnings.log"}
 
 
 def run_training(
@@ -90,7 +73,7 @@ def run_training(
 
     Args:
         config: the run.
-        resume: continue behind the newest whole checkpoint in `config.output`, or start when there is none. A run
+        resume: resume from the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
         check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
             fits into memory; nothing is asked by default.
@@ -123,12 +106,12 @@ def _run(
     peers: Peers | None,
     observe: Observe | None,
 ) -> Path:
-    saved = _saved(config, output, resume)
+    saved = saved_config(config, output, resume)
     config = inherit(config, saved)
-    checkpoint = _checkpoint_to_resume(config, saved, output)
-    changed = {} if checkpoint is None or saved is None else _changes(saved, config, told=True)
+    checkpoint = checkpoint_to_resume(config, saved, output)
+    changed = {} if checkpoint is None or saved is None else changes(saved, config, told=True)
     if resume and checkpoint is None:
-        console.print(f"{config.output} holds no checkpoint to continue behind: a new run", markup=False)
+        console.print(f"{config.output} holds no checkpoint to resume from: a new run", markup=False)
     device = choose_device(config.training.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -144,9 +127,9 @@ def _run(
         run = {"configuration": config.model_dump(mode="json"), "data": digests, "checkpoint to resume": resumed}
         _check_same(peers, "the same run", run)
     if checkpoint is not None:
-        _check_same_data(output, digests)
-        if ended := _ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
-            console.print(ended, markup=False)
+        check_same_data(output, digests)
+        if message := ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
+            console.print(message, markup=False)
             return chosen_checkpoint(output) if config.training.keep_best else checkpoint
     load_on, sharded = device, config.training.sharding == "fsdp" and peers is not None
     if sharded:
@@ -237,53 +220,13 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     if not data.allow_leaks:
         try:
             if both := {e.id for e in examples} & {e.id for e in held_out}:
-                raise DataError(f"example {min(both)!r} stands in data.train and in data.dev ({len(both)} such ids)")
+                raise DataError(f"example {min(both)!r} is in data.train and in data.dev ({len(both)} such ids)")
             check_splits({"train": examples, "dev": held_out}, corpus)
         except DataError as error:
             raise DataError(
                 f"{error}. Held-out figures would flatter: remove it from one, or set data.allow_leaks=true"
             ) from None
     return corpus, examples, held_out
-
-
-def _saved(config: RunConfig, output: Path, resume: bool) -> RunConfig | None:
-    """The configuration of the run in the output, if there is one; refuses an output that holds something else."""
-    saved = output / "config.yaml"
-    if saved.is_file() and not resume:
-        raise ConfigError(f"output={config.output!r} holds a run already: add --resume to continue it, or name another")
-    if not saved.is_file() and (strange := _strange(output)):
-        raise ConfigError(
-            f"output={config.output!r} holds something else than a run, such as {strange!r}: name a new or empty folder"
-        )
-    return load_config(saved) if saved.is_file() else None
-
-
-def _checkpoint_to_resume(config: RunConfig, saved: RunConfig | None, output: Path) -> Path | None:
-    """The checkpoint to resume from, if any; refuses what may not change."""
-    found = checkpoints(output / "checkpoints")
-    if saved is None or not found:
-        return None
-    changed = {name: values for name, values in _changes(saved, config).items() if name not in RESUMABLE}
-    for name, (before, now) in changed.items():
-        more = f" ({len(changed) - 1} more fields differ)" if len(changed) > 1 else ""
-        raise ConfigError(
-            f"--resume: {name}={now!r}, but the run in {config.output!r} was started with {before!r}{more}"
-            ": give the same value, or start a new run in another output"
-        )
-    return found[-1]
-
-
-def _changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[str, list[Any]]:
-    """The fields that differ, by dotted name: before and now; with `told` those that metrics tell of."""
-    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    left_out = UNTOLD if told else ()
-    return {name: [before[name], now[name]] for name in now if before[name] != now[name] and name not in left_out}
-
-
-def _strange(output: Path) -> str | None:
-    """A file or folder that no run has written, if there is one."""
-    names = (path.name for path in output.iterdir()) if output.is_dir() else ()
-    return min((name for name in names if name not in OWN and not name.startswith(".")), default=None)
 
 
 def _ask(
@@ -362,36 +305,6 @@ def _observed(
     return evaluate
 
 
-def _check_same_data(output: Path, digests: dict[str, str]) -> None:
-    path = output / "data.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    for name, now in digests.items():
-        if (then := before.get(name, now)) != now:
-            raise DataError(
-                f"--resume: the {name} examples or their passages are not those that the run in {str(output)!r} was "
-                f"started with (sha256 {then[:12]}… then, {now[:12]}… now): restore the files, or start a new run "
-                "in another output"
-            )
-
-
-def _ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool) -> str | None:
-    """What is said where there is nothing left to do: the last step is taken, and evaluated where the run evaluates; or
-    patience has run out."""
-    step = int(checkpoint.name.rpartition("-")[2])
-    records = [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "held-out"]
-    best = Best(config.training.keep_best, config.training.patience)
-    for record in records:
-        best.replay(record, checkpoint.parent)
-    if best.exhausted and records[-1]["step"] == step:
-        return f"{checkpoint} is the end of this run, whose patience has run out; a larger training.patience goes on"
-    if step < count_steps(config.training, examples)[1]:
-        return None
-    shown = any(r["step"] == step for r in records)
-    if shown or not evaluated or config.training.eval_every is None:
-        return f"{checkpoint} is the end of this run; a larger training.steps goes on"
-    return None
-
-
 def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
     """Refuses ranks that would train something else; none of them has written anything yet."""
     for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
@@ -422,7 +335,7 @@ def _sole_writer(output: Path, peers: Peers | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _endings_explained(output: Path) -> Iterator[None]:
-    """Says, where a `KeyboardInterrupt` or a lost rank ends the run, what there is to continue behind."""
+    """Says, where a `KeyboardInterrupt` or a lost rank ends the run, what there is to resume from."""
     try:
         yield
     except (KeyboardInterrupt, PeerError) as ending:
@@ -444,13 +357,6 @@ def _write_description(output: Path, config: RunConfig, digests: dict[str, str])
             file.write(dump_config(config))
     except OSError as error:
         raise ConfigError(f"output={config.output!r} cannot be written: {error}") from None
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _measure(

@@ -148,7 +148,7 @@ class _Passes(ABC, Generic[T]):
         return out
 
     def second(self) -> T:
-        """Pass 3, which is what `first` kept, or a forward with a graph; random numbers go on where they were."""
+        """Pass 3, which is what `first` kept, or a forward with a graph; random numbers continue where they were."""
         if self.kept is not None:
             out, self.kept = self.kept, None
             return out

@@ -50,7 +50,7 @@ from cosup_fast.training.step import accumulate_gradients
 
 
 class TrainingError(CosupError, ValueError):
-    """Training cannot go on; the message names the step, the cause and the last good checkpoint."""
+    """Training cannot continue; the message names the step, the cause and the last good checkpoint."""
 
 
 class Trainer:
@@ -151,7 +151,7 @@ class Trainer:
         )
 
     def resume(self, checkpoint: Path) -> None:
-        """Continues behind a checkpoint whose model is loaded already."""
+        """Continues from a checkpoint whose model is loaded already."""
         self._seed()  # where the checkpoint is one of fewer ranks
         self.step, followed = load_trainer_state(
             checkpoint, self.model, self.optimizer, self.rank, self.ranks, warn=self.on_warning
@@ -279,7 +279,7 @@ class Trainer:
         return self.last_checkpoint
 
     def _begin_save(self, *, extra: int = 0) -> None:
-        """Copies the state of this step; the files are written while training goes on."""
+        """Copies the state of this step; the files are written while training continues."""
         if self._saved_step == self.step:
             return
         if self.writer.pending is not None:

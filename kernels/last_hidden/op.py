@@ -182,7 +182,7 @@ def last_rows(cu_seqlens: Tensor) -> Tensor:
     """Where packed sequences end: cu_seqlens[1:] - 1 (S,) int64 of cu_seqlens (S + 1,), without a synchronisation.
 
     Raises:
-        ValueError: cu_seqlens is no vector of integers; on CPU also if it does not start with 0 or a sequence is empty
+        ValueError: cu_seqlens is not a vector of integers; on CPU also one that starts above 0, or an empty sequence
             (elsewhere an empty sequence gets the row before it).
     """
     if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -27,6 +27,7 @@ class Call(NamedTuple):
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
     positive_ids: Tensor | None = None
+    limit: Tensor | None = None
     fixed_scale: float = 1.0
     normalize: bool = False
     product_dtype: torch.dtype = torch.float32  # what x, w and private are rounded to before they are multiplied
@@ -34,6 +35,7 @@ class Call(NamedTuple):
     ranks: bool = False  # also return lse, positive logit, rank and top-1 of each row
     duplicates_are_positive: bool = False
     symmetric: bool = False
+    margin: float | None = None  # keys whose <x, w> is above the target's less this are no candidates
     softcap: float | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0

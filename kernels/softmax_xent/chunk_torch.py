@@ -188,7 +188,7 @@ class TorchChunk(Chunk):
                 for scores in (z,) if own is None else (z, own):
                     scores.div_(s.softcap).tanh_().mul_(s.softcap)
         if s.key_ids is None:
-            return z, None, own
+            return self._limited(z, None, rows), None, own
         drop, positives = s.key_ids < 0, None
         target = None if s.target is None else s.target[rows, None]
         duplicate = None if s.query_ids is None else s.key_ids == s.query_ids[rows, None]
@@ -208,7 +208,27 @@ class TorchChunk(Chunk):
                 duplicate.scatter_(1, target, False)
             drop = drop | duplicate
         z.masked_fill_(drop, -torch.inf)
-        return z, positives, own
+        return self._limited(z, positives, rows), positives, own
+
+    def _limited(self, z: Tensor, positives: Tensor | None, rows: slice) -> Tensor:
+        """z without the candidates above the rows' limits."""
+        s = self.s
+        if s.limit is None or self.final:
+            return z
+        above = z > _part(s.limit, rows).unsqueeze(1)
+        if positives is not None:
+            above &= ~positives
+        elif s.target is not None:
+            above.scatter_(1, _part(s.target, rows).unsqueeze(1), False)
+        z.masked_fill_(above, -torch.inf)
+        if z.device.type == "cpu" and s.alone and s.private is None:
+            alone = (z > -torch.inf).sum(1).le(1) & above.any(1)
+            if alone.any():
+                raise ValueError(
+                    f"margin leaves a query no candidate but its positive, of logit {z[alone][0].amax():.4g}; lower "
+                    "it, below 0 to leave out only keys that score above the positive"
+                )
+        return z
 
     def _ranks(self, z: Tensor, positives: Tensor | None, own: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
         """Rank and top1 of a block, by scores of one summation: a copy of the positive does not lie above it."""
@@ -234,7 +254,8 @@ class TorchChunk(Chunk):
             total, count = finite(z).sum(dim), (z > -torch.inf).sum(dim)
         p = torch.softmax(z, dim, out=out)
         total_e = p.amax(dim).reciprocal_()  # the largest is exp(0) over the sum
-        if self.s.key_ids is not None or self.s.bias is not None:  # there may be no candidate
+        s = self.s
+        if not (s.key_ids is None and s.bias is None and s.limit is None):  # there may be no candidate
             none = top == -torch.inf
             if z.device.type != "cpu" or none.any():
                 p.masked_fill_(none.unsqueeze(dim), 0.0)

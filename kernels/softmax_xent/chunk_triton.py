@@ -113,6 +113,7 @@ class _TritonChunk(Chunk):
             "key_ids": _contiguous(s.key_ids),
             "query_ids": _contiguous(s.query_ids),
             "positive_ids": _contiguous(s.positive_ids),
+            "limit": _contiguous(s.limit),
             "P": 0 if s.positive_ids is None else s.positive_ids.shape[1],
             "SEVERAL": self.several,
             "DUPLICATES_ARE_POSITIVE": s.query_ids is not None and s.duplicates_are_positive,
@@ -297,6 +298,8 @@ class FusedChunk(_ProductChunk):
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
         if scores.softcap is not None:
             return "holds exponentials, which do not tell the derivative of a softcap"
+        if scores.limit is not None and scores.label_smoothing:
+            return "holds exponentials, which do not tell label smoothing what a margin left out"
         if scores.symmetric and scores.several_positives:
             return "holds exponentials above a tile's rows, and columns have several positives"
         if scores.symmetric and scores.x.dtype == torch.float16:
@@ -318,7 +321,7 @@ class FusedChunk(_ProductChunk):
         self._launch(
             row_kernels.stored_bwd_logits_kernel, tiles, config,
             e=e, stride_e=e.stride(0), parts=held.rows, bias=self.scoring["bias"], SMOOTHING=self.smooth, **weights,
-            **self.shape, **self.masks,
+            **self.shape, **{name: mask for name, mask in self.masks.items() if name != "limit"},
         )  # fmt: skip
         if weights["columns"] is not None:
             kernel = product_kernels.scores_bwd_logits_kernel

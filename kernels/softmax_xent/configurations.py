@@ -110,6 +110,7 @@ LOSSES: dict[str, set[str]] = {
     "vocabulary": {"target", "bias", "softcap", "SMOOTHING", "smoothing", "z_loss", "count"},
     "several positives": {"target", "key_ids", "query_ids", "positive_ids", "SEVERAL"},
     "symmetric": {"target", "key_ids", "query_ids", "columns"},
+    "margin": {"target", "key_ids", "query_ids", "limit"},
 }
 LOSSES["smoothed several positives"] = LOSSES["several positives"] | {"SMOOTHING", "smoothing", "count"}
 LOSSES["everything"] = set().union(*LOSSES.values())
@@ -121,7 +122,7 @@ _TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stri
 _TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")
 _TYPES |= dict.fromkeys(("x", "w", "e", "out"), "*{dtype}")
 _TYPES["again"] = "*i32"
-_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "again"}
+_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "again", "limit"}
 
 
 def _held(options: Set[str]) -> set[str]:

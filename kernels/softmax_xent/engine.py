@@ -1,6 +1,6 @@
 """Softmax cross-entropy of linear scores, in chunks of rows: the engine behind InfoNCE and the LM head.
 
-    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
+    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is not a candidate
     p_ij = exp(z_ij - lse_i)        t_ij = exp(z_ij - lse+_i) over the positives of row i, else 0
     L_i  = (1 - e) (lse_i - lse+_i) + e (lse_i - mean_j z_ij) + q lse_i^2
     dz   = g_i ((1 + 2 q lse_i) p_ij - (1 - e) t_ij - e / C_i)      da = dz (1 - (z / c)^2)
@@ -76,6 +76,8 @@ class _Private:
     def __init__(self, s: Scores):
         assert s.private is not None
         self.s, self.z = s, _exactly(s.private, s.x[:, :, None]).squeeze(2) * s.scale
+        if s.limit is not None:
+            self.z.masked_fill_(self.z > s.limit[:, None], -torch.inf)
 
     def extend(self, stats: Statistics) -> Statistics:
         """The statistics of the shared and the private candidates."""
@@ -86,12 +88,12 @@ class _Private:
         none = torch.full_like(top, -torch.inf), torch.zeros_like(top)
         total = count = None
         if self.s.label_smoothing:
-            total, count = z.sum(1), torch.full_like(best, z.shape[1])
+            total, count = finite(z).sum(1), (z > -torch.inf).sum(1)
         rank, top1 = stats.rank, stats.top1
         if rank is not None and top1 is not None:
             rank = rank + (z > rows.pos_max[:, None]).sum(1)
             top1 = torch.where(top > rows.max, len(self.s.w) + best, top1)
-        mine = Softmax(top, (z - top[:, None]).exp().sum(1), *none, total, count)
+        mine = Softmax(top, (z - finite(top)[:, None]).exp().sum(1), *none, total, count)
         return Statistics(rows.merge(mine), stats.columns, rank, top1)
 
     def logit_gradient(self, rows: Softmax, g: Tensor) -> Tensor:
@@ -99,7 +101,9 @@ class _Private:
         s, g = self.s, g * self.s.scale
         dz = (self.z - finite(rows.max)[:, None]).exp_()
         dz *= ratio(g * (1 + 2 * s.z_loss * rows.lse) if s.z_loss else g, rows.sum)[:, None]
-        return dz if rows.count is None else dz - (s.label_smoothing * g / rows.count)[:, None]
+        if rows.count is None:
+            return dz
+        return dz - (self.z > -torch.inf) * (s.label_smoothing * g / rows.count)[:, None]
 
 
 def _exactly(a: Tensor, b: Tensor) -> Tensor:

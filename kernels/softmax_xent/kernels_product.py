@@ -34,7 +34,7 @@ from .tile import (
 def scores_fwd_kernel(
     x, w, out, stride_out, rows, columns, positive, ranks, reference,
     N, M, D, stride_x, stride_w,
-    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
@@ -56,7 +56,9 @@ def scores_fwd_kernel(
             m_pos = positives(
                 b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
             )
-            b_z = logits(b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+            b_z = logits(
+                b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE
+            )
             if positive is not None:
                 store_positive(b_z, m_pos, positive, target, o_m, i_c, N, BC)
             if ranks is not None:
@@ -72,7 +74,7 @@ def scores_fwd_kernel(
 def scores_bwd_logits_kernel(
     x, w, out, stride_out, rows, columns, again,
     N, M, D, stride_x, stride_w,
-    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
@@ -87,7 +89,7 @@ def scores_bwd_logits_kernel(
         if again is None or tl.load(again + i_m * tiles_n + i_n) != 0:
             gradient_tile(
                 x, w, out, stride_out, rows, columns, i_m, i_n, N, M, D, stride_x, stride_w,
-                scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+                scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
                 SEVERAL, DUPLICATES_ARE_POSITIVE, SMOOTHING, TMA, PRECISION, BM, BN, BK, PARTS,
             )  # fmt: skip
 
@@ -95,7 +97,7 @@ def scores_bwd_logits_kernel(
 @triton.jit
 def gradient_tile(
     x, w, out, stride_out, rows, columns, i_m, i_n, N, M, D, stride_x, stride_w,
-    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -111,7 +113,9 @@ def gradient_tile(
         m_pos = positives(
             b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
         )
-        b_z = logits(b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+        b_z = logits(
+            b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE
+        )
         b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
         store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 

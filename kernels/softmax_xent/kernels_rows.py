@@ -28,7 +28,7 @@ from .tile import (
 )
 
 HIGHEST = tl.constexpr(85.0)
-"""exp(-HIGHEST) is no 0 in bf16 and fp32, and exp(HIGHEST) no infinity."""
+"""exp(-HIGHEST) is not 0 in bf16 and fp32, and exp(HIGHEST) no infinity."""
 NEGLIGIBLE = tl.constexpr(17.0)
 """exp(-NEGLIGIBLE) beside 1 is lost in fp32."""
 
@@ -193,7 +193,7 @@ def underflow_bwd_kernel(
 @triton.jit(do_not_specialize=VARIES)
 def rows_fwd_kernel(
     a, stride_a, rows, columns, positive,
-    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +207,7 @@ def rows_fwd_kernel(
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
-    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE)
     if positive is not None:
         store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN)
     if columns is not None:
@@ -218,7 +218,7 @@ def rows_fwd_kernel(
 @triton.jit(do_not_specialize=VARIES)
 def ranks_fwd_kernel(
     a, stride_a, ranks, reference,
-    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program owns, of a (BM, BN) tile of the products a, each row's count above its best positive and its best."""
@@ -231,14 +231,14 @@ def ranks_fwd_kernel(
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
-    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE)
     store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN)
 
 
 @triton.jit(do_not_specialize=VARIES)
 def rows_bwd_logits_kernel(
     a, stride_a, out, stride_out, rows, columns,
-    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P,
+    N, M, scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
     SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -252,6 +252,6 @@ def rows_bwd_logits_kernel(
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
-    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE)
     b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
     tl.store(out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :], b_d.to(out.dtype.element_ty), mask=m)

@@ -57,12 +57,23 @@ class Problem:
             call.query_ids,
             call.key_ids,
             call.positive_ids,
+            call.limit,
+            call.limit is None,
             call.duplicates_are_positive,
             call.symmetric,
             call.softcap,
             call.label_smoothing,
             call.z_loss,
         )
+        if call.margin is not None:
+            self.scores.limit = self._limit(call.margin)
+
+    def _limit(self, margin: float) -> Tensor:
+        """(N,) the largest score of a candidate: the target's, less the margin."""
+        s = self.scores
+        assert s.target is not None
+        own = (s.x.to(self.wide) * s.w[s.target].to(self.wide)).sum(1)
+        return (own - margin) * s.scale
 
     def _enter(self, name: str, t: Tensor) -> Tensor:
         """An operand as it travels: normalised if asked, rounded to the product's dtype.
@@ -130,7 +141,8 @@ class Problem:
 
     def loss(self, stats: Statistics) -> Tensor:
         s = self.scores
-        loss = stats.rows.loss(s.label_smoothing, s.z_loss)
+        positives = s.target is not None or s.positive_ids is not None
+        loss = stats.rows.loss(s.label_smoothing, s.z_loss) if positives else stats.rows.lse
         if stats.columns is not None and s.target is not None:
             loss = (loss + stats.columns.at(s.target).loss(s.label_smoothing)) / 2
         if self.supervised is not None:
@@ -149,7 +161,7 @@ class Problem:
         return ByRow(stats.rows.lse, self._spoilt(stats.rows.positive_logit), stats.rank, stats.top1)
 
     def _spoilt(self, t: Tensor) -> Tensor:
-        """t (N,) with NaN where the target is no candidate at all."""
+        """t (N,) with NaN where the target is not a candidate at all."""
         return t if self.void is None else t.masked_fill(self.void, torch.nan)
 
     def weights(self) -> Tensor:

@@ -1,6 +1,6 @@
 """What is scored, and what a softmax over the scores is summed up by: the language of the loss engine.
 
-    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
+    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is not a candidate
 
 `Scores` says which logits there are, `Softmax` holds a softmax as maximum and sum of exponentials, a `Chunk` is what an
 implementation supplies: the statistics of some rows of logits, and the gradient of the loss in them.
@@ -107,7 +107,9 @@ class Scores:
     query_ids: Tensor | None = None  # (N,) int64; a key of this id other than the target duplicates the positive
     key_ids: Tensor | None = None  # (M,) int64; negative: no candidate
     positive_ids: Tensor | None = None  # (N, P) int64; every key of such an id is a positive
-    duplicates_are_positive: bool = False  # else they are no candidates
+    limit: Tensor | None = None  # (N,) fp32 (fp64); a key that scores above it and is no positive is no candidate
+    alone: bool = True  # no other scores join these, so that a limit that leaves a row nothing is an error
+    duplicates_are_positive: bool = False  # else they are not candidates
     symmetric: bool = False
     softcap: float | None = None
     label_smoothing: float = 0.0
@@ -115,11 +117,14 @@ class Scores:
 
     @property
     def several_positives(self) -> bool:
-        return self.positive_ids is not None or (self.query_ids is not None and self.duplicates_are_positive)
+        """Whether rows may have any number of positives, or none at all: then their loss is the log-sum-exp."""
+        if self.target is None or self.positive_ids is not None:
+            return True
+        return self.query_ids is not None and self.duplicates_are_positive
 
     def rows(self, chunk: slice) -> Scores:
         """The same of some rows against every candidate."""
-        names = ("x", "private", "target", "query_ids", "positive_ids")
+        names = ("x", "private", "target", "query_ids", "positive_ids", "limit")
         return replace(self, **{k: v[chunk] for k in names if (v := getattr(self, k)) is not None})
 
     def column_positives(self, rows: Softmax) -> tuple[Tensor, Tensor]:

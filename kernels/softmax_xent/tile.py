@@ -1,10 +1,11 @@
 """Device functions of one tile of logits: its product, scores and masks, its softmax, its gradient.
 
-    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is no candidate
+    a_ij = s <x_i, w_j> + b_j       z_ij = c tanh(a_ij / c) with a softcap c, else a_ij; -inf where j is not a candidate
 
 Kernels that multiply and kernels that read products share them, so that all agree on what a score is. An option is on
-if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids` and `bias` are pointers, `scale` a float
-or a pointer to one. Targets and ids are int32: a thread holds those of all its columns at once, in as many registers.
+if its argument is not None; `target`, `key_ids`, `query_ids`, `positive_ids`, `limit` and `bias` are pointers, `scale`
+a float or a pointer to one. Targets and ids are int32: a thread holds those of all its columns at once, in as many
+registers.
 
 Partials: the softmaxes of a tile lie in a tensor (T, F, size), T tiles along the axis that is summed, with the fields
 max, sum, with several positives pos_max, pos_sum, with label smoothing total, count.
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-VARIES = ("N", "M", "P", "query_ids", "positive_ids")
+VARIES = ("N", "M", "P", "query_ids", "positive_ids", "limit")
 """Arguments whose values and alignment vary from chunk to chunk and step to step; see `launch`."""
 
 
@@ -152,14 +153,16 @@ def candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIV
 
 @triton.jit
 def logits(
-    b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, DUPLICATES_ARE_POSITIVE: tl.constexpr
+    b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE: tl.constexpr
 ):  # fmt: skip
-    """z of a tile of products."""
+    """z of a tile of products; a score above its row's `limit` that is no positive's is no candidate's."""
     if bias is not None:
         b_z = scored(b_a, scale, tl.load(bias + o_n, mask=o_n < M, other=0.0)[None, :], softcap)
     else:
         b_z = scored(b_a, scale, None, softcap)
     m = candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    if limit is not None:
+        m = m & (m_pos | (b_z <= tl.load(limit + o_m, mask=o_m < N, other=0.0)[:, None]))
     return tl.where(m, b_z, -float("inf"))
 
 

@@ -115,7 +115,7 @@ def test_a_product_more_is_seen():
 
 def test_triton_kernels_are_counted_without_a_gpu(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    # Triton reads the source of a kernel, so it stands in a file.
+    # Triton reads the source of a kernel, so it is in a file.
     (tmp_path / "planted_kernels.py").write_text(
         """
 import torch

@@ -101,8 +101,8 @@ def test_a_run_resumes_where_one_stopped(bad, tmp_path, monkeypatch):
     assert Session(tmp_path, CPU, 600).run(tasks) == []
     assert (tmp_path / "one.json").read_text() == before["one.json"]
     assert (tmp_path / "fails.json").read_text() == before["fails.json"]
-    mended = [*tasks[:2], task("fails", partial(bad.number, 4))]
-    assert Session(tmp_path, CPU, 600).run(mended, retry=True) == []
+    corrected = [*tasks[:2], task("fails", partial(bad.number, 4))]
+    assert Session(tmp_path, CPU, 600).run(corrected, retry=True) == []
     assert json.loads((tmp_path / "fails.json").read_text())["found"]["value"] == 4
     assert (tmp_path / "one.json").read_text() == before["one.json"]
     assert not list(tmp_path.glob(".*"))
@@ -110,7 +110,7 @@ def test_a_run_resumes_where_one_stopped(bad, tmp_path, monkeypatch):
 
 def test_a_damaged_result_is_named(bad, tmp_path):
     (tmp_path / "one.json").write_text("{")
-    with pytest.raises(ValueError, match=r"one.json is no result .*: remove it"):
+    with pytest.raises(ValueError, match=r"one.json is not a result .*: remove it"):
         Session(tmp_path, CPU, 600).run([task("one", partial(bad.number, 1))])
 
 

@@ -43,7 +43,7 @@ def _arguments(fields, **changes):
 def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_path):
     status, out, err = cosup("train", *_arguments(fields, **{"data.dev": fields["data.train"], "data.train": "[]"}))
     assert status == 1
-    assert "data.train" in err  # and nothing is left behind that would stand in the way of the next run
+    assert "data.train" in err  # and nothing is left behind that would be in the way of the next run
 
     status, out, err = cosup("train", *_arguments(fields, **{"training.steps": 60, "training.batch_size": 4}))
     assert status == 0, err
@@ -97,7 +97,7 @@ def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
     first = mined.read_bytes()
     assert cosup(*wanted)[0] == 0
     assert mined.read_bytes() == first
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".mined*"))
     before, after = ({e.id: e for e in read_examples(path, None)} for path in (given, mined))
     assert list(before) == list(after)
     assert all(len(e.negatives) == 2 for e in after.values())
@@ -114,7 +114,7 @@ def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
     [
         (["--output", "{data}/examples.jsonl"], "is one of the --examples, which would be lost"),
         (["--output", "{data}"], "is a folder: name a file in it"),
-        (["--output", "{data}/nowhere/mined.jsonl"], "is no folder: make it first"),
+        (["--output", "{data}/nowhere/mined.jsonl"], "is not a folder: make it first"),
         (["--depth", "3", "--skip-top", "3"], "skip_top=3 leaves nothing of the depth=3 passages"),
         (["--examples", "no-such-set"], "no-such-set"),
         (["--corpus", "no-such-corpus"], "no-such-corpus"),
@@ -154,7 +154,7 @@ def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path
     both = {"data.dev": fields["data.train"]}
     status, _, err = cosup("train", *_arguments(fields, **both, output=tmp_path / "both"))
     assert status == 1
-    assert "stands in data.train and in data.dev" in err
+    assert "is in data.train and in data.dev" in err
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_an_output_that_holds_something_else_is_left_alone(cosup, fields):
 def test_an_output_that_holds_a_run_is_not_overwritten(cosup, fields):
     status, _, err = cosup("train", *_arguments(fields), "--resume")
     assert status == 0
-    assert "holds no checkpoint to continue behind: a new run" in " ".join(err.split())
+    assert "holds no checkpoint to resume from: a new run" in " ".join(err.split())
     status, _, err = cosup("train", *_arguments(fields))
     assert status == 1
     assert "holds a run already: add --resume" in err
@@ -473,7 +473,7 @@ def test_every_system_answers_the_same_questions_and_is_compared(cosup, fields, 
     status, out, _ = cosup("compare", before, after, "--json", "--metric", "containment")
     assert {row["metric"] for row in json.loads(out)["metrics"]} == {"containment"}
     status, _, err = cosup("compare", before, examples)
-    assert (status, "is no report that can be read" in err) == (1, True)
+    assert (status, "is not a report that can be read" in err) == (1, True)
     status, _, err = cosup("compare", folder, after)
     assert (status, "such as RUN/evaluation/co-supervised" in err) == (1, True)
 
@@ -491,7 +491,10 @@ def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_p
         (["--examples", tmp_path / "lost.jsonl", "--system", "gold"], "expected the id of a passage in the corpus"),
         (["--examples", examples, "--judge", "nobody"], "nobody"),
         (["--examples", examples, "--fluency", "nobody"], "nobody"),
-        (["--system", "co-supervised"], "is no index, it has no index.json: make one with `cosup-fast index build`"),
+        (
+            ["--system", "co-supervised"],
+            "is not an index, it has no index.json: make one with `cosup-fast index build`",
+        ),
     ]:
         system = [] if "--system" in options else ["--system", "closed-book"]
         status, _, err = cosup("evaluate", folder, *system, *options)
@@ -611,6 +614,13 @@ def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
     monkeypatch.setenv("COSUP_HOME", str(tmp_path))
     status, _, err = cosup("data", "check")
     assert (status, "nothing is prepared yet" in err) == (1, True)
+
+
+def test_a_corpus_is_checked_without_examples(cosup, data_folder):
+    status, _, err = cosup("data", "check", "--corpus", "/nosuch")
+    assert (status, "corpus '/nosuch': expected a JSONL file" in err) == (1, True)
+    status, out, err = cosup("data", "check", "--corpus", data_folder / "passages.jsonl")
+    assert (status, "11 passages" in out + err) == (0, True)
 
 
 def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):

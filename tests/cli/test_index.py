@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(cosup, copied, tmp_path,
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "of 30 shards are finished; the same command continues behind them" in " ".join(err.split())
+    assert "of 30 shards are finished; the same command continues after them" in " ".join(err.split())
     assert not (tmp_path / "i").exists()
     status, _, err = cosup(*command, "--shard-size", 100)
     assert status == 0, err

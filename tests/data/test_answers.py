@@ -58,7 +58,7 @@ NOT_FOUND = {
     "Thai, other vowel": ("กิน", "กัน"),
     "Japanese voicing": ("かき", "がき"),
     "another language": ("written in C++.", "C"),
-    "sentence end is no initial": ("Take vitamin C. A dog barks.", "CA dog"),
+    "sentence end is not an initial": ("Take vitamin C. A dog barks.", "CA dog"),
     "blank": ("anything", " "),
     "only the article": ("the end", "A"),
     "punctuation that is not there": ("the band", "!!!"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
-from cosup_fast.data.convert import convert_kilt, convert_self_rag
+from cosup_fast.data.convert import convert_kilt, convert_self_rag, self_rag_example
 from cosup_fast.data.records import DataError, Passage, Segment, read_examples, read_passages
 
 NILE = "<paragraph>Nile\nThe Nile flows north.\nIt is long.</paragraph>"
@@ -95,6 +96,14 @@ def test_a_malformed_self_rag_line_is_named_and_nothing_is_written(tmp_path, cap
     assert f"left out: {source}:3:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["<paragraph>" * 20_000, "</paragraph>" * 9 + "<paragraph>x " * 20_000])
+def test_many_paragraphs_that_never_end_are_refused_at_once(text):
+    started = time.perf_counter()
+    with pytest.raises(DataError, match="in pairs, found one alone"):
+        self_rag_example("x:1", {"instruction": "q", "output": text}, "x")
+    assert time.perf_counter() - started < 5
+
+
 def test_a_file_in_which_nothing_retrieves_is_refused(tmp_path):
     source = _write(tmp_path / "source.jsonl", SELF_RAG[:1])
     with pytest.raises(DataError, match=r"expected examples with \[Retrieval\]"):
@@ -156,7 +165,7 @@ def test_kilt(tmp_path):
     first, second, third = read_examples(tmp_path / "out" / "nq-dev-kilt.jsonl", ids, allow_no_retrieval=True)
     assert (first.dataset, first.question, first.output) == ("nq", "Where does the Nile flow?", [])
     assert first.answers == ["north", "to the north"]
-    assert first.gold == ["kilt:12:1", "kilt:12:3", "kilt:12:5"]  # a title and a heading are no passages
+    assert first.gold == ["kilt:12:1", "kilt:12:3", "kilt:12:5"]  # a title and a heading are not passages
     assert (second.id, second.gold, second.answers) == ("5", ["kilt:7:1"], [])
     assert (third.gold, third.answers) == ([], ["SUPPORTS"])
 
@@ -182,6 +191,9 @@ def test_kilt(tmp_path):
          r"output\.1\.provenance: expected a list"),
         ('{"id": "x", "input": "q", "output": [{"provenance": [{"wikipedia_id": "1", "start_paragraph_id": "1"}]}]}',
          r"start_paragraph_id: expected a whole number, found '1'"),
+        ('{"id": "x", "input": "q", "output": [{"provenance": [{"wikipedia_id": "1", "start_paragraph_id": 5, '
+         '"end_paragraph_id": 3000000000}]}]}',
+         r"output\.0\.provenance\.0\.end_paragraph_id: expected fewer than 10000 paragraphs after 5, found 3000000000"),
         ('{"id": "q1", "input": "q", "output": [{"answer": "a"}]}', "id: expected a new id, found 'q1' again"),
         ("{", "expected one JSON object"),
     ],
@@ -219,7 +231,7 @@ def test_what_kilt_needs_is_said(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             convert_kilt(*arguments, tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match="gold='page': which paragraphs"):
+    with pytest.raises(DataError, match="gold='page': the knowledge source says which paragraphs"):
         convert_kilt(["a.jsonl"], tmp_path / "out", gold="page", progress=False)
     with pytest.raises(DataError, match="gold='book': choose paragraph or page"):
         convert_kilt(["a.jsonl"], tmp_path / "out", gold="book", progress=False)  # type: ignore[arg-type]
@@ -242,3 +254,11 @@ def test_converted_sets_train_and_are_indexed(cosup, llama_folder, tmp_path):
     examples = tmp_path / "kilt" / "nq-dev-kilt.jsonl"
     status, _, err = cosup("evaluate", tmp_path / "run", "--examples", examples, "--max-new-tokens", 2)
     assert status == 0, err
+
+
+@pytest.mark.parametrize("name", ["converted.json", "passages.jsonl"])
+def test_a_task_named_like_a_file_that_is_written_is_refused(tmp_path, name):
+    task = _write(tmp_path / name, QUESTIONS)
+    with pytest.raises(DataError, match=f"{name!r} would be the name of several files that are written"):
+        convert_kilt([task], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

@@ -1,12 +1,14 @@
 """Sources: files, prepared names and hub data sets, and what is said when a name is none of them."""
 
 import json
+import os
 
 import pytest
 
 from cosup_fast.data import sources
-from cosup_fast.data.prepared import catalog
+from cosup_fast.data.prepared import catalog, verify
 from cosup_fast.data.records import DataError
+from cosup_fast.files import sha256
 
 PASSAGE = {"id": "p", "title": "t", "text": "x"}
 EXAMPLE = {"id": "a", "question": "who?", "output": [{"text": "x", "passage": "p"}]}
@@ -24,9 +26,12 @@ def ready(tmp_path):
     def mark(name, **files):
         folder = tmp_path / "home" / name
         folder.mkdir(parents=True)
+        hashes = {}
         for stem, records in files.items():
-            (folder / f"{stem.replace('_', '-')}.jsonl").write_text("\n".join(map(json.dumps, records)))
-        (folder / catalog.INFO).write_text(json.dumps({"recipe": catalog.CATALOG[name].recipe, "files": {}}))
+            path = folder / f"{stem.replace('_', '-')}.jsonl"
+            path.write_text("\n".join(map(json.dumps, records)))
+            hashes[path.name] = sha256(path)
+        (folder / verify.INFO).write_text(json.dumps({"recipe": catalog.CATALOG[name].recipe, "files": hashes}))
         return folder
 
     return mark
@@ -56,7 +61,7 @@ def test_what_is_not_prepared_names_the_command(ready):
 
 def test_what_another_version_prepared_is_not_used(ready):
     folder = ready("wiki-leads", passages=[PASSAGE])
-    (folder / catalog.INFO).write_text('{"recipe": "older"}')
+    (folder / verify.INFO).write_text('{"recipe": "older"}')
     with pytest.raises(
         DataError, match="found it as another version made it: run `cosup-fast data prepare wiki-leads`"
     ):
@@ -105,3 +110,28 @@ def test_a_hub_data_set_is_validated_by_row(tmp_path, monkeypatch):
         sources.load_corpus(f"hf:{folder}")
     with pytest.raises(DataError, match="expected a data set that `datasets` can load"):
         sources.load_corpus(f"hf:{folder}:nosuch")
+
+
+def test_a_prepared_file_that_changed_is_not_used(ready, monkeypatch):
+    folder = ready("wiki-leads", passages=[PASSAGE])
+    sources.load_corpus("wiki-leads")
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "sha256", lambda path: pytest.fail("it was hashed again"))
+        sources.load_corpus("wiki-leads")
+    path = folder / "passages.jsonl"
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"x"', b'"y"'))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and modification time are as before
+    with pytest.raises(DataError, match=r"passages\.jsonl: expected sha256 .*data prepare wiki-leads"):
+        sources.load_corpus("wiki-leads")
+    path.unlink()
+    with pytest.raises(DataError, match=r"passages\.jsonl: expected a file as it was prepared, found none"):
+        sources.load_corpus("wiki-leads")
+
+
+def test_every_file_of_a_prepared_model_is_compared(ready):
+    folder = ready("smollm2-135m", model=[PASSAGE], tokenizer=[PASSAGE])
+    assert sources.resolve_model("smollm2-135m") == str(folder)
+    (folder / "tokenizer.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.jsonl: expected sha256"):
+        sources.resolve_model("smollm2-135m")

@@ -114,6 +114,7 @@ OPTIONS = {
     "several positives": {"ids": True, "several": 2},
     "several positives, symmetric": {"ids": True, "several": 2, "symmetric": True, "label_smoothing": 0.2},
     "private": {"private": 2, "positive": True, "label_smoothing": 0.1},
+    "margin, symmetric": {"margin": -0.5, "symmetric": True, "private": 1},
     "sum": {"reduction": "sum", "positive": True},
     "none": {"reduction": "none", "normalize": True},
     "none, symmetric": {"reduction": "none", "symmetric": True, "ids": True, "private": 1},
@@ -254,7 +255,7 @@ def test_a_passage_on_another_rank_is_never_its_own_negative(world):
     parts = [{"query": query, "keys": keys, "key_ids": ids}, {"query": query[:1], "keys": keys, "key_ids": ids}]
     answers = world.run("info_nce", parts, reduction="none")
     alone = expected({"query": query, "keys": keys, "key_ids": ids}, reduction="none")
-    # The other rank's copy of the positive is no candidate; those of the two negatives are, so each counts twice.
+    # The other rank's copy of the positive is not a candidate; those of the two negatives are, so each counts twice.
     z = query @ keys.T
     others = z.masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf)
     twice = torch.cat([z.diagonal()[:, None], others, others], 1).logsumexp(1) - z.diagonal()

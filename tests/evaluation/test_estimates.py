@@ -45,7 +45,7 @@ def test_an_average_over_data_sets_counts_them_alike():
     estimate = macro_average([small, large])
     assert estimate.mean == pytest.approx((small.mean() + large.mean()) / 2)
     assert estimate.count == 3030
-    # Resampled within the data sets: the difference between them is no variance.
+    # Resampled within the data sets: the difference between them is not a variance.
     half = 1.96 * np.sqrt(small.var(ddof=1) / 30 + large.var(ddof=1) / 3000) / 2
     assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.1)
     assert macro_average([small]) == bootstrap_mean(small)

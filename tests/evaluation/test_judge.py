@@ -11,7 +11,8 @@ import torch
 
 from cosup_fast.data.records import Passage
 from cosup_fast.evaluation.fluency import FluencyModel
-from cosup_fast.evaluation.judge import LexicalJudge, NLIJudge, load_judge
+from cosup_fast.evaluation.judge import LexicalJudge, NLIJudge
+from cosup_fast.evaluation.judges import load_judge
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "grounding_cases.jsonl").read_text().splitlines()]
 NILE = Passage(id="n", title="Nile river", text="The Nile flows north, through Egypt. It does not reach Rome.")

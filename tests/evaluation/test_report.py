@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.evaluation.compare import compare
+from cosup_fast.evaluation.comparison import compare
 from cosup_fast.evaluation.html import render
 from cosup_fast.evaluation.judge import Verdict
-from cosup_fast.evaluation.report import QuestionRecord, Report, figure
+from cosup_fast.evaluation.report import QuestionRecord, Report, figure, shown
 from cosup_fast.evaluation.scoring import score
 from cosup_fast.evaluation.suites import METRICS, suite_of
 
@@ -161,3 +163,31 @@ def test_compare_takes_only_questions_that_both_have(answer_of):
         compare(changed, after)
     with pytest.raises(ValueError, match="metric 'grounding' is unknown, did you mean 'grounded'"):
         compare(before, after, ["grounding"])
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_no_figure_is_cut_at_any_width(answer_of, width):
+    before, after = make_report(answer_of, "closed-book [red]x", (False, False, True)), make_report(answer_of)
+    console = Console(width=width, file=io.StringIO())
+    console.print(before.table())
+    text = console.file.getvalue()
+    for part in before.datasets:
+        for name in ("perplexity", "grounded", part.correctness):
+            for line in shown(name, part.metrics.get(name)).split("\n"):
+                assert line in text, (name, line)
+    console.print(compare(before, after).table())
+    text = console.file.getvalue()
+    assert max(map(len, text.split("\n"))) <= width
+    assert "closed-book [red]x" in text or width < 80  # markup is text; a name may wrap
+    for row in compare(before, after).metrics:
+        if not row.dataset and row.gain.p_value is not None:
+            assert f"{row.gain.p_value:.4f}" in text
+            assert figure(row.metric, row.gain.before) in text
+            assert f"{row.gain.gain.mean:.2f}" in text or f"{100 * row.gain.gain.mean:+.2f}" in text
+
+
+def test_a_report_without_its_settings_is_refused(answer_of, tmp_path):
+    report = make_report(answer_of)
+    report.model_copy(update={"settings": {"system": "x", "judge": None}}).save(tmp_path)
+    with pytest.raises(ValueError, match="its settings lack checkpoint, fluency, generation"):
+        Report.load(tmp_path)

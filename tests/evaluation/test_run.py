@@ -129,12 +129,12 @@ def test_report_survives_saving(report, tmp_path):
     assert (data["format"], data["format_version"]) == ("cosup-fast evaluation", 2)
     for damage in ({**data, "format_version": 7}, {"overall": {}}, [1], {**data, "questions": [{"key": "x"}]}):
         path.write_text(json.dumps(damage))
-        with pytest.raises(ValueError, match="is no report that can be read"):
+        with pytest.raises(ValueError, match="is not a report that can be read"):
             Report.load(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="is no report that can be read"):
+    with pytest.raises(ValueError, match="is not a report that can be read"):
         Report.load(path)
-    with pytest.raises(ValueError, match="is no report that can be read"):
+    with pytest.raises(ValueError, match="is not a report that can be read"):
         Report.load(tmp_path / "absent")
 
 
@@ -183,7 +183,7 @@ def test_a_rerun_does_nothing_twice(system, examples, tmp_path, monkeypatch):
     )
     assert evaluate(system, examples, CONFIG, judge=judge, folder=tmp_path / "out", progress=False) == first
     assert (answered, judge.asked) == ([], asked)
-    # Another judge judges anew, and more examples are answered on top.
+    # Another judge judges again, and more examples are answered on top.
     more = [*examples, examples[0].model_copy(update={"id": "e5", "question": "And Rome?"})]
     other = evaluate(system, more, CONFIG, folder=tmp_path / "out", progress=False)
     assert answered == ["And Rome?"]
@@ -297,7 +297,7 @@ def test_wrong_requests_are_refused_before_any_work(system, examples, monkeypatc
     monkeypatch.setattr(system.retriever, "rank", None)  # the work
     with pytest.raises(ValueError, match="at least one example, got none"):
         evaluate(system, [], progress=False)
-    with pytest.raises(ValueError, match="'cities/e1' stands more than once"):
+    with pytest.raises(ValueError, match="'cities/e1' occurs more than once"):
         evaluate(system, [examples[0], examples[0]], progress=False)
     with pytest.raises(ValueError, match="metric 'blue' is unknown"):
         evaluate(system, examples, metrics=["blue"], progress=False)

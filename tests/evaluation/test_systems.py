@@ -21,9 +21,10 @@ from cosup_fast.evaluation import (
     evaluate,
     load_test_sets,
 )
+from cosup_fast.evaluation.kinds import SYSTEMS, split_name, table
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
 from cosup_fast.evaluation.retrievers import Request
-from cosup_fast.evaluation.systems import SYSTEMS, System, _Question, _Searches, split_name
+from cosup_fast.evaluation.systems import System, _Question, _Searches
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
 from cosup_fast.index.shards import PassageFile
@@ -231,7 +232,7 @@ def encoder_folder(make_folder, tmp_path_factory) -> str:
 def test_a_dense_retriever_fetches_no_binary(encoder_folder, tmp_path):
     """bitsandbytes, which sentence-transformers brings along, asks the package `kernels` for one at its import."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('FETCHED')\n    raise ImportError\n")
-    code = "import sys; from cosup_fast.evaluation.systems import _sentence_encoder as e; e(sys.argv[1], 'cpu')"
+    code = "import sys; from cosup_fast.evaluation.text_retrievers import sentence_encoder as e; e(sys.argv[1], 'cpu')"
     done = subprocess.run(
         [sys.executable, "-c", code, encoder_folder], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
@@ -274,6 +275,12 @@ def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, pa
 def test_systems_that_do_not_exist(name, message):
     with pytest.raises(ValueError, match=message):
         split_name(name)
+
+
+def test_the_docs_and_the_help_list_every_system(cosup):
+    assert table() in (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    _, text, _ = cosup("evaluate", "--help")
+    assert all(kind.form in text for kind in SYSTEMS.values())
 
 
 def test_names_of_systems(tmp_path, model, data_folder):

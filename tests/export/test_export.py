@@ -78,7 +78,7 @@ def test_retriever_as_sentence_transformer(pair, passages, tmp_path):
 def test_the_template_is_carried_whatever_transformers_makes_of_an_architectures_tokenizer(
     make_model, make_folder, passages, tmp_path, kind
 ):
-    """AutoTokenizer makes Qwen2's anew from its vocabulary and would drop the template."""
+    """AutoTokenizer makes Qwen2's again from its vocabulary and would drop the template."""
     model = make_model(gen=make_folder(kind, head_dim=8) if kind == "gemma2" else make_folder(kind))
     export(model, tmp_path / "out", "retriever")
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")

@@ -160,7 +160,7 @@ def test_mining_goes_on_where_it_was_interrupted(model, index, examples, tmp_pat
 
 
 def test_what_mining_refuses(model, index, examples):
-    with pytest.raises(ValueError, match="'e1' stands more than once"):
+    with pytest.raises(ValueError, match="'e1' occurs more than once"):
         mine(model, index, [examples[0], examples[0]], progress=False)
     stranger = Example(id="s", question="q", output=[], gold=["atlantis"])
     with pytest.raises(ValueError, match="'s' names the passage 'atlantis', which the index lacks"):

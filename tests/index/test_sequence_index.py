@@ -436,7 +436,7 @@ def test_damaged_files_are_refused(model, saved, name, damage):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no index"),
+        (None, "is not an index"),
         (b"", "damaged"),
         (b"[]", "damaged"),
         (b"\xff", "damaged"),

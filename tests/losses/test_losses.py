@@ -1,4 +1,4 @@
-"""The modules: what they add to the operators, and that they can stand in for the losses people use."""
+"""The modules: what they add to the operators, and that they can replace the losses people use."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_options_reach_the_operators(monkeypatch):
 
         monkeypatch.setattr(f"cosup_fast.losses.{name}", record)
     nce = {"normalize": True, "symmetric": True, "label_smoothing": 0.1, "duplicates": "keep", "reduction": "sum"}
-    nce["key_grad"] = "local"
+    nce |= {"key_grad": "local", "margin": 0.1, "query_negatives": False, "key_negatives": False}
     ids = {name: torch.zeros(1) for name in ("query_ids", "key_ids", "positive_ids", "private_negatives")}
     given = {"group": object(), "positive_rows": "group", "return_stats": True}
     InfoNCELoss(scale=2.0, impl="stored", **nce)(rand(1, 1), rand(1, 1), **ids, **given)

@@ -164,7 +164,7 @@ def test_info_nce_equals_info_nce_pytorch(mode, reduction):
     inputs = (query, positive) if negatives is None else (query, positive, negatives)
     options = {"scale": 1 / 0.07, "normalize": True, "reduction": reduction}
     keys = positive
-    # There the positives of the others are no negatives once negatives are given: here they share a query's id.
+    # There the positives of the others are not negatives once negatives are given: here they share a query's id.
     if negatives is not None:
         shared = torch.zeros(n, dtype=torch.int64)
         options |= {"query_ids": shared, "key_ids": shared}

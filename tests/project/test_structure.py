@@ -17,7 +17,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules of this package that some code imports, inside functions too; for annotations alone is no import."""
+    """The modules of this package that some code imports, inside functions too, but not for annotations."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
     if isinstance(node, ast.Import):

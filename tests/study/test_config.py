@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cosup_fast.study import StudyError, load_study
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_cells_stand_in_the_order_in_which_they_are_made(study):
@@ -53,7 +57,7 @@ ONE = {"systems": ["gold"]}
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "tow"}}}},
-            r"conditions\.both\.pair: 'tow' is no condition that is trained",
+            r"conditions\.both\.pair: 'tow' is not a condition that is trained",
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, "seeds": [4]}}},
@@ -85,3 +89,11 @@ def test_a_condition_named_twice_is_refused(tmp_path):
     path.write_text("- 1\n")
     with pytest.raises(StudyError, match="expected a mapping"):
         load_study(path)
+
+
+@pytest.mark.parametrize("name", ["study", "study-checks"])
+def test_the_studies_that_come_with_the_project_are_whole(name):
+    study = load_study(EXAMPLES / f"{name}.yaml")
+    assert all(cell.identity for cell in study.cells.values())
+    steps = {cell.run.training.steps * cell.run.training.batch_size for cell in study.cells.values() if cell.trains}
+    assert all(examples in (640 * 16, 80 * 16, 2928 * 16) for examples in steps)

@@ -89,7 +89,7 @@ def test_attention_is_that_of_transformers_own_eager_model(model):
         hook.remove()
     assert found["by_layer"]["passage"] == pytest.approx((totals / 2).tolist(), abs=2e-5)
     assert found["even"] == pytest.approx(even / 2, abs=2e-5)
-    with pytest.raises(ValueError, match="no test set has a question whose answer stands in its gold passage"):
+    with pytest.raises(ValueError, match="no test set has a question whose answer is in its gold passage"):
         attention_by_layer(model, [TestSet("x", ASKED[4:])], {"": LEADS_CORPUS})
 
 

@@ -7,12 +7,16 @@ import shutil
 import subprocess
 import sys
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from cosup_fast.files import locked
 from cosup_fast.study import StudyError, load_study, read_cell, run_study
+from cosup_fast.study.runner import _check_begun
 from cosup_fast.study.status import state_of
 
 # Imports once, then runs the study in forks: five are killed where they happen to be, the last one ends by itself.
@@ -104,7 +108,7 @@ def test_a_cell_made_with_another_configuration_is_refused_by_name(write_study, 
     with pytest.raises(StudyError, match=r"cell ntp-seed0: .*ntp-seed0\.json was made with run\.data\.corpus="):
         run_study(ours)
     (ours.results / "ntp-seed0.json").write_text('{"format": "something')
-    with pytest.raises(StudyError, match=r"ntp-seed0\.json is no result of a cell .* remove it"):
+    with pytest.raises(StudyError, match=r"ntp-seed0\.json is not a result of a cell .* remove it"):
         run_study(ours)
 
 
@@ -163,3 +167,32 @@ def test_trials_train_for_tuning_steps_and_are_not_evaluated(write_study):
     assert [result.steps for result in results] == [2, 1]
     assert [result.changed for result in results] == tune
     assert all(not result.systems and result.curves["held-out"]["ntp"] for result in results)
+
+
+def test_an_embseq_of_random_weights_is_made_once_and_is_the_same_for_every_cell(write_study, llama_folder):
+    conditions = {"random": {"random_embseq": True, "systems": ["ranks"]}}
+    study = load_study(write_study(conditions=conditions))
+    cell = study.cell("random", 0)
+    assert cell.identity["run"]["model"]["embseq"] == f"random weights of {llama_folder}"
+    assert _run(study)[0] == []
+    (folder,) = (study.work_folder / "models").iterdir()
+    made = load_file(folder / "model.safetensors")
+    theirs = load_file(Path(llama_folder) / "model.safetensors")
+    assert made.keys() == theirs.keys()
+    assert not any(torch.equal(made[name], theirs[name]) for name in made if "norm" not in name)
+    held_out = [read_cell(study.cell("random", seed)).curves["held-out"]["nsp"][0] for seed in (0, 1)]
+    assert held_out[0] == held_out[1]
+
+
+def test_a_cell_begun_with_other_settings_is_not_resumed_with_new_ones(write_study):
+    conditions = {"one": {"systems": ["gold"], "change": {"training.lr": 1e-3}}}
+    cell = load_study(write_study(conditions=conditions, seeds=[0])).cell("one", 0)
+    cell.work.mkdir(parents=True)
+    _check_begun(cell)
+    _check_begun(cell)
+    conditions["one"]["change"] = {"training.lr": 1e-2}
+    failed, _ = _run(load_study(write_study(conditions=conditions, seeds=[0])))
+    assert failed == [
+        "one-seed0: cell one-seed0 was begun with training.lr=0.001, the study now says 0.01: restore it, or remove "
+        f"{cell.work} to begin again"
+    ]

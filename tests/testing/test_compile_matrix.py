@@ -199,7 +199,7 @@ def test_the_command_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "module_with_faults", module)
     assert main(["module_with_faults", "--target", "sm_80", "--format", "markdown"]) == 1
     assert "FAIL: no tensor-core instruction HMMA" in capsys.readouterr().out
-    # A target that is no gate is reported.
+    # A target that is not a gate is reported.
     assert main(["module_with_faults", "--target", "gfx942", "--format", "markdown"]) == 0
     assert "reported: no tensor-core instruction MFMA" in capsys.readouterr().out
     assert main(["cosup_fast.testing.tolerance"]) == 0

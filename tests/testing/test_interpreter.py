@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended: arithmetic against torch's, and nothing left behind."""
+"""Triton's interpreter, corrected: arithmetic against torch's, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_a_launch_compiles_once_and_runs_nothing():
         ({"n": 128}, 0),  # another multiple of 16
         ({"n": 65}, 1),  # no multiple of 16
         ({"n": 1}, 1),  # compiled in
-        ({"offset": 1}, 1),  # an address that is no multiple of 16
+        ({"offset": 1}, 1),  # an address that is not a multiple of 16
         ({"offset": 4}, 0),
         ({"dtype": torch.bfloat16}, 1),
         ({"num_warps": 2}, 1),

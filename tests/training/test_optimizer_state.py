@@ -1,4 +1,4 @@
-"""Optimizer states of other ranks: cut anew where they are plain numbers, quantized anew where they are blocks."""
+"""Optimizer states of other ranks: cut again where they are plain numbers, quantized again where they are blocks."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_states_are_those_of_the_rows(name, before, after, monkeypatch):
     for rank in range(after):
         made = optimizer_of(monkeypatch, name, rank, after, steps=0)
         expected = moments(made, *saved)
-        anew = load_states(made, saved, rank, after)
-        assert anew == (name == "adamw-8bit" and before != after)
+        again = load_states(made, saved, rank, after)
+        assert again == (name == "adamw-8bit" and before != after)
         ours = moments(made, save_states(made, rank, after))
         assert ours.keys() == expected.keys()
         for key, x in ours.items():
             y = expected[key][rank * share : (rank + 1) * share]
-            if not anew:
+            if not again:
                 assert torch.equal(x, y), key
             else:  # twice a step of 8 bits of the largest of a block
                 assert (x - y).abs().max() <= 0.03 * y.abs().max(), key

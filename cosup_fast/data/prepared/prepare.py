@@ -23,9 +23,10 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosup_fast.data import sources
-from cosup_fast.data.prepared.catalog import CATALOG, GROUPS, INFO, Prepared, is_corpus
+from cosup_fast.data.prepared.catalog import CATALOG, GROUPS, Prepared, is_corpus
 from cosup_fast.data.prepared.fetch import Package, fetch_package
 from cosup_fast.data.prepared.splits import check_splits
+from cosup_fast.data.prepared.verify import INFO
 from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
 from cosup_fast.files import sha256, sync
 from cosup_fast.terminal import SafeConsole

@@ -1,4 +1,4 @@
-"""Span questions: a sentence of a lead with a name, date or number masked, so that the answer stands in the passage.
+"""Span questions: a sentence of a lead with a name, date or number masked, so that the answer is in the passage.
 
     Malawi: It is bordered by ____ to the west, Tanzania to the north and northeast ...   -> Zambia
 
@@ -37,8 +37,8 @@ class Span(NamedTuple):
 def find_spans(passage: Passage, sentence: str) -> list[Span]:
     """The names, dates and numbers that can be masked in a sentence of a lead.
 
-    A span shares no word with the title, and none of its longer words stands elsewhere in the sentence.
-    The first word of a sentence is no name.
+    A span shares no word with the title, and none of its longer words occurs elsewhere in the sentence.
+    The first word of a sentence is not a name.
     """
     title = set(tokens(bare_title(passage.title)))
     found = []

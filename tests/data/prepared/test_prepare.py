@@ -347,3 +347,21 @@ def test_the_table_of_splits_is_what_matching_makes():
     )
     assert run.returncode == 0, run.stderr
     assert "as made anew" in run.stdout
+
+
+@pytest.mark.slow
+def test_gemma_knows_its_river():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cosup_fast.data.sources import resolve_model
+
+    prepare.prepare("gemma3-270m")
+    folder = resolve_model("gemma3-270m")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    assert len(tokenizer) == 262_144
+    asked = tokenizer("The river that flows through Cairo is the", return_tensors="pt")
+    written = model.generate(**asked, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(written[0, -1]) == " Nile"

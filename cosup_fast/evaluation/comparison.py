@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
-from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.evaluation.estimates import Estimate, Gain, compare_values
 from cosup_fast.evaluation.report import Report, figure
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, check_metrics
+from cosup_fast.terminal import FigureTable
 
 
 class ComparedMetric(BaseModel):
@@ -37,10 +36,10 @@ class Comparison(BaseModel):
     differs: tuple[str, ...]  # settings other than the system's own that are not alike
     metrics: tuple[ComparedMetric, ...]
 
-    def table(self, *, datasets: bool = False) -> Table:
+    def table(self, *, datasets: bool = False) -> FigureTable:
         """Each metric of both runs with its gain and p-value; with `datasets`, for each data set too."""
-        table = Table(
-            "metric", "questions", self.before, self.after, "gain, paired 95% interval", "p",
+        table = FigureTable(
+            "metric", "questions", self.before, self.after, "gain, paired\n95% interval", "p",
             caption="percent (perplexity: ratio); two-sided paired permutation test, not corrected for many metrics",
         )  # fmt: skip
         for row in self.metrics:
@@ -52,10 +51,10 @@ class Comparison(BaseModel):
             title = known.title if known else SUMMARY[row.metric]
             gain = row.gain.gain
             interval = (
-                "" if gain.low is None else f"  [{scale * gain.low:{sign}.2f}, {scale * (gain.high or 0):{sign}.2f}]"
+                "" if gain.low is None else f"\n[{scale * gain.low:{sign}.2f}, {scale * (gain.high or 0):{sign}.2f}]"
             )
             table.add_row(
-                escape(f"{title}\n{row.dataset} {row.domain}".strip()),
+                f"{title}\n{row.dataset} {row.domain}".strip(),
                 str(gain.count),
                 figure(row.metric, row.gain.before),
                 figure(row.metric, row.gain.after),

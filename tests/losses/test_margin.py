@@ -1,0 +1,73 @@
+"""The margin mask of false negatives: keys that score above the positive less a margin are no candidates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosup_fast import reference
+from cosup_fast.functional import info_nce
+from cosup_fast.losses import InfoNCELoss
+from cosup_fast.testing import operands, sanitize
+
+OPTIONS = [
+    {},
+    {"symmetric": True},
+    {"key_ids": torch.arange(75) % 40},
+    {"key_ids": torch.arange(75) % 40, "duplicates": "positive"},
+    {"private_negatives": torch.randn(37, 3, 40, generator=torch.Generator().manual_seed(5))},
+    {"reduction": "none", "scale": 3.0},
+    {"label_smoothing": 0.1},
+]
+
+
+def run(loss, x: Tensor, w: Tensor, **options) -> list[Tensor]:
+    x, w = (t.detach().clone().requires_grad_() for t in (x, w))
+    options = {k: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    value = loss(x, w, margin=-0.5, **options)
+    return [value.detach(), *torch.autograd.grad(value.sum(), (x, w))]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ", ".join(o) or "plain")
+@pytest.mark.parametrize("impl", ["stored", "fused", "rows", "recomputed"])
+def test_equal_to_the_reference(impl, options):
+    if impl != "stored":
+        pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    x, w = operands(37, 75, 40)
+    x = x + 0.02 * w[:37]
+    exact = run(reference.info_nce, x.double(), w.double(), **options)
+    assert (reference.info_nce(x.double(), w.double()) - run(reference.info_nce, x.double(), w.double())[0]).abs() > 0.1
+    if (impl, list(options)) == ("fused", ["label_smoothing"]):
+        with sanitize(), pytest.raises(ValueError, match="what a margin left out"):
+            info_nce(x, w, impl=impl, margin=-0.5, **options)
+        return
+    with sanitize():
+        ours = run(info_nce, x, w, impl=impl, **options)
+    for a, b in zip(ours, exact):
+        assert (a.double() - b).norm() < 2.0**-20 * b.norm()
+
+
+def test_ranks_count_candidates_alone():
+    x, w = operands(37, 75, 40)
+    x = x + 0.02 * w[:37]
+    _, ours = info_nce(x, w, margin=-0.5, return_stats=True)
+    _, right = reference.info_nce(x, w, margin=-0.5, return_stats=True)
+    assert torch.equal(ours.rank, right.rank)
+    assert ours.rank.sum() < info_nce(x, w, return_stats=True)[1].rank.sum()
+
+
+def test_a_margin_that_leaves_nothing_is_refused():
+    x, w = operands(6, 9, 8)
+    with pytest.raises(ValueError, match="margin leaves a query no candidate but its positive"):
+        info_nce(x, w, margin=1e3)
+    InfoNCELoss(margin=0.0)(torch.eye(4), torch.eye(4))
+
+
+def test_bad_margins():
+    x, w = operands(6, 9, 8)
+    ids = {"key_ids": torch.arange(9), "positive_ids": torch.arange(6)[:, None]}
+    with pytest.raises(ValueError, match="margin is nan; pass a finite number"):
+        InfoNCELoss(margin=float("nan"))
+    with pytest.raises(ValueError, match="margin is given and positive is None"):
+        info_nce(x, w, margin=0.1, **ids)
