@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cosup_fast.data.records import Passage
-from cosup_fast.generation import GenerationConfig, Generator
+from cosup_fast.generation import Decoder, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex
 
 os.environ.setdefault("PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD", "1")
@@ -125,7 +125,14 @@ def test_markup_is_shown_as_text(page):
     assert page.title() == "cosup-fast"
 
 
-def test_a_stream_can_be_stopped(page, served):
+def test_a_stream_can_be_stopped(page, served, monkeypatch):
+    step = Decoder.step
+
+    def slow(decoder):
+        time.sleep(0.1)  # a tiny model would have ended before anyone could press a key
+        return step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", slow)
     page.click("#settings summary")
     page.fill("#max_tokens", "450")
     page.fill("#max_retrievals", "0")
