@@ -81,6 +81,20 @@ class GenSequence:
     query_passages: list[str]  # the passage each [NSP] asks for
 
 
+def passage_text(template: str, title: str, text: str) -> str:
+    """A passage as models and retrievers read it, without white space at its ends, which tools like to strip.
+
+    Args:
+        template: with the fields {title} and {text}.
+        title: where it is blank, all that the template has on its side of the text is left out.
+        text: of the passage.
+    """
+    if not title.strip():
+        start, end = template.find("{title}"), template.index("{text}")
+        template = template[end:] if -1 < start < end else template[: end + len("{text}")] if start > end else template
+    return template.format(title=title, text=text).strip()
+
+
 class Template:
     """Text to tokens for one pair of tokenizers.
 
@@ -217,7 +231,7 @@ class Template:
         return GenSequence(ids, labels, rows, wanted)
 
     def _passages(self, passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-        texts = [self.config.passage.format(title=passage.title, text=passage.text) for passage in passages]
+        texts = [passage_text(self.config.passage, passage.title, passage.text) for passage in passages]
         for passage, ids in zip(passages, _encode_all(tokenizer, texts), strict=True):
             if len(ids) > self.config.max_passage_tokens:
                 if self.config.long_passages == "error":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cosup_fast.data.answers import normal_words
 from cosup_fast.data.records import Example, Passage, Segment
+from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.ranks import asked
@@ -152,7 +153,7 @@ class DenseRetriever(TextRetriever):
     @cached_property
     def _embeddings(self) -> Tensor:
         """Of the corpus; made when first searched, after all that can be checked has been."""
-        texts = [self._template.format(title=p.title, text=p.text) for p in self.corpus.passages]
+        texts = [passage_text(self._template, p.title, p.text) for p in self.corpus.passages]
         return self._embed(self._encoder.encode_document, texts, self._progress)
 
     def _embed(self, encode: Any, texts: Sequence[str], progress: bool) -> Tensor:

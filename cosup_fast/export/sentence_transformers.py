@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cosup_fast.data.records import Passage
-from cosup_fast.data.template import Template
+from cosup_fast.data.template import Template, passage_text
 from cosup_fast.export.card import RunFacts, model_card
 from cosup_fast.files import FolderKind, replace_folder
 from cosup_fast.model.pretrained import quiet_transformers, read_tokenizer
@@ -173,7 +173,7 @@ def _document_side(model: CoSupervisionModel) -> _Side:
 
     def expected(probe: str) -> tuple[str, list[int]]:
         passage = Passage(id="probe", title=probe, text=probe)
-        return template.config.passage.format(title=probe, text=probe), cutting.sequence(passage)
+        return passage_text(template.config.passage, probe, probe), cutting.sequence(passage)
 
     start, end = template.embseq_start, template.embseq_end
     longest = min(template.config.max_passage_tokens + len(start) + len(end), template.embseq_max_length)

@@ -19,6 +19,7 @@ import torch
 
 from cosup_fast.data.answers import answer_spans
 from cosup_fast.data.records import Example, Passage, Segment
+from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation import Corpus, TestSet
 from cosup_fast.index.embed import evaluation_mode
 from cosup_fast.model import CoSupervisionModel
@@ -70,7 +71,7 @@ class _Layout:
         self.rows = list(range(start, len(self.ids) - 1))  # each predicts a token of the answer
         self.prompt = list(range(asked))
         self.passage = list(range(asked + 1, start))
-        text = template.config.passage.format(title=passage.title, text=passage.text)
+        text = passage_text(template.config.passage, passage.title, passage.text)
         spans = answer_spans(text, example)
         offsets = template.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True

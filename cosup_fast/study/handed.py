@@ -177,6 +177,6 @@ def _another(example: Example, held: str, answers: Sequence[str]) -> str | None:
     return None
 
 
-def _shape(answer: str) -> tuple[bool, bool]:
-    """What kind of answer it is: with a digit, capitalised."""
-    return any(sign.isdigit() for sign in answer), answer[:1].isupper()
+def _shape(answer: str) -> tuple[bool, bool, bool]:
+    """What kind of answer it is: with a digit, capitalised, a phrase of more than a few words."""
+    return any(sign.isdigit() for sign in answer), answer[:1].isupper(), len(answer.split()) > 3

@@ -3,7 +3,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.template import DESCRIPTIONS, IGNORE, Template, TextConfig, add_special_tokens
+from cosup_fast.data.template import (
+    DESCRIPTIONS,
+    IGNORE,
+    Template,
+    TextConfig,
+    add_special_tokens,
+    passage_text,
+)
 from cosup_fast.data.text import gap
 
 WRITTEN_OUT = "[NSP] and [Cs], [Ce], [PAD], <s>, </s>"
@@ -32,7 +39,9 @@ def spelled(template: Template, example: Example, corpus: dict[str, Passage]) ->
             continue
         passage = corpus[segment.passage]
         parts += [("nsp", template.nsp)]
-        parts += [("passage", t) for t in ids_of(template, f"{passage.title} :: {passage.text}")]
+        parts += [
+            ("passage", t) for t in ids_of(template, passage_text("{title} :: {text}", passage.title, passage.text))
+        ]
         parts += [("cs", template.context_start)]
         parts += [("grounded", t) for t in ids_of(template, text)]
         parts += [("ce", template.context_end)]
@@ -132,7 +141,7 @@ def test_sequence_is_what_is_inserted_and_ends_with_its_only_end(template, passa
         sequence = template.sequence(passage)
         assert sequence == [*template.inserted_passage(passage), template.eos]
         assert sequence.count(template.eos) == 1
-        assert template.decode(sequence) == f"{passage.title} :: {passage.text}"
+        assert template.decode(sequence) == passage_text("{title} :: {text}", passage.title, passage.text)
 
 
 def test_another_tokenizer_brings_its_own_start_and_end(make_model, gpt2_folder, passages):
@@ -142,7 +151,7 @@ def test_another_tokenizer_brings_its_own_start_and_end(make_model, gpt2_folder,
         sequence = template.sequence(passage)
         assert sequence[0] == own.bos_token_id
         assert sequence[-1] == own.eos_token_id
-        assert own.decode(sequence[1:-1]) == f"{passage.title} :: {passage.text}"
+        assert own.decode(sequence[1:-1]) == passage_text("{title} :: {text}", passage.title, passage.text)
 
 
 def test_generator_that_starts_with_a_token_does_so_once(make_model, gpt2_folder, examples, corpus):
@@ -237,3 +246,21 @@ def test_outputs_are_written_with_the_spaces_that_their_segments_lack(template):
     spaced = [output[0], Segment(text=" It is old.", passage="p"), Segment(text=" Yes.")]
     made = [template.gen_sequence(Example(id="e", question="?", output=o), passages) for o in (output, spaced)]
     assert made[0].input_ids == made[1].input_ids
+
+
+@pytest.mark.parametrize(
+    ("template", "title", "text", "read"),
+    [
+        ("{title} :: {text}", "Paris", "A city.", "Paris :: A city."),
+        ("{title} :: {text}", "", "A city.", "A city."),
+        ("{title} :: {text}", "  ", " A city.\n", "A city."),
+        ("{title} :: {text}", " Paris", "A city. ", "Paris :: A city."),
+        ("{text} ({title})", "", "A city.", "A city."),
+        ("Title: {title}\nText: {text}", "", "A city.", "A city."),
+        ("# {title}\n{text}\n", "Paris", "A city.", "# Paris\nA city."),
+        ("{text}", "", "A city.", "A city."),
+        ("{text}", "Paris", "A city.", "A city."),
+    ],
+)
+def test_a_passage_has_no_loose_ends(template, title, text, read):
+    assert passage_text(template, title, text) == read

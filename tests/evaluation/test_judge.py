@@ -50,12 +50,12 @@ def test_the_documented_accuracy_is_the_tested_one():
 @pytest.mark.parametrize(
     ("claim", "entailed", "why"),
     [
-        ("The Nile flows north", True, "stand"),
-        ("It is in Egypt that the Nile flows.", True, "stand"),
-        ("The Nile (river)", True, "stand"),  # the title counts
+        ("The Nile flows north", True, "are in the passage"),
+        ("It is in Egypt that the Nile flows.", True, "are in the passage"),
+        ("The Nile (river)", True, "are in the passage"),  # the title counts
         ("The Nile flows south", False, "south"),
         ("The Nile reaches Rome.", False, "negated on one side only"),
-        ("The Nile doesn't reach Rome.", True, "stand"),
+        ("The Nile doesn't reach Rome.", True, "are in the passage"),
         ("The Nile has 3 branches", False, "number not in the passage: 3"),
         ("The Nile flows through Sudan.", False, "name not in the passage: Sudan"),
         ("Nil", False, "Nil"),

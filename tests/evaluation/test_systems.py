@@ -12,6 +12,7 @@ import torch
 
 from cosup_fast.cli.systems import open_system, output_folder
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
+from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation import (
     DenseRetriever,
     GoldRetriever,
@@ -246,7 +247,9 @@ def test_dense_searches_with_the_question_and_what_is_written(encoder_folder, pa
 
     encoder = SentenceTransformer(encoder_folder)
     retriever = DenseRetriever(encoder_folder, passages, "{title} :: {text}")
-    embeddings = encoder.encode([f"{p.title} :: {p.text}" for p in passages], normalize_embeddings=True)
+    embeddings = encoder.encode(
+        [passage_text("{title} :: {text}", p.title, p.text) for p in passages], normalize_embeddings=True
+    )
 
     def expected(text):
         scores = embeddings @ encoder.encode([text], normalize_embeddings=True)[0]

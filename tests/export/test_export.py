@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.template import passage_text
 from cosup_fast.export.card import RunFacts
 from cosup_fast.export.sentence_transformers import export
 from cosup_fast.generation import Generator
@@ -43,7 +44,7 @@ def pair(request, make_model, gpt2_folder, llama_folder):
 
 
 def _texts(model, passages):
-    return [model.template.config.passage.format(title=p.title, text=p.text) for p in passages]
+    return [passage_text(model.template.config.passage, p.title, p.text) for p in passages]
 
 
 def _same(found, expected):

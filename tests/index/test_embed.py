@@ -5,6 +5,7 @@ import torch
 
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage, Segment
+from cosup_fast.data.template import passage_text
 from cosup_fast.index import embed_passages, embed_queries
 
 
@@ -79,7 +80,7 @@ def test_what_is_embedded_is_what_is_inserted(make_model, gpt2_folder, passages)
         assert sequences == [[*template.inserted_passage(passage), template.eos] for passage in passages]
     mixed = make_model(embseq=gpt2_folder, text={"passage": "{text} ({title})"}).template
     for passage, sequence in zip(passages, mixed.sequences(passages), strict=True):
-        text = f"{passage.text} ({passage.title})"
+        text = passage_text("{text} ({title})", passage.title, passage.text)
         assert mixed.embseq_tokenizer.decode(sequence[1:-1]) == mixed.tokenizer.decode(mixed.inserted_passage(passage))
         assert mixed.embseq_tokenizer.decode(sequence[1:-1]) == text
 
