@@ -90,8 +90,12 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         print_answer(console, record.example.question, record.answer)
         console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
     _show_two_retrievals(console, bench, config, corpus)
+    bench.index("", corpus).save(Path(config.output) / "index")
     console.print(
-        f"curves: {config.output}/curves.png   everything: {output}", soft_wrap=True, highlight=False, markup=False
+        f"curves: {config.output}/curves.png   everything: {output}   ask it: cosup-fast serve {config.output}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class QueueFullError(CosupError, RuntimeError):
-    """As many requests as may wait do so already.
+    """As many requests are waiting as may wait.
 
     Args:
         retry_after: seconds after which there is probably room.
@@ -98,11 +98,11 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="cosup-fast engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to work."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Cancels what is left and ends the thread, after the step that runs."""
+        """Cancels what is left and ends the thread after the current step."""
         with self._lock:
             self._stopping = True
         self._inbox.put(lambda: None)

@@ -52,9 +52,9 @@ class Limits:
             kind, _, key = headers.get("authorization", "").partition(" ")
             expected = self._config.api_key.get_secret_value().encode()
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), expected):
-                message = "a wrong API key" if key else "no API key: send it as 'Authorization: Bearer KEY'"
+                message = "this API key is not valid" if key else "send the API key as 'Authorization: Bearer KEY'"
                 bearer = {"WWW-Authenticate": "Bearer"}
-                return ApiError(401, f"expected an API key, found {message}", code="invalid_api_key", headers=bearer)
+                return ApiError(401, message, code="invalid_api_key", headers=bearer)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._config.max_body_bytes:
             return self._too_large()

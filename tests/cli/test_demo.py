@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from cosup_fast.cli import demo
+from cosup_fast.cli.common import load_model
+from cosup_fast.index import SequenceIndex
 
 
 @pytest.mark.slow
@@ -41,6 +43,8 @@ def test_the_demo_runs_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
         assert report["overall"]["correctness"]["count"] == 4
     ranks = json.loads((tmp_path / "demo" / "ranks" / "co-supervised.json").read_text())
     assert len(ranks["recall@1"]) == 6
+    run = tmp_path / "demo" / "run"
+    assert len(SequenceIndex.load(run / "index", load_model(run, "cpu"))) == 20  # as `cosup-fast serve` opens it
     assert "held out after" in printed[0]
     assert "held out after" not in printed[1]  # nothing was trained again
 
