@@ -6,10 +6,11 @@ export OMP_WAIT_POLICY ?= passive
 
 comma := ,
 
-.PHONY: demo test slow lint clean help
+.PHONY: demo serve test slow lint clean help
 
 help:
 	@echo "make demo   train, index, retrieve and generate on real text, in a few minutes on a laptop CPU"
+	@echo "make serve  an OpenAI-compatible server and its page on what the demo trained"
 	@echo "make test   run the tests"
 	@echo "make slow   run the slow tests too"
 	@echo "make lint   ruff and pyright"
@@ -23,6 +24,9 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed-all
 	$(VENV)/bin/cosup-fast demo
+
+serve: demo
+	$(VENV)/bin/cosup-fast serve runs/demo/run
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest

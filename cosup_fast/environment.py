@@ -40,6 +40,8 @@ _OPTIONAL = [
     ("ir-measures", "ir_measures", "metrics of ranked lists", "eval"),
     ("rouge-score", "rouge_score", "ROUGE-L", "eval"),
     ("sentence-transformers", "sentence_transformers", "the dense retrieval baseline", "eval"),
+    ("fastapi", "fastapi", "serving", "serve"),
+    ("uvicorn", "uvicorn", "serving", "serve"),
     ("flash-attn", "flash_attn", "FlashAttention on a GPU", "gpu"),
     ("peft", "peft", "LoRA adapters", "train"),
     ("bitsandbytes", "bitsandbytes", "8-bit optimizer states, 4-bit weights under adapters (QLoRA)", "gpu"),

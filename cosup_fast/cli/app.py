@@ -25,6 +25,7 @@ from cosup_fast.cli.generate import generate
 from cosup_fast.cli.index import index_app
 from cosup_fast.cli.mine import mine
 from cosup_fast.cli.plan import plan
+from cosup_fast.cli.serve import serve
 from cosup_fast.cli.study import study
 from cosup_fast.cli.train import train
 from cosup_fast.signals import terminable
@@ -77,6 +78,11 @@ COMMANDS: dict[Callable[..., None], list[str]] = {
         "generate runs/cosup 'Who wrote Hamlet?' 'What is the capital of Peru?'",
         "generate runs/cosup --file questions.jsonl --output answers.jsonl --batch 32",
         "generate runs/cosup 'Who wrote Hamlet?' --temperature 0.7 --top-p 0.9 --stop '\\n\\n' --json",
+    ],
+    serve: [
+        "serve runs/cosup",
+        "serve runs/cosup --system bm25 --system dense:minilm --port 9000",
+        "serve runs/cosup --host 0.0.0.0 --api-key SECRET --passage-url 'https://en.wikipedia.org/wiki/{title}'",
     ],
     evaluate: [
         "evaluate runs/cosup --examples questions/test-in --limit 100",

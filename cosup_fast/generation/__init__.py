@@ -5,7 +5,8 @@
    taken from the nonparametric index.
 3. The passage and [Cs] are appended; Gen writes the grounded text and [Ce], perhaps another [NSP], or ends.
 
-config.py     settings, a request, and what is asked of an index
+request.py    a question, and what is asked of an index
+listener.py   what may be heard of a request on its way
 grammar.py    which token may come next, and how one is chosen
 answer.py     answers, and tokens to text as they come in
 task.py       one request on its way
@@ -13,7 +14,6 @@ cache.py      keys and values of many requests, attention without pad tokens
 runner.py     one forward for the new tokens of all
 decoder.py    continuous batching
 generator.py  questions to answers
-command.py    what `cosup-fast generate` does
 
 Source: Lee et al. 2024, arXiv 2403.09024, section 3.
 """
@@ -23,7 +23,8 @@ from cosup_fast.generation.answer import Answer, AnswerSegment, Candidate, Retri
 from cosup_fast.generation.decoder import Decoder, Ticket
 from cosup_fast.generation.generator import Generator
 from cosup_fast.generation.grammar import Grammar, State, choose
-from cosup_fast.generation.request import Asked, Request, Retrieve, Searcher
+from cosup_fast.generation.listener import Listener, Phase
+from cosup_fast.generation.request import Asked, PromptError, Request, Retrieve, Searcher
 
 __all__ = [
     "Answer",
@@ -34,6 +35,9 @@ __all__ = [
     "GenerationConfig",
     "Generator",
     "Grammar",
+    "Listener",
+    "Phase",
+    "PromptError",
     "Request",
     "Retrieval",
     "Retrieve",

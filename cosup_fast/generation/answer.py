@@ -71,11 +71,20 @@ class Transcript:
         template: decodes the tokens.
         on_text: called with each new piece; the pieces together are the answer's text.
         stop: texts that end the answer. What may be the beginning of one is held back.
+        on_segment: called with start, end and passage of each grounded segment, once its whole text was passed on.
     """
 
-    def __init__(self, template: Template, on_text: Callable[[str], None] | None, stop: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        template: Template,
+        on_text: Callable[[str], None] | None,
+        stop: tuple[str, ...] = (),
+        on_segment: Callable[[int, int, str], None] | None = None,
+    ):
         self._template = template
         self._on_text = on_text
+        self._on_segment = on_segment
+        self._told = 0  # how many of `_starts` are behind the segments passed on
         self._stop = stop
         self._text = ""
         self._sent = 0
@@ -104,11 +113,12 @@ class Transcript:
         stopped = self._append(self._decoded()) if self._new else False
         self._known, self._new = [], []
         self._starts.append((len(self._text), None))
+        self._tell()
         return stopped
 
     def silence(self) -> None:
-        """No more pieces."""
-        self._on_text = None
+        """No more pieces, no more segments."""
+        self._on_text = self._on_segment = None
 
     def finish(self) -> tuple[AnswerSegment, ...]:
         """All segments. A grounded segment may be empty, a free one is not."""
@@ -116,6 +126,8 @@ class Transcript:
             self._append(self._decoded())
             self._new = []
         self._send(len(self._text))
+        self._starts.append((len(self._text), None))
+        self._tell()
         return self.segments
 
     @property
@@ -156,3 +168,12 @@ class Transcript:
             piece, self._sent = self._text[self._sent : end], end
             if self._on_text is not None:
                 self._on_text(piece)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Passes on the grounded segments that are closed and whose text has been sent."""
+        while self._told + 1 < len(self._starts) and (end := self._starts[self._told + 1][0]) <= self._sent:
+            start, passage = self._starts[self._told]
+            self._told += 1
+            if passage is not None and end > start and self._on_segment is not None:
+                self._on_segment(start, end, passage)

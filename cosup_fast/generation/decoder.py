@@ -24,6 +24,7 @@ from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.generation.answer import Answer, StopReason
 from cosup_fast.generation.cache import Chunk
 from cosup_fast.generation.grammar import Grammar, State, choose
+from cosup_fast.generation.listener import Listener, Phase
 from cosup_fast.generation.request import Asked, Found, Index, Request, Searcher
 from cosup_fast.generation.runner import Runner, check_cache
 from cosup_fast.generation.task import Task
@@ -38,11 +39,12 @@ _checked: WeakSet[torch.nn.Module] = WeakSet()
 class Ticket:
     """A request that was submitted: its answer as soon as there is one."""
 
-    def __init__(self, request: Request, on_text: Callable[[str], None] | None):
+    def __init__(self, request: Request, listener: Listener):
         self.request = request
         self.answer: Answer | None = None
         self.exception: Exception | None = None  # what `answer.error` tells of
-        self._on_text = on_text
+        self.timeline: list[tuple[Phase, float]] = []  # phases and when they began, by `time.perf_counter`
+        self._listener = listener
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -104,15 +106,29 @@ class Decoder:
         self._free = list(range(max_batch))
         self._ended: list[Ticket] = []
 
-    def submit(self, request: Request, on_text: Callable[[str], None] | None = None) -> Ticket:
+    def submit(
+        self,
+        request: Request,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        listener: Listener | None = None,
+    ) -> Ticket:
         """Adds a request; it is answered by the steps that follow.
 
         Args:
             request: the question.
             on_text: called with each new piece of the answer's text; the pieces together are `Answer.text`. What it
                 raises ends this request.
+            listener: hears of text, passages and grounded segments, in place of `on_text`.
+
+        Raises:
+            ValueError: both `on_text` and `listener`.
         """
-        ticket = Ticket(request, on_text)
+        if listener is None:
+            listener = Listener() if on_text is None else _TextListener(on_text)
+        elif on_text is not None:
+            raise ValueError(f"on_text={on_text!r} and listener={listener!r} both hear the text: give one of them")
+        ticket = Ticket(request, listener)
         self._waiting.append(ticket)
         return ticket
 
@@ -146,6 +162,13 @@ class Decoder:
         while not self.idle:
             yield from self.step()
 
+    def abort(self, error: Exception) -> list[Ticket]:
+        """Ends every running request with an error that a step raised; returns their tickets. Others still wait."""
+        for slot in list(self._running):
+            self._fail(slot, error)
+        ended, self._ended = self._ended, []
+        return ended
+
     def _drop_cancelled(self) -> None:
         for ticket in [ticket for ticket in self._waiting if ticket._cancelled]:
             self._waiting.remove(ticket)
@@ -160,7 +183,8 @@ class Decoder:
         while self._waiting and self._free:
             ticket = self._waiting.popleft()
             try:
-                task = Task(ticket.request, ticket.request.config or self.config, self._grammar, ticket._on_text)
+                config = ticket.request.config or self.config
+                task = Task(ticket.request, config, self._grammar, ticket._listener, ticket.timeline)
             except Exception as error:
                 ticket.exception = error
                 ticket.answer = _unwritten("error", str(error))
@@ -180,7 +204,14 @@ class Decoder:
                 room -= count
             if count:
                 chunks.append(Chunk(slot, task.length, task.pending[:count]))
-        hidden = self.runner.read(chunks)
+        try:
+            hidden = self.runner.read(chunks)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            # The cache is as wide as its longest request: without that one the others have room.
+            self._fail(max(chunks, key=lambda chunk: chunk.end).slot, error)
+            return []
         ready = []
         for chunk, state in zip(chunks, hidden, strict=True):
             task = self._running[chunk.slot][1]
@@ -260,6 +291,18 @@ class Decoder:
     def _release(self, slot: int, ticket: Ticket) -> None:
         heapq.heappush(self._free, slot)
         self._ended.append(ticket)
+
+
+class _TextListener(Listener):
+    """Passes text on to a function."""
+
+    def __init__(self, on_text: Callable[[str], None]):
+        self.on_text = on_text  # type: ignore[method-assign]
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a CPU or on a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _unwritten(reason: StopReason, error: str | None = None) -> Answer:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.data.records import Passage
+from cosup_fast.errors import CosupError
 from cosup_fast.generation.answer import AnswerSegment
 from cosup_fast.index import SequenceIndex
 
@@ -18,6 +19,10 @@ Found = Sequence[tuple[Passage, float]]
 
 Retrieve = Callable[[Tensor, int], Found]
 """From a query (D,) and k to at most k passages."""
+
+
+class PromptError(CosupError, ValueError):
+    """A question that Gen cannot read: it is too long with its instruction, or not Unicode text."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.generation.answer import Answer, Candidate, Retrieval, StopReason, Transcript
 from cosup_fast.generation.grammar import Grammar, State
-from cosup_fast.generation.request import Asked, Found, Request
+from cosup_fast.generation.listener import Listener, Phase
+from cosup_fast.generation.request import Asked, Found, PromptError, Request
 
 if TYPE_CHECKING:
     from cosup_fast.data.template import Template
@@ -27,14 +28,20 @@ class Task:
         request: what to answer.
         config: how to write.
         grammar: what may follow what.
-        on_text: called with each new piece of text.
+        listener: hears what is written and found.
+        timeline: phases and when they began (`time.perf_counter`) are added to it.
 
     Raises:
-        ValueError: the prompt is longer than Gen's positions.
+        PromptError: the prompt is longer than Gen's positions.
     """
 
     def __init__(
-        self, request: Request, config: GenerationConfig, grammar: Grammar, on_text: Callable[[str], None] | None
+        self,
+        request: Request,
+        config: GenerationConfig,
+        grammar: Grammar,
+        listener: Listener,
+        timeline: list[tuple[Phase, float]],
     ):
         template: Template = grammar.template
         self.request = request
@@ -49,7 +56,9 @@ class Task:
         self._template = template
         self._prompt = len(self.pending)
         self._random = torch.Generator().manual_seed(config.seed)
-        self._transcript = Transcript(template, on_text, tuple(config.stop))
+        self._listener = listener
+        self._timeline = timeline
+        self._transcript = Transcript(template, listener.on_text, tuple(config.stop), listener.on_segment)
         self._forced = {**request.forced, **({0: template.nsp} if config.ret_first else {})}
         self._asked_at = 0  # the length of the context up to and with the last [NSP]
         self._grounded: list[int] = []  # [Cs] and what was written after it
@@ -57,6 +66,7 @@ class Task:
             self.pending.append(template.nsp)  # known beforehand, so read together with the prompt
             self.generated = 1
             self.state = State.PASSAGE
+        self._enter("read")
 
     @property
     def may_retrieve(self) -> bool:
@@ -82,6 +92,7 @@ class Task:
     def take(self, token: int) -> None:
         """The next token of the output; sets what is to be read, or why the answer ends."""
         before = self.state
+        self._enter("write")
         if self.forced is not None:
             self._grammar.check(before, self.may_retrieve, token)
         self.generated += 1
@@ -104,6 +115,7 @@ class Task:
             self.length = self._asked_at
             self.refed += len(self._grounded)
             self.pending = [*self._grounded, token]
+            self._enter("read")
         elif self.length == self._template.max_length:
             self.stop_reason = "context_length"
         else:
@@ -111,6 +123,7 @@ class Task:
 
     def asked(self, query: Tensor) -> Asked:
         """The [NSP] that was read last, with its query (D,)."""
+        self._enter("retrieve")
         return Asked(self.request, query, self._transcript.segments, len(self.retrievals))
 
     def insert(self, found: Found) -> None:
@@ -121,9 +134,11 @@ class Task:
         """
         if not found:
             raise ValueError("the index gave no passage for a query: it needs at least one")
+        self._enter("read")
         self.retrievals.append(
             Retrieval(candidates=tuple(Candidate(passage=p.id, title=p.title, score=score) for p, score in found))
         )
+        self._listener.on_passages(found)
         given = [*self._template.inserted_passage(found[0][0]), self._template.context_start]
         if self.length + len(given) > self._template.max_length:
             self.stop_reason = "context_length"
@@ -158,19 +173,23 @@ class Task:
             error=error,
         )
 
+    def _enter(self, phase: Phase) -> None:
+        if not self._timeline or self._timeline[-1][0] != phase:
+            self._timeline.append((phase, time.perf_counter()))
+
 
 def prompt_tokens(template: Template, question: str, instruction: str, *more: int) -> list[int]:
     """What Gen reads first.
 
     Raises:
-        ValueError: it is not Unicode text, or longer than Gen's positions.
+        PromptError: it is not Unicode text, or longer than Gen's positions.
     """
     for name, text in (("question", question), ("instruction", instruction)):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"the {name} {text[:60]!a} holds half of a surrogate pair, which is not Unicode text")
+            raise PromptError(f"the {name} {text[:60]!a} holds half of a surrogate pair, which is not Unicode text")
     tokens = [*template.prompt(question, instruction), *more]
     if len(tokens) > template.max_length:
-        raise ValueError(
+        raise PromptError(
             f"the prompt of the question {question[:60]!r} has {len(tokens)} tokens, more than the "
             f"{template.max_length} positions of Gen: shorten the question or the instruction"
         )

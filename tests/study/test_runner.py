@@ -196,3 +196,12 @@ def test_a_cell_begun_with_other_settings_is_not_resumed_with_new_ones(write_stu
         "one-seed0: cell one-seed0 was begun with training.lr=0.001, the study now says 0.01: restore it, or remove "
         f"{cell.work} to begin again"
     ]
+
+
+def test_a_model_may_write_in_half_precision(write_study):
+    conditions = {"one": {"train": False, "systems": ["co-supervised", "ranks", "gold"], "probes": ["attention"]}}
+    study = load_study(write_study(conditions=conditions, seeds=[0], evaluation={"dtype": "bfloat16"}))
+    assert _run(study)[0] == []
+    result = read_cell(study.cell("one", 0))
+    assert result.systems["ranks"]["cities"].scores["recall@20"] == "11"  # a pool of 11 passages
+    assert result.identity["evaluation"]["dtype"] == "bfloat16"

@@ -1,0 +1,77 @@
+"""Who may call, how much a body may hold, and the headers that protect the page: one ASGI middleware."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cosup_fast.serve.errors import ApiError
+from cosup_fast.serve.settings import ServeConfig
+
+_OPEN = frozenset({"/", "/health", "/ready"})
+"""Paths that need no key: the page asks for it."""
+
+
+class Limits:
+    """Checks a request before the application reads it.
+
+    Args:
+        app: what it protects.
+        config: the key and the largest body.
+        count: called with path and status of each response.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, count: Callable[[Scope, int], None]):
+        self._app, self._config, self._count = app, config, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                self._count(scope, message["status"])
+            await send(message)
+
+        refused = self._refuse(scope)
+        if refused is not None:
+            await refused.response()(scope, receive, sending)
+            return
+        await self._app(scope, self._limited(receive), sending)
+
+    def _refuse(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        if self._config.api_key is not None and scope["path"] not in _OPEN and scope["method"] != "OPTIONS":
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            expected = self._config.api_key.get_secret_value().encode()
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), expected):
+                message = "a wrong API key" if key else "no API key: send it as 'Authorization: Bearer KEY'"
+                bearer = {"WWW-Authenticate": "Bearer"}
+                return ApiError(401, f"expected an API key, found {message}", code="invalid_api_key", headers=bearer)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._config.max_body_bytes:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._config.max_body_bytes} bytes", code="body_too_large")
+
+    def _limited(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._config.max_body_bytes:  # a chunked body says no length
+                raise self._too_large()
+            return message
+
+        return limited

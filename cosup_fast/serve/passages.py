@@ -1,0 +1,163 @@
+"""The index and Embseq on their own: POST /v1/search and /v1/embeddings, GET /passages/{id}."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+import torch
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from cosup_fast.data.records import Passage
+from cosup_fast.generation import PromptError
+from cosup_fast.index import SequenceIndex, embed_passages
+from cosup_fast.serve.engine import StoppedError
+from cosup_fast.serve.errors import ApiError
+from cosup_fast.serve.evidence import SearchResult, results
+from cosup_fast.serve.fields import Strict, Text
+from cosup_fast.serve.service import Served, Service, while_connected
+
+router = APIRouter(tags=["passages"])
+R = TypeVar("R")
+_AT_ONCE = 8  # passages embedded between two steps of the requests that run
+
+
+class SearchRequest(Strict):
+    """A search as Gen makes it when it writes [NSP] first."""
+
+    query: Text = Field(min_length=1)
+    instruction: Text = ""
+    k: int = Field(default=5, ge=1, le=100)
+
+
+class SearchResponse(BaseModel):
+    """Passages, best first."""
+
+    object: Literal["list"] = "list"
+    search_results: list[SearchResult]
+
+
+class TitledText(Strict):
+    """A passage with a title, an extension of OpenAI's API."""
+
+    title: Text = ""
+    text: Text = Field(min_length=1)
+
+
+Input = Annotated[Text, Field(min_length=1)] | TitledText
+
+
+class EmbeddingsRequest(Strict):
+    """Passages to embed with Embseq."""
+
+    model: Text
+    input: Input | Annotated[list[Input], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1, description="only the width of the model")
+
+
+class Embedding(BaseModel):
+    """A sequence embedding."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens that Embseq has read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """Embeddings in the order of the input."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+@router.post("/v1/search")
+async def search(body: SearchRequest, request: HTTPRequest, served: Served) -> SearchResponse:
+    """The passages nearest to a question."""
+    index = _index(served)
+
+    def run() -> list[tuple[Passage, float]]:
+        return index.retrieve(served.engine.generator.query(body.query, body.instruction), body.k)
+
+    try:
+        found = await while_connected(request, _between_steps(served, run))
+    except PromptError as error:
+        raise ApiError(400, str(error), param="query", code="context_length_exceeded") from None
+    return SearchResponse(search_results=results(found, served.urls(request)))
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingsRequest, request: HTTPRequest, served: Served) -> EmbeddingsResponse:
+    """The sequence embeddings of passages, as the index holds them."""
+    served.system(body.model)
+    model = served.engine.generator.model
+    if body.dimensions not in (None, model.width):
+        message = f"dimensions={body.dimensions}: this model's embeddings have {model.width}"
+        raise ApiError(400, message, param="dimensions", code="invalid_value")
+    given = body.input if isinstance(body.input, list) else [body.input]
+    texts = [TitledText(text=one) if isinstance(one, str) else one for one in given]
+    for number, one in enumerate(texts):
+        if not one.text.strip():
+            raise ApiError(400, f"input {number} is blank", param="input", code="invalid_value")
+    passages = [Passage(id=f"input {n}", title=one.title, text=one.text) for n, one in enumerate(texts)]
+
+    def embed(part: list[Passage]) -> tuple[torch.Tensor, int]:
+        return embed_passages(model, part), sum(map(len, model.template.sequences(part)))
+
+    async def work() -> tuple[torch.Tensor, int]:
+        starts = range(0, len(passages), _AT_ONCE)
+        parts = [await _between_steps(served, partial(embed, passages[at : at + _AT_ONCE])) for at in starts]
+        return torch.cat([vectors for vectors, _ in parts]), sum(tokens for _, tokens in parts)
+
+    try:
+        vectors, tokens = await while_connected(request, work())
+    except ValueError as error:  # a passage that is too long
+        raise ApiError(400, str(error), param="input", code="context_length_exceeded") from None
+    data = [Embedding(index=row, embedding=_encoded(vector, body)) for row, vector in enumerate(vectors.numpy())]
+    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return EmbeddingsResponse(model=body.model, data=data, usage=usage)
+
+
+@router.get("/passages/{name:path}", response_model=Passage)
+async def passage(name: str, served: Served) -> Response:
+    """A passage of the index by its id: what citations link to."""
+    index = _index(served)
+    if name not in index.by_id:
+        raise ApiError(404, f"the index has no passage with the id {name[:80]!r}", param="name")
+    return JSONResponse(index.by_id[name].model_dump())
+
+
+def _index(served: Service) -> SequenceIndex:
+    if served.index is None:
+        raise ApiError(404, "this server has no index: it was started with max_retrievals=0", code="no_index")
+    return served.index
+
+
+async def _between_steps(served: Service, run: Callable[[], R]) -> R:
+    try:
+        future = served.engine.call(run)
+    except StoppedError as stopped:
+        raise ApiError(503, str(stopped), code="shutting_down") from None
+    return await asyncio.wrap_future(future)
+
+
+def _encoded(vector: np.ndarray, body: EmbeddingsRequest) -> list[float] | str:
+    if body.encoding_format == "float":
+        return vector.tolist()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

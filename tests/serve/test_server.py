@@ -1,0 +1,236 @@
+"""One engine behind many clients: batches, cancellation, the queue, keys, the end; and the other endpoints."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import torch
+
+from cosup_fast.generation import GenerationConfig, Request
+from cosup_fast.index import embed_passages
+
+CHAT = "/v1/chat/completions"
+
+
+def body(question="Who?", **changes):
+    return {"model": "co-supervised", "messages": [{"role": "user", "content": question}]} | changes
+
+
+def eventually(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def test_clients_at_once_have_the_offline_answers(server, generator):
+    questions = [f"Question {n}?" * (1 + n % 3) for n in range(8)]
+    expected = [answer.text for answer in generator.generate_all([Request(q) for q in questions])]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda q: server.http.post(CHAT, json=body(q)).json(), questions))
+    assert [reply["choices"][0]["message"]["content"] for reply in replies] == expected
+
+
+def test_a_seed_samples_the_offline_answer(server, generator):
+    reply = server.http.post(CHAT, json=body(temperature=0.9, top_p=0.8, seed=7, stop=["e"], max_tokens=20)).json()
+    config = GenerationConfig(temperature=0.9, top_p=0.8, seed=7, stop=["e"], max_new_tokens=20, candidates=3)
+    expected = generator.generate_all([Request("Who?", config=config)])[0].text
+    assert reply["choices"][0]["message"]["content"] == expected
+
+
+def test_models(server):
+    with server.client() as client:
+        assert [model.id for model in client.models.list()] == ["co-supervised", "closed-book"]
+        assert client.models.retrieve("closed-book").owned_by == "cosup-fast"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("x")
+
+
+def test_closed_book_retrieves_nothing_and_says_so(server):
+    reply = server.http.post(CHAT, json=body(model="closed-book")).json()
+    assert reply["search_results"] == []
+    assert reply["choices"][0]["message"]["annotations"] == []
+
+
+def test_another_retriever_is_another_model(serving, generator, index):
+    with serving(generator, index, others=["bm25"]) as server:
+        ask = body("What is the capital of Italy?", model="bm25", ret_first=True, candidates=2)
+        reply = server.http.post(CHAT, json=ask).json()
+        assert reply["search_results"][0]["id"] == "rome"
+
+
+def test_search_finds_what_gen_would_find(server, generator, index):
+    reply = server.http.post("/v1/search", json={"query": "Who?", "k": 4}).json()
+    expected = index.retrieve(generator.query("Who?"), 4)
+    assert [(one["id"], one["score"]) for one in reply["search_results"]] == [(p.id, s) for p, s in expected]
+
+
+def test_embeddings_are_those_of_the_index(server, retriever, passages):
+    texts = [{"title": p.title, "text": p.text} for p in passages]
+    data = server.http.post("/v1/embeddings", json={"model": "co-supervised", "input": texts}).json()["data"]
+    expected = embed_passages(retriever, passages)
+    torch.testing.assert_close(torch.tensor([one["embedding"] for one in data]), expected)
+    with server.client() as client:  # which asks for base64
+        (one,) = client.embeddings.create(model="co-supervised", input="The Nile.").data
+        assert np.isfinite(one.embedding).all()
+        assert len(one.embedding) == retriever.width
+        with pytest.raises(openai.BadRequestError, match="max_passage_tokens"):
+            client.embeddings.create(model="co-supervised", input="x " * 4000)
+
+
+def test_a_citation_links_to_its_passage(server, passages):
+    for passage in passages:
+        found = server.http.post("/v1/search", json={"query": passage.title or "x", "k": 11}).json()["search_results"]
+        url = next(one["url"] for one in found if one["id"] == passage.id)
+        assert server.http.get(url).json()["text"] == passage.text
+    assert server.http.get("/passages/none").status_code == 404
+
+
+def test_a_closed_connection_frees_its_place(server):
+    before = server.engine.open
+    clients = [server.client() for _ in range(4)]
+    streams = [client.chat.completions.create(**body(max_tokens=400, stream=True)) for client in clients]
+    for stream in streams:
+        next(iter(stream))
+    for client, stream in zip(clients, streams, strict=True):
+        stream.close()
+        client.close()
+    eventually(lambda: server.engine.open == before)
+    assert server.engine._decoder.idle
+
+
+def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server):
+    with pytest.raises(httpx2.TimeoutException):
+        server.http.post(CHAT, json=body(max_tokens=450, max_retrievals=0), timeout=0.05)
+    eventually(lambda: server.engine.open == 0)
+
+
+def test_a_full_queue_answers_429(serving, generator, index):
+    with serving(generator, index, {"max_batch": 1, "max_waiting": 1}) as server, ThreadPoolExecutor(12) as pool:
+        ask = body(max_tokens=60, max_retrievals=0)
+        replies = list(pool.map(lambda n: server.http.post(CHAT, json=ask), range(12)))
+        statuses = {reply.status_code for reply in replies}
+        assert statuses == {200, 429}
+        refused = next(reply for reply in replies if reply.status_code == 429)
+        assert 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        count = sum(reply.status_code == 429 for reply in replies)
+        assert f"cosup_requests_refused_total {count:.1f}" in server.http.get("/metrics").text
+
+
+def test_a_key_is_asked_for(serving, generator, index):
+    with serving(generator, index, {"api_key": "secret"}) as server:
+        assert server.http.get("/").status_code == 200
+        assert server.http.get("/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            for path in ("/v1/models", "/metrics", "/passages/paris"):
+                reply = server.http.get(path, headers=headers)
+                assert reply.status_code == 401
+                assert reply.json()["error"]["type"] == "authentication_error"
+                assert "secret" not in reply.text
+        with server.client(api_key="secret") as client:
+            assert client.models.list().data
+
+
+def test_a_body_may_be_too_large(serving, generator, index):
+    with serving(generator, index, {"max_body_bytes": 500}) as server:
+        big = body("x" * 500)
+        assert server.http.post(CHAT, json=big).status_code == 413
+
+        def chunks():
+            yield from (b" " * 100 for _ in range(6))
+
+        reply = server.http.post(CHAT, content=chunks(), headers={"Content-Type": "application/json"})
+        assert reply.status_code == 413
+        assert reply.json()["error"]["code"] == "body_too_large"
+
+
+def test_other_origins_are_let_in_only_when_named(server, serving, generator, index):
+    headers = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "Access-Control-Allow-Origin" not in server.http.options(CHAT, headers=headers).headers
+    with serving(generator, index, {"cors_origins": ("https://example.org",), "api_key": "k"}) as open_server:
+        reply = open_server.http.options(CHAT, headers=headers)
+        assert reply.headers["Access-Control-Allow-Origin"] == "https://example.org"
+
+
+def test_metrics_count(server):
+    server.http.post(CHAT, json=body(ret_first=True))
+    text = server.http.get("/metrics").text
+    for name in ("generated_tokens_total", "retrievals_total", "answer_seconds_count", "first_token_seconds_count"):
+        (value,) = re.findall(rf"^cosup_{name} (\S+)$", text, re.M)
+        assert float(value) > 0
+    assert 'cosup_http_responses_total{path="/v1/chat/completions",status="200"}' in text
+    assert "cosup_requests_running 0.0" in text
+
+
+def test_the_timeline_is_in_order_and_whole(server):
+    timeline = server.http.post(CHAT, json=body(ret_first=True)).json()["timeline"]
+    assert [one["phase"] for one in timeline[:3]] == ["wait", "read", "retrieve"]
+    assert {"write"} <= {one["phase"] for one in timeline}
+    assert timeline[0]["start_ms"] == 0
+    for one, following in pairwise(timeline):
+        assert one["end_ms"] == following["start_ms"] >= one["start_ms"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(retriever, index, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    retriever.save(folder / "model")
+    index.save(folder / "model" / "index")
+    return folder / "model"
+
+
+def started(*arguments):
+    """The command in a process of its own, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cosup_fast", "serve", *map(str, arguments), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+    )
+    line = process.stdout.readline()
+    found = re.search(r"API: (\S+)/v1", line)
+    assert found, line + process.stderr.read()
+    return process, found[1]
+
+
+def test_sigterm_lets_running_answers_end(run_folder):
+    process, url = started(run_folder, "--drain", 30)
+    ask = body(max_tokens=150, max_retrievals=0, stream=True)
+    try:
+        with httpx2.Client(base_url=url, trust_env=False) as http, http.stream("POST", CHAT, json=ask) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert "data: [DONE]" in rest
+        assert '"finish_reason":"' in "".join(rest)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_command_refuses_what_it_cannot_serve(run_folder, cosup, tmp_path):
+    status, _, err = cosup("serve", run_folder, "--index", tmp_path / "none", "--port", 0)
+    assert status == 1
+    assert "none" in err
+    status, _, err = cosup("serve", run_folder, "--system", "gold", "--port", 0)
+    assert status == 1
+    assert "--system gold" in err
+    status, _, err = cosup("serve", run_folder, "--host", "192.0.2.1")
+    assert status == 1
+    assert "cannot listen on --host 192.0.2.1" in err
+    status, _, err = cosup("serve", run_folder, "--passage-url", "ftp://x/{id}")
+    assert status == 1
+    assert "passage_url" in err
