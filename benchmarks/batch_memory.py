@@ -22,6 +22,7 @@ from benchmarks import machine, peak, report
 from benchmarks.material import Material
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
+from cosup_fast.training.metrics import StepMetrics
 from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import Trainer
 
@@ -98,6 +99,8 @@ def here(setting: Setting, size: int) -> Row:
         del batch
         begin = time.perf_counter()
         metrics = trainer._step()
+        assert isinstance(metrics, StepMetrics)
+        assert metrics.nsp is not None
         seconds = time.perf_counter() - begin
     return Row(size, **counts, nsp=metrics.nsp, peak_bytes=peak.status("VmHWM"), seconds=seconds)
 

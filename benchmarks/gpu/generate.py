@@ -84,7 +84,7 @@ def make_model(setting: Setting) -> CoSupervisionModel:
     template, _ = Template(TextConfig(), tokenizer := make_tokenizer()), None
     with device:
         gen = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=choose_attention("auto", device, dtype)
+            config, dtype=dtype, attn_implementation=choose_attention("auto", device)
         )
     gen.resize_token_embeddings(max(len(tokenizer), config.vocab_size), mean_resizing=False)
     gen.config.pad_token_id = template.pad

@@ -138,8 +138,7 @@ def measure(
 def make_model(request: PlanRequest, device: torch.device) -> CoSupervisionModel:
     """Both models with the weights that transformers starts a model with, in training mode."""
     dtype = getattr(torch, request.dtype)
-    products = torch.bfloat16 if request.precision == "bfloat16" else dtype
-    attention = choose_attention("auto", device, products)
+    attention = choose_attention("auto", device)
 
     def make(values: dict[str, Any], factory: Any) -> Any:
         with device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -30,7 +30,7 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[D
     """All fields in the order of the file, sections opened."""
     for name, field in model.model_fields.items():
         if _is_section(field.annotation):
-            yield from describe(field.annotation, f"{prefix}{name}.")
+            yield from describe(cast(type[BaseModel], field.annotation), f"{prefix}{name}.")
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
         if isinstance(default, tuple):

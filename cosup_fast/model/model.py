@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -370,7 +370,7 @@ class CoSupervisionModel(nn.Module):
 
     def _inside(self, part: PreTrainedModel, run: Callable[[], R]) -> R:
         """Runs what reads a model's weights; of a sharded one they are whole only inside (see `training.sharding`)."""
-        return part.run_inside(run) if hasattr(part, "run_inside") else run()
+        return cast(Any, part).run_inside(run) if hasattr(part, "run_inside") else run()
 
     def _gen_states(self, pack: Pack) -> Tensor:
         return run_pack(self.gen.base_model, pack, self.gen_norm)

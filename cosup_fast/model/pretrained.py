@@ -135,7 +135,7 @@ def _read(factory: Any, name: str | Path, what: str, **options: Any) -> Any:
 def _check_complete(name: str, found: dict[str, Any], unused: tuple[str, ...]) -> None:
     """Refuses what `from_pretrained` would have filled with random numbers."""
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(unused))
-    resized = sorted(found.get("mismatched_keys") or ())
+    resized: list[tuple[str, Any, Any]] = sorted(found.get("mismatched_keys") or ())
     if resized:
         key, there, here = resized[0]
         raise ValueError(

@@ -242,3 +242,9 @@ def test_processes_that_write_at_once(folder, tmp_path):
     files = list(folder.iterdir())
     assert len(files) == 8
     assert all(json.loads(file.read_text())["winner"] for file in files)
+
+
+def test_whether_a_graph_is_captured_is_torchs_word(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.capturing(torch.device("cuda"))
+    assert not tuning.capturing(torch.device("cpu"))
