@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plain_decoder import plain_decode
-from cosup_fast.generation import Decoder, GenerationConfig, Generator, Request, Ticket
+from cosup_fast.generation import Decoder, GenerationConfig, Generator, Listener, Request, Ticket
 from cosup_fast.index import SequenceIndex
 from cosup_fast.model.attention import attending
 
@@ -349,3 +349,67 @@ def test_a_gen_that_cannot_be_cached_is_refused(make_model, monkeypatch):
     layer.layer_idx = 0  # two layers with one cache
     with pytest.raises(ValueError, match=r"Gen \(LlamaForCausalLM\) cannot write with a cache of keys and values"):
         Decoder(model, lambda query, k: [])
+
+
+def test_a_listener_hears_in_order_and_the_timeline_says_when(make_model, passages, randomize, retrieve_from):
+    heard: list[tuple] = []
+
+    class Heard(Listener):
+        def on_text(self, piece):
+            heard.append(("text", piece))
+
+        def on_passages(self, found):
+            heard.append(("passages", [passage.id for passage, _ in found]))
+
+        def on_segment(self, start, end, passage):
+            heard.append(("segment", start, end, passage))
+
+    model = randomize(make_model(), 3)
+    decoder = Decoder(model, retrieve_from(model, passages))
+    config = GenerationConfig(max_new_tokens=40, max_retrievals=2, ret_first=True, candidates=2)
+    ticket = decoder.submit(Request("Who?", config=config), listener=Heard())
+    list(decoder.run())
+    answer = ticket.result()
+    assert heard[0] == ("passages", [c.passage for c in answer.retrievals[0].candidates])
+    assert "".join(one[1] for one in heard if one[0] == "text") == answer.text
+    segments = [one[1:] for one in heard if one[0] == "segment"]
+    expected = [(s.text, s.passage) for s in answer.segments if s.passage is not None and s.text]
+    assert [(answer.text[start:end], passage) for start, end, passage in segments] == expected
+    phases, times = zip(*ticket.timeline, strict=True)
+    assert phases[:3] == ("read", "retrieve", "read")
+    assert phases.count("retrieve") == len(answer.retrievals)
+    assert list(times) == sorted(times)
+    with pytest.raises(ValueError, match="give one of them"):
+        decoder.submit(Request("Who?"), print, listener=Heard())
+
+
+def test_running_out_of_memory_ends_the_longest_request_alone(model, passages, monkeypatch):
+    decoder = Decoder(model, lambda query, k: [(passages[0], 1.0)])
+    reserve = type(decoder.runner.cache).reserve
+
+    def limited(cache, length):
+        if length > 120:
+            raise torch.OutOfMemoryError("no room")
+        reserve(cache, length)
+
+    monkeypatch.setattr(type(decoder.runner.cache), "reserve", limited)
+    config = GenerationConfig(max_new_tokens=5, max_retrievals=0)
+    short, long = (decoder.submit(Request(text, config=config)) for text in ("Who?", "so long " * 40))
+    list(decoder.run())
+    assert short.result().generated_tokens == 5
+    assert isinstance(long.exception, torch.OutOfMemoryError)
+    assert long.answer is not None
+    assert long.answer.stop_reason == "error"
+
+
+def test_a_step_that_fails_can_be_aborted(model, passages, monkeypatch):
+    decoder = Decoder(model, lambda query, k: [(passages[0], 1.0)], max_batch=1)
+    running, waiting = decoder.submit(Request("Who?")), decoder.submit(Request("When?"))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(decoder.runner), "read", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as caught:
+            decoder.step()
+    assert decoder.abort(caught.value) == [running]
+    assert running.exception is caught.value
+    list(decoder.run())
+    assert waiting.result().generated_tokens > 0

@@ -11,10 +11,10 @@ texts = st.text(st.characters(codec="utf-8"), max_size=12)
 parts = st.lists(st.tuples(texts, st.sampled_from([None, "paris", "go"])), max_size=4)
 
 
-def write(template, parts, stop=()):
+def write(template, parts, stop=(), pieces=None, on_segment=None):
     """What is sent, what the segments are, and whether a stop text ended it."""
-    pieces: list[str] = []
-    transcript = Transcript(template, pieces.append, stop)
+    pieces = [] if pieces is None else pieces
+    transcript = Transcript(template, pieces.append, stop, on_segment)
 
     def run() -> bool:
         for text, passage in parts:
@@ -81,3 +81,21 @@ def test_a_stop_text_across_segments(model):
 def test_an_empty_stop_is_refused():
     with pytest.raises(ValueError, match="holds an empty text"):
         GenerationConfig(stop=["a", ""])
+
+
+@given(parts=parts, stop=st.lists(st.text("ab \n碁", min_size=1, max_size=3), max_size=2))
+@settings(max_examples=60, deadline=None)
+def test_a_grounded_segment_is_told_once_its_text_has_been_sent(model, parts, stop):
+    """Also where a stop text cuts it, and where what may be one is held back."""
+    pieces: list[str] = []
+    told: list[tuple[int, int, str]] = []
+
+    def on_segment(start: int, end: int, passage: str) -> None:
+        assert end <= len("".join(pieces))
+        told.append((start, end, passage))
+
+    _, _, segments = write(model.template, parts, tuple(stop), pieces, on_segment)
+    text = "".join(pieces)
+    expected = [(segment.text, segment.passage) for segment in segments if segment.passage is not None and segment.text]
+    assert [(text[start:end], passage) for start, end, passage in told] == expected
+    assert told == sorted(told)
