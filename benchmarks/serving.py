@@ -213,6 +213,7 @@ def main() -> None:
     lines += ["", f"`{shlex.join(['python', 'benchmarks/serving.py', *sys.argv[1:]])}`, {arguments.rounds} rounds"]
     print("\n".join(lines))
     if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         with replace_file(arguments.output / "serving.md") as file:
             file.write("\n".join(lines) + "\n")
 

@@ -99,3 +99,16 @@ def test_a_grounded_segment_is_told_once_its_text_has_been_sent(model, parts, st
     expected = [(segment.text, segment.passage) for segment in segments if segment.passage is not None and segment.text]
     assert [(text[start:end], passage) for start, end, passage in told] == expected
     assert told == sorted(told)
+
+
+def test_a_segment_whose_end_is_held_back_waits(model):
+    for following, expected in (("y", [(0, 2, "go")]), ("b", [(0, 1, "go")])):  # the stop text does not come, or does
+        pieces: list[str] = []
+        told: list[tuple[int, int, str, str]] = []
+
+        def on_segment(start, end, passage, pieces=pieces, told=told):
+            told.append((start, end, passage, "".join(pieces)))
+
+        write(model.template, [("xa", "go"), (following, None)], ("ab",), pieces, on_segment)
+        assert [one[:3] for one in told] == expected
+        assert all(end <= len(sent) for _, end, _, sent in told)

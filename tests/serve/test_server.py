@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 
-from cosup_fast.generation import GenerationConfig, Request
+from cosup_fast.generation import Decoder, GenerationConfig, Request
 from cosup_fast.index import embed_passages
 
 CHAT = "/v1/chat/completions"
@@ -95,8 +95,24 @@ def test_a_citation_links_to_its_passage(server, passages):
     assert server.http.get("/passages/none").status_code == 404
 
 
-def test_a_closed_connection_frees_its_place(server):
-    before = server.engine.open
+@pytest.fixture
+def slow(monkeypatch):
+    """Steps that take long enough for a client to leave before its answer ends."""
+    step = Decoder.step
+
+    def slowly(decoder):
+        time.sleep(0.05)
+        return step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", slowly)
+
+
+def cancelled(server):
+    return server.engine.metrics.registry.get_sample_value("cosup_answers_total", {"stop_reason": "cancelled"}) or 0
+
+
+def test_closed_connections_free_their_places(server, slow):
+    before = cancelled(server)
     clients = [server.client() for _ in range(4)]
     streams = [client.chat.completions.create(**body(max_tokens=400, stream=True)) for client in clients]
     for stream in streams:
@@ -104,14 +120,17 @@ def test_a_closed_connection_frees_its_place(server):
     for client, stream in zip(clients, streams, strict=True):
         stream.close()
         client.close()
-    eventually(lambda: server.engine.open == before)
-    assert server.engine._decoder.idle
-
-
-def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server):
-    with pytest.raises(httpx2.TimeoutException):
-        server.http.post(CHAT, json=body(max_tokens=450, max_retrievals=0), timeout=0.05)
     eventually(lambda: server.engine.open == 0)
+    assert cancelled(server) == before + 4
+    assert server.engine._decoder.free == 4
+
+
+def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server, slow):
+    before = cancelled(server)
+    with pytest.raises(httpx2.TimeoutException):
+        server.http.post(CHAT, json=body(max_tokens=450, max_retrievals=0), timeout=0.3)
+    eventually(lambda: server.engine.open == 0)
+    assert cancelled(server) == before + 1
 
 
 def test_a_full_queue_answers_429(serving, generator, index):
