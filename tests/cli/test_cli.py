@@ -216,12 +216,14 @@ def test_an_output_that_holds_a_run_is_not_overwritten(cosup, fields):
     status, _, err = cosup("train", *_arguments(fields))
     assert status == 1
     assert "holds a run already: add --resume" in err
-    status, _, err = cosup("train", *_arguments(fields, **{"training.lr": 0.5}), "--resume")
+    status, _, err = cosup("train", *_arguments(fields, **{"training.seed": 7}), "--resume")
     assert status == 1
-    assert "training.lr=0.5, but the run" in err
+    assert "training.seed=7, but the run" in err
     status, _, err = cosup("train", *_arguments(fields, **{"training.steps": 6}), "--resume")
     assert status == 0, err
-    assert [r["step"] for r in read_metrics(Path(fields["output"]) / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    records = read_metrics(Path(fields["output"]) / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["kind"] == "changed"] == [4]  # training.steps, from here on
 
 
 def test_what_is_no_checkpoint(cosup, tmp_path):
