@@ -44,7 +44,7 @@ def measure(case: Case, compiled: bool, setting: Setting, seconds: float) -> dic
     Args:
         case: the real one; a rehearsal shrinks it.
         compiled: providers that Inductor compiles, which takes long, or the others.
-        setting: of the session.
+        setting: of the run.
         seconds: for the rounds.
 
     Raises:

@@ -82,7 +82,7 @@ def measure(
 
     Args:
         request: models, packs and optimizer.
-        setting: of the session.
+        setting: of the run.
         seconds: for all of it.
         stepped: with the optimizer.
         uneven: lengths from an eighth up to those of the request.

@@ -1,4 +1,4 @@
-"""The session of `python -m benchmarks gpu`: budget, crashes, resumption; and all of its tasks, rehearsed."""
+"""A run of `python -m benchmarks gpu`: budget, crashes, resumption; and all of its tasks, rehearsed."""
 
 from __future__ import annotations
 
