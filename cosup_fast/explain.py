@@ -62,5 +62,6 @@ def explain(
     wide = operand_dtype(dtype, device, n * m * d)
     with FakeTensorMode():
         x, w = (torch.empty(size, d, dtype=wide, device=device) for size in (n, m))
-        scores = Scores(x, w, symmetric=symmetric, softcap=softcap)
+        target = torch.empty(n, dtype=torch.int64, device=device)
+        scores = Scores(x, w, target=target, symmetric=symmetric, softcap=softcap)
         return dispatch.plan(impl, scores, at_once=reduction != "none", gradients=gradients)

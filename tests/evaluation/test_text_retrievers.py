@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever
 from cosup_fast.evaluation.retrievers import Request
 from cosup_fast.evaluation.text_retrievers import K1, B, _stems, sentence_encoder
@@ -91,7 +92,7 @@ def test_the_prompts_of_an_encoder_are_used(make_folder, passages, tmp_path):
     encoder = SentenceTransformer(modules=[Transformer(make_folder("llama")), Pooling(32)], prompts=prompts)
     encoder.save(str(tmp_path / "e5"))
     retriever = DenseRetriever(str(tmp_path / "e5"), passages, "{title} {text}")
-    plain = [f"passage: {p.title} {p.text}" for p in passages]
+    plain = [f"passage: {passage_text('{title} {text}', p.title, p.text)}" for p in passages]
     queries, documents = (
         encoder.encode(texts, normalize_embeddings=True) for texts in ([f"query: {text}" for text in QUESTIONS], plain)
     )

@@ -105,7 +105,7 @@ def test_torchaos_8_bit_states_follow_those_of_32():
 
 
 def test_what_torchao_would_not_quantize_is_refused():
-    with pytest.raises(ValueError, match=r"4160 elements.*no multiple of 256; use adamw-8bit"):
+    with pytest.raises(ValueError, match=r"4160 elements.*not a multiple of 256; use adamw-8bit"):
         LocalOptimizer(nn.Linear(65, 64).named_parameters(), "adamw-8bit-torchao", lr=1e-3)
 
 
