@@ -83,7 +83,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
             folder=output / "evaluation" / name.replace(":", "-"),
         )
     console.print(comparison(reports, recalls, corpus))
-    console.print(gains(reports), highlight=False, markup=False)
+    console.print(gains(reports), highlight=False, markup=False, soft_wrap=True)
 
     console.rule("4/4  what it writes")
     for record in _telling(reports[OURS]):
