@@ -30,7 +30,7 @@ def random_weights(name: str, folder: Path, *, layers: int | None = None) -> Pat
         config.get_text_config().num_hidden_layers = layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     with replace_folder(folder, _KIND) as new:
         model.save_pretrained(new)
         read_tokenizer(name).save_pretrained(new)
