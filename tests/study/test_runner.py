@@ -48,7 +48,7 @@ def _run(study, **options):
 def _figures(cell):
     """A cell's result without the names of its folder and what differs from run to run."""
     result = json.loads(cell.result.read_text().replace(str(cell.study.results.parent.parent), ""))
-    for name in ("seconds", "identity"):
+    for name in ("seconds", "identity", "machine"):
         del result[name]
     return result
 
