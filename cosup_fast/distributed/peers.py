@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -32,6 +32,8 @@ NOTICE = 1.0
 """Seconds after which a rank that waits in a collective looks whether it has failed for others."""
 ROLL_CALL = 5.0
 """Seconds to wait for an answer from each rank once a collective has failed."""
+HEARING = 20.0
+"""Seconds for which a rank that reports an error waits for the others to read it: it may hold the store they read."""
 
 # torch 2.13 renamed these; the old names warn there.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -114,6 +116,7 @@ class Peers:
         found: list[dict[str, Any]] = [one for one in notes if one is not None]
         for name, one in zip(self.names, found):
             if "error" in one:
+                channel.hear(self.rank)
                 raise ReportedError(f"rank {name}: {one['error']}")
             if one["purpose"] != purpose:
                 raise PeerError(f"{purpose}: rank {name} is at {one['purpose']!r}; every rank makes the same calls")
@@ -132,7 +135,7 @@ class Peers:
             yield
         except (TypeError, ValueError) as error:
             if self.size > 1:
-                self._channel.post(self.rank, {"purpose": purpose, "error": str(error)})
+                self._channel.report(self.rank, self.size, {"purpose": purpose, "error": str(error)})
             raise
 
     def counts(self, n: int) -> list[int]:
@@ -244,6 +247,17 @@ class _Channel:
         """Leaves this rank's note of the next meeting."""
         self.number += 1
         self.store.set(f"{self.number}/{rank}", json.dumps(note))
+
+    def report(self, rank: int, size: int, note: dict[str, Any]) -> None:
+        """Leaves an error as this rank's note of the next meeting, and gives the others time to read it."""
+        self.post(rank, note)
+        with suppress(dist.DistError):
+            self.hear(rank)
+            self._await([f"{self.number}/heard/{i}" for i in range(size)], HEARING)
+
+    def hear(self, rank: int) -> None:
+        """Tells who reported an error at this meeting that this rank knows of it."""
+        self.store.set(f"{self.number}/heard/{rank}", "")
 
     def exchange(self, rank: int, size: int, note: dict[str, Any], timeout: float) -> list[dict[str, Any] | None]:
         """The note of every rank; None for those that left none in time."""

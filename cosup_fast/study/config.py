@@ -60,7 +60,6 @@ class StudySet(_Part):
     examples: str
     corpus: str
     domain: Literal["in-domain", "out-of-domain"]
-    limit: int | None = Field(default=None, ge=1, description="use only so many questions, the same ones in every cell")
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +135,14 @@ class Comparison(_Part):
 class Evaluation(_Part):
     """How every cell is evaluated; how Gen writes is in `base.generation`."""
 
+    questions: int | None = Field(
+        default=None, ge=1, description="ask only so many of each set, the same ones in every cell; null: all"
+    )
+    passages: int | None = Field(
+        default=None,
+        ge=1,
+        description="search only so many of each corpus, all gold passages among them; null: all",
+    )
     batch: int = Field(default=16, ge=1, description="questions answered at once")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="dtype of the weights while they write"
