@@ -100,7 +100,7 @@ def test_killed_at_any_moment_a_study_ends_with_the_same_figures(finished, write
         result, numbers = _figures(cell)
         expected, expected_numbers = _figures(finished[0].cells[name])
         assert result == expected
-        assert numbers == pytest.approx(expected_numbers, rel=1e-3)  # sums split among threads differ in their last bits
+        assert numbers == pytest.approx(expected_numbers, rel=1e-3)  # sums split among threads differ a little
 
 
 def test_a_cell_made_with_another_configuration_is_refused_by_name(write_study, finished, tmp_path):
