@@ -9,7 +9,7 @@ have neither, and its negatives would be told apart by their length. The blur le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -62,7 +62,7 @@ class StepSampler:
 
 def example_lengths(
     examples: Sequence[Example],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     template: Template,
     limits: PackLimits | None = None,
     *,

@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,7 +30,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sampling import StepSampler, example_lengths
-from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.sources import load_examples, open_corpus_by_id
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory
@@ -119,7 +119,7 @@ def _run(
     corpus, examples, held_out = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
-        "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
+        "training": _digest(examples, (corpus[passage] for passage in _passages(examples))),
         "held-out": _digest(held_out, evaluator.pool if evaluator else []),
     }
     if peers is not None:
@@ -198,15 +198,15 @@ def _new_model(config: RunConfig, initial: Path | None, device: torch.device) ->
     )
 
 
-def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], list[Example]]:
-    """The corpus by id, the training examples and the held-out examples.
+def load_data(config: RunConfig) -> tuple[Mapping[str, Passage], list[Example], list[Example]]:
+    """The corpus by id, its texts left on disk; the training examples and the held-out examples.
 
     Raises:
         DataError: what the files hold is not valid, or, without `data.allow_leaks`, what is held out is trained on:
             the same example, the same question, or the same gold passage.
     """
     data = config.data
-    corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
+    corpus = open_corpus_by_id(data.corpus, checksum=data.checksum)
 
     def load(names: list[str], limit: int | None, seed: int) -> list[Example]:
         loaded = [e for name in names for e in load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)]
@@ -234,7 +234,7 @@ def _ask(
     config: RunConfig,
     template: Template,
     examples: Sequence[Example],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     lengths: Sequence[int],
     device: torch.device,
     console: Console,
@@ -363,7 +363,7 @@ def _measure(
     template: Template,
     config: RunConfig,
     examples: Sequence[Example],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     console: Console,
 ) -> list[int]:
     """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from cosup_fast.data.passages import PassagesById
 from cosup_fast.data.records import Passage
 from cosup_fast.index import Options, SequenceIndex, embed_passages, search, shards
-from cosup_fast.index.shards import PassagesById
 
 MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
 SMALL = Options(shard_size=4, progress=False)
