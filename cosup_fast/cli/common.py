@@ -27,6 +27,10 @@ Checkpoint = Annotated[
     Path, typer.Argument(help="A checkpoint, or a run's folder for its best or newest one.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+IndexName = Annotated[
+    str | None,
+    typer.Option(help="the index: a folder, or milvus:URI[#COLLECTION]; default: index/ beside the checkpoint"),
+]
 Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
 
 

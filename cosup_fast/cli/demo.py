@@ -30,6 +30,7 @@ from cosup_fast.evaluation.retrievers import Retriever
 from cosup_fast.evaluation.scoring import rank_scores
 from cosup_fast.files import replace_file
 from cosup_fast.generation import Generator
+from cosup_fast.index import SequenceIndex
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.run import run_training
@@ -90,7 +91,9 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         print_answer(console, record.example.question, record.answer)
         console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
     _show_two_retrievals(console, bench, config, corpus)
-    bench.index("", corpus).save(Path(config.output) / "index")
+    index = bench.index("", corpus)
+    assert isinstance(index, SequenceIndex)  # the bench made it
+    index.save(Path(config.output) / "index")
     console.print(
         f"curves: {config.output}/curves.png   everything: {output}   ask it: cosup-fast serve {config.output}",
         soft_wrap=True,

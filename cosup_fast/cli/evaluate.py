@@ -22,7 +22,10 @@ class EvaluateOptions(BaseModel):
         default=[], description="a JSONL file of examples or of KILT, or a prepared set; repeat it for several"
     )
     system: str = Field(default="co-supervised", description=f"what answers: {forms()}")
-    index: Path | None = Field(default=None, description="the index; default: index/ beside what retrieves")
+    index: str | None = Field(
+        default=None,
+        description="the index, a folder or milvus:URI[#COLLECTION]; default: index/ beside what retrieves",
+    )
     corpus: str | None = Field(
         default=None, description="passages to search or hand over; default: those of the index, or the run's"
     )

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosup_fast.cli.common import Checkpoint, Device, Stale, err, generation_config, interruptible, load_model, out
+from cosup_fast.cli.common import (
+    Checkpoint,
+    Device,
+    IndexName,
+    Stale,
+    err,
+    generation_config,
+    interruptible,
+    load_model,
+    out,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +33,7 @@ def generate(
             help="more questions: *.jsonl with a question (instruction, id) a line, or plain lines; - is stdin"
         ),
     ] = None,
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    index: IndexName = None,
     output: Annotated[Path | None, typer.Option(help="a JSONL file for the answers, with every retrieval")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
     batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
@@ -49,7 +59,7 @@ def generate(
     from cosup_fast.cli.answers import answer_questions, read_questions
     from cosup_fast.files import check_regular, held
     from cosup_fast.generation import Generator
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.index.stores import load_index
 
     asked = read_questions(questions or [], file or [])
     config = generation_config(
@@ -71,7 +81,7 @@ def generate(
     with held(output, "generate") if output is not None else nullcontext():
         model = load_model(checkpoint, device)
         folder = index or checkpoint / "index"
-        searched = SequenceIndex.load(folder, model, allow_stale=allow_stale) if config.max_retrievals else _no_passages
+        searched = load_index(folder, model, allow_stale=allow_stale) if config.max_retrievals else _no_passages
         generator = Generator(model, searched, config, max_batch=min(batch, len(asked)))
         with interruptible():
             failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)

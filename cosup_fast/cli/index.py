@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from cosup_fast.cli.common import Checkpoint, Device, Stale, interruptible, load_model, out, say, say_once
+from cosup_fast.cli.common import Checkpoint, Device, IndexName, Stale, interruptible, load_model, out, say, say_once
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
 Corpus = Annotated[str, typer.Option(help="the passages: a JSONL file, a prepared name, or hf:owner/name[:split]")]
-Place = Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")]
-Index = Annotated[Path, typer.Argument(help="an index, or a run's folder for the one in it", show_default=False)]
+Index = Annotated[
+    str,
+    typer.Argument(help="an index, a run's folder for the one in it, or milvus:URI[#COLLECTION]", show_default=False),
+]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="most tokens of a batch; default: 4096 on a CPU, 16384 on a GPU")
 ]
@@ -27,14 +28,22 @@ Restart = Annotated[bool, typer.Option("--restart", help="Throw away an unfinish
     "build",
     epilog="Examples: cosup-fast index build runs/cosup --corpus wiki-leads | cosup-fast index build runs/cosup "
     "--corpus passages.jsonl --factory IVF4096,PQ64 --parameters nprobe=64 | torchrun --nproc-per-node 8 -m cosup_fast "
-    "index build runs/cosup --corpus passages.jsonl --precision bfloat16",
+    "index build runs/cosup --corpus passages.jsonl --precision bfloat16 | cosup-fast index build runs/cosup --corpus "
+    "passages.jsonl --store milvus:http://localhost:19530",
 )
 def index_build(
     checkpoint: Checkpoint,
     corpus: Corpus = "wiki-leads",
     output: Annotated[Path | None, typer.Option(help="folder to write; default: index/ beside the checkpoint")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="write into Milvus instead of a folder: milvus:URI[#COLLECTION]")
+    ] = None,
     factory: Annotated[
-        str | None, typer.Option(help="also make an approximate index: a FAISS factory string, as IVF4096,PQ64")
+        str | None,
+        typer.Option(
+            help="also make an approximate index: a FAISS factory string, as IVF4096,PQ64; with --store the type of "
+            "Milvus's index, as HNSW, instead of FLAT"
+        ),
     ] = None,
     parameters: Annotated[str, typer.Option(help="parameters of the approximate search, such as nprobe=64")] = "",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 products")] = "float32",
@@ -51,9 +60,14 @@ def index_build(
     same command; torchrun shares it among processes.
     """
     from cosup_fast.files import check_replaceable
-    from cosup_fast.index import INDEX, Options, SequenceIndex, process_group
+    from cosup_fast.index import INDEX, Options, process_group
+    from cosup_fast.index.stores import build_index, in_milvus
 
-    output = check_replaceable(output or checkpoint / "index", INDEX)
+    if store is not None and output is not None:
+        raise ValueError(f"--output {output} names a folder and --store {store} another place: give one of them")
+    if store is not None and not in_milvus(store):
+        raise ValueError(f"--store {store}: expected milvus:URI; a folder is named by --output")
+    name = store or check_replaceable(output or checkpoint / "index", INDEX)
     options = Options(
         shard_size=shard_size,
         batch_tokens=batch_tokens,
@@ -62,8 +76,8 @@ def index_build(
     )
     with process_group(), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
-        index = SequenceIndex.build(model, corpus, output, factory=factory, parameters=parameters, options=options)
-    say_once(f"index: {output} ({len(index)} passages)")
+        count = build_index(model, corpus, name, checkpoint, factory=factory, parameters=parameters, options=options)
+    say_once(f"index: {name} ({count} passages)")
 
 
 @index_app.command(
@@ -72,21 +86,22 @@ def index_build(
 def index_add(
     checkpoint: Checkpoint,
     corpus: Annotated[str, typer.Argument(help="the new passages, as --corpus of build", show_default=False)],
-    index: Place = None,
+    index: IndexName = None,
     batch_tokens: BatchTokens = None,
     restart: Restart = False,
     device: Device = "auto",
 ) -> None:
     """Embed passages with the checkpoint that built the index, and append them."""
-    from cosup_fast.index import Options, SequenceIndex, process_group
+    from cosup_fast.index import Options, process_group
+    from cosup_fast.index.stores import add_to_index, load_index
 
     with process_group(), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
-        loaded = SequenceIndex.load(index or checkpoint / "index", model, verify=False)
+        loaded = load_index(index or checkpoint / "index", model, verify=False)
         before = len(loaded)
         options = Options(batch_tokens=batch_tokens, precision=loaded.precision, restart=restart)
-        loaded.add(model, corpus, options=options)
-    say_once(f"added {len(loaded) - before} passages: {loaded.folder} ({len(loaded)} passages)")
+        add_to_index(loaded, model, corpus, checkpoint, options)
+    say_once(f"added {len(loaded) - before} passages: {loaded.name} ({len(loaded)} passages)")
 
 
 @index_app.command(
@@ -100,35 +115,35 @@ def index_delete(
     ids_file: Annotated[Path | None, typer.Option(help="a file with an id a line")] = None,
 ) -> None:
     """Remove passages by id; all of them or, if one is not there, none."""
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.index.stores import open_index
 
     wanted = list(ids or [])
     if ids_file is not None:
         wanted += [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not wanted:
         raise ValueError("name the ids to delete, or a file of them with --ids-file")
-    loaded = SequenceIndex.open(_index(index), verify=False)
+    loaded = open_index(_index(index), verify=False)
     before = len(loaded)
     loaded.delete(wanted)
-    say(f"deleted {before - len(loaded)} passages: {loaded.folder} ({len(loaded)} passages)")
+    say(f"deleted {before - len(loaded)} passages: {loaded.name} ({len(loaded)} passages)")
 
 
 @index_app.command("search", epilog="Example: cosup-fast index search runs/cosup 'Who wrote Hamlet?' -k 3")
 def index_search(
     checkpoint: Checkpoint,
     question: str,
-    index: Place = None,
+    index: IndexName = None,
     k: Annotated[int, typer.Option("-k", min=1, help="passages to show")] = 5,
-    engine: Annotated[str, typer.Option(help="auto, faiss, torch or approximate")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, faiss, torch or approximate; Milvus searches itself")] = "auto",
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
     """Show the passages nearest to a question."""
     from cosup_fast.generation import Generator
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.index.stores import load_index
 
     model = load_model(checkpoint, device)
-    loaded = SequenceIndex.load(
+    loaded = load_index(
         index or checkpoint / "index",
         model,
         allow_stale=allow_stale,
@@ -146,39 +161,29 @@ def index_info(
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its checksum.")] = False,
 ) -> None:
     """Show what an index holds, what made it, and whether it is whole."""
-    from cosup_fast.index import SequenceIndex
-    from cosup_fast.index.origin import Stamp
+    from cosup_fast.index.stores import in_milvus, open_index
 
-    folder = _index(index)
-    loaded = SequenceIndex.open(folder, verify=verify)
-    stamp = Stamp.read(folder)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    name = _index(index)
+    if verify and in_milvus(name):
+        raise ValueError(f"--verify compares the files of a folder, and {name} has none: leave it out")
+    rows = open_index(name, verify=verify).describe()
+    if isinstance(name, Path):
+        rows["files"] = "as they were written" if verify else "there, in the sizes written (--verify reads them)"
+        for kind in ("building", "adding"):
+            unfinished = name.with_name(f".{name.name}.{kind}")
+            if unfinished.is_dir():
+                rows["unfinished"] = f"{unfinished}: the same command continues it"
     table = Table(show_header=False)
-    rows = {
-        "folder": str(folder),
-        "passages": f"{len(loaded):,}",
-        "width": str(loaded.dim),
-        "shards": f"{len(stamp.shards)}, {decimal(size)} in all",
-        "changes since it was built": str(stamp.generation),
-        "products": stamp.precision,
-        "approximate": f"{stamp.approximate.factory} {stamp.approximate.parameters}" if stamp.approximate else "none",
-        "checkpoint": stamp.origin.fingerprint,
-        "similarity": stamp.origin.similarity,
-        "passage template": stamp.origin.text.passage,
-        "longest passage": f"{stamp.origin.text.max_passage_tokens} tokens",
-        "files": "as they were written" if verify else "there, in the sizes written (--verify reads them)",
-    }
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    for kind in ("building", "adding"):
-        unfinished = folder.with_name(f".{folder.name}.{kind}")
-        if unfinished.is_dir():
-            table.add_row("unfinished", escape(f"{unfinished}: the same command continues it"))
+    for title, value in rows.items():
+        table.add_row(title, escape(value))
     out.print(table)
 
 
-def _index(folder: Path) -> Path:
-    from cosup_fast.index import STAMP
+def _index(name: str) -> str | Path:
+    from cosup_fast.index.stores import in_milvus, index_exists
 
+    if in_milvus(name):
+        return name
+    folder = Path(name)
     within = folder / "index"
-    return (within if not (folder / STAMP).is_file() and (within / STAMP).is_file() else folder).resolve()
+    return (within if not index_exists(folder) and index_exists(within) else folder).resolve()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cosup_fast.cli.common import Checkpoint, Device, Stale, interruptible, load_model, say
+from cosup_fast.cli.common import Checkpoint, Device, IndexName, Stale, interruptible, load_model, say
 
 PASSED_OVER = {"gold": "gold", "answer": "contain an answer", "score": "score too near the positive"}
 
@@ -16,7 +16,7 @@ def mine(
     checkpoint: Checkpoint,
     examples: Annotated[list[str], typer.Option(help="example sets; repeat the option for several")],
     output: Annotated[Path, typer.Option(help="JSONL file to write: the examples with their negatives")],
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    index: IndexName = None,
     corpus: Annotated[str | None, typer.Option(help="the passages, to build the index of if there is none")] = None,
     depth: Annotated[int, typer.Option(min=1, help="passages looked at for each query")] = 100,
     per_example: Annotated[int, typer.Option(min=1, help="negatives mined for each example, at most")] = 4,
@@ -39,9 +39,9 @@ def mine(
     from cosup_fast.data.records import write_jsonl
     from cosup_fast.data.sources import load_corpus, load_examples
     from cosup_fast.files import check_writable
-    from cosup_fast.index import STAMP, SequenceIndex
     from cosup_fast.index.mining import MiningConfig
     from cosup_fast.index.mining import mine as mine_negatives
+    from cosup_fast.index.stores import build_index, index_exists, load_index
 
     check_writable(output)
     if output.resolve() in [Path(name).resolve() for name in examples]:
@@ -51,15 +51,16 @@ def mine(
     passages = None if corpus is None else load_corpus(corpus)
     known = None if passages is None else {passage.id for passage in passages}
     chosen = [e for name in examples for e in load_examples(name, known, allow_no_retrieval=True)]
-    if corpus is None and not (folder / STAMP).is_file():
-        raise ValueError(f"{folder} is not an index, it has no {STAMP}: give --corpus to build it, or another --index")
+    there = index_exists(folder)
+    if corpus is None and not there:
+        raise ValueError(f"{folder} is not an index: give --corpus to build it, or another --index")
     model = load_model(checkpoint, device)
     journal = output.with_name(f".{output.name}.part")
     with interruptible("the same command resumes where this one stopped"):
-        if corpus is not None and not (folder / STAMP).is_file():
-            built = SequenceIndex.build(model, corpus, folder)  # shard by shard, so that a kill costs little
-            say(f"index: {folder} ({len(built)} passages)")
-        loaded = SequenceIndex.load(folder, model, allow_stale=allow_stale)
+        if corpus is not None and not there:
+            count = build_index(model, corpus, folder, checkpoint)  # shard by shard, so that a kill costs little
+            say(f"index: {folder} ({count} passages)")
+        loaded = load_index(folder, model, allow_stale=allow_stale)
         if passages is not None and (
             len(loaded) != len(passages) or any(a != b for a, b in zip(loaded.passages, passages))
         ):

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosup_fast.cli.common import Checkpoint, Device, Stale, err, generation_config, load_model, say
+from cosup_fast.cli.common import Checkpoint, Device, IndexName, Stale, err, generation_config, load_model, say
 
 if TYPE_CHECKING:
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.index import NonparametricIndex
     from cosup_fast.model import CoSupervisionModel
 
 
 def serve(
     checkpoint: Checkpoint,
-    index: Annotated[Path | None, typer.Option(help="the index; default: index/ beside the checkpoint")] = None,
+    index: IndexName = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0 picks a free one")] = 8000,
     api_key: Annotated[
@@ -89,17 +89,17 @@ def serve(
     serve_on(app, config, listening, lambda url: say(f"page: {url}/   API: {url}/v1   models: {models} ({passages})"))
 
 
-def _index(checkpoint: Path, given: Path | None, model: CoSupervisionModel, allow_stale: bool) -> SequenceIndex:
+def _index(checkpoint: Path, given: str | None, model: CoSupervisionModel, allow_stale: bool) -> NonparametricIndex:
     """The index to search; for a run that has none yet it is built from the run's corpus."""
     from cosup_fast.config import config_of
-    from cosup_fast.index import STAMP, SequenceIndex
+    from cosup_fast.index.stores import build_index, index_exists, load_index
 
     folder = given or checkpoint / "index"
     run = config_of(checkpoint)
-    if given is None and not (folder / STAMP).is_file() and run is not None:
+    if given is None and not index_exists(folder) and run is not None:
         say(f"no index at {folder}: building it from {run.data.corpus}, once")
-        return SequenceIndex.build(model, run.data.corpus, folder)
-    return SequenceIndex.load(folder, model, allow_stale=allow_stale)
+        build_index(model, run.data.corpus, folder, checkpoint)
+    return load_index(folder, model, allow_stale=allow_stale)
 
 
 def _nothing(query: object, k: int) -> list:

@@ -30,7 +30,7 @@ def open_system(
     checkpoint: Path,
     load_model: Callable[[Path], CoSupervisionModel],
     *,
-    index: Path | None = None,
+    index: str | Path | None = None,
     corpus: str | None = None,
     seed: int = 0,
     allow_stale: bool = False,
@@ -50,7 +50,7 @@ def open_system(
         ValueError: what `split_name` or the retriever refuses; an index or a corpus that this system does not read.
     """
     from cosup_fast.data.sources import load_corpus
-    from cosup_fast.index import SequenceIndex
+    from cosup_fast.index.stores import load_index
 
     kind, argument = split_name(name)
     if index and kind.reads != "index":
@@ -64,7 +64,7 @@ def open_system(
     searched: Corpus | None = None
     if kind.reads == "index" and not corpus:
         index = index or (Path(run) if run else checkpoint) / "index"
-        loaded = SequenceIndex.load(index, bench.searcher(run), allow_stale=allow_stale)
+        loaded = load_index(index, bench.searcher(run), allow_stale=allow_stale)
         searched = Corpus.indexed(loaded, str(index))
         bench.add_index(run, searched, loaded)
         sources["index"] = str(index)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from cosup_fast.data.passages import Passages
 from cosup_fast.data.records import Passage
 from cosup_fast.evaluation.metrics import page_of
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex
 
 
 class Corpus:
@@ -36,7 +36,7 @@ class Corpus:
         return passages if isinstance(passages, Corpus) else cls(passages)
 
     @classmethod
-    def indexed(cls, index: SequenceIndex, name: str = "corpus") -> Self:
+    def indexed(cls, index: NonparametricIndex, name: str = "corpus") -> Self:
         """What an index holds, left where it is."""
         return cls(index.passages, name, by_id=index.by_id)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.index import SequenceIndex, embed_passages, embed_queries
+from cosup_fast.index import NonparametricIndex, embed_passages, embed_queries
 from cosup_fast.model import CoSupervisionModel
 
 
@@ -32,7 +32,7 @@ def asked(example: Example) -> list[tuple[tuple[Segment, ...], set[str]]]:
 def retrieval_ranks(
     model: CoSupervisionModel,
     examples: Sequence[Example],
-    index: SequenceIndex | Sequence[Passage],
+    index: NonparametricIndex | Sequence[Passage],
     *,
     embeddings: Tensor | None = None,
     batch_tokens: int = 4096,
@@ -54,7 +54,7 @@ def retrieval_ranks(
     Raises:
         ValueError: a passage that an example asks for is not in the corpus, or an example is too long.
     """
-    if isinstance(index, SequenceIndex):
+    if isinstance(index, NonparametricIndex):
         passages, embeddings = index.passages, index.embeddings
     else:
         passages = index

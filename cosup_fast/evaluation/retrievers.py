@@ -17,7 +17,7 @@ from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.ranks import asked
 from cosup_fast.generation.request import Found
-from cosup_fast.index import SequenceIndex, embed_queries
+from cosup_fast.index import NonparametricIndex, embed_queries
 from cosup_fast.index.embed import embed_asking
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class IndexRetriever:
         corpus: the passages of the index, if there is a `Corpus` of them already.
     """
 
-    def __init__(self, model: CoSupervisionModel, index: SequenceIndex, corpus: Corpus | None = None):
+    def __init__(self, model: CoSupervisionModel, index: NonparametricIndex, corpus: Corpus | None = None):
         self.corpus = corpus or Corpus.indexed(index)
         self.origin = {"index": index.origin.fingerprint}
         self._model, self._index = model, index

@@ -24,7 +24,7 @@ from cosup_fast.evaluation.retrievers import (
 )
 from cosup_fast.evaluation.systems import System
 from cosup_fast.evaluation.text_retrievers import BM25Retriever, DenseRetriever
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex, SequenceIndex
 from cosup_fast.index.embed import embed_passages
 from cosup_fast.index.origin import Origin
 
@@ -62,7 +62,7 @@ class Workbench:
         self._progress = progress
         self._origins: dict[str, Origin] = {}
         self._searchers: dict[str, CoSupervisionModel] = {}
-        self._indexes: dict[tuple[str, str], SequenceIndex] = {}
+        self._indexes: dict[tuple[str, str], NonparametricIndex] = {}
         self._retrievers: dict[tuple[str, str, str], Retriever] = {}
 
     def system(self, name: str, corpora: Corpus | Iterable[Corpus] = ()) -> System:
@@ -118,11 +118,11 @@ class Workbench:
         """Makes a model that is loaded already the one that `pair:RUN` names."""
         self._searchers[run] = model
 
-    def add_index(self, run: str, corpus: Corpus, index: SequenceIndex) -> None:
+    def add_index(self, run: str, corpus: Corpus, index: NonparametricIndex) -> None:
         """Makes an index that exists already that of a run, empty for the model itself, over a corpus."""
         self._indexes[run, corpus.digest] = index
 
-    def index(self, run: str, corpus: Corpus) -> SequenceIndex:
+    def index(self, run: str, corpus: Corpus) -> NonparametricIndex:
         """The corpus, embedded by the model of a run."""
         key = run, corpus.digest
         if key not in self._indexes:

@@ -28,7 +28,7 @@ from cosup_fast.generation.listener import Listener, Phase
 from cosup_fast.generation.request import Asked, Found, Index, Request, Searcher
 from cosup_fast.generation.runner import Runner, check_cache
 from cosup_fast.generation.task import Task
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
@@ -320,7 +320,7 @@ def _unwritten(reason: StopReason, error: str | None = None) -> Answer:
 
 
 def _search(index: Index, asked: Sequence[Asked], k: int) -> Sequence[Found]:
-    if isinstance(index, SequenceIndex):
+    if isinstance(index, NonparametricIndex):
         return index.retrieve_all(torch.stack([one.query for one in asked]), k)
     if isinstance(index, Searcher):
         found = index.search_all(asked, k)

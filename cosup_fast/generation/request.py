@@ -12,7 +12,7 @@ from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.data.records import Passage
 from cosup_fast.errors import CosupError
 from cosup_fast.generation.answer import AnswerSegment
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex
 
 Found = Sequence[tuple[Passage, float]]
 """Passages with their scores, best first."""
@@ -61,5 +61,5 @@ class Searcher(Protocol):
         ...
 
 
-Index = SequenceIndex | Searcher | Retrieve
+Index = NonparametricIndex | Searcher | Retrieve
 """What a decoder searches."""

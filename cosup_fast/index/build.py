@@ -11,6 +11,7 @@ result does not depend on kills or on the number of ranks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -179,6 +180,11 @@ class Build:
                 f"{done} of {len(names)} shards are finished; the same command continues after them"
             ) from None
         return names
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the shards are made of: corpus, weights, template, shard size."""
+        return hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
 
     def discard(self) -> None:
         """Removes everything made so far."""

@@ -26,6 +26,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.progress import track
@@ -34,7 +35,7 @@ from torch import Tensor
 from cosup_fast.data.answers import answer_patterns, holds_answer
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.files import replace_file
-from cosup_fast.index import Origin, SequenceIndex, embed_queries
+from cosup_fast.index import NonparametricIndex, Origin, embed_queries
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.terminal import SafeConsole
 
@@ -87,7 +88,7 @@ class Mined:
 
 def mine(
     model: CoSupervisionModel,
-    index: SequenceIndex,
+    index: NonparametricIndex,
     examples: Sequence[Example],
     config: MiningConfig | None = None,
     *,
@@ -107,7 +108,7 @@ def mine(
 
     Raises:
         ValueError: an example id twice, a passage that the index lacks, an answer pattern that does not compile, or
-            what `embed_queries` and `SequenceIndex.search` refuse.
+            what `embed_queries` and `NonparametricIndex.search` refuse.
     """
     miner = _Miner(model, index, examples, config or MiningConfig())
     done = {} if journal is None else _read(journal, miner.stamp)
@@ -134,7 +135,7 @@ def mine(
 
 class _Miner:
     def __init__(
-        self, model: CoSupervisionModel, index: SequenceIndex, examples: Sequence[Example], config: MiningConfig
+        self, model: CoSupervisionModel, index: NonparametricIndex, examples: Sequence[Example], config: MiningConfig
     ):
         self.model, self.index, self.config = model, index, config
         named = _check(examples)
@@ -152,7 +153,7 @@ class _Miner:
         self.stamp = {"mining": digest.hexdigest()}
         self.positives: dict[str, Tensor] = {}
         if config.margin is not None or config.max_score is not None:
-            self.positives = dict(zip(rows, index.embeddings[list(rows.values())]))
+            self.positives = dict(zip(rows, torch.from_numpy(index.vectors(np.array(list(rows.values()))))))
 
     def mine(self, examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
         """For each example id its new negatives, and what was passed over and why."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from cosup_fast.data.corpus import open_corpus
@@ -28,6 +29,7 @@ from cosup_fast.index import search as nearest
 from cosup_fast.index.build import Build, Options, check_finite
 from cosup_fast.index.changes import Change, check_index, make_approximate, with_approximate, write_shard
 from cosup_fast.index.embed import Precision, embed_passages
+from cosup_fast.index.nonparametric import NonparametricIndex, check_deletion, check_made_by
 from cosup_fast.index.origin import INDEX, STAMP, Origin, Stamp
 from cosup_fast.index.search import Engine
 from cosup_fast.index.shards import RECORD, Shard
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
 
-class SequenceIndex:
+class SequenceIndex(NonparametricIndex):
     """The sequence embeddings of a corpus next to its passages; `build` and `load` make one.
 
     Args:
@@ -51,7 +53,6 @@ class SequenceIndex:
         ImportError: the engine needs faiss, which is not installed.
     """
 
-    origin: Origin
     folder: Path | None
     passages: Passages
     by_id: PassagesById
@@ -70,7 +71,7 @@ class SequenceIndex:
         if embeddings.ndim != 2 or len(embeddings) != len(passages):
             raise ValueError(f"embeddings must be ({len(passages)}, width), got shape {tuple(embeddings.shape)}")
         self.origin = origin
-        self.folder = None
+        self.folder, self.name = None, "the index"
         self.precision: Precision = "float32"
         self._engine: Engine = engine
         self._device = device
@@ -189,15 +190,7 @@ class SequenceIndex:
         model.require_embseq("no index can be searched")
         folder = Path(folder)
         stamp = Stamp.read(folder)
-        if stamp.dim != model.width:
-            raise ValueError(
-                f"{folder} has vectors of width {stamp.dim}, this model has {model.width}: build a new index"
-            )
-        if not allow_stale and (difference := stamp.origin.difference(Origin.of(model))):
-            raise ValueError(
-                f"{folder} was not built by this model: its {difference}. Build it again with this checkpoint, load "
-                "the checkpoint that built it, or pass allow_stale=True (--allow-stale) to search it all the same"
-            )
+        check_made_by(model, str(folder), stamp.dim, stamp.origin, allow_stale=allow_stale)
         return cls.open(folder, engine=engine, device=device, verify=verify)
 
     @classmethod
@@ -214,6 +207,7 @@ class SequenceIndex:
     def _open(cls, folder: Path, stamp: Stamp, engine: Engine, device: torch.device | str) -> Self:
         index = cls.__new__(cls)
         index.origin, index.folder, index.precision = stamp.origin, folder.resolve(), stamp.precision
+        index.name = str(index.folder)
         index._engine = engine
         index._device = device
         index._take(stamp)
@@ -247,73 +241,24 @@ class SequenceIndex:
         if self._approximate is None:
             nearest.choose_engine(self._engine, self._device, approximate=False)
 
-    def __len__(self) -> int:
-        return len(self.passages)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.by_id
-
     @property
     def dim(self) -> int:
-        """D."""
         return self._shards[0].vectors.shape[1]
 
-    @property
-    def embeddings(self) -> Tensor:
-        """A copy of the sequence embeddings in memory, (M, D) fp32."""
-        return torch.from_numpy(np.concatenate([shard.vectors for shard in self._shards]))
-
     def blocks(self) -> Iterator[Tensor]:
-        """The sequence embeddings in the order of the rows, shard by shard, (m, D) fp32 each; not to be changed."""
         for shard in self._shards:
             yield torch.from_numpy(shard.vectors)
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The passages with the largest inner products, best first; equal scores by row.
-
-        Args:
-            queries: (N, D).
-            k: how many; all passages when there are fewer.
-
-        Returns:
-            Scores (N, min(k, M)) fp32 and rows of `passages` (N, min(k, M)) int64, on the CPU. An approximate index may
-            find fewer: then the last scores are minus infinity and the rows -1.
-
-        Raises:
-            ValueError: `k` below 1, queries of another width, or queries that are not finite.
-        """
-        if k < 1:
-            raise ValueError(f"k={k}: ask for at least one passage")
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(f"queries must be (N, {self.dim}), got shape {tuple(queries.shape)}")
-        if not queries.isfinite().all():
-            raise ValueError("queries must be finite: the weights are damaged, or training diverged")
+    def candidates(self) -> tuple[nearest.Propose, bool]:
         if self._propose is None:
-            self._propose = self._searcher()
-        queries = queries.detach().float().contiguous()
-        exact = self._approximate is None
-        return nearest.search(self._propose, self._vectors, queries, min(k, len(self)), len(self), exact=exact)
+            if self._approximate is not None:
+                self._propose = nearest.Approximate(self._approximate)
+            else:
+                engine = nearest.choose_engine(self._engine, self._device, approximate=False)
+                self._propose = nearest.exact([shard.vectors for shard in self._shards], engine, self._device)
+        return self._propose, self._approximate is None
 
-    def retrieve(self, query: Tensor, k: int) -> list[tuple[Passage, float]]:
-        """The k best passages for one query (D,) with their scores, best first; `search` says what is refused."""
-        return self.retrieve_all(query[None], k)[0]
-
-    def retrieve_all(self, queries: Tensor, k: int) -> list[list[tuple[Passage, float]]]:
-        """`retrieve` for each of the queries (N, D), by one search."""
-        scores, rows = self.search(queries, k)
-        return [
-            [(self.passages[row], score) for row, score in zip(*found, strict=True) if row >= 0]
-            for found in zip(rows.tolist(), scores.tolist(), strict=True)
-        ]
-
-    def _searcher(self) -> nearest.Propose:
-        if self._approximate is not None:
-            return nearest.Approximate(self._approximate)
-        engine = nearest.choose_engine(self._engine, self._device, approximate=False)
-        return nearest.exact([shard.vectors for shard in self._shards], engine, self._device)
-
-    def _vectors(self, rows: np.ndarray) -> np.ndarray:
-        """The embeddings (n, D) of rows (n,)."""
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), self.dim), np.float32)
         of = np.searchsorted(self._starts, rows, side="right") - 1
         for shard in np.unique(of).tolist():
@@ -337,9 +282,7 @@ class SequenceIndex:
             ValueError: another model than the one that made the index, an id that is there already, or what `build`
                 refuses; the index is then left as it was.
         """
-        origin = Origin.of(model)
-        if difference := self.origin.difference(origin):
-            raise ValueError(f"these passages would not match the index, whose {difference}: build a new index")
+        origin = self._check_adding(model)
         if not isinstance(corpus, str | Path) and not corpus:
             return
         source = open_corpus(corpus)
@@ -375,14 +318,7 @@ class SequenceIndex:
         """
         wanted = list(dict.fromkeys(ids))
         found = self.by_id.rows(wanted)
-        if missing := [name for name in wanted if name not in found]:
-            raise ValueError(
-                f"no passage has the id {missing[0]!r}"
-                + (f" ({len(missing)} of {len(wanted)} ids are not there)" if len(missing) > 1 else "")
-                + ": nothing was deleted"
-            )
-        if len(found) == len(self):
-            raise ValueError("all passages would be deleted, and an index needs at least one: nothing was deleted")
+        check_deletion(wanted, found, len(self))
         if not found:
             return
         gone = np.zeros(len(self), dtype=bool)
@@ -400,6 +336,27 @@ class SequenceIndex:
                     shards.append(change.write([(shard, kept)]))
             change.commit(shards)
         self._take(Stamp.read(self.folder))
+
+    def describe(self) -> dict[str, str]:
+        made = {
+            "passages": f"{len(self):,}",
+            "width": str(self.dim),
+            "products": self.precision,
+            "checkpoint": self.origin.fingerprint,
+            "similarity": self.origin.similarity,
+            "passage template": self.origin.text.passage,
+            "longest passage": f"{self.origin.text.max_passage_tokens} tokens",
+        }
+        if self.folder is None:
+            return made
+        stamp, approximate = self._stamp, self._stamp.approximate
+        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return {
+            "folder": str(self.folder),
+            "shards": f"{len(stamp.shards)}, {decimal(size)} in all",
+            "changes since it was built": str(stamp.generation),
+            "approximate": f"{approximate.factory} {approximate.parameters}" if approximate else "none",
+        } | made
 
     def save(self, folder: str | Path) -> None:
         """Writes a copy of the index; the folder appears whole or not at all, and replaces an earlier index.

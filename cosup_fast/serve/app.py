@@ -23,7 +23,7 @@ from starlette.types import Scope
 
 from cosup_fast import __version__
 from cosup_fast.generation import GenerationConfig, Generator
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex
 from cosup_fast.serve import chat, passages, responses
 from cosup_fast.serve.engine import Engine
 from cosup_fast.serve.errors import ApiError, ErrorBody, on_api_error, on_http_error, on_invalid
@@ -92,7 +92,7 @@ async def metrics(served: Served) -> Response:
 
 def create_app(
     generator: Generator,
-    index: SequenceIndex | None,
+    index: NonparametricIndex | None,
     offered: Mapping[str, Offered],
     generation: GenerationConfig | None = None,
     config: ServeConfig | None = None,

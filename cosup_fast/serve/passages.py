@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from cosup_fast.data.records import Passage
 from cosup_fast.generation import PromptError
-from cosup_fast.index import SequenceIndex, embed_passages
+from cosup_fast.index import NonparametricIndex, embed_passages
 from cosup_fast.serve.engine import StoppedError
 from cosup_fast.serve.errors import ApiError
 from cosup_fast.serve.evidence import SearchResult, results
@@ -143,7 +143,7 @@ async def passage(name: str, served: Served) -> Response:
     return JSONResponse(index.by_id[name].model_dump())
 
 
-def _index(served: Service) -> SequenceIndex:
+def _index(served: Service) -> NonparametricIndex:
     if served.index is None:
         raise ApiError(404, "this server has no index: it was started with max_retrievals=0", code="no_index")
     return served.index

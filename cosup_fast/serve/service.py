@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from cosup_fast.errors import CosupError
 from cosup_fast.generation import GenerationConfig, Request
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex
 from cosup_fast.serve.engine import Engine
 from cosup_fast.serve.errors import ApiError
 from cosup_fast.serve.evidence import UrlOf
@@ -32,7 +32,7 @@ class Service:
     """The parts of a running server."""
 
     engine: Engine
-    index: SequenceIndex | None
+    index: NonparametricIndex | None
     offered: Mapping[str, Offered]
     generation: GenerationConfig
     config: ServeConfig

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cosup_fast.data.records import Example, Segment, nearest
 from cosup_fast.generation import Asked
 from cosup_fast.generation.request import Found, Index
-from cosup_fast.index import SequenceIndex
+from cosup_fast.index import NonparametricIndex
 
 if TYPE_CHECKING:
     from cosup_fast.evaluation.retrievers import Retriever
@@ -51,7 +51,9 @@ class RetrieverSearch:
         )
 
 
-def offer(model: CoSupervisionModel, index: SequenceIndex | None, others: Iterable[str] = ()) -> dict[str, Offered]:
+def offer(
+    model: CoSupervisionModel, index: NonparametricIndex | None, others: Iterable[str] = ()
+) -> dict[str, Offered]:
     """The systems of a server, by name.
 
     Args:
@@ -71,7 +73,7 @@ def offer(model: CoSupervisionModel, index: SequenceIndex | None, others: Iterab
     from cosup_fast.evaluation.corpus import Corpus
     from cosup_fast.evaluation.workbench import Workbench
 
-    bench, corpus = Workbench(model), Corpus.indexed(index, str(index.folder or "the index"))
+    bench, corpus = Workbench(model), Corpus.indexed(index, index.name)
     for name in others:
         if name in ("gold", "untrained"):
             raise ValueError(f"--system {name}: a server has no gold passages and one model; try bm25 or dense:minilm")

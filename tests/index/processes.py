@@ -1,7 +1,7 @@
 """Builds an index in forked processes that are killed at every moment, or that share the work; run by test_build.py.
 
 python processes.py kill CHECKPOINT CORPUS FOLDER    prints what was killed how often
-python processes.py ranks CHECKPOINT CORPUS FOLDER COUNT
+python processes.py ranks CHECKPOINT CORPUS INDEX COUNT
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from cosup_fast.data.records import Passage
 from cosup_fast.index import Options, SequenceIndex, process_group
 from cosup_fast.index import build as build_module
+from cosup_fast.index.stores import build_index
 from cosup_fast.model import CoSupervisionModel
 
 OPTIONS = Options(shard_size=4, progress=False)
@@ -107,7 +108,7 @@ def embedding(expected: int, work) -> None:
     assert len(embedded) == expected, (len(embedded), expected)
 
 
-def ranks(model, corpus: str, folder: Path, count: int) -> None:
+def ranks(model, corpus: str, folder: str, count: int) -> None:
     """Builds with two ranks, which have two shards and one to embed; errors are printed."""
     port = 29000 + os.getpid() % 2000
     children = []
@@ -123,7 +124,7 @@ def ranks(model, corpus: str, folder: Path, count: int) -> None:
             try:
                 with process_group():
                     assert dist.get_world_size() == count
-                    embedding(2 - rank, lambda: SequenceIndex.build(model, corpus, folder, options=OPTIONS))
+                    embedding(2 - rank, lambda: build_index(model, corpus, folder, Path(), options=OPTIONS))
             except ValueError as error:
                 print(f"rank {rank}: {error}", flush=True)
                 status = 3
@@ -141,7 +142,7 @@ def main() -> None:
     if what == "kill":
         kill(model, corpus, Path(folder))
     else:
-        ranks(model, corpus, Path(folder), int(rest[0]))
+        ranks(model, corpus, folder, int(rest[0]))
 
 
 if __name__ == "__main__":
