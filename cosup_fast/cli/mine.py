@@ -39,9 +39,10 @@ def mine(
     from cosup_fast.data.records import write_jsonl
     from cosup_fast.data.sources import load_corpus, load_examples
     from cosup_fast.files import check_writable
+    from cosup_fast.index import STAMP
     from cosup_fast.index.mining import MiningConfig
     from cosup_fast.index.mining import mine as mine_negatives
-    from cosup_fast.index.stores import build_index, index_exists, load_index
+    from cosup_fast.index.stores import build_index, in_milvus, index_exists, load_index
 
     check_writable(output)
     if output.resolve() in [Path(name).resolve() for name in examples]:
@@ -53,7 +54,8 @@ def mine(
     chosen = [e for name in examples for e in load_examples(name, known, allow_no_retrieval=True)]
     there = index_exists(folder)
     if corpus is None and not there:
-        raise ValueError(f"{folder} is not an index: give --corpus to build it, or another --index")
+        lost = "Milvus has no such collection" if in_milvus(folder) else f"it has no {STAMP}"
+        raise ValueError(f"{folder} is not an index, {lost}: give --corpus to build it, or another --index")
     model = load_model(checkpoint, device)
     journal = output.with_name(f".{output.name}.part")
     with interruptible("the same command resumes where this one stopped"):

@@ -14,7 +14,6 @@ from cosup_fast.index.build import Options
 from cosup_fast.index.embed import embed_passages, embed_queries, evaluation_mode
 from cosup_fast.index.nonparametric import NonparametricIndex
 from cosup_fast.index.origin import INDEX, STAMP, Origin
-from cosup_fast.index.ranks import process_group
 from cosup_fast.index.sequence_index import SequenceIndex
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "embed_passages",
     "embed_queries",
     "evaluation_mode",
-    "process_group",
 ]

@@ -96,10 +96,10 @@ class MilvusIndex(NonparametricIndex):
         options = options or Options()
         source, origin = _Limited(open_corpus(corpus)), Origin.of(model)
         with Build(work, model, source, origin, options, context=f"{place} {kind} {parameters}") as build:
-            with build.ranks.together():
-                collection = _free(place) if build.ranks.leads else None  # before the work
+            with build.together(silent=True):
+                collection = _free(place) if build.leads else None  # before the work
             names = build.run()
-            with build.ranks.together():
+            with build.together(silent=True):
                 if collection is not None:
                     stamp = StoreStamp(
                         rows=len(source),
@@ -235,12 +235,12 @@ class MilvusIndex(NonparametricIndex):
             raise ValueError("work=None: name a folder for the shards of the new passages until they are sent")
         rows, source = self.stamp.rows, _Limited(open_corpus(corpus))
         with Build(work, model, source, origin, options, known=self._known, context=self.name) as build:
-            with build.ranks.together():
-                if build.ranks.leads:
+            with build.together(silent=True):
+                if build.leads:
                     self._check_unchanged()
             names = build.run()
-            with build.ranks.together():
-                if build.ranks.leads:
+            with build.together(silent=True):
+                if build.leads:
                     self._check_unchanged()
                     adding = {"state": "adding", "source": build.digest}
                     if (self.stamp.state, self.stamp.source) != ("adding", build.digest):

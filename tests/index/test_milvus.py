@@ -194,7 +194,7 @@ def test_the_command_line_takes_it_wherever_it_takes_a_folder(
 def test_ranks_share_the_embedding_and_one_of_them_writes(checkpoint, model, passages, place, tmp_path):
     write_jsonl(tmp_path / "passages.jsonl", passages)
     script = Path(__file__).with_name("processes.py")
-    command = [sys.executable, str(script), "ranks", str(checkpoint), str(tmp_path / "passages.jsonl"), place, "2"]
+    command = [sys.executable, str(script), "ranks", str(checkpoint), str(tmp_path / "passages.jsonl"), place]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     same(load_index(place, model), SequenceIndex.build(model, passages, tmp_path / "index", options=SMALL))

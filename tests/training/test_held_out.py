@@ -144,7 +144,7 @@ def test_the_pool_is_the_gold_passages_and_a_sample_of_the_sorted_other_ids(tmp_
 def test_limits_draw_by_the_seed_for_training_and_alike_for_what_is_held_out(many):
     drawn = []
     for seed in (0, 0, 1):
-        _, train, dev = load_data(
+        _, train, dev, _ = load_data(
             _config(**many, **{"data.train_limit": 8, "data.dev_limit": 5, "training.seed": seed})
         )
         drawn.append(([e.id for e in train], [e.id for e in dev]))
@@ -152,5 +152,5 @@ def test_limits_draw_by_the_seed_for_training_and_alike_for_what_is_held_out(man
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[2][0]
     assert drawn[0][1] == drawn[2][1]
-    _, train, dev = load_data(_config(**many, **{"data.train_limit": 40, "data.dev_limit": 20}))
+    _, train, dev, _ = load_data(_config(**many, **{"data.train_limit": 40, "data.dev_limit": 20}))
     assert [e.id for e in train + dev] == [f"t{i}" for i in range(40)] + [f"d{i}" for i in range(20)]
