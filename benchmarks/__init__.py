@@ -16,5 +16,5 @@ overview.py     the plot in the README, from the tables of a folder
 speed.py        the same as pytest-benchmark entry points
 
 Beside them, run as a file: generation.py (the batched decoder beside plain_decoder.py), index_build.py (packs beside
-padded batches) and pilot.py (the defaults).
+padded batches), index_size.py (time and memory of an index of a given size) and pilot.py (the defaults).
 """
