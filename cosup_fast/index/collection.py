@@ -82,6 +82,11 @@ class Place(NamedTuple):
             )
         return cls(uri, collection)
 
+    @property
+    def missing(self) -> bool:
+        """Whether it is in a file of milvus-lite that does not exist, and that a look at it would make."""
+        return not self.uri.startswith("http") and not os.path.exists(self.uri)
+
     def __str__(self) -> str:
         return f"{PREFIX}{self.uri}#{self.collection}"
 
@@ -131,7 +136,7 @@ class Collection:
         self._pymilvus = _pymilvus()
         self._client: Any = None
         try:
-            self._call("get_server_version", collection=False)
+            self._call("get_server_version", collection=False, patience=min(PATIENCE, _CONNECT_SECONDS))
         except StoreError as error:
             raise StoreError(
                 f"no Milvus answers at {place.uri}: check the address, and that it is that of a Milvus server ({error})"
@@ -301,11 +306,14 @@ class Collection:
         for first in range(0, len(keys), AT_ONCE):
             yield from self._call("query", ids=keys[first : first + AT_ONCE], output_fields=fields)
 
-    def _call(self, method: str, *arguments: Any, collection: bool = True, **options: Any) -> Any:
+    def _call(
+        self, method: str, *arguments: Any, collection: bool = True, patience: float | None = None, **options: Any
+    ) -> Any:
         """Calls the client, again and again where the server does not answer."""
         import grpc
 
-        deadline, pause = time.monotonic() + PATIENCE, 0.1
+        patience = PATIENCE if patience is None else patience
+        deadline, pause = time.monotonic() + patience, 0.1
         names = (self.place.collection,) if collection else ()
         while True:
             try:
@@ -323,7 +331,7 @@ class Collection:
                 self._disconnect()
                 if time.monotonic() + pause > deadline:
                     raise StoreError(
-                        f"{self.place} has not answered for {PATIENCE:.0f} s: check that the server runs and can be "
+                        f"{self.place} has not answered for {patience:.0f} s: check that the server runs and can be "
                         f"reached; what was being built or added resumes with the same command ({reason})"
                     ) from error
             time.sleep(pause)

@@ -149,18 +149,19 @@ class MilvusIndex(NonparametricIndex):
     @classmethod
     def open(cls, name: str) -> Self:
         """Opens an index whatever made it, to look at it or to delete from it; see `load`."""
-        collection = Collection(Place.parse(name))
-        if not collection.exists():
+        if not cls.exists(name):
+            place = Place.parse(name)
             raise StoreError(
-                f"{collection.place.uri} has no collection {collection.place.collection!r}: make it with `cosup-fast "
-                "index build --store`, or name another with #COLLECTION"
+                f"{place.uri} has no collection {place.collection!r}: make it with `cosup-fast index build --store`, "
+                "or name another with #COLLECTION"
             )
-        return cls(collection)
+        return cls(Collection(Place.parse(name)))
 
     @classmethod
     def exists(cls, name: str) -> bool:
         """Whether Milvus has a collection of this name."""
-        return Collection(Place.parse(name)).exists()
+        place = Place.parse(name)
+        return not place.missing and Collection(place).exists()
 
     def _take(self, stamp: StoreStamp) -> None:
         if stamp.state == "building":

@@ -285,6 +285,8 @@ def test_a_collection_of_something_else_is_left_alone(model, passages, place, tm
     assert store.exists()
     assert index_exists(place)
     assert not index_exists(f"{place}#other")
+    assert not index_exists(f"milvus:{tmp_path / 'mistyped.db'}")
+    assert not (tmp_path / "mistyped.db").exists()
 
 
 def test_a_field_of_another_width_or_none_is_named(built):
