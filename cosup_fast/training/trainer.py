@@ -22,7 +22,7 @@ from torch import Tensor
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
 from cosup_fast.losses import CoSupervisionOutput
@@ -41,7 +41,7 @@ from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.metrics import HeldOut, Metrics, Skipped, StepMetrics, as_record, peak_memory
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
-from cosup_fast.training.optimizers import LocalOptimizer
+from cosup_fast.training.optimizers import LocalOptimizer, check_rates
 from cosup_fast.training.ranks import reduce_gradients
 from cosup_fast.training.refusal import are_finite, ntp_of_each, write_refusal
 from cosup_fast.training.schedule import Schedule
@@ -63,6 +63,8 @@ class Trainer:
         corpus: passages by id; every passage that an example asks for is in it.
         output: the run's folder; checkpoints go into `output/checkpoints`.
         lengths: what `example_lengths` says of the examples, if it was asked already.
+        mixture: which examples make an epoch; by default each comes once.
+        negatives: hard negatives of an example that a step reads; None: all.
         peers: the ranks that share every step; all of them have the same weights and arguments.
         device: where it is trained, if that is not where the model is: shards go there one by one, and only the first
             rank needs a model with weights.
@@ -85,6 +87,8 @@ class Trainer:
         output: Path,
         *,
         lengths: Sequence[int] | None = None,
+        mixture: Mixture | None = None,
+        negatives: int | None = None,
         peers: Peers | None = None,
         device: torch.device | None = None,
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
@@ -123,13 +127,12 @@ class Trainer:
                 config.pack_limits,
                 ntp=model.ntp.weight > 0,
                 retrieval=self.contrasts,
+                negatives=negatives,
             )
         self.sampler = StepSampler(
-            lengths,
-            config.batch_size,
-            config.seed,
-            balanced=config.balance_lengths,
+            lengths, config.batch_size, config.seed, balanced=config.balance_lengths, mixture=mixture
         )
+        self.negatives = negatives
         self._next: tuple[int, CoSupervisionBatch] | None = None
         device = model.device if device is None else device
         model.criterion.nsp.key_grad = config.key_grad
@@ -139,7 +142,7 @@ class Trainer:
         if config.sharding == "fsdp" and peers is not None:
             agree_on_norms(model, peers)
             shard(model, peers.mesh(device.type), precision=config.precision)
-        _check_rates(model, config)
+        check_rates(model, config)
         self.optimizer = LocalOptimizer(
             model.named_parameters(),
             config.optimizer,
@@ -290,7 +293,8 @@ class Trainer:
 
     def batch_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0."""
-        return [self.examples[i] for i in self.sampler[step]]
+        chosen = [self.examples[i] for i in self.sampler[step]]
+        return draw_negatives(chosen, self.negatives, self.config.seed, step)
 
     def batch(self, step: int) -> CoSupervisionBatch:
         """What this rank reads of a step, on the model's device."""
@@ -429,18 +433,6 @@ class Trainer:
     def _warn(self, messages: Iterable[str]) -> None:
         for message in messages:
             self.on_warning(message)
-
-
-def _check_rates(model: CoSupervisionModel, config: TrainingConfig) -> None:
-    """Refuses a learning rate of its own for what the model does not have, or does not train."""
-    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    for field, parts, reason in (
-        ("embseq_lr", {"embseq", "projection"}, "Embseq is frozen (model.freeze_embseq), or Gen itself (model.shared)"),
-        ("temperature_lr", {"criterion"}, "the temperature is fixed (nsp.learnable_temperature)"),
-    ):
-        rate = getattr(config, field)
-        if rate is not None and not parts & trained:
-            raise ValueError(f"training.{field}={rate} has nothing to train: {reason}; omit it")
 
 
 @contextlib.contextmanager
