@@ -26,4 +26,4 @@ def test_a_small_run(ascii_folder, data_folder, capsys, tmp_path):
         "first text beside 15 others, less alone, in steps",
     ):
         assert re.fullmatch(r"-?\d+\.\d\d \(.+\)", rows[name])
-    assert 0.8 < float(rows["forwards of those clients / of the offline batch"].split()[0])
+    assert float(rows["forwards of those clients / of the offline batch"].split()[0]) > 0.8

@@ -17,6 +17,7 @@ import torch
 
 from cosup_fast.generation import Decoder, GenerationConfig, Request
 from cosup_fast.index import embed_passages
+from cosup_fast.serve.settings import ServeConfig
 
 CHAT = "/v1/chat/completions"
 
@@ -179,6 +180,45 @@ def test_other_origins_are_let_in_only_when_named(server, serving, generator, in
     with serving(generator, index, {"cors_origins": ("https://example.org",), "api_key": "k"}) as open_server:
         reply = open_server.http.options(CHAT, headers=headers)
         assert reply.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        sent = {"Origin": "https://example.org", "Authorization": "Bearer k"}
+        assert open_server.http.post(CHAT, json=body(max_tokens=1), headers=sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "[::1", "]"]
+)
+def test_a_name_that_another_site_gave_this_machine_is_refused(server, host):
+    """DNS rebinding: the browser takes the other site's page for the server's own."""
+    for path in ("/", "/v1/models", "/health"):
+        reply = server.http.get(path, headers={"Host": host, "Origin": f"http://{host}"})
+        assert reply.status_code == 403
+        assert reply.json()["error"] | {"message": ""} == {
+            "message": "", "type": "permission_error", "param": None, "code": "host_not_allowed"
+        }  # fmt: skip
+    assert "--allowed-host" in reply.json()["error"]["message"]
+
+
+def test_a_server_answers_to_addresses_localhost_and_the_names_it_was_given(server, serving, generator, index):
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000", "10.0.0.7", "localhost."):
+        assert server.http.get("/health", headers={"Host": host}).status_code == 200
+    with serving(generator, index, {"allowed_hosts": ("models.example",)}) as named:
+        assert named.http.get("/health", headers={"Host": "Models.Example:443"}).status_code == 200
+        assert named.http.get("/health", headers={"Host": "other.example"}).status_code == 403
+    for open_to_all in (ServeConfig(allowed_hosts=("*",)), ServeConfig(host="0.0.0.0")):
+        assert open_to_all.knows("any.example")
+    assert not ServeConfig(host="0.0.0.0", allowed_hosts=("models.example",)).knows("any.example")
+    for wrong in ("http://x", "x:80", "", "*.x"):
+        with pytest.raises(ValueError, match="allowed_hosts"):
+            ServeConfig(allowed_hosts=(wrong,))
+
+
+def test_pages_of_other_origins_cannot_make_it_write(server):
+    """A form needs nobody's permission to send its text, so the server has to look where it comes from."""
+    for origin in ("https://evil.example", "null", server.url.replace("127.0.0.1", "localhost")):
+        reply = server.http.post(CHAT, json=body(max_tokens=1), headers={"Origin": origin})
+        assert reply.status_code == 403
+        assert reply.json()["error"]["code"] == "origin_not_allowed"
+    assert server.http.post(CHAT, json=body(max_tokens=1), headers={"Origin": server.url}).status_code == 200
 
 
 def test_metrics_count(server):
