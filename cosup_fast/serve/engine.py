@@ -230,7 +230,7 @@ class Engine:
         metrics.inserted_tokens.inc(answer.inserted_tokens)
         metrics.retrievals.inc(len(answer.retrievals))
         metrics.answer_seconds.observe(seconds)
-        written = [at for phase, at in ticket.timeline if phase != "read"]
+        written = [at for phase, at in ticket.timeline if phase == "write"]
         if written:
             metrics.first_token.observe(written[0] - submitted)
         for (phase, began), (_, until) in zip(ticket.timeline, ticket.timeline[1:], strict=False):

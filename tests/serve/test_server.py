@@ -1,13 +1,16 @@
 """One engine behind many clients: batches, cancellation, the queue, keys, the end; and the other endpoints."""
 
+import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -15,6 +18,7 @@ import openai
 import pytest
 import torch
 
+from cosup_fast.cli.app import demo
 from cosup_fast.generation import Decoder, GenerationConfig, Request
 from cosup_fast.index import embed_passages
 from cosup_fast.serve.settings import ServeConfig
@@ -231,6 +235,18 @@ def test_metrics_count(server):
     assert "cosup_requests_running 0.0" in text
 
 
+def test_the_first_token_is_the_first_that_is_written(server):
+    """Not the retrieval before it."""
+
+    def total():
+        return server.engine.metrics.registry.get_sample_value("cosup_first_token_seconds_sum")
+
+    before = total()
+    timeline = server.http.post(CHAT, json=body(ret_first=True)).json()["timeline"]
+    written = next(one["start_ms"] for one in timeline if one["phase"] == "write")
+    assert total() - before == pytest.approx(written / 1000, abs=1e-5)
+
+
 def test_the_timeline_is_in_order_and_whole(server):
     timeline = server.http.post(CHAT, json=body(ret_first=True)).json()["timeline"]
     assert [one["phase"] for one in timeline[:3]] == ["wait", "read", "retrieve"]
@@ -257,7 +273,7 @@ def started(*arguments):
         text=True,
         env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
     )
-    line = process.stdout.readline()
+    line = next((line for line in process.stdout if "API: " in line), "")
     found = re.search(r"API: (\S+)/v1", line)
     assert found, line + process.stderr.read()
     return process, found[1]
@@ -278,6 +294,35 @@ def test_sigterm_lets_running_answers_end(run_folder):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_run_is_served_with_an_index_of_its_corpus(cosup, llama_folder, data_folder, tmp_path):
+    """As `make serve` opens what the demo trained."""
+    run, corpus = tmp_path / "run", data_folder / "passages.jsonl"
+    train = [f"output={run}", f"model.gen={llama_folder}", f"data.corpus={corpus}", "data.dev=[]"]
+    train += [f"data.train=[{data_folder / 'examples.jsonl'}]", "training.steps=1", "training.batch_size=2"]
+    train += ["generation.ret_first=true", "generation.max_new_tokens=4"]
+    assert cosup("train", *train)[0] == 0
+    process, url = started(run)
+    try:
+        with httpx2.Client(base_url=url, trust_env=False, timeout=60) as http:
+            reply = http.post(CHAT, json=body()).json()
+        assert {one["retrieval"] for one in reply["search_results"]} == {0}  # the run's own ret_first
+        assert (run / "index" / "index.json").is_file()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_serve_serves_what_the_demo_writes():
+    root = Path(__file__).resolve().parents[2]
+    made = subprocess.run(["make", "-n", "serve"], cwd=root, capture_output=True, text=True, check=True).stdout
+    commands = [line for line in made.splitlines() if "/cosup-fast " in line]
+    assert [command.split("/cosup-fast ")[1] for command in commands] == ["demo", "serve runs/demo/run"]
+    assert inspect.signature(demo).parameters["output"].default == Path("runs/demo")
 
 
 def test_the_command_refuses_what_it_cannot_serve(run_folder, cosup, tmp_path):
