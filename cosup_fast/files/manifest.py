@@ -42,8 +42,8 @@ def check_manifest(path: Path, *, contents: bool = True, rank: int = 0, ranks: i
     for name, expected in files[rank::ranks]:
         file = path.parent / name
         if not file.is_file():
-            raise ValueError(f"{file} is missing")
+            raise ValueError(f"{file} is missing, which {path.name} lists")
         if (size := file.stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{file} has {size} bytes, its manifest says {expected['bytes']}")
+            raise ValueError(f"{file} has {size} bytes, its manifest says {expected['bytes']} ({path.name})")
         if contents and (found := sha256(file)) != expected["sha256"]:
-            raise ValueError(f"{file} was altered (sha256 {found[:12]}…)")
+            raise ValueError(f"{file} was altered (sha256 {found[:12]}… is not what {path.name} says)")
