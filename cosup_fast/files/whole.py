@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -59,6 +61,17 @@ def open_new(path: Path, *, binary: bool = False) -> IO[Any]:
     path.unlink(missing_ok=True)
     # Exclusive creation follows no link.
     return open(path, "xb") if binary else open(path, "x", encoding="utf-8", newline="\n")
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Writes an `.npy` file that appears whole or not at all."""
+    with replace_file(path, binary=True) as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An `.npy` file mapped into memory, in which nothing is ever changed."""
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch takes no read-only array
 
 
 def check_regular(path: Path) -> None:
