@@ -231,10 +231,10 @@ def test_a_passage_that_milvus_cannot_hold_is_named(model, place, tmp_path):
         build_index(model, tmp_path / "long.jsonl", place, tmp_path, options=SMALL)
 
 
-def test_without_pymilvus_the_extra_is_named(place, monkeypatch):
+def test_without_pymilvus_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'cosup-fast[milvus]'")):
-        open_index(place)
+        open_index("milvus:http://127.0.0.1:1")
 
 
 def test_an_index_of_another_model_or_width_is_refused(make_model, gpt2_folder, built):
