@@ -104,12 +104,16 @@ def index_delete(
 
     wanted = list(ids or [])
     if ids_file is not None:
-        wanted += [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        wanted += _ids(ids_file)
     if not wanted:
-        raise ValueError("name the ids to delete, or a file of them with --ids-file")
+        empty = "" if ids_file is None else f", --ids-file {ids_file} holds none"
+        raise ValueError(f"name the ids to delete, or a file of them with --ids-file{empty}")
     loaded = SequenceIndex.open(_index(index), verify=False)
     before = len(loaded)
-    loaded.delete(wanted)
+    try:
+        loaded.delete(wanted)
+    except ValueError as error:
+        raise ValueError(f"{error}" if ids_file is None else f"--ids-file {ids_file}: {error}") from None
     say(f"deleted {before - len(loaded)} passages: {loaded.folder} ({len(loaded)} passages)")
 
 
@@ -175,6 +179,17 @@ def index_info(
         if unfinished.is_dir():
             table.add_row("unfinished", escape(f"{unfinished}: the same command continues it"))
     out.print(table)
+
+
+def _ids(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"--ids-file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--ids-file {path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _index(folder: Path) -> Path:

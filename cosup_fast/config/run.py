@@ -26,7 +26,7 @@ class ConfigError(CosupError, ValueError):
 class DataConfig(BaseModel):
     """What is trained on and what is held out. Each name is prepared, a JSONL file, or `hf:owner/name:split`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     corpus: str = Field(default="wiki-leads", description="the passages")
     train: list[str] = Field(default=["cloze/train", "questions/train"], description="example sets that are trained on")
@@ -49,7 +49,7 @@ class DataConfig(BaseModel):
 class RunConfig(BaseModel):
     """Everything that decides a run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     output: str = Field(
         default="runs/cosup", description="folder for checkpoints, metrics, plots and this configuration"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from statistics import fmean
 
 from rich.table import Table
 
-from cosup_fast.files import locked
+from cosup_fast.files import locked, read_object
 from cosup_fast.study.config import Cell, Study, select
 from cosup_fast.study.progress import read_progress, time_left
 
@@ -73,8 +72,8 @@ def duration(seconds: float) -> str:
 
 def _seconds(cell: Cell) -> float | None:
     try:
-        return sum(json.loads(cell.result.read_text(encoding="utf-8"))["seconds"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
+        return sum(read_object(cell.result, ["seconds"])["seconds"].values())
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
-from cosup_fast.files import FolderKind, install_folder, remove_unfinished, replace_file, sha256, sync
+from cosup_fast.files import FolderKind, install_folder, read_object, remove_unfinished, replace_file, sha256, sync, usual_mode
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
@@ -202,6 +202,7 @@ class CheckpointWriter:
 
     def _finished(self, folder: Path, name: str) -> None:
         path = folder / name
+        usual_mode(path)
         sync(path)
         self._files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -255,12 +256,12 @@ def chosen_checkpoint(folder: Path) -> Path:
     found = checkpoints(root)
     if not found:
         raise CheckpointError(f"{folder} is neither a checkpoint nor the folder of a run with a finished checkpoint")
-    try:
-        best = checkpoint_folder(root, json.loads((root / BEST).read_text())["step"])
-    except FileNotFoundError:
+    if not (root / BEST).exists():
         return found[-1]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{root / BEST} is damaged ({error}): remove it for the newest checkpoint") from None
+    try:
+        best = checkpoint_folder(root, read_object(root / BEST, ["step"])["step"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{error}: remove {root / BEST} for the newest checkpoint") from None
     if best not in found:
         raise CheckpointError(f"{root / BEST} names {best.name}, which is gone: name a checkpoint, such as {found[-1]}")
     return best
@@ -273,17 +274,19 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
         CheckpointError: no manifest, or a file that is missing, truncated or altered.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a finished checkpoint: {MANIFEST} cannot be read ({error})") from None
-    for name, expected in list(files.items())[rank::ranks]:
+        files = read_object(folder / MANIFEST, ["files"])["files"]
+        described = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is not a finished checkpoint: {error}: {REMEDY}") from None
+    except (AttributeError, TypeError, KeyError):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged, it does not describe files: {REMEDY}") from None
+    for name, size, digest in described[rank::ranks]:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {REMEDY}")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: {REMEDY}")
-        if (found := sha256(path)) != expected["sha256"]:
+        if (there := path.stat().st_size) != size:
+            raise CheckpointError(f"{path} has {there} bytes, its manifest says {size}: {REMEDY}")
+        if (found := sha256(path)) != digest:
             raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): {REMEDY}")
 
 
@@ -326,10 +329,10 @@ def load_trainer_state(
         CheckpointError: it has no trainer's state, or that of other parameters.
     """
     try:
-        description = json.loads((folder / "trainer.json").read_text())
+        description = read_object(folder / "trainer.json", ["step", "ranks"])
         files = [folder / "optimizer" / f"rank-{r:05d}.safetensors" for r in range(len(description["ranks"]))]
         read = [_Tensors(path) for path in files]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} has no state of a trainer that can be read ({error}): {REMEDY}") from None
     saved = [SavedStates(x, parameters) for x, parameters in zip(read, description["ranks"], strict=True)]
     try:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from cosup_fast.files import replace_file
+from cosup_fast.data.records import DataError, parse_object
+from cosup_fast.files import naming, replace_file
 from cosup_fast.training.diagnostics import Diagnosis
-from cosup_fast.training.metrics import HeldOut, Metrics, StepMetrics, as_record
+from cosup_fast.training.metrics import FIGURES, HeldOut, Metrics, StepMetrics, as_record
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,8 +74,9 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if hasattr(self, "file"):
             self.progress.stop()
-            self.file.close()
-            self.tensorboard.close()
+            with naming(self.output):
+                self.file.close()
+                self.tensorboard.close()
             with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
                 plot_curves(read_metrics(self.path), self.output / "curves.png")
 
@@ -82,7 +85,7 @@ class RunLog:
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file: TextIO = self.path.open("a", buffering=1)
+        self.file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
         self.task = self.progress.add_task("training", total=total, completed=step, status="")
         self.progress.start()
@@ -91,7 +94,8 @@ class RunLog:
     def metrics(self, metrics: Metrics) -> None:
         """Records a step, a diagnosis, an evaluation, or what else happened to the run."""
         record = as_record(metrics)
-        self.file.write(json.dumps(record) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps(record) + "\n")
         kind = record["kind"]
         for name, value in record.items():
             if isinstance(value, float):
@@ -117,8 +121,8 @@ class RunLog:
 
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""
-        self.console.print(f"[yellow]warning:[/] {message}")
-        with (self.output / "warnings.log").open("a") as file:
+        self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
+        with (self.output / "warnings.log").open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
 
@@ -156,11 +160,26 @@ def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a kill is left out."""
+    """The records of a metrics file; a last line that was cut off by a kill is left out.
+
+    Raises:
+        DataError: a line is not a record; it is named.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_record(f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1)]
+
+
+def _record(where: str, line: bytes) -> dict[str, Any]:
+    record = parse_object(where, line)
+    kind, step = record.get("kind"), record.get("step")
+    wrong = [name for name, right in (("kind", isinstance(kind, str)), ("step", type(step) is int)) if not right]
+    if not wrong:
+        wrong = [name for name in FIGURES.get(str(kind), ()) if not isinstance(record.get(name), int | float | None)]
+    if wrong:
+        found = record.get(wrong[0])
+        raise DataError(f"{where}: {wrong[0]}: expected what a run writes there, found {found!r:.60}: remove the line")
+    return record
 
 
 def records_until(step: int, path: Path) -> list[dict[str, Any]]:
@@ -177,7 +196,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     def curve(axes: Axes, kind: str, name: str, *style: str, **options: Any) -> None:
         """Draws one figure over the steps; what a run does not compute has no curve."""
-        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r[name] is not None]
+        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), *style, **options)
 

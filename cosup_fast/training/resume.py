@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from cosup_fast.config import ConfigError, RunConfig, load_config
 from cosup_fast.data.records import DataError
+from cosup_fast.files import read_object
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
@@ -58,9 +58,14 @@ def checkpoint_to_resume(config: RunConfig, saved: RunConfig | None, output: Pat
 
 def changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[str, list[Any]]:
     """The fields that differ, by dotted name: before and now; with `told` those that metrics tell of."""
-    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    left_out = UNTOLD if told else ()
-    return {name: [before[name], now[name]] for name in now if before[name] != now[name] and name not in left_out}
+    found = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    return {name: values for name, values in found.items() if not told or name not in UNTOLD}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """The values that two nested dicts of the same names differ in, by dotted name: before and now."""
+    first, second = _flat(before), _flat(now)
+    return {name: [first.get(name), value] for name, value in second.items() if first.get(name) != value}
 
 
 def _strange(output: Path) -> str | None:
@@ -70,14 +75,19 @@ def _strange(output: Path) -> str | None:
 
 
 def check_same_data(output: Path, digests: dict[str, str]) -> None:
+    """Refuses other data than those that the run in the output was started with.
+
+    Raises:
+        DataError: naming which.
+    """
     path = output / "data.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_object(path) if path.is_file() else {}
     for name, now in digests.items():
         if (then := before.get(name, now)) != now:
             raise DataError(
                 f"--resume: the {name} examples or their passages are not those that the run in {str(output)!r} was "
-                f"started with (sha256 {then[:12]}… then, {now[:12]}… now): restore the files, or start a new run "
-                "in another output"
+                f"started with (sha256 {str(then)[:12]}… then by {path}, {now[:12]}… now): restore them, or start "
+                "a new run in another output"
             )
 
 

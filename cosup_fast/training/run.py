@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config
+from cosup_fast.config.run import DataConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
@@ -47,7 +48,7 @@ from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence
 from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.ranks import digest, training_ranks
-from cosup_fast.training.resume import changes, check_same_data, checkpoint_to_resume, ended, saved_config
+from cosup_fast.training.resume import changes, check_same_data, checkpoint_to_resume, differences, ended, saved_config
 from cosup_fast.training.trainer import Trainer
 
 Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch.device], str]
@@ -209,7 +210,17 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
 
     def load(names: list[str], limit: int | None, seed: int) -> list[Example]:
-        loaded = [e for name in names for e in load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)]
+        loaded = []
+        for name in names:
+            try:
+                loaded += load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
+            except DataError as error:
+                if (names, data.corpus) == (DataConfig().dev, DataConfig().corpus) or names != DataConfig().dev:
+                    raise
+                raise DataError(
+                    f"data.dev={names} are the default, which belongs to data.corpus={DataConfig().corpus}: name held-out "
+                    f"examples of {data.corpus}, or data.dev=[] for none ({error})"
+                ) from None
         if limit is not None and limit < len(loaded):
             loaded = random.Random(seed).sample(loaded, limit)
         return loaded
@@ -308,12 +319,12 @@ def _observed(
 def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
     """Refuses ranks that would train something else; none of them has written anything yet."""
     for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
-        for name, value in note.items():
-            if other[name] != value:
-                raise ValueError(
-                    f"rank {rank} has another {name} than rank {peers.names[peers.rank]} "
-                    f"({str(other[name])[:60]} there, {str(value)[:60]} here): start all ranks with the same files"
-                )
+        for name, (there, here) in differences(other, note).items():
+            what, _, field = name.partition(".")
+            raise ValueError(
+                f"rank {rank} has another {what} than rank {peers.names[peers.rank]} ({field + '=' if field else ''}"
+                f"{there!r} there, {here!r} here): start all ranks with the same files and arguments"
+            )
 
 
 def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:

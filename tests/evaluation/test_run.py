@@ -25,10 +25,10 @@ from cosup_fast.evaluation import (
     Verdict,
     evaluate,
 )
-from cosup_fast.evaluation.journal import Journal
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.index import SequenceIndex
+from cosup_fast.journal import Journal
 
 CONFIG = GenerationConfig(ret_first=True, max_new_tokens=15, candidates=2)
 
@@ -278,7 +278,7 @@ def test_journal(tmp_path):
         journal.add("z", 1)
     with Journal(path, {"a": {"b": 2}}) as journal:
         assert journal.done == {"z": 1}
-    with Journal(path, {"a": {"b": 2}}), pytest.raises(ValueError, match="is being written by another evaluation"):
+    with Journal(path, {"a": {"b": 2}}), pytest.raises(ValueError, match="is being written by another process"):
         Journal(path, {"a": {"b": 2}})
     with Journal(None, {}) as journal:
         journal.add("k", 1)

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from cosup_fast.files import fcntl, sync
+from cosup_fast.files import fcntl, naming, sync
 
 SYNC_SECONDS = 1.0
 
@@ -56,9 +56,9 @@ class Journal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._sync()
-            self._file.close()
+        if self._file is not None and self.path is not None:
+            with naming(self.path), self._file:
+                self._sync()
 
     def add(self, key: str, value: Any) -> None:
         """Keeps a finished piece: written before this returns, on disk within a second or when the journal closes."""
@@ -66,7 +66,9 @@ class Journal:
         self._write(_line({"key": key, "value": value}))
 
     def _write(self, line: bytes) -> None:
-        if self._file is not None:
+        if self._file is None or self.path is None:
+            return
+        with naming(self.path):
             self._file.write(line)
             self._file.flush()  # what the system has survives a kill; only a crash of the machine needs more
             if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -84,7 +86,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{self.path} is being written by another evaluation: wait for it, or give another --output"
+                f"{self.path} is being written by another process: wait for it, or give another --output"
             ) from None
 
     def _read(self, settings: dict[str, Any], restart: bool) -> int:
@@ -99,7 +101,7 @@ class Journal:
                     theirs = entry["settings"]
                 else:
                     self.done[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path}:{number} is damaged ({error}): remove the line, or the file to start over"
                 ) from None

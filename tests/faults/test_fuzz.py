@@ -1,0 +1,130 @@
+"""Damaged files and wrong command lines: one line says what is wrong and names the file or the argument, no trace.
+
+COSUP_FUZZ=3 pytest -m slow tests/project/test_fuzz.py does three times as much, from the seed COSUP_FUZZ_SEED.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+SIZE = float(os.environ.get("COSUP_FUZZ", "1"))
+SEED = int(os.environ.get("COSUP_FUZZ_SEED", "0"))
+SECONDS = 20.0
+"""Nothing that is refused takes longer."""
+
+
+def verdict(cosup, arguments: list[str], names: tuple[str, ...]) -> str:
+    """What is wrong with how a command ends; nothing when it is well, or says in a line what it does not accept."""
+    started = time.monotonic()
+    try:
+        status, out, err = cosup(*arguments)
+    except BaseException:
+        return "".join(traceback.format_exc().splitlines(keepends=True)[-6:])
+    said = out + err
+    if "Traceback (most" in said or ("unexpected" in err.split("Either a file")[0] and "Either a file" in err):
+        return f"no message of its own: {err[-600:]}"
+    if (took := time.monotonic() - started) > SECONDS:
+        return f"{took:.0f} s: {err[-300:]}"
+    if status not in (0, 1, 2, 130):
+        return f"status {status}: {err[-300:]}"
+    if any(ord(c) < 32 and c not in "\n\t" for c in said):
+        return f"control characters: {said!r:.300}"
+    if status and not any(name in said for name in names):
+        return f"names neither {names[0]} nor another of the file's names: {said[-500:]}"
+    return ""
+
+
+MODEL = "train run.yaml output=new training.steps=1 data.dev=[] training.keep_best=null training.eval_every=null"
+READERS = {
+    # file in the world: how many inputs, and the commands that read it, one of which is drawn for each
+    "passages.jsonl": (70, ["data check examples.jsonl --corpus passages.jsonl", "index build run --corpus passages.jsonl --output new"]),
+    "examples.jsonl": (90, ["data check examples.jsonl --corpus passages.jsonl", "evaluate run --examples examples.jsonl --system closed-book --fluency none --output new"]),
+    "more.jsonl": (30, ["index add run more.jsonl"]),
+    "nq-dev-kilt.jsonl": (70, ["data convert kilt nq-dev-kilt.jsonl --output new", "evaluate run --examples nq-dev-kilt.jsonl --system closed-book --fluency none --output new"]),
+    "knowledge.jsonl": (40, ["data convert kilt nq-dev-kilt.jsonl --knowledge knowledge.jsonl --output new"]),
+    "self-rag.jsonl": (50, ["data convert self-rag self-rag.jsonl --output new"]),
+    "kilt/converted.json": (20, ["data convert kilt nq-dev-kilt.jsonl --output kilt"]),
+    "questions.jsonl": (40, ["generate run --file questions.jsonl --max-retrievals 0"]),
+    "ids.txt": (15, ["index delete run --ids-file ids.txt"]),
+    "run.yaml": (80, ["train run.yaml --show", "train run.yaml --resume"]),
+    "run/config.yaml": (30, ["generate run Where?", "train run.yaml --resume"]),
+    "study.yaml": (60, ["study study.yaml --status", "study study.yaml --report"]),
+    "study/cells/one-seed0.json": (40, ["study study.yaml --report", "study study.yaml --status", "study study.yaml"]),
+    "model/config.json": (70, [MODEL]),
+    "model/tokenizer.json": (40, [MODEL]),
+    "model/tokenizer_config.json": (30, [MODEL]),
+    "model/generation_config.json": (15, [MODEL]),
+    "model/model.safetensors": (15, [MODEL]),
+    "run/index/index.json": (50, ["index info run", "index search run Where?", "index delete run rome"]),
+    "run/index/shard-00000/shard.json": (20, ["index info run --verify", "index search run Where?"]),
+    "run/index/shard-00000/passages.jsonl": (15, ["index search run Where?", "index info run --verify"]),
+    "run/index/shard-00000/rows.npy": (15, ["index search run Where?"]),
+    "run/index/shard-00000/vectors.npy": (15, ["index search run Where?"]),
+    "run/index/approximate-0.faiss": (15, ["index search run Where? --engine approximate"]),
+    "run/evaluation/co-supervised/answers.jsonl": (30, ["evaluate run --examples examples.jsonl --fluency none"]),
+    "run/evaluation/co-supervised/verdicts.jsonl": (30, ["evaluate run --examples examples.jsonl --fluency none"]),
+    "run/evaluation/co-supervised/report.json": (60, ["compare run/evaluation/co-supervised run/evaluation/co-supervised"]),
+    "run/metrics.jsonl": (50, ["train run.yaml --resume training.steps=3", "export run new"]),
+    "run/data.json": (15, ["train run.yaml --resume training.steps=3"]),
+    "run/checkpoints/best.json": (20, ["generate run Where? --max-retrievals 0"]),
+    "run/checkpoints/step-000002/manifest.json": (40, ["generate run/checkpoints/step-000002 Where? --max-retrievals 0", "train run.yaml --resume training.steps=3"]),
+    "run/checkpoints/step-000002/cosup.json": (40, ["generate bare Where? --max-retrievals 0"]),
+    "run/checkpoints/step-000002/gen/config.json": (25, ["generate bare Where? --max-retrievals 0"]),
+    "run/checkpoints/step-000002/gen/tokenizer.json": (10, ["generate bare Where? --max-retrievals 0"]),
+    "run/checkpoints/step-000002/heads.safetensors": (10, ["generate bare Where? --max-retrievals 0"]),
+    "run/checkpoints/step-000002/trainer.json": (30, ["train run.yaml --resume training.steps=3"]),
+    "adapted/checkpoints/step-000002/gen/adapter_config.json": (25, ["generate bare Where? --max-retrievals 0"]),
+    "adapted/checkpoints/step-000002/cosup.json": (20, ["generate bare Where? --max-retrievals 0"]),
+}  # fmt: skip
+ASIDE = {
+    "run/config.yaml": ("config.yaml", "run.yaml", "--resume"),
+    "run.yaml": ("run.yaml", "training.", "model.", "data.", "generation.", "'model'", "passages", "examples"),
+    "model/config.json": ("'model'", "model ", "model/", "model.", "training.", "example ", "passage "),
+    "model/tokenizer.json": ("'model'", "model ", "model/", "tokenizer", "example ", "passage "),
+    "model/tokenizer_config.json": ("'model'", "model ", "model/", "tokenizer", "example ", "passage "),
+    "passages.jsonl": ("passages.jsonl", "examples.jsonl", "passage '"),
+    "study.yaml": ("study.yaml", "condition"),
+}
+"""What else may be named where a file is damaged, such as another one that no longer agrees with it."""
+
+
+def _without_manifest(place: Path, path: str) -> None:
+    """Takes the checksums away that would refuse every change of a checkpoint."""
+    checkpoint = place / "/".join(path.split("/")[:3])
+    shutil.copytree(checkpoint, place / "bare")
+    (place / "bare" / "manifest.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_named_in_a_line(name, cosup, scratch, damaged):
+    count, commands = READERS[name]
+    dice = random.Random(f"{SEED} {name}")
+    wrong, place = [], scratch()
+    original = (place / name).read_bytes()
+    for number in range(max(1, round(count * SIZE))):
+        place = scratch()
+        command = dice.choice(commands)
+        path, content = place / name, damaged(place / name, dice)
+        if content == original:
+            continue
+        path.write_bytes(content)
+        if "bare" in command:
+            _without_manifest(place, name)
+        names = (*ASIDE.get(name, ()), path.name, str(Path(name).parent) if "/" in name else path.name, "bare")
+        if found := verdict(cosup, command.split(), names):
+            wrong.append(f"input {number}: {command}\n{_difference(original, content)}\n{found}\n")
+    assert not wrong, f"{len(wrong)} of {count}\n" + "\n".join(wrong[:12])
+
+
+def _difference(before: bytes, now: bytes) -> str:
+    start = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+    return f"at byte {start} of {len(before)}: {now[max(0, start - 40) : start + 60]!r} ({len(now)} bytes)"
