@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
+
     from cosup_fast.errors import CosupError
     from cosup_fast.functional import Stats, gather_last_hidden, info_nce, linear_cross_entropy
     from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
@@ -41,11 +41,24 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """The installed version, which the build took from the git tag."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cosup-fast")
+    except PackageNotFoundError:  # a source tree on the path that was never installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,16 @@ convert_app = typer.Typer(no_args_is_help=True, help="Convert published training
 data_app.add_typer(convert_app, name="convert")
 
 Output = Annotated[Path, typer.Option(help="folder to write; it appears whole or not at all", show_default=False)]
+Sources = Annotated[
+    list[str], typer.Argument(help="files to convert; their passages go into one file", show_default=False)
+]
+ForTraining = Annotated[
+    bool,
+    typer.Option(
+        "--for-training",
+        help="Make Gen's output the first answer, grounded on its passage; leave out what has no answer or no passage.",
+    ),
+]
 Skip = Annotated[
     bool, typer.Option("--skip-malformed", help="Leave malformed lines out, with their numbers, instead of stopping.")
 ]
@@ -98,6 +108,7 @@ def kilt(
     tasks: Annotated[list[Path] | None, typer.Argument(help="KILT's task files, JSONL", show_default=False)] = None,
     knowledge: Annotated[Path | None, typer.Option(help="KILT's knowledge source, for passages.jsonl")] = None,
     gold: Annotated[str, typer.Option(help="what counts: the paragraph of the provenance, or its page")] = "paragraph",
+    for_training: ForTraining = False,
     skip_malformed: Skip = False,
 ) -> None:
     """KILT's tasks to questions with gold ids, and its knowledge source to passages, one a paragraph."""
@@ -108,9 +119,71 @@ def kilt(
         output,
         knowledge=knowledge,
         gold=gold,  # type: ignore[arg-type]  # it says which there are
+        for_training=for_training,
         skip_malformed=skip_malformed,
     )
     _report(output, counts)
+
+
+@convert_app.command(
+    "sentence-transformers",
+    epilog="Examples: cosup-fast data convert sentence-transformers triplets.parquet --output data/triplets | "
+    "cosup-fast data convert sentence-transformers faq.csv --columns anchor=title,positive=body --output data/faq",
+)
+def sentence_transformers(
+    sources: Annotated[
+        list[str], typer.Argument(help="JSONL, CSV, TSV or Parquet files, or hf:owner/name:split", show_default=False)
+    ],
+    output: Output,
+    columns: Annotated[
+        str | None, typer.Option(help="what anchor, positive and negative are called, as anchor=title,positive=body")
+    ] = None,
+    skip_malformed: Skip = False,
+) -> None:
+    """Columns anchor, positive, negative, negative_1...: question-passage pairs with hard negatives."""
+    from cosup_fast.data.convert import convert_sentence_transformers
+
+    named: dict[str, str] = {}
+    for part in filter(None, (columns or "").split(",")):
+        name, separator, column = part.partition("=")
+        if not separator or not column:
+            raise ValueError(f"--columns {columns}: expected anchor=NAME, found {part!r}")
+        named[name] = column
+    _report(output, convert_sentence_transformers(sources, output, columns=named, skip_malformed=skip_malformed))
+
+
+@convert_app.command(
+    "tevatron", epilog="Example: cosup-fast data convert tevatron train.jsonl dev.jsonl --output data/msmarco"
+)
+def tevatron(sources: Sources, output: Output, for_training: ForTraining = False, skip_malformed: Skip = False) -> None:
+    """Tevatron's JSONL (MS MARCO): query, positive_passages, negative_passages."""
+    from cosup_fast.data.convert import convert_tevatron
+
+    _report(output, convert_tevatron(sources, output, for_training=for_training, skip_malformed=skip_malformed))
+
+
+@convert_app.command(
+    "dpr", epilog="Example: cosup-fast data convert dpr biencoder-nq-train.json --for-training --output data/dpr"
+)
+def dpr(sources: Sources, output: Output, for_training: ForTraining = False, skip_malformed: Skip = False) -> None:
+    """DPR's JSON: question, answers, positive_ctxs, hard_negative_ctxs."""
+    from cosup_fast.data.convert import convert_dpr
+
+    _report(output, convert_dpr(sources, output, for_training=for_training, skip_malformed=skip_malformed))
+
+
+@convert_app.command("beir", epilog="Example: cosup-fast data convert beir datasets/scifact --output data/scifact")
+def beir(
+    source: Annotated[
+        Path, typer.Argument(help="folder with corpus.jsonl, queries.jsonl and qrels/", show_default=False)
+    ],
+    output: Output,
+    skip_malformed: Skip = False,
+) -> None:
+    """A BEIR folder to passages.jsonl and a file of questions for each of its qrels."""
+    from cosup_fast.data.convert import convert_beir
+
+    _report(output, convert_beir(source, output, skip_malformed=skip_malformed))
 
 
 def _report(output: Path, counts: Mapping[str, int]) -> None:

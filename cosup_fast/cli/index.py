@@ -20,6 +20,9 @@ Index = Annotated[Path, typer.Argument(help="an index, or a run's folder for the
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="most tokens of a batch; default: 4096 on a CPU, 16384 on a GPU")
 ]
+RankTimeout = Annotated[
+    float, typer.Option(min=1, help="under torchrun: seconds to wait for a rank that reports no progress")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away an unfinished build of something else.")]
 
 
@@ -43,6 +46,7 @@ def index_build(
         int | None, typer.Option(min=1, help="passages of a shard, which is what a kill costs; default: by the corpus")
     ] = None,
     restart: Restart = False,
+    rank_timeout: RankTimeout = 600,
     device: Device = "auto",
 ) -> None:
     """Embed every passage with Embseq and write the index.
@@ -50,8 +54,9 @@ def index_build(
     The corpus is checked as a whole first and may be larger than memory. A build that was stopped is continued by the
     same command; torchrun shares it among processes.
     """
+    from cosup_fast.distributed import joined_ranks
     from cosup_fast.files import check_replaceable
-    from cosup_fast.index import INDEX, Options, SequenceIndex, process_group
+    from cosup_fast.index import INDEX, Options, SequenceIndex
 
     output = check_replaceable(output or checkpoint / "index", INDEX)
     options = Options(
@@ -59,8 +64,9 @@ def index_build(
         batch_tokens=batch_tokens,
         precision=precision,  # type: ignore[arg-type]  # Options says which there are
         restart=restart,
+        rank_timeout=rank_timeout,
     )
-    with process_group(), interruptible("nothing was embedded so far"):
+    with joined_ranks(timeout=rank_timeout), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
         index = SequenceIndex.build(model, corpus, output, factory=factory, parameters=parameters, options=options)
     say_once(f"index: {output} ({len(index)} passages)")
@@ -75,16 +81,20 @@ def index_add(
     index: Place = None,
     batch_tokens: BatchTokens = None,
     restart: Restart = False,
+    rank_timeout: RankTimeout = 600,
     device: Device = "auto",
 ) -> None:
     """Embed passages with the checkpoint that built the index, and append them."""
-    from cosup_fast.index import Options, SequenceIndex, process_group
+    from cosup_fast.distributed import joined_ranks
+    from cosup_fast.index import Options, SequenceIndex
 
-    with process_group(), interruptible("nothing was embedded so far"):
+    with joined_ranks(timeout=rank_timeout), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
         loaded = SequenceIndex.load(index or checkpoint / "index", model, verify=False)
         before = len(loaded)
-        options = Options(batch_tokens=batch_tokens, precision=loaded.precision, restart=restart)
+        options = Options(
+            batch_tokens=batch_tokens, precision=loaded.precision, restart=restart, rank_timeout=rank_timeout
+        )
         loaded.add(model, corpus, options=options)
     say_once(f"added {len(loaded) - before} passages: {loaded.folder} ({len(loaded)} passages)")
 

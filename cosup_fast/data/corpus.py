@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from cosup_fast.data.hub import hub_rows, without_none
 from cosup_fast.data.records import DataError, Passage, lines, parse, validate
-from cosup_fast.data.sources import find, hub_rows, without_none
+from cosup_fast.data.sources import find
 
 
 class Corpus(Protocol):

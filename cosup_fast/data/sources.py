@@ -1,7 +1,8 @@
 """Where data and models come from: a file, a prepared set, or a Hugging Face data set.
 
 A source is named by one string: a path to a JSONL file; the name of a prepared set (`wiki-leads`,
-`questions/train`, `smollm2-135m`); or `hf:owner/name[:split]`, read through `datasets`.
+`questions/train`, `smollm2-135m`); `hf:owner/name[:split]`, read through `datasets`; or data in a published
+form (`tevatron:train.jsonl`), which are converted first.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
+from cosup_fast.data.convert.direct import FORMS, converted, form_of
+from cosup_fast.data.hub import hub_rows, without_none
 from cosup_fast.data.prepared.catalog import CATALOG, PASSAGES, is_corpus
 from cosup_fast.data.prepared.verify import verify
 from cosup_fast.data.records import (
@@ -78,6 +80,8 @@ def _sets(kind: str) -> dict[str, tuple[str, str]]:
 
 def find(spec: str, kind: str) -> Path:
     """The file that `spec` names: its own path, or one of a prepared set; `kind` is corpus or examples."""
+    if form_of(spec) is not None:
+        return converted(spec, kind, home())
     sets = _sets(kind)
     if spec in sets:
         name, file = sets[spec]
@@ -85,8 +89,8 @@ def find(spec: str, kind: str) -> Path:
     if Path(spec).is_file():
         return Path(spec)
     raise DataError(
-        f"{kind} {spec!r}: expected a JSONL file, a prepared set ({', '.join(sets)}) or hf:owner/name[:split], "
-        f"found none of these{nearest(spec, sets)}"
+        f"{kind} {spec!r}: expected a JSONL file, a prepared set ({', '.join(sets)}), hf:owner/name[:split] "
+        f"or FORM:PATH with one of the forms {', '.join(FORMS)}, found none of these{nearest(spec, sets)}"
     )
 
 
@@ -111,22 +115,3 @@ def _read_hub(spec: str, kind: type[R]) -> list[tuple[str, R]]:
     if not found:
         raise DataError(f"{spec}: expected at least one {kind.__name__.lower()}, found an empty split")
     return list(found.values())
-
-
-def hub_rows(spec: str) -> tuple[str, Any]:
-    """`hf:owner/name:split` in full, and that `datasets.Dataset`: memory-mapped, with rows that may hold None."""
-    import datasets
-
-    name, _, split = spec.removeprefix("hf:").partition(":")
-    split = split or "train"
-    try:
-        return f"hf:{name}:{split}", datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub, the network and the files each raise kinds of their own
-        raise DataError(f"{spec}: expected a data set that `datasets` can load, found: {error}") from error
-
-
-def without_none(value: object) -> object:
-    """A row without the None that Arrow puts where a row lacks a field that another has."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value

@@ -7,20 +7,19 @@ where a collective would hang.
 
 from __future__ import annotations
 
-import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore
 
+from cosup_fast.distributed.channel import PROGRESS, channel_of
 from cosup_fast.errors import CosupError
 
 if TYPE_CHECKING:
@@ -30,10 +29,6 @@ TIMEOUT = 600.0
 """Seconds to wait for the other ranks, unless told otherwise."""
 NOTICE = 1.0
 """Seconds after which a rank that waits in a collective looks whether it has failed for others."""
-ROLL_CALL = 5.0
-"""Seconds to wait for an answer from each rank once a collective has failed."""
-HEARING = 20.0
-"""Seconds for which a rank that reports an error waits for the others to read it: it may hold the store they read."""
 
 # torch 2.13 renamed these; the old names warn there.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -83,9 +78,16 @@ class Peers:
         self.names: list[int] = dist.get_process_group_ranks(self.group)
         """The global rank of each rank of the group: by these, errors name them."""
         try:
-            self._channel = _channel(self.group)
+            self._channel = channel_of(self.group)
         except dist.DistError as error:
             raise _store_is_gone("start", error) from error
+        self._told = -PROGRESS
+
+    @classmethod
+    def present(cls, *, timeout: float = TIMEOUT) -> Self | None:
+        """The ranks of the default group; None where this process is alone."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return cls(timeout=timeout) if several else None
 
     @classmethod
     @outside_graphs
@@ -105,15 +107,11 @@ class Peers:
         if self.size == 1:
             return [said]
         try:
-            notes = channel.exchange(self.rank, self.size, said, self.timeout)
+            found, late = channel.exchange(self.rank, self.size, said, self.timeout)
         except dist.DistError as error:
             raise _store_is_gone(purpose, error) from error
-        if missing := [name for name, one in zip(self.names, notes) if one is None]:
-            raise PeerError(
-                f"{purpose}: {_ranks(missing)} did not come within {self.timeout:g} s; look there for the cause, or "
-                "give Peers a longer timeout"
-            )
-        found: list[dict[str, Any]] = [one for one in notes if one is not None]
+        if late:
+            raise absent(purpose, [self.names[i] for i in late], self.timeout)
         for name, one in zip(self.names, found):
             if "error" in one:
                 channel.hear(self.rank)
@@ -133,10 +131,47 @@ class Peers:
         """Tells the others, at their next meeting, of a user error inside; they would wait for this rank in vain."""
         try:
             yield
-        except (TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             if self.size > 1:
                 self._channel.report(self.rank, self.size, {"purpose": purpose, "error": str(error)})
             raise
+
+    @contextmanager
+    def together(self, purpose: str) -> Iterator[None]:
+        """Ends when every rank has done its part; a user error in one of them is raised on all.
+
+        Raises:
+            PeerError, ReportedError: see `meet`.
+        """
+        with self.reporting(purpose):
+            yield
+        self.meet(purpose)
+
+    def progress(self) -> None:
+        """Tells the ranks that wait for this one that it is still at work: their timeout starts again.
+
+        Cheap enough to be called in a loop. Not a collective.
+        """
+        if self.size > 1 and time.monotonic() >= self._told + PROGRESS:
+            self._channel.progress(self.rank)
+            self._told = time.monotonic()
+
+    @contextmanager
+    def progressing(self) -> Iterator[None]:
+        """Makes `progress` from a thread, for a long call that cannot: only this rank's death is noticed then."""
+        done = threading.Event()
+
+        def tell() -> None:
+            while not done.wait(PROGRESS):
+                self.progress()
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def counts(self, n: int) -> list[int]:
         """The n of every rank."""
@@ -234,77 +269,17 @@ class Peers:
                     raise
 
 
-class _Channel:
-    """Meetings of a group in its store, each with a number, which is the same on every rank."""
-
-    def __init__(self, group: ProcessGroup):
-        # A connection of its own: waiting must not block the others that use the store.
-        store: Any = group.get_group_store()
-        self.store = PrefixStore("cosup_fast", store.clone())
-        self.number = 0
-
-    def post(self, rank: int, note: dict[str, Any]) -> None:
-        """Leaves this rank's note of the next meeting."""
-        self.number += 1
-        self.store.set(f"{self.number}/{rank}", json.dumps(note))
-
-    def report(self, rank: int, size: int, note: dict[str, Any]) -> None:
-        """Leaves an error as this rank's note of the next meeting, and gives the others time to read it."""
-        self.post(rank, note)
-        with suppress(dist.DistError):
-            self.hear(rank)
-            self._await([f"{self.number}/heard/{i}" for i in range(size)], HEARING)
-
-    def hear(self, rank: int) -> None:
-        """Tells who reported an error at this meeting that this rank knows of it."""
-        self.store.set(f"{self.number}/heard/{rank}", "")
-
-    def exchange(self, rank: int, size: int, note: dict[str, Any], timeout: float) -> list[dict[str, Any] | None]:
-        """The note of every rank; None for those that left none in time."""
-        self.post(rank, note)
-        keys = [f"{self.number}/{i}" for i in range(size)]
-        missing = self._await(keys, timeout)
-        if missing:
-            return [None if key in missing else json.loads(self.store.get(key)) for key in keys]
-        # Everyone has come here, so everyone has read the meeting before.
-        self.store.delete_key(f"{self.number - 1}/{rank}")
-        return [json.loads(text) for text in self.store.multi_get(keys)]
-
-    def failed(self) -> bool:
-        """Whether a collective since this meeting has failed for some rank."""
-        return self.store.check([f"{self.number}/failed"])
-
-    def silent(self, rank: int, size: int) -> list[int]:
-        """Ranks that do not say that a collective since this meeting has failed for them too."""
-        self.store.set(f"{self.number}/failed", "")
-        self.store.set(f"{self.number}/failed/{rank}", "")
-        keys = [f"{self.number}/failed/{i}" for i in range(size)]
-        missing = self._await(keys, ROLL_CALL)
-        return [i for i, key in enumerate(keys) if key in missing]
-
-    def _await(self, keys: list[str], timeout: float) -> set[str]:
-        """Those keys that are not there in time. Polls: the store's own wait hears no Ctrl-C."""
-        deadline, pause = time.monotonic() + timeout, 1e-4
-        while not self.store.check(keys):
-            if time.monotonic() > deadline:
-                return {key for key in keys if not self.store.check([key])}
-            time.sleep(pause)
-            pause = min(2 * pause, 0.02)
-        return set()
-
-
-_channels: WeakKeyDictionary[ProcessGroup, _Channel] = WeakKeyDictionary()
-
-
-def _channel(group: ProcessGroup) -> _Channel:
-    if group not in _channels:
-        _channels[group] = _Channel(group)
-    return _channels[group]
-
-
 def _store_is_gone(purpose: str, error: Exception) -> PeerError:
     return PeerError(
         f"{purpose}: the store of the process group is gone ({error}); rank 0 holds it, or the launcher does"
+    )
+
+
+def absent(purpose: str, ranks: Sequence[int], timeout: float) -> PeerError:
+    """The error that names ranks who did not come."""
+    return PeerError(
+        f"{purpose}: {_ranks(ranks)} did not come within {timeout:g} s; look there for the cause, or set a longer "
+        "timeout (training.rank_timeout, --rank-timeout, Peers(timeout=...))"
     )
 
 

@@ -12,7 +12,6 @@ arXiv 2403.09024, section 3.
 from cosup_fast.index.build import Options
 from cosup_fast.index.embed import embed_passages, embed_queries, evaluation_mode
 from cosup_fast.index.origin import INDEX, STAMP, Origin
-from cosup_fast.index.ranks import process_group
 from cosup_fast.index.sequence_index import SequenceIndex
 
 __all__ = [
@@ -24,5 +23,4 @@ __all__ = [
     "embed_passages",
     "embed_queries",
     "evaluation_mode",
-    "process_group",
 ]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -36,10 +36,10 @@ from rich.text import Text
 
 from cosup_fast.data.corpus import Corpus
 from cosup_fast.data.records import DataError, Passage, to_line
+from cosup_fast.distributed.peers import TIMEOUT, Peers
 from cosup_fast.files import locked, remove_unwritten, replace_file, sync
 from cosup_fast.index.embed import Precision, embed_sequences
 from cosup_fast.index.origin import FORMAT_VERSION, Origin
-from cosup_fast.index.ranks import Ranks
 from cosup_fast.index.shards import (
     PASSAGES,
     RECORD,
@@ -75,6 +75,7 @@ class Options:
         precision: of the products.
         restart: throw away an unfinished build of something else.
         progress: show progress bars on stderr.
+        rank_timeout: seconds to wait for a rank that reports no progress, where several ranks build together.
     """
 
     shard_size: int | None = None
@@ -82,8 +83,11 @@ class Options:
     precision: Precision = "float32"
     restart: bool = False
     progress: bool = True
+    rank_timeout: float = TIMEOUT
 
     def __post_init__(self):
+        if not self.rank_timeout > 0:
+            raise ValueError(f"rank_timeout={self.rank_timeout}: give a number of seconds > 0")
         if self.shard_size is not None and self.shard_size < 1:
             raise ValueError(f"shard_size={self.shard_size}: a shard needs at least one passage")
         if self.precision not in ("float32", "bfloat16"):
@@ -109,6 +113,7 @@ class Build:
 
     Raises:
         ValueError: an unfinished build of something else is in `work`, or another process works there.
+        PeerError: another rank did not start, died, or made no progress for `options.rank_timeout` seconds.
     """
 
     def __init__(
@@ -123,7 +128,8 @@ class Build:
         context: str = "",
     ):
         self.work = work
-        self.ranks = Ranks()
+        self._peers = Peers.present(timeout=options.rank_timeout)
+        self._rank, self._ranks = (0, 1) if self._peers is None else (self._peers.rank, self._peers.size)
         self._model, self._corpus, self._options, self._known = model, corpus, options, known
         size = options.shard_size or default_shard_size(len(corpus))
         self._ranges = {
@@ -142,28 +148,46 @@ class Build:
 
     def __enter__(self) -> Build:
         with ExitStack() as stack:
-            stack.callback(self.ranks.close)
-            with self.ranks.together():
-                if self.ranks.leads:
+            with self.together():
+                if self.leads:
                     self.work.mkdir(parents=True, exist_ok=True)
                     try:
                         stack.enter_context(locked(self.work, wait=False))
                     except BlockingIOError:
                         raise ValueError(f"another process is building in {self.work}: wait for it") from None
                     self._take_up()
-            with self.ranks.together():
-                if any(key != self._key for key in self.ranks.gather(self._key)):
-                    raise ValueError("the ranks hold different weights or corpora: give all of them the same")
+            if any(key != self._key for key in self._gathered(self._key)):
+                raise ValueError("the ranks hold different weights or corpora: give all of them the same")
             self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that keeps the folder and shows progress."""
+        return self._rank == 0
+
+    @contextmanager
+    def together(self, *, silent: bool = False) -> Iterator[None]:
+        """Ends when every rank has done its part; a user error in one of them is raised on all.
+
+        Args:
+            silent: this part calls what reports no progress, so the process makes it from a thread.
+        """
+        with ExitStack() as stack:
+            if self._peers is not None:
+                stack.enter_context(self._peers.together("index"))
+                if silent:
+                    stack.enter_context(self._peers.progressing())
+            yield
+
     def run(self) -> list[str]:
         """Makes all shards; returns their names in the order of the rows. All ranks call it.
 
         Raises:
+            PeerError: another rank died, or made no progress in time; what is finished stays for the next call.
             DataError: a passage of the corpus is not valid, or its id is there twice; nothing is left behind.
             ValueError: a passage is too long, or an embedding is not finite.
             KeyboardInterrupt: Ctrl-C; it says how much is done.
@@ -173,7 +197,7 @@ class Build:
         taken = self._gathered_from_lead(
             lambda: [name for name in names if name in set(finished) or self._is_whole(name, INTAKE)]
         )
-        if finished and self.ranks.leads and self._options.progress:
+        if finished and self.leads and self._options.progress:
             self._console.print(f"{len(finished)} of {len(names)} shards are there already", highlight=False)
         self._read([name for name in names if name not in set(taken)], finished)
         try:
@@ -203,12 +227,23 @@ class Build:
         with replace_file(path) as file:
             file.write(json.dumps(self._key, indent=1) + "\n")
 
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every rank gave (JSON), by rank."""
+        if self._peers is None:
+            return [value]
+        return [note["value"] for note in self._peers.meet("index", {"value": value})]
+
     def _gathered_from_lead(self, find: Callable[[], list[str]]) -> list[str]:
-        with self.ranks.together():
-            found = find() if self.ranks.leads else []
-        return self.ranks.gather(found)[0]
+        with self.together():
+            found = find() if self.leads else []
+        return self._gathered(found)[0]
+
+    def _progress(self) -> None:
+        if self._peers is not None:
+            self._peers.progress()
 
     def _is_whole(self, name: str, record: str) -> bool:
+        self._progress()
         if not (self.work / name / record).is_file():
             return False
         try:
@@ -218,16 +253,16 @@ class Build:
         return True
 
     def _read(self, names: Sequence[str], finished: Sequence[str]) -> None:
-        mine = self.ranks.mine(names)
+        mine = names[self._rank :: self._ranks]
         try:
-            with self.ranks.together(), self._bar("reading", mine) as bar:
+            with self.together(), self._bar("reading", mine) as bar:
                 for name in mine:
                     self._take_in(name, bar.advance)
-            with self.ranks.together():
-                if self.ranks.leads:
+            with self.together():
+                if self.leads:
                     self._check_ids()
         except ValueError:
-            if self.ranks.leads and not finished:
+            if self.leads and not finished:
                 self.discard()
             raise
 
@@ -270,6 +305,7 @@ class Build:
             return
         known: list[str] = []
         for name in self._ranges:
+            self._progress()
             known += self._known(passage.id for passage in _passages(self.work / name))
         if len(known) == len(self._corpus):
             self.discard()
@@ -281,8 +317,8 @@ class Build:
             )
 
     def _embed(self, names: Sequence[str]) -> None:
-        mine = self.ranks.mine(names)
-        with self.ranks.together(), self._bar("embedding", mine) as bar:
+        mine = names[self._rank :: self._ranks]
+        with self.together(), self._bar("embedding", mine) as bar:
             for name in mine:
                 self._embed_shard(self.work / name, bar.advance)
 
@@ -305,8 +341,9 @@ class Build:
 
     def _bar(self, title: str, names: Sequence[str]) -> _Bar:
         total = sum(stop - start for start, stop in map(self._ranges.__getitem__, names))
-        ranks = f" (rank 0 of {self.ranks.count})" if self.ranks.several else ""
-        return _Bar(title + ranks, total, self._console, self._options.progress and self.ranks.leads and total > 0)
+        ranks = f" (rank 0 of {self._ranks})" if self._ranks > 1 else ""
+        shown = self._options.progress and self.leads and total > 0
+        return _Bar(title + ranks, total, self._console, shown, self._progress)
 
 
 def check_finite(vectors: np.ndarray, passages: Sequence[Passage]) -> None:
@@ -326,7 +363,8 @@ def _passages(shard: Path) -> PassageFile:
 class _Bar:
     """A progress bar with a speed; outside of a terminal a line now and then."""
 
-    def __init__(self, title: str, total: int, console: Console, shown: bool):
+    def __init__(self, title: str, total: int, console: Console, shown: bool, on_advance: Callable[[], None]):
+        self._on_advance = on_advance
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeElapsedColumn())
         self._progress = Progress(
             *columns, TimeRemainingColumn(), console=console, disable=not shown, transient=not console.is_terminal
@@ -342,6 +380,7 @@ class _Bar:
 
     def advance(self, passages: int) -> None:
         self._progress.advance(self._task, passages)
+        self._on_advance()
 
 
 class _Speed(ProgressColumn):

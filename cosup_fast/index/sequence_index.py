@@ -139,8 +139,8 @@ class SequenceIndex:
         origin = Origin.of(model)
         with Build(folder.with_name(f".{folder.name}.building"), model, source, origin, options) as build:
             names = build.run()
-            with build.ranks.together():
-                if build.ranks.leads:
+            with build.together(silent=True):
+                if build.leads:
                     stamp = Stamp(
                         generation=0,
                         count=len(source),
@@ -357,8 +357,8 @@ class SequenceIndex:
         known, context = self.by_id.rows, str(self.folder)
         with Build(work, model, source, origin, options, known=known, context=context) as build:
             names = build.run()
-            with build.ranks.together():
-                if build.ranks.leads:
+            with build.together(silent=True):
+                if build.leads:
                     with Change(self.folder, self._stamp) as change:
                         change.add(build.work / name for name in names)
                     build.discard()

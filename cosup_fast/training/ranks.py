@@ -8,17 +8,14 @@ done with gradients between the backward passes and the optimizer is in `reduce_
 
 from __future__ import annotations
 
-import datetime
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cosup_fast.config.training import TrainingConfig
-from cosup_fast.distributed import Peers
+from cosup_fast.distributed import Peers, joined_ranks, world_size
 from cosup_fast.environment import choose_device
 from cosup_fast.kernels.numerics import accumulator
 from cosup_fast.training.sharding import unsharded_parameters
@@ -35,8 +32,7 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
         ValueError: more ranks than examples in a step, or than GPUs; one GPU named for several ranks.
         PeerError: a rank did not come.
     """
-    joined = dist.is_available() and dist.is_initialized()
-    size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         yield None
         return
@@ -60,16 +56,8 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
         )
     if on_gpu:
         torch.cuda.set_device(device)
-    if not joined:
-        patience = datetime.timedelta(seconds=config.rank_timeout)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
-    try:
-        peers = Peers(timeout=config.rank_timeout)
-        peers.meet("start")
+    with joined_ranks("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=config.rank_timeout) as peers:
         yield peers
-    finally:
-        if not joined:
-            dist.destroy_process_group()
 
 
 def reduce_gradients(model: nn.Module, peers: Peers | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cosup_fast
 from benchmarks import cli, machine, peak, report, run, timing
 from benchmarks.cases import Case
 from benchmarks.providers import chosen
@@ -85,7 +86,7 @@ def test_count_writes_a_folder(command, tmp_path):
     text = (output / "README.md").read_text()
     for loss in ("info-nce", "info-nce-cosine", "info-nce-symmetric", "linear-cross-entropy"):
         assert f"## {loss} 48x48x32 bf16" in text
-    assert "| ours reference | cosup-fast 0.1.0 | 3.00 | 3.00 bf16 | 0 | 0 | 0 |" in text
+    assert f"| ours reference | cosup-fast {cosup_fast.__version__} | 3.00 | 3.00 bf16 | 0 | 0 | 0 |" in text
 
 
 def test_an_interrupted_run_leaves_nothing(command, tmp_path, monkeypatch):

@@ -237,7 +237,8 @@ def test_help_has_examples_everywhere(cosup):
         assert cosup(*command, "--help")[0] == 0
     commands = [
         "data list", "data prepare", "data check", "data convert self-rag",
-        "data convert kilt", "train", "index build", "index add",
+        "data convert kilt", "data convert sentence-transformers", "data convert tevatron", "data convert dpr",
+        "data convert beir", "train", "index build", "index add",
         "index delete", "index search", "index info", "export", "generate", "evaluate", "compare",
         "demo", "env",
     ]  # fmt: skip

@@ -108,7 +108,7 @@ def test_a_file_in_which_nothing_retrieves_is_refused(tmp_path):
     source = _write(tmp_path / "source.jsonl", SELF_RAG[:1])
     with pytest.raises(DataError, match=r"expected examples with \[Retrieval\]"):
         convert_self_rag(source, tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match="expected a JSONL file"):
+    with pytest.raises(DataError, match="expected a file, found none"):
         convert_self_rag(tmp_path / "none.jsonl", tmp_path / "out", progress=False)
     assert os.listdir(tmp_path) == ["source.jsonl"]
 
@@ -226,7 +226,7 @@ def test_a_malformed_page_is_named_and_nothing_is_written(tmp_path, page, messag
 def test_what_kilt_needs_is_said(tmp_path):
     for arguments, message in [
         (([],), "expected task files, a knowledge source or both"),
-        ((["a.jsonl"],), "expected a JSONL file"),
+        ((["a.jsonl"],), "expected a file, found none"),
         ((["a.jsonl", "b/a.jsonl"],), r"'a\.jsonl' would be the name of several files"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosup_fast import functional, losses
-from cosup_fast.distributed import PeerError, Peers, peers
+from cosup_fast.distributed import PeerError, Peers, channel, peers
 from cosup_fast.kernels.softmax_xent import engine
 
 RANK, SIZE, PORT, PIPE = (globals()[name] for name in ("RANK", "SIZE", "PORT", "PIPE"))
@@ -289,7 +289,7 @@ def purposes(size: int, part: None) -> str:
 
 def lost(how: str, when: str, who: int, timeout: float) -> tuple[str, float]:
     """What the others see when one rank dies or stops before, or in the middle of, a loss."""
-    peers.NOTICE, peers.ROLL_CALL = 0.3, 1.5
+    peers.NOTICE, channel.ROLL_CALL = 0.3, 1.5
     ranks = Peers(groups[SIZE], timeout=timeout)
 
     def vanish() -> None:

@@ -1,7 +1,8 @@
 """Builds an index in forked processes that are killed at every moment, or that share the work; run by test_build.py.
 
 python processes.py kill CHECKPOINT CORPUS FOLDER    prints what was killed how often
-python processes.py ranks CHECKPOINT CORPUS FOLDER COUNT
+python processes.py ranks CHECKPOINT CORPUS FOLDER        by two ranks
+python processes.py lost CHECKPOINT CORPUS FOLDER         by two ranks, one of which is slow or lost, in each way
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from cosup_fast.data.records import Passage
-from cosup_fast.index import Options, SequenceIndex, process_group
+from cosup_fast.distributed import PeerError, joined_ranks
+from cosup_fast.index import Options, SequenceIndex
 from cosup_fast.index import build as build_module
 from cosup_fast.model import CoSupervisionModel
 
@@ -107,41 +111,71 @@ def embedding(expected: int, work) -> None:
     assert len(embedded) == expected, (len(embedded), expected)
 
 
-def ranks(model, corpus: str, folder: Path, count: int) -> None:
-    """Builds with two ranks, which have two shards and one to embed; errors are printed."""
-    port = 29000 + os.getpid() % 2000
+def ranks(model, corpus: str, folder: Path, last: str = "works") -> int:
+    """The status of a build by two ranks, which have two shards and one to embed; errors are printed.
+
+    Rank 1 "works" or, within a timeout of 2 s, is "slow", "hangs", "dies" or is "absent".
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    timeout = 60 if last == "works" else 2
+    options = Options(shard_size=4, progress=False, rank_timeout=timeout)
+    embed = build_module.embed_sequences
     children = []
-    for rank in range(count):
+    for rank in range(1 if last == "absent" else 2):
         if (child := os.fork()) == 0:
             os.environ |= {
                 "RANK": str(rank),
-                "WORLD_SIZE": str(count),
+                "WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
+            if rank == 1:
+                build_module.embed_sequences = lambda *a, **k: BEHAVIOUR[last](k["on_pack"]) or embed(*a, **k)
             status = 0
             try:
-                with process_group():
-                    assert dist.get_world_size() == count
-                    embedding(2 - rank, lambda: SequenceIndex.build(model, corpus, folder, options=OPTIONS))
-            except ValueError as error:
+                with joined_ranks(timeout=timeout):
+                    assert dist.get_world_size() == 2
+                    embedding(2 - rank, lambda: SequenceIndex.build(model, corpus, folder, options=options))
+            except (ValueError, PeerError) as error:
                 print(f"rank {rank}: {error}", flush=True)
                 status = 3
             os._exit(status)
         children.append(child)
-    statuses = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    statuses = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children[: 1 if last in LOST else None]}
+    if last == "hangs":
+        os.kill(children[-1], signal.SIGKILL)
     assert len(statuses) == 1, statuses
-    sys.exit(statuses.pop())
+    return statuses.pop()
+
+
+def _slow(on_pack) -> None:
+    for _ in range(8):
+        time.sleep(0.5)
+        on_pack(0)
+
+
+LOST = {"hangs", "dies", "absent"}
+BEHAVIOUR = {
+    "works": lambda on_pack: None,
+    "slow": _slow,
+    "hangs": lambda on_pack: time.sleep(600),
+    "dies": lambda on_pack: os.kill(os.getpid(), signal.SIGKILL),
+}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    what, checkpoint, corpus, folder, *rest = sys.argv[1:]
+    what, checkpoint, corpus, folder = sys.argv[1:]
     model = CoSupervisionModel.load(checkpoint).eval()
     if what == "kill":
         kill(model, corpus, Path(folder))
+    elif what == "ranks":
+        sys.exit(ranks(model, corpus, Path(folder)))
     else:
-        ranks(model, corpus, Path(folder), int(rest[0]))
+        for last in ("slow", *sorted(LOST)):
+            print(last, ranks(model, corpus, Path(folder) / last, last), flush=True)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(checkpoint, corpus, 
 def test_ranks_share_the_work_and_the_errors(checkpoint, model, corpus, tmp_path, passages):
     (tmp_path / "place").mkdir()
     folder = tmp_path / "place" / "index"
-    done = _run("ranks", checkpoint, corpus, folder, 2)
+    done = _run("ranks", checkpoint, corpus, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = SequenceIndex.load(folder, model)
     alone = SequenceIndex.build(model, corpus, tmp_path / "alone", options=SMALL)
@@ -66,12 +66,30 @@ def test_ranks_share_the_work_and_the_errors(checkpoint, model, corpus, tmp_path
 
     lines = corpus.read_text().splitlines(keepends=True)
     corpus.write_text("".join([*lines[:5], "{broken\n", *lines[5:]]))  # in the second shard: rank 1's
-    done = _run("ranks", checkpoint, corpus, folder, 2)
+    done = _run("ranks", checkpoint, corpus, folder)
     assert done.returncode == 3, done.stderr
     assert done.stdout.count("passages.jsonl:6: expected one JSON object") == 2
-    assert "rank 0: rank 1 failed: DataError" in done.stdout
+    assert "rank 0: rank 1: " in done.stdout
     assert os.listdir(tmp_path / "place") == ["index"]
     assert len(SequenceIndex.load(folder, model)) == 11
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX processes")
+def test_a_lost_rank_is_named_in_time_and_a_slow_one_is_waited_for(checkpoint, model, corpus, tmp_path):
+    done = _run("lost", checkpoint, corpus, tmp_path / "place")
+    assert done.returncode == 0, done.stderr[-3000:]
+    late = "rank 0: {}: rank 1 did not come within 2 s"
+    said = [line.split(";")[0] for line in done.stdout.splitlines()]
+    assert said == [
+        "slow 0",
+        late.format("start"), "absent 3",
+        late.format("index"), "dies 3",
+        late.format("index"), "hangs 3",
+    ]  # fmt: skip
+    for last, finished in (("absent", 0), ("dies", 2), ("hangs", 2)):
+        assert len(list((tmp_path / "place").glob(f".{last}.building/*/shard.json"))) == finished
+    SequenceIndex.build(model, corpus, tmp_path / "place" / "hangs", options=SMALL)
+    assert sorted(os.listdir(tmp_path / "place")) == [".dies.building", "hangs", "slow"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Passages and examples: records, the text that models read, packs without padding, and prepared data."""
