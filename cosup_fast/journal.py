@@ -10,6 +10,7 @@ import json
 import os
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -49,7 +50,8 @@ class Journal:
                 self._write(_line({"settings": settings}))
                 sync(path.parent)
         except BaseException:
-            self._file.close()
+            with suppress(OSError):  # a full disk, which is known already
+                self._file.close()
             raise
 
     def __enter__(self) -> Self:

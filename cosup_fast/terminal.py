@@ -34,6 +34,14 @@ class SafeConsole(Console):
                 yield Segment(visible(segment.text), segment.style)
 
 
+def word_table(*headers: str, **options: Any) -> Table:
+    """A table of words alone, which wrap where they have no room: nothing is cut."""
+    table = Table(**options)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
 NAME_WIDTH = 16
 
 
@@ -60,6 +68,8 @@ class FigureTable(Table):
         if self._needed() <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
+        if self.title:
+            yield Text(str(self.title), style="italic")
         for cells in zip(*(column.cells for column in self.columns), strict=True):
             first, *rest = (str(cell) for cell in cells)
             yield Text.from_markup(" ".join(first.split("\n")), style="bold")

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.cli.common import Checkpoint, Device, Stale, interruptible, load_model, out, say, say_once
+from cosup_fast.terminal import FigureTable, word_table
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
@@ -148,9 +148,9 @@ def index_search(
         allow_stale=allow_stale,
         engine=engine,  # type: ignore[arg-type]  # it says which there are
     )
-    table = Table("score", "id", "title", "text")
+    table = FigureTable("id", "title", "text", "score", names=3)
     for passage, score in loaded.retrieve(Generator(model, loaded).query(question), k):
-        table.add_row(f"{score:.3f}", escape(passage.id), escape(passage.title), escape(passage.text[:160]))
+        table.add_row(passage.id, passage.title, passage.text[:160], f"{score:.3f}")
     out.print(table)
 
 
@@ -167,7 +167,7 @@ def index_info(
     loaded = SequenceIndex.open(folder, verify=verify)
     stamp = Stamp.read(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    table = Table(show_header=False)
+    table = word_table("", "", show_header=False)
     rows = {
         "folder": str(folder),
         "passages": f"{len(loaded):,}",

@@ -8,9 +8,10 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from cosup_fast.cli.common import err, interruptible, out, run_config, say
+from cosup_fast.terminal import FigureTable
 
 if TYPE_CHECKING:
     from cosup_fast.data.packing import PackLimits
@@ -106,16 +107,16 @@ def plan(
 
 def show(made: MemoryPlan, title: str) -> None:
     """Prints a plan."""
-    table = Table("GiB on each GPU", "", title=title, title_justify="left")
+    table = FigureTable("", "GiB on each GPU", title=title, title_justify="left")
     for kind, size in sorted(made.breakdown_gib.items(), key=lambda item: -item[1]):
-        table.add_row(f"{size:.2f}", kind)
+        table.add_row(kind, f"{size:.2f}")
     table.add_section()
     how = "every layer simulated" if made.exact else "simulated with a few layers, the others in a straight line"
-    table.add_row(f"[bold]{made.peak_gib:.2f}[/]", f"peak, in the {made.phase} ({how})")
+    table.add_row(f"peak, in the {made.phase} ({how})", Text(f"{made.peak_gib:.2f}", style="bold"))
     table.add_row(
-        f"{made.margin_gib:.2f}", "margin for what is not simulated: CUDA context, NCCL, cuBLAS, fragmentation"
+        "margin for what is not simulated: CUDA context, NCCL, cuBLAS, fragmentation", f"{made.margin_gib:.2f}"
     )
-    table.add_row(f"{made.gpu_memory_gib:.2f}", "memory")
+    table.add_row("memory", f"{made.gpu_memory_gib:.2f}")
     out.print(table)
     verdict = "fits" if made.fits else "does NOT fit"
     say(f"{verdict}: {made.peak_gib + made.margin_gib:.1f} of {made.gpu_memory_gib:g} GiB with the margin")

@@ -26,9 +26,7 @@ class GenerationConfig(BaseModel):
     candidates: int = Field(
         default=5, ge=1, description="passages reported for each retrieval; only the best is inserted"
     )
-    temperature: float = Field(
-        default=0.0, ge=0, description="logits are divided by it; 0 takes the likeliest token"
-    )
+    temperature: float = Field(default=0.0, ge=0, description="logits are divided by it; 0 takes the likeliest token")
     top_p: float = Field(
         default=1.0,
         gt=0,

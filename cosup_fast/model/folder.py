@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.template import Template, TextConfig
-from cosup_fast.files import read_object, usual_mode
+from cosup_fast.files import naming, read_object, usual_mode
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from cosup_fast.model.adapters import adapter_state, has_adapters, save_adapter_config
 from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template
@@ -200,7 +200,8 @@ def check_saving(model: Stored) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            save_folder(model, Path(folder), weights=False)
+            with naming(Path(folder)):
+                save_folder(model, Path(folder), weights=False)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"this model could be trained and not saved ({error}): use a copy whose configuration and tokenizer "

@@ -32,7 +32,16 @@ from torch import Tensor
 
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
-from cosup_fast.files import FolderKind, install_folder, read_object, remove_unfinished, replace_file, sha256, sync, usual_mode
+from cosup_fast.files import (
+    FolderKind,
+    install_folder,
+    read_object,
+    remove_unfinished,
+    replace_file,
+    sha256,
+    sync,
+    usual_mode,
+)
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states

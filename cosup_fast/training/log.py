@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from cosup_fast.data.records import DataError, parse_object
 from cosup_fast.files import naming, replace_file
+from cosup_fast.terminal import FigureTable
 from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.metrics import FIGURES, HeldOut, Metrics, StepMetrics, as_record
 
@@ -131,14 +131,14 @@ def _told(*figures: tuple[str, float | None, str]) -> str:
     return "  ".join(f"{name} {value:{form}}" for name, value, form in figures if value is not None)
 
 
-def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
+def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> FigureTable:
     """What the losses do to Gen and to the space of sequences, with the speed and memory of the step before."""
 
     def figure(value: float | None, form: str = ".3g") -> str:
         return "-" if value is None else format(value, form)
 
-    table = Table(title=f"before step {found.step}", title_justify="left")
     columns = {
+        "before step": str(found.step),
         "gradient of Gen: NTP": figure(found.ntp_grad_norm),
         "lambda NSP": figure(found.nsp_grad_norm),
         "cosine": figure(found.grad_cosine, "+.3f"),
@@ -153,8 +153,7 @@ def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
             "tokens/s": figure(last.tokens_per_second, ".0f"),
             "peak GiB": figure(last.peak_memory_gib, ".2f"),
         }
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = FigureTable(*columns)
     table.add_row(*columns.values())
     return table
 

@@ -215,11 +215,12 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
             try:
                 loaded += load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
             except DataError as error:
-                if (names, data.corpus) == (DataConfig().dev, DataConfig().corpus) or names != DataConfig().dev:
+                default = DataConfig()
+                if data.corpus == default.corpus or names != default.dev:
                     raise
                 raise DataError(
-                    f"data.dev={names} are the default, which belongs to data.corpus={DataConfig().corpus}: name held-out "
-                    f"examples of {data.corpus}, or data.dev=[] for none ({error})"
+                    f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}: "
+                    f"name held-out examples of your own, or data.dev=[] for none ({error})"
                 ) from None
         if limit is not None and limit < len(loaded):
             loaded = random.Random(seed).sample(loaded, limit)

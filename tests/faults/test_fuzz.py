@@ -28,7 +28,7 @@ def verdict(cosup, arguments: list[str], names: tuple[str, ...]) -> str:
     except BaseException:
         return "".join(traceback.format_exc().splitlines(keepends=True)[-6:])
     said = out + err
-    if "Traceback (most" in said or ("unexpected" in err.split("Either a file")[0] and "Either a file" in err):
+    if "Traceback (most" in said or "Either a file is damaged" in err:
         return f"no message of its own: {err[-600:]}"
     if (took := time.monotonic() - started) > SECONDS:
         return f"{took:.0f} s: {err[-300:]}"
@@ -44,10 +44,25 @@ def verdict(cosup, arguments: list[str], names: tuple[str, ...]) -> str:
 MODEL = "train run.yaml output=new training.steps=1 data.dev=[] training.keep_best=null training.eval_every=null"
 READERS = {
     # file in the world: how many inputs, and the commands that read it, one of which is drawn for each
-    "passages.jsonl": (70, ["data check examples.jsonl --corpus passages.jsonl", "index build run --corpus passages.jsonl --output new"]),
-    "examples.jsonl": (90, ["data check examples.jsonl --corpus passages.jsonl", "evaluate run --examples examples.jsonl --system closed-book --fluency none --output new"]),
+    "passages.jsonl": (
+        70,
+        ["data check examples.jsonl --corpus passages.jsonl", "index build run --corpus passages.jsonl --output new"],
+    ),
+    "examples.jsonl": (
+        90,
+        [
+            "data check examples.jsonl --corpus passages.jsonl",
+            "evaluate run --examples examples.jsonl --system closed-book --fluency none --output new",
+        ],
+    ),
     "more.jsonl": (30, ["index add run more.jsonl"]),
-    "nq-dev-kilt.jsonl": (70, ["data convert kilt nq-dev-kilt.jsonl --output new", "evaluate run --examples nq-dev-kilt.jsonl --system closed-book --fluency none --output new"]),
+    "nq-dev-kilt.jsonl": (
+        70,
+        [
+            "data convert kilt nq-dev-kilt.jsonl --output new",
+            "evaluate run --examples nq-dev-kilt.jsonl --system closed-book --fluency none --output new",
+        ],
+    ),
     "knowledge.jsonl": (40, ["data convert kilt nq-dev-kilt.jsonl --knowledge knowledge.jsonl --output new"]),
     "self-rag.jsonl": (50, ["data convert self-rag self-rag.jsonl --output new"]),
     "kilt/converted.json": (20, ["data convert kilt nq-dev-kilt.jsonl --output kilt"]),
@@ -70,11 +85,17 @@ READERS = {
     "run/index/approximate-0.faiss": (15, ["index search run Where? --engine approximate"]),
     "run/evaluation/co-supervised/answers.jsonl": (30, ["evaluate run --examples examples.jsonl --fluency none"]),
     "run/evaluation/co-supervised/verdicts.jsonl": (30, ["evaluate run --examples examples.jsonl --fluency none"]),
-    "run/evaluation/co-supervised/report.json": (60, ["compare run/evaluation/co-supervised run/evaluation/co-supervised"]),
+    "run/evaluation/co-supervised/report.json": (
+        60,
+        ["compare run/evaluation/co-supervised run/evaluation/co-supervised"],
+    ),
     "run/metrics.jsonl": (50, ["train run.yaml --resume training.steps=3", "export run new"]),
     "run/data.json": (15, ["train run.yaml --resume training.steps=3"]),
     "run/checkpoints/best.json": (20, ["generate run Where? --max-retrievals 0"]),
-    "run/checkpoints/step-000002/manifest.json": (40, ["generate run/checkpoints/step-000002 Where? --max-retrievals 0", "train run.yaml --resume training.steps=3"]),
+    "run/checkpoints/step-000002/manifest.json": (
+        40,
+        ["generate run/checkpoints/step-000002 Where? --max-retrievals 0", "train run.yaml --resume training.steps=3"],
+    ),
     "run/checkpoints/step-000002/cosup.json": (40, ["generate bare Where? --max-retrievals 0"]),
     "run/checkpoints/step-000002/gen/config.json": (25, ["generate bare Where? --max-retrievals 0"]),
     "run/checkpoints/step-000002/gen/tokenizer.json": (10, ["generate bare Where? --max-retrievals 0"]),
@@ -82,7 +103,7 @@ READERS = {
     "run/checkpoints/step-000002/trainer.json": (30, ["train run.yaml --resume training.steps=3"]),
     "adapted/checkpoints/step-000002/gen/adapter_config.json": (25, ["generate bare Where? --max-retrievals 0"]),
     "adapted/checkpoints/step-000002/cosup.json": (20, ["generate bare Where? --max-retrievals 0"]),
-}  # fmt: skip
+}
 ASIDE = {
     "run/config.yaml": ("config.yaml", "run.yaml", "--resume"),
     "run.yaml": ("run.yaml", "training.", "model.", "data.", "generation.", "'model'", "passages", "examples"),

@@ -70,8 +70,18 @@ def test_arguments_that_cannot_be_are_named(arguments, said, scratch, cosup):
 @pytest.mark.parametrize(
     ("file", "content", "arguments", "said"),
     [
-        ("examples.jsonl", DEEP, "data check examples.jsonl --corpus passages.jsonl", "examples.jsonl:1: expected one JSON"),
-        ("passages.jsonl", DEEP, "data check examples.jsonl --corpus passages.jsonl", "passages.jsonl:1: expected one JSON"),
+        (
+            "examples.jsonl",
+            DEEP,
+            "data check examples.jsonl --corpus passages.jsonl",
+            "examples.jsonl:1: expected one JSON",
+        ),
+        (
+            "passages.jsonl",
+            DEEP,
+            "data check examples.jsonl --corpus passages.jsonl",
+            "passages.jsonl:1: expected one JSON",
+        ),
         ("questions.jsonl", DEEP, "generate run --file questions.jsonl", "questions.jsonl:1: expected one JSON"),
         ("run.yaml", DEEP, "train run.yaml", "run.yaml: cannot be read as YAML"),
         ("study.yaml", DEEP, "study study.yaml --status", "study.yaml: cannot be read as YAML"),
@@ -85,18 +95,48 @@ def test_arguments_that_cannot_be_are_named(arguments, said, scratch, cosup):
         ("run/metrics.jsonl", "{\n", "export run new", "metrics.jsonl:1: expected one JSON object"),
         ("run/checkpoints/best.json", "[1]", "generate run Where?", "best.json is damaged"),
         ("run/checkpoints/best.json", DEEP, "generate run Where?", "best.json is damaged"),
-        ("run/checkpoints/step-000002/manifest.json", DEEP, "generate run/checkpoints/step-000002 Q", "manifest.json is damaged"),
-        ("run/checkpoints/step-000002/manifest.json", '{"files": {"a": 1}}', "generate run/checkpoints/step-000002 Q", "manifest.json is damaged"),
-        ("run/evaluation/co-supervised/report.json", DEEP, "compare run/evaluation/co-supervised run/evaluation/co-supervised", "report.json is not a report"),
+        (
+            "run/checkpoints/step-000002/manifest.json",
+            DEEP,
+            "generate run/checkpoints/step-000002 Q",
+            "manifest.json is damaged",
+        ),
+        (
+            "run/checkpoints/step-000002/manifest.json",
+            '{"files": {"a": 1}}',
+            "generate run/checkpoints/step-000002 Q",
+            "manifest.json is damaged",
+        ),
+        (
+            "run/evaluation/co-supervised/report.json",
+            DEEP,
+            "compare run/evaluation/co-supervised run/evaluation/co-supervised",
+            "report.json is not a report",
+        ),
         ("study/cells/one-seed0.json", "[1]", "study study.yaml --report", "one-seed0.json is not a result"),
         ("model/config.json", "[1]", "train run.yaml output=new", "the configuration of 'model' cannot be read"),
-        ("model/config.json", '{"model_type": "nothing"}', "train run.yaml output=new", "the configuration of 'model' cannot be read"),
-        ("model/config.json", '{"model_type": "llama", "vocab_size": "x"}', "train run.yaml output=new", "the configuration of 'model' cannot be read"),
+        (
+            "model/config.json",
+            '{"model_type": "nothing"}',
+            "train run.yaml output=new",
+            "the configuration of 'model' cannot be read",
+        ),
+        (
+            "model/config.json",
+            '{"model_type": "llama", "vocab_size": "x"}',
+            "train run.yaml output=new",
+            "the configuration of 'model' cannot be read",
+        ),
         ("model/tokenizer.json", "{", "train run.yaml output=new", "the tokenizer of 'model' cannot be read"),
         ("model/tokenizer_config.json", "[1]", "train run.yaml output=new", "the tokenizer of 'model' cannot be read"),
-        ("model/adapter_config.json", '{"base_model_name_or_path": "elsewhere"}', "train run.yaml output=new", "holds adapters over another model"),
+        (
+            "model/adapter_config.json",
+            '{"base_model_name_or_path": "elsewhere"}',
+            "train run.yaml output=new",
+            "holds adapters over another model",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_of_another_shape_are_named(file, content, arguments, said, scratch, cosup):
     (scratch() / file).write_text(content)
     status, _, err = cosup(*arguments.split())
@@ -131,7 +171,7 @@ def test_an_answer_with_an_unknown_passage_is_named(scratch, cosup):
     from cosup_fast.journal import _line
 
     path = scratch() / "new" / "answers.jsonl"
-    arguments = "evaluate run --examples examples.jsonl --fluency none --ret-first --output new".split()
+    arguments = ["evaluate", "run", *"--examples examples.jsonl --fluency none --ret-first --output new".split(" ")]
     assert cosup(*arguments)[0] == 0
     first, *lines = path.read_text().splitlines()
     entries = [json.loads(line) for line in lines]
@@ -209,7 +249,9 @@ def test_a_catastrophic_pattern_does_not_hold_mining_up(scratch, cosup, monkeypa
     (place / "passages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     example = {"id": "e", "question": "q", "output": [], "gold": ["p0"], "answers": ["(a|a)+$"], "answer_type": "regex"}
     (place / "examples.jsonl").write_text(json.dumps(example) + "\n")
-    arguments = "mine run --examples examples.jsonl --corpus passages.jsonl --index new --output mined.jsonl --depth 200"
+    arguments = (
+        "mine run --examples examples.jsonl --corpus passages.jsonl --index new --output mined.jsonl --depth 200"
+    )
     with pytest.warns(UserWarning, match="took more than"):
         status, _, err = cosup(*arguments.split())
     assert status == 0, err
