@@ -171,7 +171,17 @@ def test_an_answer_with_an_unknown_passage_is_named(scratch, cosup):
     from cosup_fast.journal import _line
 
     path = scratch() / "new" / "answers.jsonl"
-    arguments = ["evaluate", "run", *"--examples examples.jsonl --fluency none --ret-first --output new".split(" ")]
+    arguments = (
+        "evaluate",
+        "run",
+        "--examples",
+        "examples.jsonl",
+        "--fluency",
+        "none",
+        "--ret-first",
+        "--output",
+        "new",
+    )
     assert cosup(*arguments)[0] == 0
     first, *lines = path.read_text().splitlines()
     entries = [json.loads(line) for line in lines]
