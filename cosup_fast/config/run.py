@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,13 +23,32 @@ class ConfigError(CosupError, ValueError):
     """A configuration that cannot be used; the message names the field, its value and the remedy."""
 
 
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class DataConfig(BaseModel):
-    """What is trained on and what is held out. Each name is prepared, a JSONL file, or `hf:owner/name:split`."""
+    """What is trained on and what is held out. Each name is a prepared set, a JSONL file, `hf:owner/name:split`, or
+    published data in their own form, such as `tevatron:train.jsonl` (docs/data.md)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     corpus: str = Field(default="wiki-leads", description="the passages")
     train: list[str] = Field(default=["cloze/train", "questions/train"], description="example sets that are trained on")
+    weights: list[Weight] | None = Field(
+        default=None,
+        description="how much of an epoch each set of data.train makes up, relative to the others; null: every example "
+        "comes once",
+    )
+    negatives: int | None = Field(
+        default=None,
+        ge=0,
+        description="hard negatives of an example that a step reads, drawn anew for every step; null: all of them",
+    )
+    long_examples: Literal["error", "skip"] = Field(
+        default="error",
+        description="what becomes of an example that is longer than a micro-batch or than the model's positions, or "
+        "that has such a passage: skip leaves it out and says how many there are",
+    )
     dev: list[str] = Field(default=["questions/dev"], description="held-out example sets, evaluated while training")
     train_limit: int | None = Field(
         default=None, ge=1, description="use only so many training examples, drawn by the seed"
@@ -44,6 +63,15 @@ class DataConfig(BaseModel):
     allow_leaks: bool = Field(
         default=False, description="accept held-out examples whose id, question or gold passage is trained on"
     )
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_set(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(
+                f"data.weights={self.weights} has {len(self.weights)} entries for the {len(self.train)} sets of "
+                "data.train: give each set one"
+            )
+        return self
 
 
 class RunConfig(BaseModel):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.template import IGNORE, GenSequence, Template
+from cosup_fast.data.template import IGNORE, GenSequence, Template, TooLongError
 
 R = TypeVar("R", "Pack", "GenPack", "CoSupervisionBatch")
 
@@ -327,7 +327,7 @@ def plan_packs(lengths: Sequence[int], limits: PackLimits) -> list[list[int]]:
 def check_fits(what: str, length: int, limits: PackLimits) -> None:
     """Refuses a sequence that is longer than a pack."""
     if limits.tokens is not None and length > limits.tokens:
-        raise ValueError(
+        raise TooLongError(
             f"{what} has {length} tokens, more than the {limits.tokens} of a micro-batch: raise "
             "training.tokens_per_micro_batch, or shorten it (text.max_passage_tokens, text.long_passages=truncate)"
         )

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.text import gap
+from cosup_fast.errors import CosupError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,10 @@ class TextConfig(BaseModel):
                 f"expected {{{main}}} and at most {sorted(wanted)}"
             )
         return value
+
+
+class TooLongError(CosupError, ValueError):
+    """An example or a passage has more tokens than a limit allows; the message names both."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class Template:
         for passage, body in zip(passages, self._passages(passages, self.embseq_tokenizer), strict=True):
             ids = [*self.embseq_start, *body, *self.embseq_end]
             if len(ids) > self.embseq_max_length:
-                raise ValueError(
+                raise TooLongError(
                     f"passage {passage.id!r} has {len(ids)} tokens, more than the {self.embseq_max_length} positions "
                     "of Embseq: set text.max_passage_tokens below that and text.long_passages=truncate"
                 )
@@ -182,7 +187,8 @@ class Template:
         is any, is then grounded on that passage; without text the sequence ends with the query.
 
         Raises:
-            ValueError: an unknown passage id, or a sequence longer than Gen's positions.
+            ValueError: an unknown passage id.
+            TooLongError: a sequence longer than Gen's positions, or a passage longer than its limit.
         """
         ids = self.prompt(example.question, example.instruction)
         learned = [False] * len(ids)
@@ -229,7 +235,7 @@ class Template:
         if gold is None or pieces:
             append([self.eos])
         if len(ids) > self.max_length:
-            raise ValueError(
+            raise TooLongError(
                 f"example {example.id!r} has {len(ids)} tokens, more than the {self.max_length} positions of Gen: "
                 "shorten it, or lower text.max_passage_tokens with text.long_passages=truncate"
             )
@@ -241,7 +247,7 @@ class Template:
         for passage, ids in zip(passages, _encode_all(tokenizer, texts), strict=True):
             if len(ids) > self.config.max_passage_tokens:
                 if self.config.long_passages == "error":
-                    raise ValueError(
+                    raise TooLongError(
                         f"passage {passage.id!r} has {len(ids)} tokens, more than text.max_passage_tokens="
                         f"{self.config.max_passage_tokens}: raise that limit, or set text.long_passages=truncate"
                     )

@@ -75,7 +75,7 @@ class SpaceLog:
 
     def __init__(self, path: Path, run: RunConfig):
         self._path = path
-        self._corpus, _, self._examples = load_data(run)
+        self._corpus, _, self._examples, _ = load_data(run)
         if not self._examples or run.nsp.weight == 0:
             raise StudyError(
                 "probes: spaces compares Gen with Embseq on data.dev: it needs nsp.weight > 0 and data.dev"

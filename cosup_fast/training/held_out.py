@@ -11,6 +11,8 @@ from cosup_fast.config import RunConfig
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.sampling import is_too_long
+from cosup_fast.data.template import Template
 from cosup_fast.distributed import Peers
 from cosup_fast.evaluation import retrieval_ranks
 from cosup_fast.index import embed_passages
@@ -36,11 +38,24 @@ class HeldOutEvaluator:
         self.training: TrainingConfig = config.training
         self.pool: list[Passage] = []
         """The passages that are searched; none where there is no Embseq."""
-        if config.has_embseq:
+        self.retrieval = config.has_embseq
+        if self.retrieval:
             gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
             others = sorted(corpus.keys() - set(gold))
             extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
             self.pool = [corpus[name] for name in gold + random.Random(0).sample(others, extra)]
+
+    def leave_out_long(self, template: Template) -> None:
+        """Drops the examples that are longer than a micro-batch or than the model's positions.
+
+        Raises:
+            ValueError: all of them are.
+        """
+        limits, retrieval = self.training.pack_limits, self.retrieval
+        found = [e for e in self.examples if not is_too_long(e, self.corpus, template, limits, retrieval=retrieval)]
+        if not found:
+            raise ValueError(f"all of the {len(self.examples)} examples of data.dev are too long: shorten them")
+        self.examples = found
 
     @torch.no_grad()
     def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:

@@ -25,6 +25,9 @@ RESUMABLE = {
 # Of these, what changes nothing that is trained, so that metrics do not tell of it.
 UNTOLD = {"output", "training.device", "training.log_every", "training.rank_timeout", "data.allow_leaks"}
 
+TOO_LONG = "training examples left out"
+"""The field of data.json that counts them."""
+
 # What a run that was killed at its beginning may have written before config.yaml.
 OWN = {"checkpoints", "curves.png", "data.json", "metrics.jsonl", "refused-step.json", "tensorboard", "warnings.log"}
 
@@ -72,6 +75,12 @@ def _strange(output: Path) -> str | None:
     """A file or folder that no run has written, if there is one."""
     names = (path.name for path in output.iterdir()) if output.is_dir() else ()
     return min((name for name in names if name not in OWN and not name.startswith(".")), default=None)
+
+
+def left_out(output: Path) -> int:
+    """How many training examples the run left out because they are too long."""
+    path = output / "data.json"
+    return json.loads(path.read_text()).get(TOO_LONG, 0) if path.is_file() else 0
 
 
 def check_same_data(output: Path, digests: dict[str, str]) -> None:

@@ -17,9 +17,10 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from rich.console import Console
@@ -30,7 +31,7 @@ from cosup_fast.config.run import DataConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
-from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
@@ -48,7 +49,16 @@ from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, Silence
 from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.ranks import digest, training_ranks
-from cosup_fast.training.resume import changes, check_same_data, checkpoint_to_resume, differences, ended, saved_config
+from cosup_fast.training.resume import (
+    TOO_LONG,
+    changes,
+    check_same_data,
+    checkpoint_to_resume,
+    differences,
+    ended,
+    left_out,
+    saved_config,
+)
 from cosup_fast.training.trainer import Trainer
 
 Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch.device], str]
@@ -117,7 +127,7 @@ def _run(
     if device.type == "cpu":
         keep_freed_memory()
     check_available(config.training.optimizer, rounded=config.rounds)
-    corpus, examples, held_out = load_data(config)
+    corpus, examples, held_out, sets = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
         "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
@@ -129,7 +139,7 @@ def _run(
         _check_same(peers, "the same run", run)
     if checkpoint is not None:
         check_same_data(output, digests)
-        if message := ended(checkpoint, config, len(examples), evaluated=evaluator is not None):
+        if message := ended(checkpoint, config, len(examples) - left_out(output), evaluated=evaluator is not None):
             console.print(message, markup=False)
             return chosen_checkpoint(output) if config.training.keep_best else checkpoint
     load_on, sharded = device, config.training.sharding == "fsdp" and peers is not None
@@ -142,9 +152,9 @@ def _run(
             verify(initial)
         read = config if initial is None else as_in(initial, config)
         template = load_template(read.models, config.text)[0]
-        lengths = _measure(template, config, examples, corpus, console)
+        trained = _measure(template, config, examples, sets, corpus, console)
         if check is not None:
-            _ask(check, read, template, examples, corpus, lengths, device, console, peers)
+            _ask(check, read, template, trained, corpus, device, console, peers)
         if not config.has_embseq:
             console.print("nsp.weight=0: Gen is trained alone, and no Embseq is loaded", markup=False)
         torch.manual_seed(config.training.seed)
@@ -160,18 +170,22 @@ def _run(
         console.print(f"resuming from {checkpoint}", markup=False)
         for name, (before, now) in changed.items():
             console.print(f"{name} was {before}, and is {now} from here on", markup=False)
-        lengths = _measure(model.template, config, examples, corpus, console)
+        trained = _measure(model.template, config, examples, sets, corpus, console)
     if peers is not None:
         _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
+    if evaluator is not None and config.data.long_examples == "skip":
+        evaluator.leave_out_long(model.template)
     leads = peers is None or peers.rank == 0
     with RunLog(output, console) if leads else Silence(output) as log:
         trainer = Trainer(
             model,
             config.training,
-            examples,
+            trained.examples,
             corpus,
             output,
-            lengths=lengths,
+            lengths=trained.lengths,
+            mixture=trained.mixture,
+            negatives=config.data.negatives,
             peers=peers,
             device=device,
             evaluate=_observed(evaluator, observe),
@@ -182,7 +196,7 @@ def _run(
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if leads:
-            _write_description(output, config, digests)
+            _write_description(output, config, digests, trained.left_out)
         trainer.replay(log.start(trainer.step, trainer.total_steps))
         if changed:
             log.metrics(Changed(trainer.step, changed))
@@ -199,7 +213,28 @@ def _new_model(config: RunConfig, initial: Path | None, device: torch.device) ->
     )
 
 
-def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], list[Example]]:
+class Data(NamedTuple):
+    """What a run reads."""
+
+    corpus: dict[str, Passage]
+    examples: list[Example]
+    held_out: list[Example]
+    sets: list[int]
+    """Of each training example, the number of its set in `data.train`."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The examples that are trained on, measured."""
+
+    examples: list[Example]
+    lengths: list[int]
+    mixture: Mixture | None
+    left_out: int
+    """Examples that were too long."""
+
+
+def load_data(config: RunConfig) -> Data:
     """The corpus by id, the training examples and the held-out examples.
 
     Raises:
@@ -209,26 +244,20 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
     data = config.data
     corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
 
-    def load(names: list[str], limit: int | None, seed: int) -> list[Example]:
-        loaded = []
-        for name in names:
-            try:
-                loaded += load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
-            except DataError as error:
-                default = DataConfig()
-                if data.corpus == default.corpus or names != default.dev:
-                    raise
-                raise DataError(
-                    f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}: "
-                    f"name held-out examples of your own, or data.dev=[] for none ({error})"
-                ) from None
+    def load(names: list[str], limit: int | None, seed: int) -> tuple[list[Example], list[int]]:
+        loaded, sets = [], []
+        for number, name in enumerate(names):
+            found = _examples(name, names, data, corpus)
+            loaded += found
+            sets += [number] * len(found)
         if limit is not None and limit < len(loaded):
-            loaded = random.Random(seed).sample(loaded, limit)
-        return loaded
+            chosen = random.Random(seed).sample(range(len(loaded)), limit)
+            return [loaded[i] for i in chosen], [sets[i] for i in chosen]
+        return loaded, sets
 
     # What is held out is the same for every seed of the training, so that runs compare.
-    examples = load(data.train, data.train_limit, config.training.seed)
-    held_out = load(data.dev, data.dev_limit, seed=0)
+    examples, sets = load(data.train, data.train_limit, config.training.seed)
+    held_out, _ = load(data.dev, data.dev_limit, seed=0)
     if not data.allow_leaks:
         try:
             if both := {e.id for e in examples} & {e.id for e in held_out}:
@@ -238,28 +267,49 @@ def load_data(config: RunConfig) -> tuple[dict[str, Passage], list[Example], lis
             raise DataError(
                 f"{error}. Held-out figures would flatter: remove it from one, or set data.allow_leaks=true"
             ) from None
-    return corpus, examples, held_out
+    return Data(corpus, examples, held_out, sets)
+
+
+def _examples(name: str, names: list[str], data: DataConfig, corpus: Mapping[str, Passage]) -> list[Example]:
+    """The examples of one of several sets; the default ones are explained where they do not belong to the corpus."""
+    try:
+        return load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
+    except DataError as error:
+        default = DataConfig()
+        if data.corpus == default.corpus or names != default.dev:
+            raise
+        raise DataError(
+            f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}: name "
+            f"held-out examples of your own, or data.dev=[] for none ({error})"
+        ) from None
 
 
 def _ask(
     check: Check,
     config: RunConfig,
     template: Template,
-    examples: Sequence[Example],
+    trained: TrainingSet,
     corpus: dict[str, Passage],
-    lengths: Sequence[int],
     device: torch.device,
     console: Console,
     peers: Peers | None,
 ) -> None:
     """Shows a check the first steps, on rank 0; what it refuses, all ranks do."""
     training, ranks = config.training, 1 if peers is None else peers.size
-    steps = StepSampler(lengths, training.batch_size, training.seed, balanced=training.balance_lengths)
+    steps = StepSampler(
+        trained.lengths,
+        training.batch_size,
+        training.seed,
+        balanced=training.balance_lengths,
+        mixture=trained.mixture,
+    )
     if peers is None or peers.rank == 0:
         with _reporting(peers, "check"):
             batches = [
                 make_batch(
-                    [examples[i] for i in steps[step]],
+                    draw_negatives(
+                        [trained.examples[i] for i in steps[step]], config.data.negatives, training.seed, step
+                    ),
                     corpus,
                     template,
                     training.pack_limits,
@@ -360,11 +410,11 @@ def _endings_explained(output: Path) -> Iterator[None]:
         raise PeerError(f"{ending}; {left}") from ending
 
 
-def _write_description(output: Path, config: RunConfig, digests: dict[str, str]) -> None:
+def _write_description(output: Path, config: RunConfig, digests: dict[str, str], too_long: int) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         with replace_file(output / "data.json") as file:
-            file.write(json.dumps(digests, indent=1) + "\n")
+            file.write(json.dumps({**digests, TOO_LONG: too_long}, indent=1) + "\n")
         with replace_file(output / "config.yaml") as file:
             file.write(dump_config(config))
     except OSError as error:
@@ -375,14 +425,37 @@ def _measure(
     template: Template,
     config: RunConfig,
     examples: Sequence[Example],
+    sets: Sequence[int],
     corpus: dict[str, Passage],
     console: Console,
-) -> list[int]:
+) -> TrainingSet:
     """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""
+    too_long: list[str] | None = [] if config.data.long_examples == "skip" else None
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
 
         def track(examples: Sequence[Example]) -> Iterable[Example]:
             return progress.track(examples, description="checking lengths")
 
-        losses = {"ntp": config.ntp.weight > 0, "retrieval": config.has_embseq}
-        return example_lengths(examples, corpus, template, config.training.pack_limits, track=track, **losses)
+        lengths = example_lengths(
+            examples,
+            corpus,
+            template,
+            config.training.pack_limits,
+            track=track,
+            ntp=config.ntp.weight > 0,
+            retrieval=config.has_embseq,
+            negatives=config.data.negatives,
+            too_long=too_long,
+        )
+    kept = [i for i, length in enumerate(lengths) if length]
+    mixture = None
+    if config.data.weights is not None:
+        mixture = Mixture([sets[i] for i in kept], config.data.weights)
+        shares = (f"{draws} of {name}" for draws, name in zip(mixture.draws, config.data.train, strict=True))
+        console.print(f"an epoch: {', '.join(shares)}", markup=False)
+    if too_long:
+        console.print(
+            f"left out {len(too_long)} of {len(examples)} training examples, which are too long: {too_long[0]}",
+            markup=False,
+        )
+    return TrainingSet([examples[i] for i in kept], [lengths[i] for i in kept], mixture, len(examples) - len(kept))

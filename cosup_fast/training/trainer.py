@@ -22,7 +22,7 @@ from torch import Tensor
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
 from cosup_fast.losses import CoSupervisionOutput
@@ -63,6 +63,8 @@ class Trainer:
         corpus: passages by id; every passage that an example asks for is in it.
         output: the run's folder; checkpoints go into `output/checkpoints`.
         lengths: what `example_lengths` says of the examples, if it was asked already.
+        mixture: which examples make an epoch; by default each comes once.
+        negatives: hard negatives of an example that a step reads; None: all.
         peers: the ranks that share every step; all of them have the same weights and arguments.
         device: where it is trained, if that is not where the model is: shards go there one by one, and only the first
             rank needs a model with weights.
@@ -85,6 +87,8 @@ class Trainer:
         output: Path,
         *,
         lengths: Sequence[int] | None = None,
+        mixture: Mixture | None = None,
+        negatives: int | None = None,
         peers: Peers | None = None,
         device: torch.device | None = None,
         evaluate: Callable[[CoSupervisionModel, int], HeldOut] | None = None,
@@ -123,13 +127,12 @@ class Trainer:
                 config.pack_limits,
                 ntp=model.ntp.weight > 0,
                 retrieval=self.contrasts,
+                negatives=negatives,
             )
         self.sampler = StepSampler(
-            lengths,
-            config.batch_size,
-            config.seed,
-            balanced=config.balance_lengths,
+            lengths, config.batch_size, config.seed, balanced=config.balance_lengths, mixture=mixture
         )
+        self.negatives = negatives
         self._next: tuple[int, CoSupervisionBatch] | None = None
         device = model.device if device is None else device
         model.criterion.nsp.key_grad = config.key_grad
@@ -290,7 +293,8 @@ class Trainer:
 
     def batch_examples(self, step: int) -> list[Example]:
         """The examples of a step, counted from 0."""
-        return [self.examples[i] for i in self.sampler[step]]
+        chosen = [self.examples[i] for i in self.sampler[step]]
+        return draw_negatives(chosen, self.negatives, self.config.seed, step)
 
     def batch(self, step: int) -> CoSupervisionBatch:
         """What this rank reads of a step, on the model's device."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from fractions import Fraction
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cosup_fast.data.packing import PackLimits
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.sampling import StepSampler, example_lengths
+from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
 
 
 @given(
@@ -127,3 +130,84 @@ def test_an_epoch_of_one_seed_is_not_one_of_the_next(balanced):
     second = [one[one.steps_per_epoch + i] for i in range(one.steps_per_epoch)]
     assert second != [other[i] for i in range(other.steps_per_epoch)]
     assert sorted(i for step in second for i in step) == list(range(40))
+
+
+@st.composite
+def mixtures(draw):
+    """The set of every example in any order, and a weight for each set."""
+    sizes = draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    sets = draw(st.permutations([i for i, size in enumerate(sizes) for _ in range(size)]))
+    weights = draw(st.lists(st.floats(0.01, 100), min_size=len(sizes), max_size=len(sizes)))
+    shares = [len(sets) * weight / sum(weights) for weight in weights]
+    assume(min(shares) >= 1)
+    return Mixture(sets, weights)
+
+
+@given(mixtures(), st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_weights_decide_what_an_epoch_draws_and_the_step_number_alone_where_it_is(mixture, batch_size, seed, balanced):
+    """Shares are exact to one example, no example repeats before its whole set came, and any step can be the first."""
+    count, epochs = len(mixture.sets), 4
+
+    def sampler():
+        return StepSampler([1 + i % 7 for i in range(count)], batch_size, seed, balanced=balanced, mixture=mixture)
+
+    whole, steps = sampler(), sampler().steps_per_epoch
+    assert steps == -(-count // batch_size)
+    run = [whole[step] for step in range(epochs * steps)]
+    total = sum(map(Fraction, mixture.weights))
+    for epoch in range(epochs):
+        drawn = [i for step in run[epoch * steps : (epoch + 1) * steps] for i in step]
+        assert len(drawn) == count
+        shares = Counter(mixture.sets[i] for i in drawn)
+        for number, weight in enumerate(mixture.weights):
+            assert shares[number] == mixture.draws[number]
+            assert abs(shares[number] - count * Fraction(weight) / total) < 1 + Fraction(1, 10**9)
+        assert sorted(drawn) == sorted(mixture.epoch(epoch, seed).tolist())
+    for number in range(len(mixture.weights)):
+        dealt = [i for e in range(epochs) for i in mixture.epoch(e, seed).tolist() if mixture.sets[i] == number]
+        size = mixture.sets.count(number)
+        for start in range(0, len(dealt) - size + 1, size):
+            assert len(set(dealt[start : start + size])) == size
+    for step in (0, steps - 1, steps, len(run) - 1):
+        assert sampler()[step] == run[step]
+
+
+def test_a_weight_that_draws_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"data\.weights=\[1, 1\]: set 1 of data\.train .* has no example"):
+        Mixture([0, 0], [1, 1])
+    with pytest.raises(ValueError, match=r"set 0 of data\.train .* gets less than one of the 3 examples"):
+        Mixture([0, 1, 1], [0.01, 1])
+
+
+def test_seed_step_and_id_draw_negatives(examples):
+    hard = [e.model_copy(update={"negatives": [f"n{i}" for i in range(6)]}) for e in examples]
+    drawn = {step: draw_negatives(hard, 2, 0, step) for step in range(50)}
+    assert drawn[7] == draw_negatives(hard, 2, 0, 7) != draw_negatives(hard, 2, 1, 7)
+    assert {len(set(e.negatives)) for found in drawn.values() for e in found} == {2}
+    seen = Counter(name for found in drawn.values() for name in found[0].negatives)
+    assert set(seen) == set(hard[0].negatives)
+    assert len({tuple(e.negatives) for e in drawn[0]}) > 1
+    assert draw_negatives(hard, None, 0, 0) == draw_negatives(hard, 6, 0, 0) == hard
+    assert [e.negatives for e in draw_negatives(hard, 0, 0, 0)] == [[]] * len(hard)
+
+
+def test_lengths_count_the_negatives_that_are_read(make_model, examples, corpus):
+    template = make_model().template
+    hard = examples[0].model_copy(update={"negatives": [name for name in corpus if name not in examples[0].gold][:2]})
+    (plain,), (both,), (one,) = (
+        example_lengths([e], corpus, template, negatives=n) for e, n in [(examples[0], None), (hard, None), (hard, 1)]
+    )
+    assert one == plain + (both - plain) // 2
+
+
+def test_long_examples_are_collected_when_asked(make_model, examples, corpus):
+    template = make_model().template
+    lengths = example_lengths(examples, corpus, template)
+    longest = max(len(template.gen_sequence(e, corpus).input_ids) for e in examples)
+    limits, too_long = PackLimits(longest - 1), []
+    found = example_lengths(examples, corpus, template, limits, too_long=too_long)
+    assert 0 < found.count(0) == len(too_long) < len(examples)
+    assert [n for n in found if n] == [n for n, kept in zip(lengths, found, strict=True) if kept]
+    assert "more than the" in too_long[0]
+    with pytest.raises(ValueError, match=r"all of the \d+ examples of data\.train are too long: example '\w+' has"):
+        example_lengths(examples, corpus, template, PackLimits(1), too_long=[])

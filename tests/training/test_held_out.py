@@ -130,7 +130,7 @@ def many(data_folder, examples, tmp_path):
 def test_limits_draw_by_the_seed_for_training_and_alike_for_what_is_held_out(many):
     drawn = []
     for seed in (0, 0, 1):
-        _, train, dev = load_data(
+        _, train, dev, _ = load_data(
             _config(**many, **{"data.train_limit": 8, "data.dev_limit": 5, "training.seed": seed})
         )
         drawn.append(([e.id for e in train], [e.id for e in dev]))
@@ -138,5 +138,5 @@ def test_limits_draw_by_the_seed_for_training_and_alike_for_what_is_held_out(man
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[2][0]
     assert drawn[0][1] == drawn[2][1]
-    _, train, dev = load_data(_config(**many, **{"data.train_limit": 40, "data.dev_limit": 20}))
+    _, train, dev, _ = load_data(_config(**many, **{"data.train_limit": 40, "data.dev_limit": 20}))
     assert [e.id for e in train + dev] == [f"t{i}" for i in range(40)] + [f"d{i}" for i in range(20)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cosup_fast.config import load_config
+from cosup_fast.config import ConfigError, load_config
 from cosup_fast.data.records import DataError, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints
@@ -196,7 +197,7 @@ def test_what_is_held_out_must_not_be_trained_on(configure, write, passages, exa
         with pytest.raises(DataError, match=message) as error:
             load_data(configure())
         assert "data.allow_leaks=true" in str(error.value)
-        _, _, held_out = load_data(configure(data__allow_leaks=True))
+        _, _, held_out, _ = load_data(configure(data__allow_leaks=True))
         assert held_out == [examples[3], leak]
 
 
@@ -213,3 +214,72 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(fields, message, 
     with pytest.raises(ValueError, match=message):
         _train(config)
     assert not Path(config.output).exists()
+
+
+@pytest.fixture
+def mixed(configure, write, passages, examples, tmp_path):
+    """A function that configures a run on two sets with weights, of which one has hard negatives."""
+    hard = [
+        e.model_copy(update={"negatives": [p.id for p in passages if p.id not in e.gold][:5]}) for e in examples[:2]
+    ]
+    write(train=hard, dev=[])
+    write_jsonl(tmp_path / "other.jsonl", examples[2:])
+
+    def mixed(**changes):
+        train = [str(tmp_path / f"{name}.jsonl") for name in ("train", "other")]
+        fields = {"data__train": train, "data__dev": [], "data__weights": [3, 1], "data__negatives": 2}
+        return configure(**{**fields, "training__steps": 9, "training__eval_every": None, **changes})
+
+    return mixed
+
+
+def test_weights_and_drawn_negatives_resume_exactly(mixed, monkeypatch):
+    seen = []
+    read = Trainer.batch_examples
+
+    def reading(self, step):
+        chosen = read(self, step)
+        seen.append((step, [(e.id, tuple(e.negatives)) for e in chosen]))
+        return chosen
+
+    monkeypatch.setattr(Trainer, "batch_examples", reading)
+    _, printed = _train(mixed())
+    assert re.search(r"an epoch: \d+ of \S+train\.jsonl, 1 of \S+other\.jsonl", printed)
+    whole, once = dict(seen), read_metrics(Path(mixed().output) / "metrics.jsonl")
+    seen.clear()
+    parts = {"output": mixed().output + "-parts", "training__schedule": "constant"}
+    for steps in (4, 9):
+        _train(mixed(**parts, training__steps=steps), resume=True)
+    assert dict(seen) == whole
+    twice = [r for r in read_metrics(Path(parts["output"]) / "metrics.jsonl") if r["kind"] == "step"]
+    assert [(r["loss"], r["gen_grad_norm"]) for r in twice] == [(r["loss"], r["gen_grad_norm"]) for r in once]
+    assert {len(negatives) for step in whole.values() for _, negatives in step} == {0, 2}
+    assert len({negatives for step in whole.values() for _, negatives in step}) > 3
+    with pytest.raises(
+        ConfigError, match=r"--resume: data\.weights=\[1\.0, 1\.0\], but the run .* with \[3\.0, 1\.0\]"
+    ):
+        _train(mixed(**parts, data__weights=[1, 1]), resume=True)
+
+
+def test_long_examples_are_left_out_and_counted_when_asked(configure, write, examples):
+    long = examples[0].model_copy(update={"id": "long", "question": "why " * 200, "gold": examples[0].gold})
+    write(train=[*examples[:2], long], dev=[*examples[2:], long.model_copy(update={"id": "dev"})])
+    fields = {"data__allow_leaks": True, "training__steps": None}
+    with pytest.raises(ValueError, match=r"example 'long' has \d+ tokens, more than the 512 positions"):
+        _train(configure(**fields))
+    config = configure(**fields, data__long_examples="skip", training__epochs=2)
+    ended, printed = _train(config)
+    assert "left out 1 of 3 training examples, which are too long: example 'long' has" in printed
+    assert ended.name == "step-000002"  # an epoch of the two that are left is one step
+    assert json.loads((Path(config.output) / "data.json").read_text())["training examples left out"] == 1
+    assert "is the end of this run" in _train(config, resume=True)[1]
+    write(dev=[long])
+    with pytest.raises(ValueError, match=r"all of the 1 examples of data\.dev are too long"):
+        _train(configure(**fields, data__long_examples="skip", output=config.output + "-dev"))
+
+
+def test_there_is_a_weight_for_each_set(configure):
+    with pytest.raises(ConfigError, match=r"data\.weights=\[1\.0, 2\.0\] has 2 entries for the 1 sets of data\.train"):
+        configure(data__weights=[1, 2])
+    with pytest.raises(ConfigError, match=r"data\.weights\.0: Input should be greater than 0"):
+        configure(data__weights=[0])
