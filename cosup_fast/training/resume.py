@@ -80,7 +80,10 @@ def _strange(output: Path) -> str | None:
 def left_out(output: Path) -> int:
     """How many training examples the run left out because they are too long."""
     path = output / "data.json"
-    return json.loads(path.read_text()).get(TOO_LONG, 0) if path.is_file() else 0
+    count = read_object(path).get(TOO_LONG, 0) if path.is_file() else 0
+    if not isinstance(count, int):
+        raise DataError(f"{path} is damaged: {TOO_LONG}={count!r:.60}")
+    return count
 
 
 def check_same_data(output: Path, digests: dict[str, str]) -> None:
