@@ -76,7 +76,12 @@ class FigureTable(Table):
             for column, cell in zip(self.columns[1:], rest, strict=True):
                 if cell.strip():
                     title = Text.from_markup(f"  {column.header}  ", style="dim")
-                    yield title.append_text(Text.from_markup("  ".join(cell.split("\n"))))
+                    value = Text.from_markup("  ".join(cell.split("\n")))
+                    if title.cell_len + value.cell_len <= options.max_width:
+                        yield title.append_text(value)
+                    else:  # wrapped at its spaces, an interval would be torn apart
+                        yield title
+                        yield from (Text.from_markup(f"    {line}") for line in cell.split("\n"))
         if self.caption:
             yield Text(str(self.caption), style="italic")
 

@@ -17,7 +17,7 @@ import yaml
 from cosup_fast.data.records import write_jsonl
 
 WILD: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 3_000_000_000, 10**30, 1e308, float("nan"), float("inf"), "", " ", "x" * 5000, "/nosuch",
+    None, True, -1, 0, 1, 3_000_000_000, 10**30, 1e308, float("nan"), float("inf"), "", " ", "x" * 5000, "/proc/nosuch",
     "../../etc/passwd", "\ud800", "\x1b]52;c;aGk=\x07", "{", "[bold]", "{x:>100000000}", [], {}, [[]], [None], ["x"],
     {"": None}, {"x": 1},
 )  # fmt: skip

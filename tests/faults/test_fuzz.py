@@ -1,6 +1,6 @@
 """Damaged files and wrong command lines: one line says what is wrong and names the file or the argument, no trace.
 
-COSUP_FUZZ=3 pytest -m slow tests/project/test_fuzz.py does three times as much, from the seed COSUP_FUZZ_SEED.
+COSUP_FUZZ=3 pytest -m slow tests/faults/test_fuzz.py does three times as much, from the seed COSUP_FUZZ_SEED.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import socket
 import time
 import traceback
 from pathlib import Path
 
 import pytest
+
+from cosup_fast.terminal import visible
 
 SIZE = float(os.environ.get("COSUP_FUZZ", "1"))
 SEED = int(os.environ.get("COSUP_FUZZ_SEED", "0"))
@@ -149,3 +152,81 @@ def test_a_damaged_file_is_named_in_a_line(name, cosup, scratch, damaged):
 def _difference(before: bytes, now: bytes) -> str:
     start = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
     return f"at byte {start} of {len(before)}: {now[max(0, start - 40) : start + 60]!r} ({len(now)} bytes)"
+
+
+COMMANDS = (
+    MODEL,
+    "generate run Where? --max-retrievals 1 --max-new-tokens 2 --temperature 0.5 --top-p 0.9",
+    "generate run --file questions.jsonl --output answers.new --json --stop x --device cpu",
+    "evaluate run --examples examples.jsonl --limit 1 --fluency none --judge none --output new",
+    "evaluate run --examples examples.jsonl --system bm25 --corpus passages.jsonl --fluency none --in-domain cities",
+    "compare run/evaluation/co-supervised run/evaluation/co-supervised --metric grounded",
+    "index build run --corpus passages.jsonl --output new --shard-size 4 --precision bfloat16",
+    "index add run more.jsonl --index run/index --batch-tokens 64",
+    "index delete run rome --ids-file ids.txt",
+    "index search run Where? --index run/index -k 2 --engine torch",
+    "index info run --verify",
+    "export run new --what embseq --license mit --name x",
+    "mine run --examples examples.jsonl --output mined.jsonl --depth 4 --max-score 0.9",
+    "data check examples.jsonl --corpus passages.jsonl --allow-no-retrieval",
+    "data convert kilt nq-dev-kilt.jsonl --knowledge knowledge.jsonl --output new --gold page",
+    "data convert self-rag self-rag.jsonl --output new --skip-malformed",
+    "data prepare nothing",
+    "study study.yaml --status --only one-seed0",
+    "study study.yaml --report --output study",
+    "serve run --port 0 --host 127.0.0.1 --max-retrievals 1 --batch 2",
+    "plan --preset nothing --gpus 2 --gpu-memory 80 --nsp-batch 4",
+    "env --imports",
+    "train run.yaml --show training.lr=1e-4 nsp.temperature=0.1",
+)
+ARGUMENTS = (
+    "", " ", "-1", "0", "1e400", "nan", "inf", "99999999999999999999", "..", "run.yaml/x", "\x1b]52;c;aGk=\x07",
+    "[/bold]", "[", "{", "null", "x" * 5000, "é" * 300, "\udcff", "--nosuch", "-z", "--", "training.nosuch=1", "=",
+    "socket", "training.lr=[", "model.gen=", "model.gen=\udcff", "nsp=1", "output=run.yaml", "text.prompt={x}",
+    "data.train=[..]", "/proc/nosuch/x",
+)  # fmt: skip
+
+
+def wrong(line: str, dice: random.Random) -> list[str]:
+    """A command line with one to three words replaced, left out, repeated, misspelt or put in."""
+    words = line.split()
+    fixed = 2 if words[0] in ("data", "index") else 1
+    for _ in range(dice.choice((1, 1, 2, 3))):
+        at = dice.randrange(fixed, len(words) + 1)
+        kind = dice.randrange(5)
+        if kind == 0 or at == len(words):
+            words.insert(at, dice.choice(ARGUMENTS))
+        elif kind == 1:
+            words[at] = dice.choice(ARGUMENTS)
+        elif kind == 2:
+            del words[at]
+        elif kind == 3:
+            words.insert(at, words[at])
+        else:
+            cut = dice.randrange(len(words[at]) + 1)
+            words[at] = words[at][:cut] + dice.choice("aZ0-=.") + words[at][cut + 1 :]
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_wrong_command_line_is_told_what_is_wrong(cosup, scratch, monkeypatch):
+    dice, failed = random.Random(f"{SEED} commands"), []
+    monkeypatch.setattr("cosup_fast.serve.server.serve_on", lambda *given: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    count = max(1, round(300 * SIZE))
+    for number in range(count):
+        place = scratch()
+        monkeypatch.setenv("COSUP_HOME", str(place / "home"))
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("socket")
+        words = wrong(dice.choice(COMMANDS), dice)
+        if words[:2] == ["env", "--imports"]:
+            words.remove("--imports")
+        known = [
+            visible(part) for word in words for part in (word, *word.split("=", 1), word.lstrip("-")) if len(part) > 1
+        ]
+        names = (*(part[:40] for part in known), "Missing", "Usage", *words[:1])
+        if found := verdict(cosup, words, names):
+            failed.append(f"line {number}: {words!r:.400}\n{found}\n")
+    assert not failed, f"{len(failed)} of {count}\n" + "\n".join(failed[:12])

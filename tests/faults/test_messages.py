@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,3 +292,22 @@ def test_an_output_that_cannot_encode_a_character_gets_the_answers_all_the_same(
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert rb"Q \u56f2\u7881?" in run.stdout
+
+
+def test_lines_of_training_appear_where_no_terminal_is(scratch, cosup):
+    scratch()
+    changes = ["output=new", "training.steps=10", "data.dev=[]", "training.keep_best=null", "training.eval_every=null"]
+    status, _, err = cosup("train", "run.yaml", *changes)
+    assert (status, "step 10 NTP" in err) == (0, True), err
+
+
+def test_ranks_that_were_started_otherwise_are_told_the_field():
+    from cosup_fast.training.run import _check_same
+
+    def meet(purpose, note):
+        return [note, {"configuration": {"training": {"lr": 0.2, "steps": 3}}, "data": note["data"]}]
+
+    peers = SimpleNamespace(names=[0, 1], rank=0, meet=meet)
+    ours = {"configuration": {"training": {"lr": 0.1, "steps": 3}}, "data": {"training": "a" * 64}}
+    with pytest.raises(ValueError, match=r"rank 1 has another configuration than rank 0 \(training.lr=0.2 there"):
+        _check_same(peers, "the same run", ours)  # type: ignore[arg-type]
