@@ -198,7 +198,15 @@ class Report(_Part):
                 )
             if missing := {"system", "checkpoint", "generation", "judge", "fluency"} - set(data["settings"]):
                 raise ValueError(f"its settings lack {', '.join(sorted(missing))}")
-            return cls.model_validate(data)
+            if not isinstance(data["settings"]["system"], str):
+                raise ValueError(f"its system is {data['settings']['system']!r:.60}")
+            found = cls.model_validate(data)
+            for record in found.questions:
+                for name, value in record.scores.items():
+                    positive = name not in METRICS or METRICS[name].unit != "geometric" or value > 0
+                    if not math.isfinite(value) or not positive:
+                        raise ValueError(f"{record.key}: {name}={value}")
+            return found
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a report that can be read ({_first_line(error)}): expected what `cosup-fast "

@@ -30,7 +30,7 @@ from typing import Self, overload
 import numpy as np
 
 from cosup_fast.data.records import Passage, parse, to_line
-from cosup_fast.files import replace_file, sha256, sync
+from cosup_fast.files import read_object, replace_file, sha256, sync
 
 PASSAGES, ROWS, VECTORS, RECORD = "passages.jsonl", "rows.npy", "vectors.npy", "shard.json"
 ROW = np.dtype([("start", "<i8"), ("id", "<u8")])
@@ -56,9 +56,12 @@ class Shard:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """A shard on disk, mapped into memory; `check_files` comes first."""
-        rows = load_array(folder / ROWS)
-        passages = PassageFile(folder / PASSAGES, rows["start"])
-        return cls(passages, rows["id"], load_array(folder / VECTORS), folder)
+        try:
+            rows = load_array(folder / ROWS)
+            passages = PassageFile(folder / PASSAGES, rows["start"])
+            return cls(passages, rows["id"], load_array(folder / VECTORS), folder)
+        except (ValueError, TypeError, IndexError, SyntaxError, OSError) as error:
+            raise ValueError(f"{folder} is damaged ({error}): build the index again") from None
 
     def kept(self, keep: np.ndarray) -> Self:
         """The rows of a shard in memory where `keep` (M,) holds."""
@@ -241,12 +244,13 @@ def check_files(folder: Path, name: str, *, contents: bool) -> None:
         ValueError: a file or the record itself is missing, damaged or changed.
     """
     try:
-        files = json.loads((folder / name).read_text(encoding="utf-8"))["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = read_object(folder / name, ["files"])["files"]
+        described = [(file, entry["bytes"], entry["sha256"]) for file, entry in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / name} cannot be read ({error}): build the index again") from None
-    for file, expected in files:
+    for file, size, digest in described:
         path = folder / file
         if not path.is_file():
             raise ValueError(f"{folder} is incomplete, {file} is missing: build the index again")
-        if path.stat().st_size != expected["bytes"] or (contents and sha256(path) != expected["sha256"]):
+        if path.stat().st_size != size or (contents and sha256(path) != digest):
             raise ValueError(f"{path} is damaged or was changed, it is not what {name} says: build the index again")

@@ -20,6 +20,8 @@ from cosup_fast.data.sources import resolve_model
 from cosup_fast.environment import no_downloaded_kernels
 from cosup_fast.files import read_object
 
+MOST_LAYERS = 4096
+"""More than any model has."""
 NAMED = 4
 """As many tensors as an error names."""
 
@@ -48,7 +50,14 @@ def read_config(name: str | Path) -> Any:
     Raises:
         ValueError: there is none, it is damaged, or transformers knows the architecture only by code of the model's.
     """
-    return _read(AutoConfig, name, "configuration")
+    config = _read(AutoConfig, name, "configuration")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # each is made, one after the other, before any weight is read
+        raise ValueError(
+            f"the configuration of {str(name)!r} asks for num_hidden_layers={layers}, above {MOST_LAYERS:,}: use a "
+            "whole copy of the model"
+        )
+    return config
 
 
 def read_tokenizer(name: str | Path, **options: Any) -> Any:

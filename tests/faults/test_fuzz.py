@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import socket
 import time
@@ -19,8 +20,19 @@ from cosup_fast.terminal import visible
 
 SIZE = float(os.environ.get("COSUP_FUZZ", "1"))
 SEED = int(os.environ.get("COSUP_FUZZ_SEED", "0"))
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of Linux")
 SECONDS = 20.0
 """Nothing that is refused takes longer."""
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    """As much memory as this process has, and 4 GiB: a damaged configuration may ask for more than any machine has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (4 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def verdict(cosup, arguments: list[str], names: tuple[str, ...]) -> str:
