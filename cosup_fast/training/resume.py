@@ -1,4 +1,4 @@
-"""What a run's folder says about resuming it: what may change, and whether anything is left to do."""
+"""What a run's folder says about resuming it, and ranks of one another: what may change, and what is left to do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from cosup_fast.config import ConfigError, RunConfig, load_config
 from cosup_fast.data.records import DataError
+from cosup_fast.distributed import Peers
 from cosup_fast.files import read_object
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints
@@ -100,6 +101,21 @@ def check_same_data(output: Path, digests: dict[str, str]) -> None:
                 f"--resume: the {name} examples or their passages are not those that the run in {str(output)!r} was "
                 f"started with (sha256 {str(then)[:12]}… then by {path}, {now[:12]}… now): restore them, or start "
                 "a new run in another output"
+            )
+
+
+def check_same_run(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
+    """Refuses ranks that would train something else; none of them has written anything yet.
+
+    Raises:
+        ValueError: naming the ranks and the first field that differs, with both values.
+    """
+    for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
+        for name, (there, here) in differences(other, note).items():
+            what, _, field = name.partition(".")
+            raise ValueError(
+                f"rank {rank} has another {what} than rank {peers.names[peers.rank]} ({field + '=' if field else ''}"
+                f"{there!r} there, {here!r} here): start all ranks with the same files and arguments"
             )
 
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from rich.console import Console
@@ -53,8 +53,8 @@ from cosup_fast.training.resume import (
     TOO_LONG,
     changes,
     check_same_data,
+    check_same_run,
     checkpoint_to_resume,
-    differences,
     ended,
     left_out,
     saved_config,
@@ -136,7 +136,7 @@ def _run(
     if peers is not None:
         resumed = checkpoint and checkpoint.name
         run = {"configuration": config.model_dump(mode="json"), "data": digests, "checkpoint to resume": resumed}
-        _check_same(peers, "the same run", run)
+        check_same_run(peers, "the same run", run)
     if checkpoint is not None:
         check_same_data(output, digests)
         if message := ended(checkpoint, config, len(examples) - left_out(output), evaluated=evaluator is not None):
@@ -172,7 +172,7 @@ def _run(
             console.print(f"{name} was {before}, and is {now} from here on", markup=False)
         trained = _measure(model.template, config, examples, sets, corpus, console)
     if peers is not None:
-        _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
+        check_same_run(peers, "the same weights", {"weights": None if sharded else digest(model)})
     if evaluator is not None and config.data.long_examples == "skip":
         evaluator.leave_out_long(model.template)
     leads = peers is None or peers.rank == 0
@@ -365,17 +365,6 @@ def _observed(
         return found
 
     return evaluate
-
-
-def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
-    """Refuses ranks that would train something else; none of them has written anything yet."""
-    for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
-        for name, (there, here) in differences(other, note).items():
-            what, _, field = name.partition(".")
-            raise ValueError(
-                f"rank {rank} has another {what} than rank {peers.names[peers.rank]} ({field + '=' if field else ''}"
-                f"{there!r} there, {here!r} here): start all ranks with the same files and arguments"
-            )
 
 
 def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:

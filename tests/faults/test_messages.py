@@ -302,7 +302,7 @@ def test_lines_of_training_appear_where_no_terminal_is(scratch, cosup):
 
 
 def test_ranks_that_were_started_otherwise_are_told_the_field():
-    from cosup_fast.training.run import _check_same
+    from cosup_fast.training.resume import check_same_run
 
     def meet(purpose, note):
         return [note, {"configuration": {"training": {"lr": 0.2, "steps": 3}}, "data": note["data"]}]
@@ -310,4 +310,4 @@ def test_ranks_that_were_started_otherwise_are_told_the_field():
     peers = SimpleNamespace(names=[0, 1], rank=0, meet=meet)
     ours = {"configuration": {"training": {"lr": 0.1, "steps": 3}}, "data": {"training": "a" * 64}}
     with pytest.raises(ValueError, match=r"rank 1 has another configuration than rank 0 \(training.lr=0.2 there"):
-        _check_same(peers, "the same run", ours)  # type: ignore[arg-type]
+        check_same_run(peers, "the same run", ours)  # type: ignore[arg-type]
