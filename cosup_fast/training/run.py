@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config
-from cosup_fast.config.run import DataConfig
+from cosup_fast.config.sections import DataConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
-from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.sources import load_examples, open_corpus_by_id
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory
@@ -130,7 +130,7 @@ def _run(
     corpus, examples, held_out, sets = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
-        "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
+        "training": _digest(examples, (corpus[passage] for passage in _passages(examples))),
         "held-out": _digest(held_out, evaluator.pool if evaluator else []),
     }
     if peers is not None:
@@ -216,7 +216,7 @@ def _new_model(config: RunConfig, initial: Path | None, device: torch.device) ->
 class Data(NamedTuple):
     """What a run reads."""
 
-    corpus: dict[str, Passage]
+    corpus: Mapping[str, Passage]
     examples: list[Example]
     held_out: list[Example]
     sets: list[int]
@@ -235,14 +235,14 @@ class TrainingSet:
 
 
 def load_data(config: RunConfig) -> Data:
-    """The corpus by id, the training examples and the held-out examples.
+    """The corpus by id, its texts left on disk; the training examples and the held-out examples.
 
     Raises:
         DataError: what the files hold is not valid, or, without `data.allow_leaks`, what is held out is trained on:
             the same example, the same question, or the same gold passage.
     """
     data = config.data
-    corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
+    corpus = open_corpus_by_id(data.corpus, checksum=data.checksum)
 
     def load(names: list[str], limit: int | None, seed: int) -> tuple[list[Example], list[int]]:
         loaded, sets = [], []
@@ -278,10 +278,8 @@ def _examples(name: str, names: list[str], data: DataConfig, corpus: Mapping[str
         default = DataConfig()
         if data.corpus == default.corpus or names != default.dev:
             raise
-        raise DataError(
-            f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}: name "
-            f"held-out examples of your own, or data.dev=[] for none ({error})"
-        ) from None
+        told = f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}"
+        raise DataError(f"{told}: name held-out examples of your own, or data.dev=[] for none ({error})") from None
 
 
 def _ask(
@@ -289,7 +287,7 @@ def _ask(
     config: RunConfig,
     template: Template,
     trained: TrainingSet,
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     device: torch.device,
     console: Console,
     peers: Peers | None,
@@ -415,7 +413,7 @@ def _measure(
     config: RunConfig,
     examples: Sequence[Example],
     sets: Sequence[int],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     console: Console,
 ) -> TrainingSet:
     """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""

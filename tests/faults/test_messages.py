@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -227,7 +228,7 @@ def test_a_full_disk_is_named_with_the_file(arguments, scratch, cosup):
     with full_disk(150):
         status, _, err = cosup(*arguments.split())
     assert status == 1, err
-    assert "new" in err
+    assert "new" in err or tempfile.gettempdir() in err  # where it is tried whether a model can be saved
     assert "free some space" in err
     assert "unexpected" not in err
 
