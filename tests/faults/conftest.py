@@ -140,12 +140,12 @@ def world(tmp_path_factory, make_folder, passages, examples):
     }
     Path("study.yaml").write_text(yaml.safe_dump(study))
     for command in (
-        "train run.yaml",
+        "train run.yaml --force",  # whatever memory other processes leave
         "index build run --corpus passages.jsonl --factory IVF2,Flat",
         "evaluate run --examples examples.jsonl --fluency none",
         "generate run Where? --output answers.jsonl",
         "data convert kilt nq-dev-kilt.jsonl --output kilt",
-        "train run.yaml model.gen_lora.rank=2 output=adapted",
+        "train run.yaml --force model.gen_lora.rank=2 output=adapted",
         "study study.yaml",
     ):
         sys.argv = ["cosup-fast", *command.split()]

@@ -56,7 +56,9 @@ def verdict(cosup, arguments: list[str], names: tuple[str, ...]) -> str:
     return ""
 
 
-MODEL = "train run.yaml output=new training.steps=1 data.dev=[] training.keep_best=null training.eval_every=null"
+MODEL = (
+    "train run.yaml --force output=new training.steps=1 data.dev=[] training.keep_best=null training.eval_every=null"
+)
 READERS = {
     # file in the world: how many inputs, and the commands that read it, one of which is drawn for each
     "passages.jsonl": (
