@@ -29,8 +29,8 @@ from cosup_fast.evaluation.retrievers import GoldRetriever, Retriever
 from cosup_fast.evaluation.scoring import DEPTH, Ranked, chances, rank_scores, score, titles
 from cosup_fast.evaluation.suites import check_metrics, suite_of
 from cosup_fast.evaluation.systems import System
+from cosup_fast.files import Journal
 from cosup_fast.generation import Answer, GenerationConfig
-from cosup_fast.journal import Journal
 
 ANSWERS, VERDICTS, FLUENCY = "answers.jsonl", "verdicts.jsonl", "fluency.jsonl"
 AT_ONCE = 16  # questions that a judge or a fluency model is given at a time

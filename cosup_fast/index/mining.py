@@ -31,8 +31,8 @@ from torch import Tensor
 
 from cosup_fast.data.answers import answer_patterns, holds_answer
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.files import Journal
 from cosup_fast.index import Origin, SequenceIndex, embed_queries
-from cosup_fast.journal import Journal
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.terminal import SafeConsole
 
@@ -112,11 +112,10 @@ def mine(
     bar = track(blocks, "Mining", console=SafeConsole(stderr=True), transient=True, disable=not progress)
     with Journal(journal, miner.stamp, restart=True) as kept:
         for block in bar:
-            if all(example.id in kept.done for example in block):
-                continue
-            for name, one in miner.mine(block).items():
-                kept.add(name, one)
-        mined = [(example, kept.done[example.id]) for example in examples]
+            if block[-1].id not in kept.done:
+                for name, found in miner.mine(block).items():
+                    kept.add(name, found)
+    mined = [(example, kept.done[example.id]) for example in examples]
     passed_over: Counter[str] = Counter()
     for _, one in mined:
         passed_over.update(one["passed_over"])

@@ -26,9 +26,9 @@ from cosup_fast.evaluation import (
     evaluate,
 )
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
+from cosup_fast.files import Journal
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.index import SequenceIndex
-from cosup_fast.journal import Journal
 
 CONFIG = GenerationConfig(ret_first=True, max_new_tokens=15, candidates=2)
 

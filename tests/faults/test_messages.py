@@ -170,7 +170,7 @@ def test_a_report_without_settings_or_with_markup_is_compared_or_named(scratch, 
 
 
 def test_an_answer_with_an_unknown_passage_is_named(scratch, cosup):
-    from cosup_fast.journal import _line
+    from cosup_fast.files.journal import _line
 
     path = scratch() / "new" / "answers.jsonl"
     arguments = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cosup_fast.journal import Journal
+from cosup_fast.files import Journal
 
 
 @pytest.mark.parametrize("restart", [False, True])

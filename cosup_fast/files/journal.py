@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from cosup_fast.files import fcntl, naming, sync
+from cosup_fast.files.whole import fcntl, naming, sync
 
 SYNC_SECONDS = 1.0
 
