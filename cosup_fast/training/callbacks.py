@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Callback:
     """Override what you need, and give instances to `run_training(config, callbacks=[...])`.
 
-    Methods are called in the order of the list, on rank 0 alone unless they say otherwise. An exception ends the run,
-    which can be resumed from its last checkpoint. What is shown is not to be changed.
+    Methods are called in the order of the list (`end` in reverse), on rank 0 alone unless they say otherwise. An
+    exception ends the run, which can be resumed from its last checkpoint. What is shown is not to be changed.
     """
 
     def check(self, config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: torch.device) -> str:

@@ -197,9 +197,14 @@ def _run(
     if leads:
         _write_description(output, config, digests, trained.left_out)
     trainer.replay(records_until(trainer.step, output / "metrics.jsonl"))
-    with told.running(config, trainer.step, trainer.total_steps) if leads else contextlib.nullcontext():
-        if changed and leads:
-            told.metrics(Changed(trainer.step, changed))
+    with contextlib.ExitStack() as stack:
+        if leads:
+            with _reporting(peers, "callbacks"):
+                stack.enter_context(told.running(config, trainer.step, trainer.total_steps))
+            if changed:
+                told.metrics(Changed(trainer.step, changed))
+        if peers is not None:
+            peers.meet("callbacks")
         return trainer.train()
 
 

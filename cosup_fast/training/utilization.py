@@ -1,6 +1,6 @@
 """Model FLOP of a step, and the share of what the devices could do in that time (MFU, Chowdhery et al. 2022, PaLM).
 
-    FLOP = sum over both models of b (2 P T + 2 L A sum_s l_s^2)  +  6 V D S  +  6 N M D
+    FLOP = sum over both models of b (2 P T + 2 L A sum_s l_s^2)  +  2 b V D S  +  6 N M D
     MFU  = FLOP / (seconds * peak * ranks)
 
 P weights of the decoder layers' products, T tokens in sequences of l_s, L layers, A width of all heads together; V D
@@ -63,7 +63,7 @@ class Utilization:
         of_embseq = model.gen.base_model if model.embseq is None else model.embseq
         self._embseq = _Part(of_embseq) if model.has_embseq else None
         config = model.gen.config.get_text_config()
-        self._head = 6 * config.vocab_size * model.width if model.ntp.weight else 0
+        self._head = 2 * self._gen.passes * config.vocab_size * model.width if model.ntp.weight else 0
         self._width = model.width
 
         # Of mixtures of experts and of 4-bit weights the FLOP is not what the weights say.
@@ -96,9 +96,9 @@ class _Part:
         experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
         self.known = not experts and all(p.is_floating_point() for p in matrices)
         trained = [p.requires_grad for p in matrices]
-        self._passes = 3 if all(trained) else 2 if any(trained) else 1
+        self.passes = 3 if all(trained) else 2 if any(trained) else 1
 
     def __call__(self, pack: Pack) -> float:
         lengths = pack.lengths[: pack.count]
         forward = 2 * self._weights * sum(lengths) + self._attention * sum(length**2 for length in lengths)
-        return self._passes * forward
+        return self.passes * forward

@@ -283,7 +283,7 @@ def test_peaks_are_those_of_data_sheets_or_given():
 
 @pytest.mark.parametrize("kind", ["trained", "frozen embseq", "ntp alone", "gpt2"])
 def test_model_flop_are_those_of_the_products_that_run(make_model, examples, corpus, kind, gpt2_folder):
-    """Against torch's counter over a step of one pack, without attention, whose products may be padded or not causal."""
+    """Against torch's counter over a step of one pack, without attention, whose products may be padded."""
     options = {
         "trained": {},
         "frozen embseq": {"freeze_embseq": True},
