@@ -141,7 +141,11 @@ def _local_parameter(p: nn.Parameter) -> nn.Parameter:
 
 
 def check_rates(model: nn.Module, config: TrainingConfig) -> None:
-    """Refuses a learning rate of its own for what the model does not have, or does not train."""
+    """Refuses a learning rate of its own for what the model does not have, or does not train.
+
+    Raises:
+        ValueError: naming the field.
+    """
     trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     for field, parts, reason in (
         ("embseq_lr", {"embseq", "projection"}, "Embseq is frozen (model.freeze_embseq), or Gen itself (model.shared)"),

@@ -17,21 +17,18 @@ import functools
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
-from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
+from cosup_fast.data.sampling import StepSampler, draw_negatives
 from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
@@ -48,6 +45,7 @@ from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verif
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 from cosup_fast.training.log import RunLog, records_until
+from cosup_fast.training.measured import TrainingSet, measure
 from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.resume import (
@@ -146,7 +144,7 @@ def _run(
             verify(initial)
         read = config if initial is None else as_in(initial, config)
         template = load_template(read.models, config.text)[0]
-        trained = _measure(template, config, examples, sets, corpus, console)
+        trained = measure(template, config, examples, sets, corpus, console)
         if any(map(asks, callbacks)):
             _ask(callbacks, read, template, trained, corpus, device, console, peers)
         if not config.has_embseq:
@@ -164,7 +162,7 @@ def _run(
         console.print(f"resuming from {checkpoint}", markup=False)
         for name, (before, now) in changed.items():
             console.print(f"{name} was {before}, and is {now} from here on", markup=False)
-        trained = _measure(model.template, config, examples, sets, corpus, console)
+        trained = measure(model.template, config, examples, sets, corpus, console)
     if peers is not None:
         _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
     if evaluator is not None and config.data.long_examples == "skip":
@@ -230,17 +228,6 @@ class Data(NamedTuple):
     held_out: list[Example]
     sets: list[int]
     """Of each training example, the number of its set in `data.train`."""
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """The examples that are trained on, measured."""
-
-    examples: list[Example]
-    lengths: list[int]
-    mixture: Mixture | None
-    left_out: int
-    """Examples that were too long."""
 
 
 def load_data(config: RunConfig) -> Data:
@@ -425,43 +412,3 @@ def _write_description(output: Path, config: RunConfig, digests: dict[str, str],
             file.write(dump_config(config))
     except OSError as error:
         raise ConfigError(f"output={config.output!r} cannot be written: {error}") from None
-
-
-def _measure(
-    template: Template,
-    config: RunConfig,
-    examples: Sequence[Example],
-    sets: Sequence[int],
-    corpus: dict[str, Passage],
-    console: Console,
-) -> TrainingSet:
-    """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""
-    too_long: list[str] | None = [] if config.data.long_examples == "skip" else None
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-
-        def track(examples: Sequence[Example]) -> Iterable[Example]:
-            return progress.track(examples, description="checking lengths")
-
-        lengths = example_lengths(
-            examples,
-            corpus,
-            template,
-            config.training.pack_limits,
-            track=track,
-            ntp=config.ntp.weight > 0,
-            retrieval=config.has_embseq,
-            negatives=config.data.negatives,
-            too_long=too_long,
-        )
-    kept = [i for i, length in enumerate(lengths) if length]
-    mixture = None
-    if config.data.weights is not None:
-        mixture = Mixture([sets[i] for i in kept], config.data.weights)
-        shares = (f"{draws} of {name}" for draws, name in zip(mixture.draws, config.data.train, strict=True))
-        console.print(f"an epoch: {', '.join(shares)}", markup=False)
-    if too_long:
-        console.print(
-            f"left out {len(too_long)} of {len(examples)} training examples, which are too long: {too_long[0]}",
-            markup=False,
-        )
-    return TrainingSet([examples[i] for i in kept], [lengths[i] for i in kept], mixture, len(examples) - len(kept))
