@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -31,7 +31,7 @@ def measure(
     config: RunConfig,
     examples: Sequence[Example],
     sets: Sequence[int],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     console: Console,
 ) -> TrainingSet:
     """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""
