@@ -20,10 +20,10 @@ CAPABILITY = (9, 0)
 def tiles() -> Iterator[None]:
     """Within, our kernels, which the interpreter runs anyway, have the tiles that are shipped for CAPABILITY."""
     from cosup_fast.kernels import tuning
-    from cosup_fast.kernels.softmax_xent import chunk_triton
+    from cosup_fast.kernels.softmax_xent import chunk_product, chunk_triton
 
     with ExitStack() as stack:
-        for module in (tuning, chunk_triton):
+        for module in (tuning, chunk_triton, chunk_product):
             stack.enter_context(mock.patch.object(module, "target_of", return_value=tuning.nearest(CAPABILITY)))
         yield
 

@@ -141,6 +141,79 @@ def check_in_range(name: str, index: Tensor, size: int, what: str) -> None:
         raise ValueError(f"{name} holds {int(wrong[0])}; {allowed}{what}")
 
 
+def check_info_nce(
+    query: Tensor,
+    keys: Tensor,
+    positive: Tensor | None,
+    *,
+    scale: Any,
+    symmetric: bool,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    positive_ids: Tensor | None,
+    duplicates: str,
+    private_negatives: Tensor | None,
+    margin: float | None,
+    query_negatives: bool,
+    key_negatives: bool,
+    label_smoothing: float,
+    reduction: str,
+    impl: str,
+    several_ranks: bool,
+    key_grad: str,
+    positive_rows: str,
+) -> torch.dtype:
+    """The arguments of `functional.info_nce`, and what the operands are rounded to; `several_ranks`: it has a group."""
+    dtype = check_operands("query", query, "keys", keys)
+    n, m = len(query), len(keys)
+    if private_negatives is not None:
+        check_operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
+    check_choice("duplicates", duplicates, Duplicates)
+    check_choice("key_grad", key_grad, KeyGrad)
+    check_choice("positive_rows", positive_rows, PositiveRows)
+    check_common(query, scale, label_smoothing, reduction, impl)
+    for name, ids, shape in (
+        ("positive", positive, (n,)),
+        ("key_ids", key_ids, (m,)),
+        ("query_ids", query_ids, (n,)),
+        ("positive_ids", positive_ids, (n, None)),
+    ):
+        if ids is not None:
+            check_tensor(name, ids, shape, query, torch.int64)
+            if key_ids is None and name != "positive":
+                raise ValueError(
+                    f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
+                )
+    given = positive is not None or positive_ids is not None
+    if not given and m < n:
+        raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
+    if symmetric and given and positive is None:
+        raise ValueError("symmetric=True with positive_ids leaves open which key answers a query; pass positive too")
+    if margin is not None:
+        if not -math.inf < margin < math.inf:
+            raise ValueError(f"margin is {margin}; pass a finite number in the units of <q, k>, or None")
+        if given and positive is None:
+            raise ValueError(
+                "margin is given and positive is None, so no score is the positive's; pass positive, or margin=None"
+            )
+    if query_negatives or key_negatives:
+        name = "query_negatives" if query_negatives else "key_negatives"
+        for option, on in (
+            ("symmetric", symmetric), ("label_smoothing", label_smoothing > 0), ("group", several_ranks),
+            ("positive_ids", positive_ids is not None), ("duplicates='positive'", duplicates == "positive"),
+        ):  # fmt: skip
+            if on:
+                raise ValueError(f"{name} is True and so is {option}: which sum is whose is open; pass one of them")
+    if several_ranks and impl == "reference":
+        raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
+    if not given and key_ids is not None:
+        if readable(key_ids) and key_ids.device.type == "cpu":
+            check_positives(torch.arange(n), key_ids, None, m)
+    elif not several_ranks or (positive is not None and positive_rows == "rank"):
+        check_positives(positive, key_ids, positive_ids, m)
+    return dtype
+
+
 def check_positives(positive: Tensor | None, key_ids: Tensor | None, positive_ids: Tensor | None, m: int) -> None:
     """On CPU, that every query has a positive that is a candidate."""
     given = [t for t in (positive, key_ids, positive_ids) if t is not None]

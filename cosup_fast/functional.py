@@ -35,9 +35,9 @@ from cosup_fast.checks import (
     LinearCrossEntropyOptions,
     PositiveRows,
     Reduction,
-    check_choice,
     check_common,
     check_in_range,
+    check_info_nce,
     check_operands,
     check_positives,
     check_softcap,
@@ -185,65 +185,19 @@ def info_nce(
 
         peers = Peers.of(group)
     with nullcontext() if peers is None else peers.reporting("info_nce"):
-        dtype = check_operands("query", query, "keys", keys)
-        n, m = len(query), len(keys)
-        if private_negatives is not None:
-            check_operands("query", query, "private_negatives", private_negatives, (n, None, query.shape[1]))
-        check_choice("duplicates", duplicates, Duplicates)
-        check_choice("key_grad", key_grad, KeyGrad)
-        check_choice("positive_rows", positive_rows, PositiveRows)
-        check_common(query, scale, label_smoothing, reduction, impl)
-        for name, ids, shape in (
-            ("positive", positive, (n,)),
-            ("key_ids", key_ids, (m,)),
-            ("query_ids", query_ids, (n,)),
-            ("positive_ids", positive_ids, (n, None)),
-        ):
-            if ids is not None:
-                check_tensor(name, ids, shape, query, torch.int64)
-                if key_ids is None and name != "positive":
-                    raise ValueError(
-                        f"{name} is given but key_ids is None, so no key can match; pass the ids of the keys too"
-                    )
-        given = positive is not None or positive_ids is not None
-        if not given:
-            if m < n:
-                raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
-            positive = torch.arange(n, device=query.device)
-            positive_rows = "rank"
-        elsewhere = peers is not None and positive_rows == "group"
-        if symmetric and positive is None:
-            raise ValueError(
-                "symmetric=True with positive_ids leaves open which key answers a query; pass positive too"
-            )
-        if margin is not None:
-            if not -math.inf < margin < math.inf:
-                raise ValueError(f"margin is {margin}; pass a finite number in the units of <q, k>, or None")
-            if positive is None:
-                raise ValueError(
-                    "margin is given and positive is None, so no score is the positive's; pass positive, or margin=None"
-                )
-        if query_negatives or key_negatives:
-            name = "query_negatives" if query_negatives else "key_negatives"
-            for option, on in (
-                ("symmetric", symmetric), ("label_smoothing", label_smoothing > 0), ("group", peers is not None),
-                ("positive_ids", positive_ids is not None), ("duplicates='positive'", duplicates == "positive"),
-            ):  # fmt: skip
-                if on:
-                    raise ValueError(f"{name} is True and so is {option}: which sum is whose is open; pass one of them")
-        if peers is not None and impl == "reference":
-            raise ValueError("impl is 'reference', which is of one process, and group is given; pass impl='auto'")
-        if (peers is None or (positive is not None and not elsewhere)) and (given or key_ids is not None):
-            check_positives(positive, key_ids, positive_ids, m)
-    options = {
-        "scale": scale,
-        "normalize": normalize,
-        "symmetric": symmetric,
-        "positive_ids": positive_ids,
-        "margin": margin,
-        "label_smoothing": label_smoothing,
-        "reduction": reduction,
-    }
+        dtype = check_info_nce(
+            query, keys, positive, scale=scale, symmetric=symmetric, query_ids=query_ids, key_ids=key_ids,
+            positive_ids=positive_ids, duplicates=duplicates, private_negatives=private_negatives, margin=margin,
+            query_negatives=query_negatives, key_negatives=key_negatives, label_smoothing=label_smoothing,
+            reduction=reduction, impl=impl, several_ranks=peers is not None, key_grad=key_grad,
+            positive_rows=positive_rows,
+        )  # fmt: skip
+    n = len(query)
+    if positive is None and positive_ids is None:
+        positive, positive_rows = torch.arange(n, device=query.device), "rank"
+    elsewhere = peers is not None and positive_rows == "group"
+    options = {"scale": scale, "normalize": normalize, "symmetric": symmetric, "positive_ids": positive_ids}
+    options |= {"margin": margin, "label_smoothing": label_smoothing, "reduction": reduction}
     if n == 0 and peers is None:
         loss, stats = _nothing((query, keys, scale, private_negatives), reduction)
     elif impl == "reference":
@@ -387,14 +341,8 @@ def linear_cross_entropy(
     supervised = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     if readable(target) and target.device.type == "cpu":
         check_in_range("target", target[supervised], v, f" or ignore_index ({ignore_index})")
-    options = {
-        "bias": bias,
-        "scale": scale,
-        "softcap": softcap,
-        "z_loss": z_loss,
-        "label_smoothing": label_smoothing,
-        "reduction": reduction,
-    }
+    options = {"bias": bias, "scale": scale, "softcap": softcap, "z_loss": z_loss}
+    options |= {"label_smoothing": label_smoothing, "reduction": reduction}
     if impl == "reference":
         return reference.linear_cross_entropy(
             hidden,

@@ -6,22 +6,19 @@ A rule yields a message for each conflict; it names the fields, their values and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from cosup_fast.config.sections import Sections
 from cosup_fast.config.training import check_rounding
 
-if TYPE_CHECKING:
-    from cosup_fast.config.run import RunConfig
-
-Rule = Callable[["RunConfig"], Iterator[str]]
+Rule = Callable[[Sections], Iterator[str]]
 
 
-def _something_is_trained(config: RunConfig) -> Iterator[str]:
+def _something_is_trained(config: Sections) -> Iterator[str]:
     if config.ntp.weight == config.nsp.weight == 0:
         yield "ntp.weight=0 with nsp.weight=0 leaves no loss to train: raise one of them"
 
 
-def _without_embseq(config: RunConfig) -> Iterator[str]:
+def _without_embseq(config: Sections) -> Iterator[str]:
     """With nsp.weight=0 there is no Embseq that anything of its own could be asked of."""
     if config.has_embseq:
         return
@@ -41,7 +38,7 @@ def _without_embseq(config: RunConfig) -> Iterator[str]:
         yield f"training.keep_best={best} is never there where nsp.weight=0, which has no Embseq: use ntp"
 
 
-def _learning_rates(config: RunConfig) -> Iterator[str]:
+def _learning_rates(config: Sections) -> Iterator[str]:
     training = config.training
     if training.embseq_lr is not None and config.model.shared:
         yield (
@@ -55,14 +52,14 @@ def _learning_rates(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _held_out(config: RunConfig) -> Iterator[str]:
+def _held_out(config: Sections) -> Iterator[str]:
     if config.training.keep_best is not None and not config.data.dev:
         yield (
             f"training.keep_best={config.training.keep_best} needs held-out examples, and data.dev is empty: name some"
         )
 
 
-def _adapters(config: RunConfig) -> Iterator[str]:
+def _adapters(config: Sections) -> Iterator[str]:
     for field in ("gen_lora", "embseq_lora"):
         lora = getattr(config.model, field)
         for name in ("alpha", "dropout", "targets"):
@@ -73,7 +70,7 @@ def _adapters(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _in_4_bits(config: RunConfig) -> Iterator[str]:
+def _in_4_bits(config: Sections) -> Iterator[str]:
     for field in ("gen_lora", "embseq_lora"):
         if getattr(config.model, field).quantize is None:
             continue
@@ -86,7 +83,7 @@ def _in_4_bits(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _precision(config: RunConfig) -> Iterator[str]:
+def _precision(config: Sections) -> Iterator[str]:
     model, training = config.model, config.training
     if model.dtype == "float64" and training.precision == "bfloat16":
         yield "training.precision=bfloat16 casts nothing where model.dtype=float64: set one of them to float32"
@@ -102,7 +99,7 @@ def _precision(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _optimizer(config: RunConfig) -> Iterator[str]:
+def _optimizer(config: Sections) -> Iterator[str]:
     model, training = config.model, config.training
     if model.dtype == "float64" and training.optimizer != "adamw":
         yield f"training.optimizer={training.optimizer} steps no weights of model.dtype=float64: use adamw"

@@ -395,9 +395,8 @@ class CoSupervisionModel(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
-        digest = hashlib.sha256(
-            json.dumps([self.template.config.model_dump(), self.nsp.similarity], sort_keys=True).encode()
-        )
+        about = json.dumps([self.template.config.model_dump(), self.nsp.similarity], sort_keys=True)
+        digest = hashlib.sha256(about.encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())

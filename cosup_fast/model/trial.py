@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
-from cosup_fast.model.backbone import agree, check_packs, ends_in, probe
+from cosup_fast.model.backbone import FinalNorm, agree, check_packs, ends_in, probe
 from cosup_fast.model.loading import lm_head
 
 if TYPE_CHECKING:
-    from cosup_fast.model.model import CoSupervisionModel
+    from transformers import PreTrainedModel
+
+
+class Tried(Protocol):
+    """The parts of a `CoSupervisionModel` that a trial runs or changes."""
+
+    gen: PreTrainedModel
+    embseq: PreTrainedModel | None
+    gen_norm: FinalNorm | None
+    embseq_norm: FinalNorm | None
+
+    @property
+    def device(self) -> torch.device: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
-def check_model(model: CoSupervisionModel, gen: str, embseq: str) -> None:
+def check_model(model: Tried, gen: str, embseq: str) -> None:
     """Tries a model as it was loaded, and forgets a final norm that is not its last operation.
 
     Args:

@@ -114,7 +114,7 @@ def _looked_at(cell: Cell, questions: Questions, progress: Progress, console: Co
         if name in AFTERWARDS:
             console.print(f"{cell.name}: {name}", markup=False)
             with progress.stage(name):
-                probes[name] = AFTERWARDS[name](bench.model, questions)
+                probes[name] = AFTERWARDS[name](bench.model, questions.tests, questions.corpora)
     return {"systems": systems, "probes": probes}
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
+from cosup_fast.config.reading import read_yaml
 from cosup_fast.data.records import nearest
 from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.kinds import split_name
@@ -351,7 +352,7 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StudyError(f"{path}: no such study") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -368,16 +369,6 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
         if cell.settings.pair is None:
             _ = cell.run
     return study
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that occurs twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := _twice(keys):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is named twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _decisive(run: RunConfig) -> dict[str, Any]:

@@ -6,23 +6,23 @@ spaces      while it is trained, at every held-out evaluation: `spaces.look`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cosup_fast.data.records import nearest
 
 if TYPE_CHECKING:
+    from cosup_fast.evaluation import Corpus, TestSet
     from cosup_fast.model import CoSupervisionModel
-    from cosup_fast.study.cell import Questions
 
 SPACES = "spaces"
-Probe = Callable[["CoSupervisionModel", "Questions"], dict[str, Any]]
+Probe = Callable[["CoSupervisionModel", "Sequence[TestSet]", "Sequence[Corpus]"], dict[str, Any]]
 
 
-def _attention(model: CoSupervisionModel, questions: Questions) -> dict[str, Any]:
+def _attention(model: CoSupervisionModel, tests: Sequence[TestSet], corpora: Sequence[Corpus]) -> dict[str, Any]:
     from cosup_fast.study.attention import attention_by_layer
 
-    return attention_by_layer(model, questions.tests, {corpus.name: corpus for corpus in questions.corpora})
+    return attention_by_layer(model, tests, {corpus.name: corpus for corpus in corpora})
 
 
 AFTERWARDS: Mapping[str, Probe] = {"attention": _attention}

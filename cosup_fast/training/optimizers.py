@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cosup_fast.config.training import OptimizerName
+from cosup_fast.config.training import OptimizerName, TrainingConfig
 from cosup_fast.training.adamw import SMALL, check_available, optimizer_class
 from cosup_fast.training.sharding import local
 
@@ -138,3 +138,19 @@ def _local_parameter(p: nn.Parameter) -> nn.Parameter:
     shard = nn.Parameter(local(p.detach()))
     assert shard.untyped_storage()._cdata == local(p).untyped_storage()._cdata
     return shard
+
+
+def check_rates(model: nn.Module, config: TrainingConfig) -> None:
+    """Refuses a learning rate of its own for what the model does not have, or does not train.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    for field, parts, reason in (
+        ("embseq_lr", {"embseq", "projection"}, "Embseq is frozen (model.freeze_embseq), or Gen itself (model.shared)"),
+        ("temperature_lr", {"criterion"}, "the temperature is fixed (nsp.learnable_temperature)"),
+    ):
+        rate = getattr(config, field)
+        if rate is not None and not parts & trained:
+            raise ValueError(f"training.{field}={rate} has nothing to train: {reason}; omit it")

@@ -41,7 +41,7 @@ from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.metrics import HeldOut, Metrics, Skipped, StepMetrics, as_record, peak_memory
 from cosup_fast.training.monitor import FailureMonitor, SpikeGuard
-from cosup_fast.training.optimizers import LocalOptimizer
+from cosup_fast.training.optimizers import LocalOptimizer, check_rates
 from cosup_fast.training.ranks import reduce_gradients
 from cosup_fast.training.refusal import are_finite, ntp_of_each, write_refusal
 from cosup_fast.training.schedule import Schedule
@@ -142,7 +142,7 @@ class Trainer:
         if config.sharding == "fsdp" and peers is not None:
             agree_on_norms(model, peers)
             shard(model, peers.mesh(device.type), precision=config.precision)
-        _check_rates(model, config)
+        check_rates(model, config)
         self.optimizer = LocalOptimizer(
             model.named_parameters(),
             config.optimizer,
@@ -433,18 +433,6 @@ class Trainer:
     def _warn(self, messages: Iterable[str]) -> None:
         for message in messages:
             self.on_warning(message)
-
-
-def _check_rates(model: CoSupervisionModel, config: TrainingConfig) -> None:
-    """Refuses a learning rate of its own for what the model does not have, or does not train."""
-    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    for field, parts, reason in (
-        ("embseq_lr", {"embseq", "projection"}, "Embseq is frozen (model.freeze_embseq), or Gen itself (model.shared)"),
-        ("temperature_lr", {"criterion"}, "the temperature is fixed (nsp.learnable_temperature)"),
-    ):
-        rate = getattr(config, field)
-        if rate is not None and not parts & trained:
-            raise ValueError(f"training.{field}={rate} has nothing to train: {reason}; omit it")
 
 
 @contextlib.contextmanager

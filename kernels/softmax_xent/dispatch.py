@@ -40,12 +40,14 @@ EPILOGUE = 2
 """Bytes in the time of one score's epilogue: 22 instructions an element, which nothing hides behind another tile."""
 
 
-def _kind(impl: str) -> type[Chunk]:
+def chunks_of(impl: str) -> type[Chunk]:
+    """The chunks of an implementation."""
     if impl == "stored":
         return TorchChunk
-    from . import chunk_triton as kernels
+    from .chunk_product import FusedChunk, RecomputedChunk
+    from .chunk_rows import RowChunk
 
-    return {"fused": kernels.FusedChunk, "rows": kernels.RowChunk, "recomputed": kernels.RecomputedChunk}[impl]
+    return {"fused": FusedChunk, "rows": RowChunk, "recomputed": RecomputedChunk}[impl]
 
 
 def _unsupported(impl: str, s: Scores, ranks: bool) -> str | None:
@@ -58,7 +60,7 @@ def _unsupported(impl: str, s: Scores, ranks: bool) -> str | None:
 
     if s.x.device.type != "cuda" and not knobs.runtime.interpret:
         return f"needs a GPU, and the operands are on {s.x.device}"
-    return _kind(impl).unsupported(s, ranks)
+    return chunks_of(impl).unsupported(s, ranks)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def plan(impl: str, s: Scores, *, ranks: bool = False, at_once: bool = True, gra
 
 
 def _plan(impl: str, reason: str, s: Scores, at_once: bool, gradients: int) -> Plan:
-    kind = _kind(impl)
+    kind = chunks_of(impl)
     (n, d), m, size = s.x.shape, len(s.w), s.x.dtype.itemsize
     parts = engine.chunks(s, kind, gradients > 0)
     rows = max((p.stop - p.start for p in parts), default=0)

@@ -16,7 +16,7 @@ if triton.knobs.runtime.interpret:
 from cosup_fast.functional import info_nce, linear_cross_entropy  # noqa: E402
 from cosup_fast.kernels import launch, tuning  # noqa: E402
 from cosup_fast.kernels.last_hidden import kernels as last_hidden  # noqa: E402
-from cosup_fast.kernels.softmax_xent import chunk_triton  # noqa: E402
+from cosup_fast.kernels.softmax_xent import chunk_product, chunk_triton  # noqa: E402
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS  # noqa: E402
 from cosup_fast.testing import Rehearsal, rehearse  # noqa: E402
 from cosup_fast.testing import compile as compiler  # noqa: E402
@@ -43,7 +43,7 @@ OPTIONS = {
 def gpu(request, monkeypatch):
     """Our kernels take CPU tensors for those of a GPU: its tiles are launched, and nothing runs."""
     target = getattr(request, "param", "sm_90")
-    for module in (tuning, chunk_triton):
+    for module in (tuning, chunk_triton, chunk_product):
         monkeypatch.setattr(module, "target_of", lambda device: target)
     monkeypatch.setattr(launch, "capturing", lambda device: torch.cuda.is_current_stream_capturing())
     return target
@@ -54,7 +54,7 @@ def loss(impl: str, n: int, m: int, d: int, dtype: torch.dtype, option: str, p: 
     options = dict(OPTIONS[option])
     x, w = (torch.randn(size, d, dtype=dtype, requires_grad=True) for size in (n, m))
     target = torch.arange(n) % m
-    with mock.patch.object(chunk_triton, "_programs", return_value=132), allowed():
+    with mock.patch.object(chunk_product, "programs", return_value=132), allowed():
         if options.pop("head", False):
             if options.pop("bias", False):
                 options["bias"] = torch.randn(m, dtype=dtype)
@@ -74,7 +74,7 @@ def allowed():
     from cosup_fast.kernels.softmax_xent import dispatch
 
     def unsupported(impl, s, ranks):
-        return dispatch._kind(impl).unsupported(s, ranks) if impl in KERNELS else None
+        return dispatch.chunks_of(impl).unsupported(s, ranks) if impl in KERNELS else None
 
     return mock.patch.object(dispatch, "_unsupported", unsupported)
 

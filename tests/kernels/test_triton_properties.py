@@ -18,10 +18,11 @@ from torch import Tensor
 
 from cosup_fast import reference
 from cosup_fast.kernels.last_hidden import kernels as last_hidden_triton
-from cosup_fast.kernels.softmax_xent import chunk_triton
+from cosup_fast.kernels.softmax_xent import chunk_product
 from cosup_fast.kernels.softmax_xent import configurations as shipped
+from cosup_fast.kernels.softmax_xent.chunk_product import FusedChunk, RecomputedChunk
+from cosup_fast.kernels.softmax_xent.chunk_rows import RowChunk
 from cosup_fast.kernels.softmax_xent.chunk_torch import TorchChunk
-from cosup_fast.kernels.softmax_xent.chunk_triton import FusedChunk, RecomputedChunk, RowChunk
 from cosup_fast.kernels.softmax_xent.scores import Chunk, Scores, Softmax
 from cosup_fast.kernels.tuning import Configuration
 from cosup_fast.testing import LOGITS, operands, sanitize, with_gaps
@@ -147,7 +148,7 @@ class Tiles:
                 stack.enter_context(mock.patch.dict(shapes, interpreter=product))
             stack.enter_context(mock.patch.object(shipped, "MERGE", Configuration({"BT": self.step, "BR": 32})))
             if not self.descriptors:
-                stack.enter_context(mock.patch.object(chunk_triton, "DESCRIPTORS", ()))
+                stack.enter_context(mock.patch.object(chunk_product, "DESCRIPTORS", ()))
             yield
 
 

@@ -17,9 +17,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules of this package that some code imports, inside functions too, but not for annotations."""
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return
+    """The modules of this package that some code imports, inside functions and for annotations too."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.name.startswith("cosup_fast"))
     elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cosup_fast"):
@@ -83,7 +81,7 @@ def test_the_top_of_the_package_is_what_contributing_lists():
 def test_every_file_can_be_read_in_one_go():
     files = [*FILES, *(ROOT / "benchmarks").rglob("*.py")]
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count >= 500}
+    assert not {str(path.relative_to(ROOT)): count for path, count in lines.items() if count >= 450}
 
 
 def test_every_error_of_ours_has_the_common_base_and_a_row_in_the_docs():

@@ -82,7 +82,7 @@ def test_a_condition_named_twice_is_refused(tmp_path):
     path.write_text(
         "output: x\nconditions:\n  one: {systems: [gold]}\n  two: {systems: [gold]}\n  one: {systems: [gold]}\n"
     )
-    with pytest.raises(StudyError, match=r"(?s)'one' is named twice.*line 3"):
+    with pytest.raises(StudyError, match=r"(?s)the key 'one' occurs twice, first in line 3.*line 5"):
         load_study(path)
     with pytest.raises(StudyError, match="no such study"):
         load_study(tmp_path / "none.yaml")
