@@ -107,14 +107,6 @@ def test_ranks_that_share_out_the_weights_are_one_process(
     check(small_world, settings(variant), 3, limits, step_examples, corpus, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["pair", "shared", "projected, learnt temperature"])
-def test_two_replicas_of_two_shards_are_one_process(variant, small_world, settings, step_examples, corpus):
-    """Hybrid sharding: gradients are summed within the rows of the mesh and over them."""
-    options = {"sharded": True, "recompute": "full", "replicas": 2}
-    check(small_world, settings(variant), 4, PACKS, step_examples, corpus, **options)
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("limits", [ONE_PACK, PACKS], ids=["one pack", "packs"])
 def test_any_number_of_ranks_is_one_process(size, limits, small_world, settings, step_examples, corpus):

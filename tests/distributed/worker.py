@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosup_fast import functional, losses
@@ -160,22 +159,13 @@ def co_supervised(settings: str, device: str = "cpu") -> Any:
     return CoSupervisionModel.from_pretrained(parts, text, nsp, ntp=ntp, device=device).eval()
 
 
-def hybrid_mesh(replicas: int, size: int) -> DeviceMesh:
-    """Ranks as rows, each with a whole copy of the weights."""
-    ranks = torch.arange(size).view(replicas, -1)
-    row, column = divmod(RANK, size // replicas)
-    mine = [dist.new_group(some.tolist(), use_local_synchronization=True) for some in (ranks[:, column], ranks[row])]
-    return DeviceMesh.from_group(mine, "cpu", mesh=ranks, mesh_dim_names=("replicas", "shards"))
-
-
-def shards(peers: Peers, settings: str, replicas: int = 1) -> Any:
+def shards(peers: Peers, settings: str) -> Any:
     """The same, its weights read by the first rank and shared out."""
     from cosup_fast.training.sharding import agree_on_norms, shard
 
     model = co_supervised.__wrapped__(settings, "cpu" if peers.rank == 0 else "meta")
     agree_on_norms(model, peers)
-    mesh = peers.mesh("cpu") if replicas == 1 else hybrid_mesh(replicas, peers.size)
-    shard(model, mesh, precision="float32")
+    shard(model, peers.mesh("cpu"), precision="float32")
     return model
 
 
@@ -185,8 +175,8 @@ def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limi
     from cosup_fast.training.ranks import reduce_gradients
     from cosup_fast.training.step import accumulate_gradients
 
-    peers, sharded, replicas = Peers(groups[size]), options.pop("sharded", False), options.pop("replicas", 1)
-    model = shards(peers, settings, replicas) if sharded else co_supervised(settings)
+    peers, sharded = Peers(groups[size]), options.pop("sharded", False)
+    model = shards(peers, settings) if sharded else co_supervised(settings)
     if sharded:
         model.enable_activation_checkpointing(options.pop("recompute", "none"))
         for module in model.modules():
