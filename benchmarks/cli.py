@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batch_memory, machine, report, run, train_step, versions
+from benchmarks import batch_memory, host, machine, report, run, train_step, versions
 from benchmarks import gate as gates
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.gpu.command import gpu
@@ -222,6 +222,23 @@ def memory_command(
 
 
 app.command("gpu", epilog="Examples: python -m benchmarks gpu --minutes 12 | python -m benchmarks gpu --rehearse")(gpu)
+
+
+@app.command("host", epilog="Example: python -m benchmarks host --rounds 31")
+def host_command(
+    rounds: Annotated[int, typer.Option(min=1, help="most rounds of each loss")] = 31,
+    seconds: Annotated[float, typer.Option(min=0, help="time for each loss")] = 60.0,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """How much does a tiny loss cost on the CPU, forward and backward, beside dense PyTorch?"""
+    folder = output or report.ROOT / machine.folder() / "host"
+    report.writable(folder, overwrite)
+    command = f"python -m benchmarks {shlex.join(sys.argv[1:])} (load before: {machine.load()})"
+    text = host.describe(host.every(rounds, seconds), command) + f"\n\n{machine.line()}\n"
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    report.write(folder, {"README.md": text}, overwrite)
+    err.print(f"written: {folder}", soft_wrap=True)
 
 
 @app.command("gate", epilog="Example: python -m benchmarks gate --update")

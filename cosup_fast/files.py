@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -58,6 +60,21 @@ def open_new(path: Path) -> TextIO:
     """A text file to write into that is new: neither an earlier one of this name nor what a link there points to."""
     path.unlink(missing_ok=True)
     return open(path, "x", encoding="utf-8", newline="\n")  # exclusive creation follows no link
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Writes an `.npy` file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "wb") as file:
+        np.save(file, values, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """An `.npy` file mapped into memory, in which nothing is ever changed."""
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch takes no read-only array
 
 
 def check_regular(path: Path) -> None:

@@ -149,6 +149,22 @@ def llama_folder(make_folder) -> str:
 
 
 @pytest.fixture(scope="session")
+def ascii_folder(make_folder) -> str:
+    """A Llama that writes ASCII text without end: each of its tokens is text that can be sent at once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_folder("llama", seed=3, tie_word_embeddings=False)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for token, row in enumerate(model.get_output_embeddings().weight):
+            text = tokenizer.decode([token], skip_special_tokens=True)
+            if not (text and text.isascii()):
+                row.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def gpt2_folder(make_folder) -> str:
     """Another architecture, width, dropout and tokenizer."""
     return make_folder(

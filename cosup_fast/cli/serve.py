@@ -22,6 +22,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="COSUP_API_KEY", help="clients must send it as a bearer token")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="a name under which clients may reach it, such as a proxy's, besides localhost; '*': any"),
+    ] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="an origin whose pages may call the API")] = None,
     system: Annotated[
         list[str] | None, typer.Option(help="another retriever to compare with, as of `evaluate`: bm25, dense:minilm")
@@ -45,6 +49,12 @@ def serve(
     are finished before the server ends.
     """
     import logging
+    import os
+
+    # oneDNN compiles a product for each number of rows and keeps the last 1024, up to a gigabyte where the lengths of
+    # prompts vary. A step needs a handful, and making one again takes a tenth of a millisecond.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and that of torch around it
+        os.environ.setdefault(cache, "128")
 
     from cosup_fast.generation import Generator
 
@@ -60,6 +70,7 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,  # type: ignore[arg-type]  # pydantic hides it
+        allowed_hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
         max_batch=batch,
         max_waiting=waiting,

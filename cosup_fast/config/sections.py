@@ -21,6 +21,10 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     corpus: str = Field(default="wiki-leads", description="the passages")
+    checksum: bool = Field(
+        default=False,
+        description="compare a corpus file with the SHA-256 it had when it was first read; otherwise size and time",
+    )
     train: list[str] = Field(default=["cloze/train", "questions/train"], description="example sets that are trained on")
     weights: list[Weight] | None = Field(
         default=None,

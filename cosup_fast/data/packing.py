@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import NamedTuple, Self, TypeVar
@@ -179,7 +179,7 @@ class CoSupervisionBatch:
 
 def make_batch(
     examples: Sequence[Example],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     template: Template,
     limits: PackLimits | None = None,
     *,

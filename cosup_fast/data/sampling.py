@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -155,7 +155,7 @@ def draw_negatives(examples: Sequence[Example], count: int | None, seed: int, st
 
 
 def is_too_long(
-    example: Example, corpus: dict[str, Passage], template: Template, limits: PackLimits, *, retrieval: bool
+    example: Example, corpus: Mapping[str, Passage], template: Template, limits: PackLimits, *, retrieval: bool
 ) -> bool:
     """Whether `make_batch` refuses an example for its length, or that of a passage it names."""
     try:
@@ -167,7 +167,7 @@ def is_too_long(
 
 def example_lengths(
     examples: Sequence[Example],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     template: Template,
     limits: PackLimits | None = None,
     *,

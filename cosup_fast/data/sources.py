@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from cosup_fast.data.convert.direct import FORMS, converted, form_of
 from cosup_fast.data.hub import hub_rows, without_none
+from cosup_fast.data.mapped import MappedCorpus
 from cosup_fast.data.prepared.catalog import CATALOG, PASSAGES, is_corpus
 from cosup_fast.data.prepared.verify import verify
 from cosup_fast.data.records import (
@@ -39,6 +40,13 @@ def load_corpus(spec: str) -> list[Passage]:
     if spec.startswith("hf:"):
         return [passage for _, passage in _read_hub(spec, Passage)]
     return read_passages(find(spec, "corpus"))
+
+
+def open_corpus_by_id(spec: str, *, checksum: bool = False) -> Mapping[str, Passage]:
+    """The passages that `spec` names, by id; the texts of a file stay on disk (see `MappedCorpus`)."""
+    if spec.startswith("hf:"):
+        return {passage.id: passage for passage in load_corpus(spec)}
+    return MappedCorpus(find(spec, "corpus"), home() / "corpora", checksum=checksum)
 
 
 def load_examples(spec: str, passages: Collection[str] | None, allow_no_retrieval: bool = False) -> list[Example]:

@@ -8,10 +8,10 @@ from functools import cached_property
 from math import comb
 from typing import Any, Self
 
+from cosup_fast.data.passages import Passages
 from cosup_fast.data.records import Passage
 from cosup_fast.evaluation.metrics import page_of
 from cosup_fast.index import SequenceIndex
-from cosup_fast.index.shards import Passages
 
 
 class Corpus:

@@ -35,9 +35,10 @@ from rich.progress import (
 from rich.text import Text
 
 from cosup_fast.data.corpus import Corpus
+from cosup_fast.data.passages import PassageFile, Passages, hash_ids, repeated
 from cosup_fast.data.records import DataError, Passage, to_line
 from cosup_fast.distributed.peers import TIMEOUT, Peers
-from cosup_fast.files import locked, remove_unwritten, replace_file, sync
+from cosup_fast.files import load_array, locked, remove_unwritten, replace_file, save_array, sync
 from cosup_fast.index.embed import Precision, embed_sequences
 from cosup_fast.index.origin import FORMAT_VERSION, Origin
 from cosup_fast.index.shards import (
@@ -45,13 +46,7 @@ from cosup_fast.index.shards import (
     RECORD,
     ROWS,
     VECTORS,
-    PassageFile,
-    Passages,
     check_files,
-    hash_ids,
-    load_array,
-    repeated,
-    save_array,
     write_passages,
     write_record,
 )

@@ -15,8 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from cosup_fast.data.passages import PassageFile
 from cosup_fast.data.records import to_line
-from cosup_fast.files import locked, remove_unwritten, sha256, sync
+from cosup_fast.files import locked, remove_unwritten, save_array, sha256, sync
 from cosup_fast.index import search as nearest
 from cosup_fast.index.origin import STAMP, Approximate, Stamp
 from cosup_fast.index.shards import (
@@ -24,10 +25,8 @@ from cosup_fast.index.shards import (
     RECORD,
     ROWS,
     VECTORS,
-    PassageFile,
     Shard,
     check_files,
-    save_array,
     write_passages,
     write_record,
 )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cosup_fast.data.corpus import open_corpus
+from cosup_fast.data.passages import Passages, PassagesById, check_unique, hash_ids
 from cosup_fast.data.records import Passage
 from cosup_fast.files import check_replaceable, install_folder, replace_folder, sha256
 from cosup_fast.index import search as nearest
@@ -29,7 +30,7 @@ from cosup_fast.index.changes import Change, check_index, make_approximate, with
 from cosup_fast.index.embed import Precision, embed_passages
 from cosup_fast.index.origin import INDEX, STAMP, Origin, Stamp
 from cosup_fast.index.search import Engine
-from cosup_fast.index.shards import RECORD, Passages, PassagesById, Shard, check_unique, hash_ids
+from cosup_fast.index.shards import RECORD, Shard
 
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel

@@ -124,7 +124,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
-        responses={status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)},
+        responses={status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503)},
         exception_handlers={
             ApiError: on_api_error,
             HTTPException: on_http_error,

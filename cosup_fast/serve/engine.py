@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import queue
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 from cosup_fast.errors import CosupError
@@ -88,7 +90,9 @@ class Engine:
         self._max_batch = max_batch
         self._limit = max_batch + max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._jobs: dict[Ticket, Job] = {}  # touched by the thread alone
+        # Touched by the thread alone:
+        self._jobs: dict[Ticket, Job] = {}
+        self._posted: dict[asyncio.AbstractEventLoop, list[Callable[[], object]]] = {}
         self._lock = threading.Lock()
         self._open = 0
         self._seconds = 1.0  # what an answer takes, a moving average
@@ -158,6 +162,14 @@ class Engine:
             self._inbox.put(run)
         return future
 
+    def post(self, loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+        """Runs a function on an event loop once the current step is over, in the order posted; for listeners.
+
+        The functions of one step reach a loop in a single call: a wake-up for each token would make the loop compete
+        with the step for the interpreter lock.
+        """
+        self._posted.setdefault(loop, []).append(function)
+
     def _enter(self, job: Job) -> None:
         self._jobs[job.enter(self._decoder)] = job
 
@@ -205,6 +217,10 @@ class Engine:
                     self._seconds += 0.2 * (seconds - self._seconds)
             self._count(ticket, ticket.answer, job.submitted, seconds)
             job.on_end(ticket)
+        posted, self._posted = self._posted, {}
+        for loop, functions in posted.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(_run_all, functions)
 
     def _count(self, ticket: Ticket, answer: Answer, submitted: float, seconds: float) -> None:
         metrics = self.metrics
@@ -214,9 +230,14 @@ class Engine:
         metrics.inserted_tokens.inc(answer.inserted_tokens)
         metrics.retrievals.inc(len(answer.retrievals))
         metrics.answer_seconds.observe(seconds)
-        written = [at for phase, at in ticket.timeline if phase != "read"]
+        written = [at for phase, at in ticket.timeline if phase == "write"]
         if written:
             metrics.first_token.observe(written[0] - submitted)
         for (phase, began), (_, until) in zip(ticket.timeline, ticket.timeline[1:], strict=False):
             if phase == "retrieve":
                 metrics.retrieval.observe(until - began)
+
+
+def _run_all(functions: list[Callable[[], object]]) -> None:
+    for function in functions:
+        function()

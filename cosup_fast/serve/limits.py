@@ -1,9 +1,10 @@
-"""Who may call, how much a body may hold, and the headers that protect the page: one ASGI middleware."""
+"""Who may call, under which name, and how much a body may hold: one ASGI middleware."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,6 +49,8 @@ class Limits:
 
     def _refuse(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
+        if (refused := self._refuse_site(headers)) is not None:
+            return refused
         if self._config.api_key is not None and scope["path"] not in _OPEN and scope["method"] != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
             expected = self._config.api_key.get_secret_value().encode()
@@ -58,6 +61,20 @@ class Limits:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._config.max_body_bytes:
             return self._too_large()
+        return None
+
+    def _refuse_site(self, headers: Headers) -> ApiError | None:
+        """Refuses what a page of another site sends from a browser on this machine."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = _hostname(host)
+        if host and not (name and self._config.knows(name)):
+            message = f"this server does not answer to the host {host[:80]!r}; start it with --allowed-host to allow it"
+            return ApiError(403, message, code="host_not_allowed")
+        if origin is None or not {"*", origin}.isdisjoint(self._config.cors_origins):
+            return None
+        if origin.partition("://")[2].lower() != host.lower():
+            message = f"pages from {origin[:80]!r} may not call this server; start it with --cors-origin to allow them"
+            return ApiError(403, message, code="origin_not_allowed")
         return None
 
     def _too_large(self) -> ApiError:
@@ -75,3 +92,11 @@ class Limits:
             return message
 
         return limited
+
+
+def _hostname(host: str) -> str | None:
+    """The name or address in a Host header; None if it has none."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").removesuffix(".") or None
+    except ValueError:
+        return None

@@ -25,6 +25,7 @@ from cosup_fast.serve.stream import Stream
 from cosup_fast.serve.systems import Offered, unknown
 
 R = TypeVar("R")
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,4 @@ class EventStream(StreamingResponse):
 def sse(data: Mapping[str, Any], event: str | None = None) -> str:
     """One server-sent event with JSON data."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{name}data: {_encode(data)}\n\n"

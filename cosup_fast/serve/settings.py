@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from string import Formatter
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -15,6 +16,9 @@ class ServeConfig(BaseModel):
 
     host: str = Field(default="127.0.0.1", description="address to listen on; the default is reachable locally only")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names under which clients may reach it, besides localhost and addresses; '*': any"
+    )
     api_key: SecretStr | None = Field(default=None, description="clients must send it as a bearer token")
     cors_origins: tuple[str, ...] = Field(default=(), description="origins whose pages may call the API")
     max_batch: int = Field(default=16, ge=1, description="requests answered at once")
@@ -34,6 +38,14 @@ class ServeConfig(BaseModel):
             raise ValueError("api_key is empty: give a key, or leave the option out")
         return key
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_alone(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name != "*" and not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+                raise ValueError(f"allowed_hosts has {name!r}: expected a host name without scheme and port, or '*'")
+        return tuple(name.lower() for name in names)
+
     @field_validator("passage_url")
     @classmethod
     def _url_fields(cls, value: str | None) -> str | None:
@@ -50,9 +62,24 @@ class ServeConfig(BaseModel):
     @property
     def local(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
+        address = address_of(self.host)
+        return self.host == "localhost" or (address is not None and address.is_loopback)
+
+    def knows(self, host: str) -> bool:
+        """Whether a request may name this server `host`.
+
+        A page of another site can have its own name resolve to this machine, and would then count as the server's own
+        page (DNS rebinding). An address cannot be made to point elsewhere, and neither can localhost. A server that
+        other machines can reach does not know its names, so there every name passes unless some are listed.
+        """
+        if "*" in self.allowed_hosts or not (self.local or self.allowed_hosts):
             return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return host in ("localhost", *self.allowed_hosts) or address_of(host) is not None
+
+
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is written as; None for a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None

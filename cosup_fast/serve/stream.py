@@ -7,8 +7,8 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -158,8 +158,7 @@ class Stream(Listener):
             self._put(internal(self.id))
 
     def _put(self, event: Event | ApiError) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._engine.post(self._loop, partial(self._events.put_nowait, event))
 
     def _timeline(self) -> tuple[Span, ...]:
         """The phases so far, each until the next one, the last one until now."""

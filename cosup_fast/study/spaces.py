@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cosup_fast.config import RunConfig
+from cosup_fast.data.mapped import sorted_ids
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.files import replace_file
@@ -80,7 +81,7 @@ class SpaceLog:
             raise StudyError(
                 "probes: spaces compares Gen with Embseq on data.dev: it needs nsp.weight > 0 and data.dev"
             )
-        names = sorted(self._corpus)
+        names = sorted_ids(self._corpus)
         self._pool = [self._corpus[name] for name in random.Random(0).sample(names, min(POOL, len(names)))]
 
     def __call__(self, model: CoSupervisionModel, step: int) -> None:

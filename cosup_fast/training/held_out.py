@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from cosup_fast.config import RunConfig
 from cosup_fast.config.training import TrainingConfig
+from cosup_fast.data.mapped import sorted_ids
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import is_too_long
@@ -28,7 +30,7 @@ class HeldOutEvaluator:
     def __init__(
         self,
         examples: Sequence[Example],
-        corpus: dict[str, Passage],
+        corpus: Mapping[str, Passage],
         config: RunConfig,
         peers: Peers | None = None,
     ):
@@ -41,9 +43,15 @@ class HeldOutEvaluator:
         self.retrieval = config.has_embseq
         if self.retrieval:
             gold = list(dict.fromkeys(passage for example in examples for passage in example.gold))
-            others = sorted(corpus.keys() - set(gold))
-            extra = max(0, min(config.data.dev_pool - len(gold), len(others)))
-            self.pool = [corpus[name] for name in gold + random.Random(0).sample(others, extra)]
+            ids = sorted_ids(corpus)
+            # Drawn by place among the ids that are not gold: the ids of a large corpus are never held at once.
+            places = sorted(bisect_left(ids, name) for name in gold)
+            others = len(ids) - len(gold)
+            extra = max(0, min(config.data.dev_pool - len(gold), others))
+            before = [place - i for i, place in enumerate(places)]  # ids that are not gold, before each gold one
+            drawn = random.Random(0).sample(range(others), extra)
+            self.pool = [corpus[name] for name in gold]
+            self.pool += [corpus[ids[other + bisect_right(before, other)]] for other in drawn]
 
     def leave_out_long(self, template: Template) -> None:
         """Drops the examples that are longer than a micro-batch or than the model's positions.

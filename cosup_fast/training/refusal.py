@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cosup_fast.training.step import autocast
 
 @torch.no_grad()
 def ntp_of_each(
-    model: CoSupervisionModel, examples: Sequence[Example], corpus: dict[str, Passage], precision: str
+    model: CoSupervisionModel, examples: Sequence[Example], corpus: Mapping[str, Passage], precision: str
 ) -> dict[str, float]:
     """NTP of each example alone, nats per token, by its id."""
     losses: dict[str, float] = {}

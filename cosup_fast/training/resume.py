@@ -20,10 +20,17 @@ RESUMABLE = {
     "training.patience", "training.device", "output", "training.diagnose_every", "training.spike_factor",
     "training.spike_window", "training.on_spike", "training.max_skips", "training.rank_timeout", "training.sharding",
     "training.lr", "training.embseq_lr", "training.temperature_lr", "training.schedule", "training.min_lr",
-    "training.lr_decay", "training.clip", "training.weight_decay", "data.allow_leaks",
+    "training.lr_decay", "training.clip", "training.weight_decay", "data.allow_leaks", "data.checksum",
 }  # fmt: skip
 # Of these, what changes nothing that is trained, so that metrics do not tell of it.
-UNTOLD = {"output", "training.device", "training.log_every", "training.rank_timeout", "data.allow_leaks"}
+UNTOLD = {
+    "output",
+    "training.device",
+    "training.log_every",
+    "training.rank_timeout",
+    "data.allow_leaks",
+    "data.checksum",
+}
 
 TOO_LONG = "training examples left out"
 """The field of data.json that counts them."""

@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -31,7 +31,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
 from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
-from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.sources import load_examples, open_corpus_by_id
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory
@@ -128,7 +128,7 @@ def _run(
     corpus, examples, held_out, sets = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
-        "training": _digest(examples, [corpus[passage] for passage in _passages(examples)]),
+        "training": _digest(examples, (corpus[passage] for passage in _passages(examples))),
         "held-out": _digest(held_out, evaluator.pool if evaluator else []),
     }
     if peers is not None:
@@ -214,7 +214,7 @@ def _new_model(config: RunConfig, initial: Path | None, device: torch.device) ->
 class Data(NamedTuple):
     """What a run reads."""
 
-    corpus: dict[str, Passage]
+    corpus: Mapping[str, Passage]
     examples: list[Example]
     held_out: list[Example]
     sets: list[int]
@@ -233,14 +233,14 @@ class TrainingSet:
 
 
 def load_data(config: RunConfig) -> Data:
-    """The corpus by id, the training examples and the held-out examples.
+    """The corpus by id, its texts left on disk; the training examples and the held-out examples.
 
     Raises:
         DataError: what the files hold is not valid, or, without `data.allow_leaks`, what is held out is trained on:
             the same example, the same question, or the same gold passage.
     """
     data = config.data
-    corpus = {passage.id: passage for passage in load_corpus(data.corpus)}
+    corpus = open_corpus_by_id(data.corpus, checksum=data.checksum)
 
     def load(names: list[str], limit: int | None, seed: int) -> tuple[list[Example], list[int]]:
         loaded, sets = [], []
@@ -273,7 +273,7 @@ def _ask(
     config: RunConfig,
     template: Template,
     trained: TrainingSet,
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     device: torch.device,
     console: Console,
     peers: Peers | None,
@@ -410,7 +410,7 @@ def _measure(
     config: RunConfig,
     examples: Sequence[Example],
     sets: Sequence[int],
-    corpus: dict[str, Passage],
+    corpus: Mapping[str, Passage],
     console: Console,
 ) -> TrainingSet:
     """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""

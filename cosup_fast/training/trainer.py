@@ -12,7 +12,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Trainer:
         model: CoSupervisionModel,
         config: TrainingConfig,
         examples: Sequence[Example],
-        corpus: dict[str, Passage],
+        corpus: Mapping[str, Passage],
         output: Path,
         *,
         lengths: Sequence[int] | None = None,

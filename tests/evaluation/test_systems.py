@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cosup_fast.cli.systems import open_system, output_folder
+from cosup_fast.data.passages import PassageFile
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation import (
@@ -28,7 +29,6 @@ from cosup_fast.evaluation.retrievers import Request
 from cosup_fast.evaluation.systems import System, _Question, _Searches
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
-from cosup_fast.index.shards import PassageFile
 
 CONFIG = GenerationConfig(ret_first=True, max_new_tokens=12, max_retrievals=2, candidates=3)
 

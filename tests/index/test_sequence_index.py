@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from cosup_fast.data import passages as by_row
+from cosup_fast.data.passages import PassagesById
 from cosup_fast.data.records import Passage
-from cosup_fast.index import Options, SequenceIndex, embed_passages, search, shards
-from cosup_fast.index.shards import PassagesById
+from cosup_fast.index import Options, SequenceIndex, embed_passages, search
 
 MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
 SMALL = Options(shard_size=4, progress=False)
@@ -45,8 +46,8 @@ def _same(a: SequenceIndex, b: SequenceIndex) -> None:
 
 
 def test_passages_by_id_are_told_apart_where_hashes_collide(passages, monkeypatch):
-    monkeypatch.setattr(shards, "hash_ids", lambda ids: np.array([len(name) for name in ids], dtype="<u8"))
-    hashes = shards.hash_ids(passage.id for passage in passages)
+    monkeypatch.setattr(by_row, "hash_ids", lambda ids: np.array([len(name) for name in ids], dtype="<u8"))
+    hashes = by_row.hash_ids(passage.id for passage in passages)
     by_id = PassagesById(passages, [hashes[:4], hashes[4:]])
     assert len(set(hashes.tolist())) < len(passages)
     assert dict(by_id) == {passage.id: passage for passage in passages}

@@ -1,13 +1,16 @@
 """One engine behind many clients: batches, cancellation, the queue, keys, the end; and the other endpoints."""
 
+import inspect
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -15,8 +18,10 @@ import openai
 import pytest
 import torch
 
+from cosup_fast.cli.app import demo
 from cosup_fast.generation import Decoder, GenerationConfig, Request
 from cosup_fast.index import embed_passages
+from cosup_fast.serve.settings import ServeConfig
 
 CHAT = "/v1/chat/completions"
 
@@ -179,6 +184,45 @@ def test_other_origins_are_let_in_only_when_named(server, serving, generator, in
     with serving(generator, index, {"cors_origins": ("https://example.org",), "api_key": "k"}) as open_server:
         reply = open_server.http.options(CHAT, headers=headers)
         assert reply.headers["Access-Control-Allow-Origin"] == "https://example.org"
+        sent = {"Origin": "https://example.org", "Authorization": "Bearer k"}
+        assert open_server.http.post(CHAT, json=body(max_tokens=1), headers=sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "[::1", "]"]
+)
+def test_a_name_that_another_site_gave_this_machine_is_refused(server, host):
+    """DNS rebinding: the browser takes the other site's page for the server's own."""
+    for path in ("/", "/v1/models", "/health"):
+        reply = server.http.get(path, headers={"Host": host, "Origin": f"http://{host}"})
+        assert reply.status_code == 403
+        assert reply.json()["error"] | {"message": ""} == {
+            "message": "", "type": "permission_error", "param": None, "code": "host_not_allowed"
+        }  # fmt: skip
+    assert "--allowed-host" in reply.json()["error"]["message"]
+
+
+def test_a_server_answers_to_addresses_localhost_and_the_names_it_was_given(server, serving, generator, index):
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000", "10.0.0.7", "localhost."):
+        assert server.http.get("/health", headers={"Host": host}).status_code == 200
+    with serving(generator, index, {"allowed_hosts": ("models.example",)}) as named:
+        assert named.http.get("/health", headers={"Host": "Models.Example:443"}).status_code == 200
+        assert named.http.get("/health", headers={"Host": "other.example"}).status_code == 403
+    for open_to_all in (ServeConfig(allowed_hosts=("*",)), ServeConfig(host="0.0.0.0")):
+        assert open_to_all.knows("any.example")
+    assert not ServeConfig(host="0.0.0.0", allowed_hosts=("models.example",)).knows("any.example")
+    for wrong in ("http://x", "x:80", "", "*.x"):
+        with pytest.raises(ValueError, match="allowed_hosts"):
+            ServeConfig(allowed_hosts=(wrong,))
+
+
+def test_pages_of_other_origins_cannot_make_it_write(server):
+    """A form needs nobody's permission to send its text, so the server has to look where it comes from."""
+    for origin in ("https://evil.example", "null", server.url.replace("127.0.0.1", "localhost")):
+        reply = server.http.post(CHAT, json=body(max_tokens=1), headers={"Origin": origin})
+        assert reply.status_code == 403
+        assert reply.json()["error"]["code"] == "origin_not_allowed"
+    assert server.http.post(CHAT, json=body(max_tokens=1), headers={"Origin": server.url}).status_code == 200
 
 
 def test_metrics_count(server):
@@ -189,6 +233,18 @@ def test_metrics_count(server):
         assert float(value) > 0
     assert 'cosup_http_responses_total{path="/v1/chat/completions",status="200"}' in text
     assert "cosup_requests_running 0.0" in text
+
+
+def test_the_first_token_is_the_first_that_is_written(server):
+    """Not the retrieval before it."""
+
+    def total():
+        return server.engine.metrics.registry.get_sample_value("cosup_first_token_seconds_sum")
+
+    before = total()
+    timeline = server.http.post(CHAT, json=body(ret_first=True)).json()["timeline"]
+    written = next(one["start_ms"] for one in timeline if one["phase"] == "write")
+    assert total() - before == pytest.approx(written / 1000, abs=1e-5)
 
 
 def test_the_timeline_is_in_order_and_whole(server):
@@ -217,7 +273,7 @@ def started(*arguments):
         text=True,
         env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
     )
-    line = process.stdout.readline()
+    line = next((line for line in process.stdout if "API: " in line), "")
     found = re.search(r"API: (\S+)/v1", line)
     assert found, line + process.stderr.read()
     return process, found[1]
@@ -238,6 +294,35 @@ def test_sigterm_lets_running_answers_end(run_folder):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_run_is_served_with_an_index_of_its_corpus(cosup, llama_folder, data_folder, tmp_path):
+    """As `make serve` opens what the demo trained."""
+    run, corpus = tmp_path / "run", data_folder / "passages.jsonl"
+    train = [f"output={run}", f"model.gen={llama_folder}", f"data.corpus={corpus}", "data.dev=[]"]
+    train += [f"data.train=[{data_folder / 'examples.jsonl'}]", "training.steps=1", "training.batch_size=2"]
+    train += ["generation.ret_first=true", "generation.max_new_tokens=4"]
+    assert cosup("train", *train)[0] == 0
+    process, url = started(run)
+    try:
+        with httpx2.Client(base_url=url, trust_env=False, timeout=60) as http:
+            reply = http.post(CHAT, json=body()).json()
+        assert {one["retrieval"] for one in reply["search_results"]} == {0}  # the run's own ret_first
+        assert (run / "index" / "index.json").is_file()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_serve_serves_what_the_demo_writes():
+    root = Path(__file__).resolve().parents[2]
+    made = subprocess.run(["make", "-n", "serve"], cwd=root, capture_output=True, text=True, check=True).stdout
+    commands = [line for line in made.splitlines() if "/cosup-fast " in line]
+    assert [command.split("/cosup-fast ")[1] for command in commands] == ["demo", "serve runs/demo/run"]
+    assert inspect.signature(demo).parameters["output"].default == Path("runs/demo")
 
 
 def test_the_command_refuses_what_it_cannot_serve(run_folder, cosup, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cosup_fast.config import load_config
+from cosup_fast.data.mapped import MappedCorpus
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Passage, write_jsonl
 from cosup_fast.training import held_out
@@ -125,6 +126,19 @@ def many(data_folder, examples, tmp_path):
         "data.train": [str(tmp_path / "train.jsonl")],
         "data.dev": [str(tmp_path / "dev.jsonl")],
     }
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 20, 71, 200])
+def test_the_pool_is_the_gold_passages_and_a_sample_of_the_sorted_other_ids(tmp_path, passages, examples, size):
+    passages = [*FILLERS, *passages]
+    write_jsonl(tmp_path / "passages.jsonl", passages)
+    corpus = {passage.id: passage for passage in passages}
+    others = sorted(set(corpus) - set(GOLD))
+    drawn = random.Random(0).sample(others, min(max(0, size - len(GOLD)), len(others)))
+    config = _config(**{"data.dev_pool": size})
+    for held in (corpus, MappedCorpus(tmp_path / "passages.jsonl", tmp_path)):
+        pool = HeldOutEvaluator(examples, held, config).pool
+        assert [passage.id for passage in pool] == GOLD + drawn
 
 
 def test_limits_draw_by_the_seed_for_training_and_alike_for_what_is_held_out(many):
