@@ -21,7 +21,6 @@ from cosup_fast.data.records import Example, Passage
 from cosup_fast.evaluation.fluency import FluencyModel
 from cosup_fast.evaluation.html import write_html
 from cosup_fast.evaluation.inputs import TestSet
-from cosup_fast.evaluation.journal import Journal
 from cosup_fast.evaluation.judge import Judge, LexicalJudge, Verdict
 from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.progress import OnProgress, bars, silent
@@ -30,6 +29,7 @@ from cosup_fast.evaluation.retrievers import GoldRetriever, Retriever
 from cosup_fast.evaluation.scoring import DEPTH, Ranked, chances, rank_scores, score, titles
 from cosup_fast.evaluation.suites import check_metrics, suite_of
 from cosup_fast.evaluation.systems import System
+from cosup_fast.files import Journal
 from cosup_fast.generation import Answer, GenerationConfig
 
 ANSWERS, VERDICTS, FLUENCY = "answers.jsonl", "verdicts.jsonl", "fluency.jsonl"

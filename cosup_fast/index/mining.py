@@ -17,8 +17,6 @@ al. 2024, arXiv 2407.15831 (NV-Retriever).
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from torch import Tensor
 
 from cosup_fast.data.answers import answer_patterns, holds_answer
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.files import replace_file
+from cosup_fast.files import Journal
 from cosup_fast.index import Origin, SequenceIndex, embed_queries
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.terminal import SafeConsole
@@ -110,17 +108,14 @@ def mine(
             what `embed_queries` and `SequenceIndex.search` refuse.
     """
     miner = _Miner(model, index, examples, config or MiningConfig())
-    done = {} if journal is None else _read(journal, miner.stamp)
     blocks = [examples[i : i + BLOCK] for i in range(0, len(examples), BLOCK)]
     bar = track(blocks, "Mining", console=SafeConsole(stderr=True), transient=True, disable=not progress)
-    for block in bar:
-        if block[-1].id in done:
-            continue
-        found = miner.mine(block)
-        done |= found
-        if journal is not None:
-            _append(journal, found)
-    mined = [(example, done[example.id]) for example in examples]
+    with Journal(journal, miner.stamp, restart=True) as kept:
+        for block in bar:
+            if block[-1].id not in kept.done:
+                for name, found in miner.mine(block).items():
+                    kept.add(name, found)
+    mined = [(example, kept.done[example.id]) for example in examples]
     passed_over: Counter[str] = Counter()
     for _, one in mined:
         passed_over.update(one["passed_over"])
@@ -221,20 +216,3 @@ def _check(examples: Iterable[Example]) -> dict[str, str]:
         if example.answer_type == "regex":
             answer_patterns(example)
     return named
-
-
-def _read(journal: Path, stamp: dict[str, str]) -> dict[str, Any]:
-    """What the journal holds if it is one of this stamp; it is left without a last line that a kill cut off."""
-    lines = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.is_file() else []
-    if not lines or lines[0] != json.dumps(stamp):
-        lines = [json.dumps(stamp)]
-    with replace_file(journal) as file:
-        file.writelines(line + "\n" for line in lines)
-    return {entry.pop("id"): entry for entry in map(json.loads, lines[1:])}
-
-
-def _append(journal: Path, found: dict[str, dict[str, Any]]) -> None:
-    with journal.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"id": name, **one}) + "\n" for name, one in found.items())
-        file.flush()
-        os.fsync(file.fileno())

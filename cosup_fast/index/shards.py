@@ -14,7 +14,6 @@ Shapes: M passages, D Gen's width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 
 from cosup_fast.data.passages import PassageFile, hash_ids
 from cosup_fast.data.records import Passage
-from cosup_fast.files import load_array, replace_file, save_array, sha256, sync
+from cosup_fast.files import check_manifest, described, load_array, save_array, sync, write_manifest
 
 PASSAGES, ROWS, VECTORS, RECORD = "passages.jsonl", "rows.npy", "vectors.npy", "shard.json"
 ROW = np.dtype([("start", "<i8"), ("id", "<u8")])
@@ -75,26 +74,14 @@ def write_passages(folder: Path, lines: Iterable[bytes], ids: np.ndarray) -> Non
 
 
 def write_record(folder: Path, name: str, files: Sequence[str]) -> None:
-    """Writes size and SHA-256 of files, which makes them count."""
-    described = {f: {"bytes": (folder / f).stat().st_size, "sha256": sha256(folder / f)} for f in files}
-    with replace_file(folder / name) as file:
-        file.write(json.dumps({"files": described}, indent=1) + "\n")
+    """Writes the manifest of files, which makes them count."""
+    write_manifest(folder / name, {file: described(folder / file) for file in files})
     sync(folder)
 
 
 def check_files(folder: Path, name: str, *, contents: bool) -> None:
-    """Compares files with the sizes in their record and, if `contents`, with the checksums.
-
-    Raises:
-        ValueError: a file or the record itself is missing, damaged or changed.
-    """
+    """Compares files with the manifest of a shard; see `check_manifest`."""
     try:
-        files = json.loads((folder / name).read_text(encoding="utf-8"))["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / name} cannot be read ({error}): build the index again") from None
-    for file, expected in files:
-        path = folder / file
-        if not path.is_file():
-            raise ValueError(f"{folder} is incomplete, {file} is missing: build the index again")
-        if path.stat().st_size != expected["bytes"] or (contents and sha256(path) != expected["sha256"]):
-            raise ValueError(f"{path} is damaged or was changed, it is not what {name} says: build the index again")
+        check_manifest(folder / name, contents=contents)
+    except ValueError as error:
+        raise ValueError(f"{error}: build the index again") from None

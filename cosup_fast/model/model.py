@@ -25,9 +25,10 @@ from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.numerics import accumulator
-from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
+from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, unwrapped
 from cosup_fast.model.backbone import FinalNorm, find_final_norm, norm_rows, run_pack
+from cosup_fast.model.criterion import make_criterion
 from cosup_fast.model.folder import HEADS, Changes, heads_of, load_parts, save_folder, whole_weights
 from cosup_fast.model.layers import compile_layers, recompute_activations
 from cosup_fast.model.linear import linear
@@ -38,7 +39,6 @@ from cosup_fast.model.loading import (
     lm_head,
     load_language_model,
     load_template,
-    logit_options,
 )
 from cosup_fast.model.trial import check_model
 
@@ -100,17 +100,7 @@ class CoSupervisionModel(nn.Module):
             weight = nn.init.orthogonal_(torch.empty(self.width, self.embseq_width))
             self.projection = nn.Linear(self.embseq_width, self.width, bias=False).to(gen.dtype)
             self.projection.weight.data.copy_(weight)
-        self.criterion = CoSupervisionLoss(
-            nsp_weight=nsp.weight,
-            ntp_weight=self.ntp.weight,
-            ntp=LinearCrossEntropyLoss(ignore_index=None, **logit_options(gen)),  # supervised rows alone come in
-            nsp=InfoNCELoss(
-                temperature=nsp.temperature,
-                learnable_scale=nsp.learnable_temperature,
-                symmetric=nsp.symmetric,
-                label_smoothing=nsp.label_smoothing,
-            ),
-        )
+        self.criterion = make_criterion(gen, nsp, self.ntp)
         for part in filter(None, (gen, embseq)):
             # Packs hold no padding, and a model that pads with its end-of-sequence token would never learn that one.
             embeddings: Any = part.get_input_embeddings()

@@ -32,7 +32,16 @@ from torch import Tensor
 
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
-from cosup_fast.files import FolderKind, install_folder, remove_unfinished, replace_file, sha256, sync
+from cosup_fast.files import (
+    FolderKind,
+    check_manifest,
+    described,
+    install_folder,
+    remove_unfinished,
+    replace_file,
+    sync,
+    write_manifest,
+)
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
@@ -116,7 +125,7 @@ class CheckpointWriter:
         states = save_states(optimizer, self.rank, self.ranks)
         reshard(model)  # a pass without a backward one, as of a frozen Embseq, leaves some of its weights whole
         weights = copied_weights(model, self.rank, self.ranks)
-        described = self._gathered({"step": step, "parameters": states.parameters})
+        every = self._gathered({"step": step, "parameters": states.parameters})
 
         def write() -> None:
             try:
@@ -128,7 +137,7 @@ class CheckpointWriter:
                 self._error = _not_written(error)
 
         if self.rank == 0:
-            trainer = {"step": step, "schedule": schedule, "ranks": [one["parameters"] for one in described]}
+            trainer = {"step": step, "schedule": schedule, "ranks": [one["parameters"] for one in every]}
             (folder / "trainer.json").write_text(json.dumps(trainer) + "\n")
         self.pending, self._extra, self._files, self._error = step, extra, {}, None
         self._thread = threading.Thread(target=write, daemon=True, name=f"checkpoint {step}")
@@ -178,8 +187,8 @@ class CheckpointWriter:
                 if path.is_file() and path.relative_to(folder).as_posix() not in files:
                     self._files = files
                     self._finished(folder, path.relative_to(folder).as_posix())
-            (folder / MANIFEST).write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
-            for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir())):
+            write_manifest(folder / MANIFEST, dict(sorted(files.items())))
+            for path in (p for p in folder.rglob("*") if p.is_dir()):
                 sync(path)
             install_folder(folder, final, CHECKPOINT)
             self._tidy()
@@ -203,7 +212,7 @@ class CheckpointWriter:
     def _finished(self, folder: Path, name: str) -> None:
         path = folder / name
         sync(path)
-        self._files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        self._files[name] = described(path)
 
     def _gathered(self, note: dict[str, Any]) -> list[dict[str, Any]]:
         return [note] if self.peers is None else self.peers.meet("checkpoint", note)
@@ -273,18 +282,9 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
         CheckpointError: no manifest, or a file that is missing, truncated or altered.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a finished checkpoint: {MANIFEST} cannot be read ({error})") from None
-    for name, expected in list(files.items())[rank::ranks]:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {REMEDY}")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: {REMEDY}")
-        if (found := sha256(path)) != expected["sha256"]:
-            raise CheckpointError(f"{path} was altered (sha256 {found[:12]}…): {REMEDY}")
+        check_manifest(folder / MANIFEST, rank=rank, ranks=ranks)
+    except ValueError as error:
+        raise CheckpointError(f"{error}: {REMEDY}") from None
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ from cosup_fast.evaluation import (
     Verdict,
     evaluate,
 )
-from cosup_fast.evaluation.journal import Journal
 from cosup_fast.evaluation.suites import METRICS, SUMMARY
+from cosup_fast.files import Journal
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.index import SequenceIndex
 
@@ -278,7 +278,7 @@ def test_journal(tmp_path):
         journal.add("z", 1)
     with Journal(path, {"a": {"b": 2}}) as journal:
         assert journal.done == {"z": 1}
-    with Journal(path, {"a": {"b": 2}}), pytest.raises(ValueError, match="is being written by another evaluation"):
+    with Journal(path, {"a": {"b": 2}}), pytest.raises(ValueError, match="is being written by another process"):
         Journal(path, {"a": {"b": 2}})
     with Journal(None, {}) as journal:
         journal.add("k", 1)

@@ -148,13 +148,13 @@ def test_mining_goes_on_where_it_was_interrupted(model, index, examples, tmp_pat
         mine(model, index, examples, journal=journal, progress=False)
     # A kill in the middle of a line leaves half of it.
     text = journal.read_text()
-    journal.write_text(text[: text.rindex('{"id": "e3"') + 15])
+    journal.write_text(text[: text.rindex('{"key": "e3"') + 15])
     monkeypatch.setattr(mining, "embed_queries", embed)
     assert mine(model, index, examples, journal=journal, progress=False) == whole
     assert seen == ["e1", "e2", "e3", "e3", "e4"]
     assert mine(model, index, examples, journal=journal, progress=False) == whole
     assert len(seen) == 5
-    assert [json.loads(line).get("id") for line in journal.read_text().splitlines()] == [None, "e1", "e2", "e3", "e4"]
+    assert [json.loads(line).get("key") for line in journal.read_text().splitlines()] == [None, "e1", "e2", "e3", "e4"]
     mine(model, index, examples, MiningConfig(depth=5), journal=journal, progress=False)
     assert len(seen) == 9
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -41,13 +41,13 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replace_file(path: str | Path) -> Iterator[TextIO]:
-    """A text file to write into, which takes the place of `path` once all of it is on disk."""
+def replace_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A file to write into, text unless it is `binary`, which takes the place of `path` once all of it is on disk."""
     path = Path(path)
     check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with open_new(temporary) as file:
+        with open_new(temporary, binary=binary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -56,20 +56,17 @@ def replace_file(path: str | Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
-def open_new(path: Path) -> TextIO:
-    """A text file to write into that is new: neither an earlier one of this name nor what a link there points to."""
+def open_new(path: Path, *, binary: bool = False) -> IO[Any]:
+    """A file to write into that is new: neither an earlier one of this name nor what a link there points to."""
     path.unlink(missing_ok=True)
-    return open(path, "x", encoding="utf-8", newline="\n")  # exclusive creation follows no link
+    # Exclusive creation follows no link.
+    return open(path, "xb") if binary else open(path, "x", encoding="utf-8", newline="\n")
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
     """Writes an `.npy` file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
+    with replace_file(path, binary=True) as file:
         np.save(file, values, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_array(path: Path) -> np.ndarray:

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from cosup_fast.files import fcntl, sync
+from cosup_fast.files.whole import fcntl, sync
 
 SYNC_SECONDS = 1.0
 
@@ -84,7 +84,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{self.path} is being written by another evaluation: wait for it, or give another --output"
+                f"{self.path} is being written by another process: wait for it, or give another --output"
             ) from None
 
     def _read(self, settings: dict[str, Any], restart: bool) -> int:

@@ -1,0 +1,49 @@
+"""A manifest: size and SHA-256 of files, by which damage and changes are noticed.
+
+{"files": {"rows.npy": {"bytes": 128, "sha256": "..."}}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cosup_fast.files.whole import replace_file, sha256
+
+
+def described(path: Path) -> dict[str, Any]:
+    """The entry of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    """Writes the entries of files, by their paths from the manifest's folder, in that order."""
+    with replace_file(path) as file:
+        file.write(json.dumps({"files": dict(files)}, indent=1) + "\n")
+
+
+def check_manifest(path: Path, *, contents: bool = True, rank: int = 0, ranks: int = 1) -> None:
+    """Compares the files with a manifest.
+
+    Args:
+        path: the manifest.
+        contents: compare checksums, too, which reads every file; else sizes alone.
+        rank, ranks: check this share of the files.
+
+    Raises:
+        ValueError: the manifest cannot be read, or a file is missing, has another size or was altered.
+    """
+    try:
+        files = list(json.loads(path.read_text(encoding="utf-8"))["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    for name, expected in files[rank::ranks]:
+        file = path.parent / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, which {path.name} lists")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, its manifest says {expected['bytes']} ({path.name})")
+        if contents and (found := sha256(file)) != expected["sha256"]:
+            raise ValueError(f"{file} was altered (sha256 {found[:12]}… is not what {path.name} says)")
