@@ -15,6 +15,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 BestMetric = Literal["ntp", "nsp", "recall_at_1", "recall_at_5", "recall_at_20"]
 OptimizerName = Literal["adamw", "adamw-8bit", "adamw-8bit-torchao"]
 Sharding = Literal["none", "ddp", "fsdp"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class TrainingConfig(BaseModel):
@@ -96,6 +97,17 @@ class TrainingConfig(BaseModel):
         default=600.0, gt=0, description="seconds that ranks wait for one another, also while one saves a checkpoint"
     )
     seed: int = 0
+    report_to: list[Tracker] = Field(
+        default=["tensorboard"],
+        description="experiment trackers that are sent every figure; metrics.jsonl has them in any case",
+    )
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="what a device could do, in TFLOP/s, for the model FLOP utilisation; null: by its data sheet where "
+        "products are in bf16 and the device is known, else none is told",
+    )
     log_every: int = Field(default=1, ge=1, description="steps between metrics")
     diagnose_every: int | None = Field(
         default=100,

@@ -68,10 +68,18 @@ class CheckpointWriter:
         root: where the checkpoints are; one folder for all ranks.
         keep: how many stay.
         peers: the ranks that train.
+        on_saved: called on rank 0 with every checkpoint, once it is whole.
     """
 
-    def __init__(self, root: Path, keep: int, peers: Peers | None = None):
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        peers: Peers | None = None,
+        on_saved: Callable[[Path], None] = lambda checkpoint: None,
+    ):
         self.root, self.keep, self.peers = root, keep, peers
+        self._on_saved = on_saved
         self.rank, self.ranks = (0, 1) if peers is None else (peers.rank, peers.size)
         self.pending: int | None = None
         """The step whose checkpoint is being written."""
@@ -161,6 +169,8 @@ class CheckpointWriter:
         elif self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self._agree(final, problem)
+        if self.rank == 0:
+            self._on_saved(final)
         return final
 
     def _folder(self, step: int) -> Path:

@@ -1,55 +1,37 @@
-"""What a run tells while it runs: metrics as JSONL and for TensorBoard, a progress bar, plots."""
+"""What a run tells while it runs: metrics as JSONL, a progress bar or lines, plots."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from cosup_fast.files import replace_file
+from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.metrics import HeldOut, Metrics, StepMetrics, as_record
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from matplotlib.axes import Axes
 
-
-class Silence:
-    """The log of a rank that does not lead: it keeps nothing and shows nothing."""
-
-    def __init__(self, output: Path):
-        self.output = output
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """The records so far."""
-        return (
-            [record for record in read_metrics(self.output / "metrics.jsonl") if record["step"] <= step] if step else []
-        )
-
-    def metrics(self, metrics: Metrics) -> None:
-        """Nothing."""
-
-    def warning(self, message: str) -> None:
-        """Nothing."""
+    from cosup_fast.config import RunConfig
 
 
-class RunLog:
-    """Metrics to JSONL, TensorBoard, a progress bar and, at every evaluation, a plot."""
+LINES_EVERY = 60.0
+"""Seconds, or ten steps, after which a step is told in a line where there is no terminal."""
+
+
+class RunLog(Callback):
+    """Metrics to JSONL, a progress bar or, where there is no terminal, lines, and a plot at the end."""
 
     def __init__(self, output: Path, console: Console):
         self.output = output
@@ -61,49 +43,35 @@ class RunLog:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
         )
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if hasattr(self, "file"):
-            self.progress.stop()
-            self.file.close()
-            self.tensorboard.close()
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
-                plot_curves(read_metrics(self.path), self.output / "curves.png")
-
-    def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """Opens the files and returns the records so far; those after `step`, of a part run again, are dropped."""
+    def start(self, config: RunConfig, step: int, total: int) -> None:
+        """Opens the files; records after `step`, of a part that is run again, are dropped."""
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
         self.file: TextIO = self.path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
+        self._first, self._total, self._begun = step, total, time.monotonic()
+        minutes = config.training.max_minutes
+        self._deadline = math.inf if minutes is None else self._begun + 60 * minutes
+        self._told_step, self._told_at = -math.inf, -math.inf
         self.task = self.progress.add_task("training", total=total, completed=step, status="")
         self.progress.start()
-        return kept
+
+    def end(self, error: BaseException | None) -> None:
+        self.progress.stop()
+        self.file.close()
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
+            plot_curves(read_metrics(self.path), self.output / "curves.png")
 
     def metrics(self, metrics: Metrics) -> None:
         """Records a step, a diagnosis, an evaluation, or what else happened to the run."""
-        record = as_record(metrics)
-        self.file.write(json.dumps(record) + "\n")
-        kind = record["kind"]
-        for name, value in record.items():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
+        self.file.write(json.dumps(as_record(metrics)) + "\n")
         if isinstance(metrics, StepMetrics):
             self.last = metrics
-            status = _told(
-                ("NTP", metrics.ntp, ".3f"), ("NSP", metrics.nsp, ".3f"), ("in-batch", metrics.in_batch_accuracy, ".0%")
-            )
-            self.progress.update(self.task, completed=metrics.step, status=status)
-            if not self.console.is_terminal and metrics.step % 10 == 0:
-                self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
+            self._step(metrics)
         elif isinstance(metrics, Diagnosis):
             self.console.print(diagnosis_table(metrics, self.last))
         elif isinstance(metrics, HeldOut):
@@ -114,6 +82,33 @@ class RunLog:
                 *((f"R@{k}", value, ".1%") for k, value in recalls.items()),
             )
             self.console.print(f"held out after step {metrics.step}: {figures}")
+
+    def _step(self, metrics: StepMetrics) -> None:
+        now = time.monotonic()
+        status = _told(
+            ("NTP", metrics.ntp, ".3f"),
+            ("NSP", metrics.nsp, ".3f"),
+            ("in-batch", metrics.in_batch_accuracy, ".0%"),
+            ("lr", metrics.lr, ".2e"),
+            ("MFU", metrics.mfu, ".1%"),
+        )
+        if (left := self._left(metrics.step, now)) is not None:
+            status += f"  {timedelta(seconds=round(left))} left"
+        self.progress.update(self.task, completed=metrics.step, status=status)
+        if self.console.is_terminal:
+            return
+        if metrics.step >= self._told_step + 10 or now >= self._told_at + LINES_EVERY or metrics.step == self._total:
+            self._told_step, self._told_at = metrics.step, now
+            self.console.print(
+                f"step {metrics.step} of {self._total}  {status}  {metrics.tokens_per_second:.0f} tokens/s"
+            )
+
+    def _left(self, step: int, now: float) -> float | None:
+        """Seconds until the last step, or until `max_minutes`, at the pace of this part of the run."""
+        if step <= self._first:
+            return None
+        pace = (now - self._begun) / (step - self._first)
+        return max(0.0, min(pace * (self._total - step), self._deadline - now))
 
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""

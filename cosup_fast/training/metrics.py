@@ -33,6 +33,7 @@ class StepMetrics:
     tokens_per_second: float
     useful_tokens: float  # share of the computed tokens that are not filler: 1 unless shapes are fixed
     peak_memory_gib: float  # so far: allocated on the GPU, or resident in this process without one; 0 if not known
+    mfu: float | None = None  # model FLOP utilisation; None where the device's peak is not known (`utilization.py`)
 
 
 @dataclass(frozen=True)

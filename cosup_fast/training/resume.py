@@ -21,16 +21,13 @@ RESUMABLE = {
     "training.spike_window", "training.on_spike", "training.max_skips", "training.rank_timeout", "training.sharding",
     "training.lr", "training.embseq_lr", "training.temperature_lr", "training.schedule", "training.min_lr",
     "training.lr_decay", "training.clip", "training.weight_decay", "data.allow_leaks", "data.checksum",
+    "training.report_to", "training.peak_tflops",
 }  # fmt: skip
 # Of these, what changes nothing that is trained, so that metrics do not tell of it.
 UNTOLD = {
-    "output",
-    "training.device",
-    "training.log_every",
-    "training.rank_timeout",
-    "data.allow_leaks",
-    "data.checksum",
-}
+    "output", "training.device", "training.log_every", "training.rank_timeout", "data.allow_leaks", "data.checksum",
+    "training.report_to", "training.peak_tflops",
+}  # fmt: skip
 
 TOO_LONG = "training examples left out"
 """The field of data.json that counts them."""
