@@ -160,9 +160,11 @@ def show_traffic(request: PlanRequest, traffic: list[Traffic], cluster: Cluster)
     from cosup_fast.plan.scaling import keys_for_memory, keys_for_share, keys_of_step
 
     links = f"{cluster.node_gb_s:g} GB/s within a node, {cluster.network_gb_s:g} between nodes"
-    table = Table("GB a GPU sends", "seconds", "collective", "ranks", "of", title=links, title_justify="left")
+    table = FigureTable(
+        "collective", "of", "GB a GPU sends", "seconds", "ranks", names=2, title=links, title_justify="left"
+    )
     for one in traffic:
-        table.add_row(f"{one.gigabytes:.3g}", f"{one.seconds:.2g}", one.collective, str(one.ranks), one.what)
+        table.add_row(one.collective, one.what, f"{one.gigabytes:.3g}", f"{one.seconds:.2g}", str(one.ranks))
     out.print(table)
     say("a model's prediction, not measured: links at their full rate, nothing hidden behind computation")
     if traffic and request.has_embseq:
