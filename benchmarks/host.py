@@ -42,7 +42,7 @@ def measure(loss: str, rounds: int = 31, seconds: float = 60.0) -> Cost:
         seconds: no round begins that would end later.
     """
     case = Case(loss, *SHAPE)
-    steps = {
+    steps: dict[str, timing.Step] = {
         OURS: partial(step, ours.make("auto", case), case.inputs()),
         DENSE: partial(step, dense.dense(case), case.inputs()),
     }

@@ -35,6 +35,8 @@ _OPTIONAL = [
     ("gguf", "gguf", "preparing SmolLM2", "train"),
     ("datasets", "datasets", "hf:owner/name data sets", "train"),
     ("tensorboard", "tensorboard", "logs", "train"),
+    ("wandb", "wandb", "logs", "wandb"),
+    ("mlflow", "mlflow", "logs", "mlflow"),
     ("faiss-cpu", "faiss", "searching an index on the CPU, approximate kinds", "index"),
     ("scipy", "scipy", "confidence intervals", "eval"),
     ("ir-measures", "ir_measures", "metrics of ranked lists", "eval"),

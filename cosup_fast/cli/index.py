@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.cli.common import Checkpoint, Device, IndexName, Stale, interruptible, load_model, out, say, say_once
+from cosup_fast.terminal import FigureTable, word_table
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
@@ -129,12 +129,16 @@ def index_delete(
 
     wanted = list(ids or [])
     if ids_file is not None:
-        wanted += [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        wanted += _ids(ids_file)
     if not wanted:
-        raise ValueError("name the ids to delete, or a file of them with --ids-file")
+        empty = "" if ids_file is None else f", --ids-file {ids_file} holds none"
+        raise ValueError(f"name the ids to delete, or a file of them with --ids-file{empty}")
     loaded = open_index(_index(index), verify=False)
     before = len(loaded)
-    loaded.delete(wanted)
+    try:
+        loaded.delete(wanted)
+    except ValueError as error:
+        raise ValueError(f"{error}" if ids_file is None else f"--ids-file {ids_file}: {error}") from None
     say(f"deleted {before - len(loaded)} passages: {loaded.name} ({len(loaded)} passages)")
 
 
@@ -159,9 +163,9 @@ def index_search(
         allow_stale=allow_stale,
         engine=engine,  # type: ignore[arg-type]  # it says which there are
     )
-    table = Table("score", "id", "title", "text")
+    table = FigureTable("id", "title", "text", "score", names=3)
     for passage, score in loaded.retrieve(Generator(model, loaded).query(question), k):
-        table.add_row(f"{score:.3f}", escape(passage.id), escape(passage.title), escape(passage.text[:160]))
+        table.add_row(passage.id, passage.title, passage.text[:160], f"{score:.3f}")
     out.print(table)
 
 
@@ -183,10 +187,21 @@ def index_info(
             unfinished = name.with_name(f".{name.name}.{kind}")
             if unfinished.is_dir():
                 rows["unfinished"] = f"{unfinished}: the same command continues it"
-    table = Table(show_header=False)
+    table = word_table("", "", show_header=False)
     for title, value in rows.items():
         table.add_row(title, escape(value))
     out.print(table)
+
+
+def _ids(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"--ids-file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--ids-file {path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _index(name: str) -> str | Path:

@@ -31,9 +31,9 @@ def train(
     if show:
         print(dump_commented(config), end="")
         return
-    from cosup_fast.plan.fits import check_fits
+    from cosup_fast.plan.fits import FitsIntoMemory
     from cosup_fast.training.run import run_training
 
     with interruptible(then="; continue with --resume"):
-        checkpoint = run_training(config, resume=resume, check=None if force else check_fits, console=err)
+        checkpoint = run_training(config, resume=resume, callbacks=() if force else [FitsIntoMemory()], console=err)
     say_once(f"checkpoint: {checkpoint}")

@@ -15,12 +15,13 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 BestMetric = Literal["ntp", "nsp", "recall_at_1", "recall_at_5", "recall_at_20"]
 OptimizerName = Literal["adamw", "adamw-8bit", "adamw-8bit-torchao"]
 Sharding = Literal["none", "ddp", "fsdp"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class TrainingConfig(BaseModel):
     """The optimisation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int = Field(default=3, ge=1, description="passes over the training set, unless steps is given")
     steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")
@@ -41,19 +42,17 @@ class TrainingConfig(BaseModel):
     lr: float = Field(
         default=2e-5,
         gt=0,
-        allow_inf_nan=False,
         description="learning rate of Gen and, unless they have their own, of Embseq and of the temperature",
     )
     embseq_lr: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="learning rate of Embseq and its projection; null: lr"
+        default=None, gt=0, description="learning rate of Embseq and its projection; null: lr"
     )
     temperature_lr: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="learning rate of a learnable temperature; null: lr"
+        default=None, gt=0, description="learning rate of a learnable temperature; null: lr"
     )
     warmup: float = Field(
         default=0.03,
         ge=0,
-        allow_inf_nan=False,
         description="steps with a rising learning rate: below 1 a share of all, from 1 on their number",
     )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -96,6 +95,17 @@ class TrainingConfig(BaseModel):
         default=600.0, gt=0, description="seconds that ranks wait for one another, also while one saves a checkpoint"
     )
     seed: int = 0
+    report_to: list[Tracker] = Field(
+        default=["tensorboard"],
+        description="experiment trackers that are sent every figure; metrics.jsonl has them in any case",
+    )
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="what a device could do, in TFLOP/s, for the model FLOP utilisation; null: by its data sheet where "
+        "products are in bf16 and the device is known, else none is told",
+    )
     log_every: int = Field(default=1, ge=1, description="steps between metrics")
     diagnose_every: int | None = Field(
         default=100,

@@ -15,9 +15,17 @@ from cosup_fast.plan.planner import GIB, PlanError, make_plan, margin
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.time import count_weights
 from cosup_fast.training.adamw import state_bytes
+from cosup_fast.training.callbacks import Callback
 
 SMALL = 0.25
 """Share of a CPU's memory below which weights, gradients and states are not worth a simulation."""
+
+
+class FitsIntoMemory(Callback):
+    """Refuses a run whose step does not fit (`run_training(config, callbacks=[FitsIntoMemory()])`)."""
+
+    def check(self, config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: torch.device) -> str:
+        return check_fits(config, batches, ranks, device)
 
 
 def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: int, device: torch.device) -> str:

@@ -94,9 +94,9 @@ def train(cell: Cell, progress: Progress, console: Console) -> Path:
     if cell.settings.random_embseq:
         name, folder = cell.random_embseq
         random_weights(name, folder, layers=cell.run.model.embseq_layers)
-    observe = SpaceLog(cell.work / SPACES_FILE, cell.run) if SPACES in cell.settings.probes else None
+    callbacks = [SpaceLog(cell.work / SPACES_FILE, cell.run)] if SPACES in cell.settings.probes else []
     with progress.stage("training"), _watched(output / "metrics.jsonl", cell, progress):
-        run_training(cell.run, resume=True, console=console, observe=observe)
+        run_training(cell.run, resume=True, console=console, callbacks=callbacks)
     return chosen_checkpoint(output)
 
 

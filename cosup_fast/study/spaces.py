@@ -28,6 +28,7 @@ from cosup_fast.files import replace_file
 from cosup_fast.index.embed import embed_passages, embed_queries, evaluation_mode
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.study.config import StudyError
+from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import uniformity
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import load_data
@@ -63,7 +64,7 @@ def look(
     return {name: None if value is None else round(value, 5) for name, value in figures.items()}
 
 
-class SpaceLog:
+class SpaceLog(Callback):
     """`look` at every held-out evaluation of a run, a line each in a file; a part that is run again replaces its lines.
 
     Args:
@@ -84,7 +85,7 @@ class SpaceLog:
         names = sorted_ids(self._corpus)
         self._pool = [self._corpus[name] for name in random.Random(0).sample(names, min(POOL, len(names)))]
 
-    def __call__(self, model: CoSupervisionModel, step: int) -> None:
+    def evaluated(self, model: CoSupervisionModel, step: int) -> None:
         before = [line for line in read_metrics(self._path) if line["step"] < step]
         now = {"kind": "spaces", "step": step, **look(model, self._examples, self._corpus, self._pool)}
         with replace_file(self._path) as file:

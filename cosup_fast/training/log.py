@@ -1,55 +1,39 @@
-"""What a run tells while it runs: metrics as JSONL and for TensorBoard, a progress bar, plots."""
+"""What a run tells while it runs: metrics as JSONL, a progress bar or lines, plots."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cosup_fast.files import replace_file
+from cosup_fast.data.records import DataError, parse_object
+from cosup_fast.files import naming, replace_file
+from cosup_fast.terminal import FigureTable
+from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import Diagnosis
-from cosup_fast.training.metrics import HeldOut, Metrics, StepMetrics, as_record
+from cosup_fast.training.metrics import FIGURES, HeldOut, Metrics, StepMetrics, as_record
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from matplotlib.axes import Axes
 
-
-class Silence:
-    """The log of a rank that does not lead: it keeps nothing and shows nothing."""
-
-    def __init__(self, output: Path):
-        self.output = output
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """The records so far."""
-        return (
-            [record for record in read_metrics(self.output / "metrics.jsonl") if record["step"] <= step] if step else []
-        )
-
-    def metrics(self, metrics: Metrics) -> None:
-        """Nothing."""
-
-    def warning(self, message: str) -> None:
-        """Nothing."""
+    from cosup_fast.config import RunConfig
 
 
-class RunLog:
-    """Metrics to JSONL, TensorBoard, a progress bar and, at every evaluation, a plot."""
+LINES_EVERY = 60.0
+"""Seconds, or ten steps, after which a step is told in a line where there is no terminal."""
+
+
+class RunLog(Callback):
+    """Metrics to JSONL, a progress bar or, where there is no terminal, lines, and a plot at the end."""
 
     def __init__(self, output: Path, console: Console):
         self.output = output
@@ -61,49 +45,37 @@ class RunLog:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
         )
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if hasattr(self, "file"):
-            self.progress.stop()
-            self.file.close()
-            self.tensorboard.close()
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
-                plot_curves(read_metrics(self.path), self.output / "curves.png")
-
-    def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """Opens the files and returns the records so far; those after `step`, of a part run again, are dropped."""
+    def start(self, config: RunConfig, step: int, total: int) -> None:
+        """Opens the files; records after `step`, of a part that is run again, are dropped."""
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file: TextIO = self.path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=step)
+        self.file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
+        self._first, self._total, self._begun = step, total, time.monotonic()
+        minutes = config.training.max_minutes
+        self._deadline = math.inf if minutes is None else self._begun + 60 * minutes
+        self._told_step, self._told_at = -math.inf, -math.inf
         self.task = self.progress.add_task("training", total=total, completed=step, status="")
         self.progress.start()
-        return kept
+
+    def end(self, error: BaseException | None) -> None:
+        self.progress.stop()
+        with naming(self.path):
+            self.file.close()
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
+            plot_curves(read_metrics(self.path), self.output / "curves.png")
 
     def metrics(self, metrics: Metrics) -> None:
         """Records a step, a diagnosis, an evaluation, or what else happened to the run."""
-        record = as_record(metrics)
-        self.file.write(json.dumps(record) + "\n")
-        kind = record["kind"]
-        for name, value in record.items():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, metrics.step)
+        with naming(self.path):
+            self.file.write(json.dumps(as_record(metrics)) + "\n")
         if isinstance(metrics, StepMetrics):
             self.last = metrics
-            status = _told(
-                ("NTP", metrics.ntp, ".3f"), ("NSP", metrics.nsp, ".3f"), ("in-batch", metrics.in_batch_accuracy, ".0%")
-            )
-            self.progress.update(self.task, completed=metrics.step, status=status)
-            if not self.console.is_terminal and metrics.step % 10 == 0:
-                self.console.print(f"step {metrics.step}  {status}  {metrics.tokens_per_second:.0f} tokens/s")
+            self._step(metrics)
         elif isinstance(metrics, Diagnosis):
             self.console.print(diagnosis_table(metrics, self.last))
         elif isinstance(metrics, HeldOut):
@@ -115,10 +87,37 @@ class RunLog:
             )
             self.console.print(f"held out after step {metrics.step}: {figures}")
 
+    def _step(self, metrics: StepMetrics) -> None:
+        now = time.monotonic()
+        status = _told(
+            ("NTP", metrics.ntp, ".3f"),
+            ("NSP", metrics.nsp, ".3f"),
+            ("in-batch", metrics.in_batch_accuracy, ".0%"),
+            ("lr", metrics.lr, ".2e"),
+            ("MFU", metrics.mfu, ".1%"),
+        )
+        if (left := self._left(metrics.step, now)) is not None:
+            status += f"  {timedelta(seconds=round(left))} left"
+        self.progress.update(self.task, completed=metrics.step, status=status)
+        if self.console.is_terminal:
+            return
+        if metrics.step >= self._told_step + 10 or now >= self._told_at + LINES_EVERY or metrics.step == self._total:
+            self._told_step, self._told_at = metrics.step, now
+            self.console.print(
+                f"step {metrics.step} of {self._total}  {status}  {metrics.tokens_per_second:.0f} tokens/s"
+            )
+
+    def _left(self, step: int, now: float) -> float | None:
+        """Seconds until the last step, or until `max_minutes`, at the pace of this part of the run."""
+        if step <= self._first:
+            return None
+        pace = (now - self._begun) / (step - self._first)
+        return max(0.0, min(pace * (self._total - step), self._deadline - now))
+
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""
-        self.console.print(f"[yellow]warning:[/] {message}")
-        with (self.output / "warnings.log").open("a") as file:
+        self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
+        with (self.output / "warnings.log").open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
 
@@ -127,14 +126,14 @@ def _told(*figures: tuple[str, float | None, str]) -> str:
     return "  ".join(f"{name} {value:{form}}" for name, value, form in figures if value is not None)
 
 
-def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
+def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> FigureTable:
     """What the losses do to Gen and to the space of sequences, with the speed and memory of the step before."""
 
     def figure(value: float | None, form: str = ".3g") -> str:
         return "-" if value is None else format(value, form)
 
-    table = Table(title=f"before step {found.step}", title_justify="left")
     columns = {
+        "before step": str(found.step),
         "gradient of Gen: NTP": figure(found.ntp_grad_norm),
         "lambda NSP": figure(found.nsp_grad_norm),
         "cosine": figure(found.grad_cosine, "+.3f"),
@@ -149,18 +148,32 @@ def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
             "tokens/s": figure(last.tokens_per_second, ".0f"),
             "peak GiB": figure(last.peak_memory_gib, ".2f"),
         }
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = FigureTable(*columns)
     table.add_row(*columns.values())
     return table
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a kill is left out."""
+    """The records of a metrics file; a last line that was cut off by a kill is left out.
+
+    Raises:
+        DataError: a line is not a record; it is named.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_record(f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1)]
+
+
+def _record(where: str, line: bytes) -> dict[str, Any]:
+    record = parse_object(where, line)
+    kind, step = record.get("kind"), record.get("step")
+    wrong = [name for name, right in (("kind", isinstance(kind, str)), ("step", type(step) is int)) if not right]
+    if not wrong:
+        wrong = [name for name in FIGURES.get(str(kind), ()) if not isinstance(record.get(name), int | float | None)]
+    if wrong:
+        found = record.get(wrong[0])
+        raise DataError(f"{where}: {wrong[0]}: expected what a run writes there, found {found!r:.60}: remove the line")
+    return record
 
 
 def records_until(step: int, path: Path) -> list[dict[str, Any]]:
@@ -177,7 +190,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     def curve(axes: Axes, kind: str, name: str, *style: str, **options: Any) -> None:
         """Draws one figure over the steps; what a run does not compute has no curve."""
-        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r[name] is not None]
+        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), *style, **options)
 

@@ -4,7 +4,8 @@ output/config.yaml        what was run
 output/data.json          SHA-256 of the examples and passages that it reads
 output/checkpoints/       see `checkpoint.py`
 output/metrics.jsonl      one record a step, diagnosis or held-out evaluation
-output/tensorboard/       the same for TensorBoard
+output/tensorboard/       the same for TensorBoard, if `training.report_to` says so (it does by default)
+output/trackers.json      the runs of other trackers
 output/curves.png         losses and retrieval accuracy
 output/refused-step.json  the batch that ended the run, if one did
 """
@@ -16,21 +17,19 @@ import functools
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config
-from cosup_fast.data.packing import CoSupervisionBatch, make_batch
+from cosup_fast.config.sections import DataConfig
+from cosup_fast.data.packing import make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
-from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
+from cosup_fast.data.sampling import StepSampler, draw_negatives
 from cosup_fast.data.sources import load_examples, open_corpus_by_id
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
@@ -42,39 +41,34 @@ from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
 from cosup_fast.training.adamw import check_available
+from cosup_fast.training.callbacks import Callback, Together, asks
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
 from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
-from cosup_fast.training.log import RunLog, Silence
+from cosup_fast.training.log import RunLog, records_until
+from cosup_fast.training.measured import TrainingSet, measure
 from cosup_fast.training.metrics import Changed, HeldOut
 from cosup_fast.training.ranks import digest, training_ranks
 from cosup_fast.training.resume import (
     TOO_LONG,
     changes,
     check_same_data,
+    check_same_run,
     checkpoint_to_resume,
     ended,
     left_out,
     saved_config,
 )
+from cosup_fast.training.trackers import TRACKERS, check_trackers
 from cosup_fast.training.trainer import Trainer
-
-Check: TypeAlias = Callable[[RunConfig, Sequence[CoSupervisionBatch], int, torch.device], str]
-"""Asked before a model is loaded: given the run, rank 0's part of the first steps, how many ranks there are and its
-device, it returns what is printed, and raises ValueError where the run is not to begin."""
-
-
-Observe: TypeAlias = Callable[[CoSupervisionModel, int], None]
-"""Shown the model, as it is after so many steps; it changes nothing of it."""
 
 
 def run_training(
     config: RunConfig,
     *,
     resume: bool = False,
-    check: Check | None = None,
     console: Console | None = None,
-    observe: Observe | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Trains as configured and returns the last checkpoint's folder.
 
@@ -84,17 +78,17 @@ def run_training(
         config: the run.
         resume: resume from the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
-        check: asked before a new run loads its model, as `cosup-fast train` asks `plan.fits.check_fits` whether a step
-            fits into memory; nothing is asked by default.
         console: where progress goes; standard error by default.
-        observe: shown the model after every held-out evaluation, with the step.
+        callbacks: hear of the run and may refuse that it begins (see `Callback`), as `cosup-fast train` does with
+            `plan.fits.FitsIntoMemory`; every rank is given the same.
 
     Raises:
         ConfigError: the output folder holds another run, or the configuration differs from the one being resumed in
             what may not change.
         DataError: see `load_data`; or the data differ from those of the run being resumed.
-        ValueError: see `training_ranks`; what `check` refuses; another process trains into that output; or another
-            rank has another configuration, other data or other weights.
+        ValueError: see `training_ranks`; what a callback's `check` refuses; another process trains into that output;
+            or another rank has another configuration, other data or other weights.
+        ImportError: `training.report_to` names a tracker that is not installed.
         CheckpointError, TrainingError: see there.
         PeerError: a rank was lost, or did not come in time; it names the rank and what is saved.
         KeyboardInterrupt: Ctrl-C or SIGTERM; it says what was saved.
@@ -103,17 +97,16 @@ def run_training(
     with _endings_explained(output), training_ranks(config.training) as peers, _sole_writer(output, peers):
         leads = peers is None or peers.rank == 0
         console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
-        return _run(config, output, resume, check, console, peers, observe)
+        return _run(config, output, resume, console, peers, callbacks)
 
 
 def _run(
     config: RunConfig,
     output: Path,
     resume: bool,
-    check: Check | None,
     console: Console,
     peers: Peers | None,
-    observe: Observe | None,
+    callbacks: Sequence[Callback],
 ) -> Path:
     saved = saved_config(config, output, resume)
     config = inherit(config, saved)
@@ -125,6 +118,9 @@ def _run(
     if device.type == "cpu":
         keep_freed_memory()
     check_available(config.training.optimizer, rounded=config.rounds)
+    check_trackers(config.training.report_to)
+    if told := unused_gpus(device, config.training.device, torch.cuda.device_count(), peers):
+        console.print(told, markup=False)
     corpus, examples, held_out, sets = load_data(config)
     evaluator = HeldOutEvaluator(held_out, corpus, config, peers) if held_out else None
     digests = {
@@ -134,7 +130,7 @@ def _run(
     if peers is not None:
         resumed = checkpoint and checkpoint.name
         run = {"configuration": config.model_dump(mode="json"), "data": digests, "checkpoint to resume": resumed}
-        _check_same(peers, "the same run", run)
+        check_same_run(peers, "the same run", run)
     if checkpoint is not None:
         check_same_data(output, digests)
         if message := ended(checkpoint, config, len(examples) - left_out(output), evaluated=evaluator is not None):
@@ -150,9 +146,9 @@ def _run(
             verify(initial)
         read = config if initial is None else as_in(initial, config)
         template = load_template(read.models, config.text)[0]
-        trained = _measure(template, config, examples, sets, corpus, console)
-        if check is not None:
-            _ask(check, read, template, trained, corpus, device, console, peers)
+        trained = measure(template, config, examples, sets, corpus, console)
+        if any(map(asks, callbacks)):
+            _ask(callbacks, read, template, trained, corpus, device, console, peers)
         if not config.has_embseq:
             console.print("nsp.weight=0: Gen is trained alone, and no Embseq is loaded", markup=False)
         torch.manual_seed(config.training.seed)
@@ -168,37 +164,52 @@ def _run(
         console.print(f"resuming from {checkpoint}", markup=False)
         for name, (before, now) in changed.items():
             console.print(f"{name} was {before}, and is {now} from here on", markup=False)
-        trained = _measure(model.template, config, examples, sets, corpus, console)
+        trained = measure(model.template, config, examples, sets, corpus, console)
     if peers is not None:
-        _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
+        check_same_run(peers, "the same weights", {"weights": None if sharded else digest(model)})
     if evaluator is not None and config.data.long_examples == "skip":
         evaluator.leave_out_long(model.template)
     leads = peers is None or peers.rank == 0
-    with RunLog(output, console) if leads else Silence(output) as log:
-        trainer = Trainer(
-            model,
-            config.training,
-            trained.examples,
-            corpus,
-            output,
-            lengths=trained.lengths,
-            mixture=trained.mixture,
-            negatives=config.data.negatives,
-            peers=peers,
-            device=device,
-            evaluate=_observed(evaluator, observe),
-            on_metrics=log.metrics,
-            on_warning=log.warning,
-            on_notice=functools.partial(console.print, markup=False),
-        )
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
+    told = Together(callbacks)
+    if leads:
+        log = RunLog(output, console)
+        trackers = [TRACKERS[name](log.warning) for name in config.training.report_to]
+        told = Together([log, *trackers, *callbacks])
+    trainer = Trainer(
+        model,
+        config.training,
+        trained.examples,
+        corpus,
+        output,
+        lengths=trained.lengths,
+        mixture=trained.mixture,
+        negatives=config.data.negatives,
+        peers=peers,
+        device=device,
+        evaluate=_observed(evaluator, told),
+        on_metrics=told.metrics if leads else _nothing,
+        on_warning=told.warning if leads else _nothing,
+        on_notice=functools.partial(console.print, markup=False),
+        on_saved=told.saved,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    if leads:
+        _write_description(output, config, digests, trained.left_out)
+    trainer.replay(records_until(trainer.step, output / "metrics.jsonl"))
+    with contextlib.ExitStack() as stack:
         if leads:
-            _write_description(output, config, digests, trained.left_out)
-        trainer.replay(log.start(trainer.step, trainer.total_steps))
-        if changed:
-            log.metrics(Changed(trainer.step, changed))
+            with _reporting(peers, "callbacks"):
+                stack.enter_context(told.running(config, trainer.step, trainer.total_steps))
+            if changed:
+                told.metrics(Changed(trainer.step, changed))
+        if peers is not None:
+            peers.meet("callbacks")
         return trainer.train()
+
+
+def _nothing(told: object) -> None:
+    """What ranks that do not lead do with what the trainer tells."""
 
 
 def _new_model(config: RunConfig, initial: Path | None, device: torch.device) -> CoSupervisionModel:
@@ -221,17 +232,6 @@ class Data(NamedTuple):
     """Of each training example, the number of its set in `data.train`."""
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """The examples that are trained on, measured."""
-
-    examples: list[Example]
-    lengths: list[int]
-    mixture: Mixture | None
-    left_out: int
-    """Examples that were too long."""
-
-
 def load_data(config: RunConfig) -> Data:
     """The corpus by id, its texts left on disk; the training examples and the held-out examples.
 
@@ -245,7 +245,7 @@ def load_data(config: RunConfig) -> Data:
     def load(names: list[str], limit: int | None, seed: int) -> tuple[list[Example], list[int]]:
         loaded, sets = [], []
         for number, name in enumerate(names):
-            found = load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
+            found = _examples(name, names, data, corpus)
             loaded += found
             sets += [number] * len(found)
         if limit is not None and limit < len(loaded):
@@ -268,8 +268,20 @@ def load_data(config: RunConfig) -> Data:
     return Data(corpus, examples, held_out, sets)
 
 
+def _examples(name: str, names: list[str], data: DataConfig, corpus: Mapping[str, Passage]) -> list[Example]:
+    """The examples of one of several sets; the default ones are explained where they do not belong to the corpus."""
+    try:
+        return load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
+    except DataError as error:
+        default = DataConfig()
+        if data.corpus == default.corpus or names != default.dev:
+            raise
+        told = f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}"
+        raise DataError(f"{told}: name held-out examples of your own, or data.dev=[] for none ({error})") from None
+
+
 def _ask(
-    check: Check,
+    callbacks: Sequence[Callback],
     config: RunConfig,
     template: Template,
     trained: TrainingSet,
@@ -278,7 +290,7 @@ def _ask(
     console: Console,
     peers: Peers | None,
 ) -> None:
-    """Shows a check the first steps, on rank 0; what it refuses, all ranks do."""
+    """Shows the first steps to callbacks, on rank 0; what one refuses, all ranks do."""
     training, ranks = config.training, 1 if peers is None else peers.size
     steps = StepSampler(
         trained.lengths,
@@ -302,8 +314,9 @@ def _ask(
                 )
                 for step in range(min(3, steps.steps_per_epoch))
             ]
-            if told := check(config, batches, ranks, device):
-                console.print(told, markup=False)
+            for callback in callbacks:
+                if told := callback.check(config, batches, ranks, device):
+                    console.print(told, markup=False)
     if peers is not None:
         peers.meet("check")
 
@@ -337,29 +350,28 @@ def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
 
 
 def _observed(
-    evaluator: HeldOutEvaluator | None, observe: Observe | None
+    evaluator: HeldOutEvaluator | None, callback: Callback
 ) -> Callable[[CoSupervisionModel, int], HeldOut] | None:
-    """An evaluation that shows the model to `observe`, too."""
-    if evaluator is None or observe is None:
-        return evaluator
+    """An evaluation that shows the model to a callback, too."""
+    if evaluator is None:
+        return None
 
     def evaluate(model: CoSupervisionModel, step: int) -> HeldOut:
         found = evaluator(model, step)
-        observe(model, step)
+        callback.evaluated(model, step)
         return found
 
     return evaluate
 
 
-def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
-    """Refuses ranks that would train something else; none of them has written anything yet."""
-    for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
-        for name, value in note.items():
-            if other[name] != value:
-                raise ValueError(
-                    f"rank {rank} has another {name} than rank {peers.names[peers.rank]} "
-                    f"({str(other[name])[:60]} there, {str(value)[:60]} here): start all ranks with the same files"
-                )
+def unused_gpus(device: torch.device, requested: str, visible: int, peers: Peers | None) -> str:
+    """A hint where one process trains on one of several GPUs that nobody chose; else nothing."""
+    if peers is not None or device.type != "cuda" or requested not in ("auto", "cuda") or visible < 2:
+        return ""
+    return (
+        f"{visible} GPUs are visible, and one of them is used: torchrun --nproc-per-node {visible} -m cosup_fast train "
+        "... shares every step among all"
+    )
 
 
 def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:
@@ -403,43 +415,3 @@ def _write_description(output: Path, config: RunConfig, digests: dict[str, str],
             file.write(dump_config(config))
     except OSError as error:
         raise ConfigError(f"output={config.output!r} cannot be written: {error}") from None
-
-
-def _measure(
-    template: Template,
-    config: RunConfig,
-    examples: Sequence[Example],
-    sets: Sequence[int],
-    corpus: Mapping[str, Passage],
-    console: Console,
-) -> TrainingSet:
-    """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""
-    too_long: list[str] | None = [] if config.data.long_examples == "skip" else None
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-
-        def track(examples: Sequence[Example]) -> Iterable[Example]:
-            return progress.track(examples, description="checking lengths")
-
-        lengths = example_lengths(
-            examples,
-            corpus,
-            template,
-            config.training.pack_limits,
-            track=track,
-            ntp=config.ntp.weight > 0,
-            retrieval=config.has_embseq,
-            negatives=config.data.negatives,
-            too_long=too_long,
-        )
-    kept = [i for i, length in enumerate(lengths) if length]
-    mixture = None
-    if config.data.weights is not None:
-        mixture = Mixture([sets[i] for i in kept], config.data.weights)
-        shares = (f"{draws} of {name}" for draws, name in zip(mixture.draws, config.data.train, strict=True))
-        console.print(f"an epoch: {', '.join(shares)}", markup=False)
-    if too_long:
-        console.print(
-            f"left out {len(too_long)} of {len(examples)} training examples, which are too long: {too_long[0]}",
-            markup=False,
-        )
-    return TrainingSet([examples[i] for i in kept], [lengths[i] for i in kept], mixture, len(examples) - len(kept))

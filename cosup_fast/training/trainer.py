@@ -47,6 +47,7 @@ from cosup_fast.training.refusal import are_finite, ntp_of_each, write_refusal
 from cosup_fast.training.schedule import Schedule
 from cosup_fast.training.sharding import agree_on_norms, reshard, shard
 from cosup_fast.training.step import accumulate_gradients
+from cosup_fast.training.utilization import Utilization, peak_tflops
 
 
 class TrainingError(CosupError, ValueError):
@@ -73,6 +74,7 @@ class Trainer:
         on_metrics: called with every `StepMetrics`, `Skipped`, `Diagnosis` and `HeldOut`.
         on_warning: called with every message of the failure monitor.
         on_notice: called with what the first Ctrl-C does, when it is pressed, and with why a run ends early.
+        on_saved: called on rank 0 with every checkpoint, once it is whole.
 
     Raises:
         ValueError: what `example_lengths` refuses.
@@ -95,6 +97,7 @@ class Trainer:
         on_metrics: Callable[[Metrics], None] = lambda metrics: None,
         on_warning: Callable[[str], None] = lambda message: None,
         on_notice: Callable[[str], None] = lambda message: None,
+        on_saved: Callable[[Path], None] = lambda checkpoint: None,
     ):
         self.model = model
         self.config = config
@@ -103,7 +106,7 @@ class Trainer:
         self.output = output
         self.peers = peers
         self.rank, self.ranks = (0, 1) if peers is None else (peers.rank, peers.size)
-        self.writer = CheckpointWriter(output / "checkpoints", config.keep_checkpoints, peers)
+        self.writer = CheckpointWriter(output / "checkpoints", config.keep_checkpoints, peers, on_saved)
         self.evaluate = evaluate
         self.on_metrics = on_metrics
         self.on_warning = on_warning
@@ -135,6 +138,8 @@ class Trainer:
         self.negatives = negatives
         self._next: tuple[int, CoSupervisionBatch] | None = None
         device = model.device if device is None else device
+        half = config.precision == "bfloat16" or model.gen.dtype.itemsize == 2
+        self.utilization = Utilization(model, peak_tflops(config.peak_tflops, device, half=half))
         model.criterion.nsp.key_grad = config.key_grad
         model.enable_activation_checkpointing(config.activation_checkpointing)
         if config.compile:
@@ -321,7 +326,7 @@ class Trainer:
         # The device is still busy with this step; what follows waits for it.
         self._next = (self.step + 1, self.batch(self.step + 1)) if self.step + 1 < self.total_steps else None
         reduce_gradients(model, self.peers)
-        loss, ntp, nsp, hits, ranks, computed, *peaks = self._totals(batch, out)
+        loss, ntp, nsp, hits, ranks, computed, flop, *peaks = self._totals(batch, out)
         gen_norm, embseq_norm, total_norm = clip_gradients(model, config.clip, self.peers)
         watched = ntp if model.ntp.weight else None, nsp if batch.step.nsp and self.contrasts else None
         problems = list(self.guard.refuse(*watched))
@@ -340,6 +345,7 @@ class Trainer:
         self.guard.accept(*watched)
         self.step += 1
         self._skipped = 0
+        seconds = time.perf_counter() - start
         return StepMetrics(
             step=self.step,
             epoch=self.step / self.schedule.steps_per_epoch,
@@ -353,19 +359,21 @@ class Trainer:
             embseq_grad_norm=embseq_norm,
             lr=lr,
             nsp_weight=weight,
-            tokens_per_second=batch.step.tokens / (time.perf_counter() - start),
+            tokens_per_second=batch.step.tokens / seconds,
             useful_tokens=batch.step.tokens / computed,
             peak_memory_gib=max(peaks),
+            mfu=self.utilization.share(flop, seconds, self.ranks),
         )
 
     def _totals(self, batch: CoSupervisionBatch, out: CoSupervisionOutput) -> list[float]:
-        """Losses, hits, ranks and computed tokens, summed over ranks, and the peak memory of each in GiB."""
+        """Losses, hits, ranks, computed tokens and FLOP, summed over ranks, and the peak memory of each in GiB."""
         hits, places = out.loss.new_zeros(()), out.loss.new_zeros(())
         if out.stats is not None:
             hits, places = (out.stats.rank == 0).sum(), (out.stats.rank + 1).sum()
         peaks = [0.0] * self.ranks
         peaks[self.rank] = peak_memory(self.model.device) / 2**30
-        known = torch.tensor([sum(len(pack.input_ids) for pack in batch.packs), *peaks], dtype=torch.float64)
+        counts = [sum(len(pack.input_ids) for pack in batch.packs), self.utilization.flop(batch), *peaks]
+        known = torch.tensor(counts, dtype=torch.float64)
         found = torch.stack([x.double() for x in (out.loss, out.ntp, out.nsp, hits, places)])
         figures = torch.cat([found, known.to(found.device)])
         return (figures if self.peers is None else self.peers.sum_(figures)).tolist()

@@ -18,6 +18,7 @@ from cosup_fast.plan import fits
 from cosup_fast.plan.configs import model_config
 from cosup_fast.plan.planner import PlanError
 from cosup_fast.plan.request import PlanRequest
+from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.run import run_training
 
 
@@ -63,13 +64,14 @@ def test_what_fits_is_told(cosup, overrides, monkeypatch):
 def test_a_run_from_python_is_checked_by_what_it_is_given(config, tmp_path):
     asked = []
 
-    def check(config, batches, ranks, device):
-        asked.append((len(batches), ranks, device))
-        raise ValueError("not today")
+    class Refuses(Callback):
+        def check(self, config, batches, ranks, device):
+            asked.append((len(batches), ranks, device))
+            raise ValueError("not today")
 
     quiet = Console(file=io.StringIO())
     with pytest.raises(ValueError, match="not today"):
-        run_training(config, check=check, console=quiet)
+        run_training(config, callbacks=[Refuses()], console=quiet)
     assert asked == [(1, 1, torch.device("cpu"))]
     assert not (tmp_path / "run").exists()
     assert run_training(config, console=quiet).name == "step-000001"

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from cosup_fast.config import load_config
+from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.checkpoint import checkpoints, verify
 
 STEPS = 14
 
 
-def train(overrides: list[str], rank: int, ranks: int, port: int, check: Any = None) -> None:
+def train(overrides: list[str], rank: int, ranks: int, port: int, callbacks: Any = ()) -> None:
     """One process of a run, started or continued."""
     torch.set_num_threads(1)
     if ranks > 1:
@@ -35,7 +36,7 @@ def train(overrides: list[str], rank: int, ranks: int, port: int, check: Any = N
 
     config = load_config(None, overrides)
     try:
-        run_training(config, resume=True, check=check, console=Console(quiet=True))
+        run_training(config, resume=True, callbacks=callbacks, console=Console(quiet=True))
     except Exception as error:
         Path(f"{config.output}.error-{rank}").write_text(f"{type(error).__name__}: {error}")
         raise
@@ -47,11 +48,11 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "cosup_fast.training.run"])
 
-    def start(overrides, ranks, check=None):
+    def start(overrides, ranks, callbacks=()):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        made = [context.Process(target=train, args=(overrides, rank, ranks, port, check)) for rank in range(ranks)]
+        made = [context.Process(target=train, args=(overrides, rank, ranks, port, callbacks)) for rank in range(ranks)]
         for process in made:
             process.start()
         return made
@@ -218,12 +219,13 @@ def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tm
     assert "model_type is llama there and mistral here" in said
 
 
-def refuse(config, batches, ranks, device):
-    raise ValueError(f"{len(batches)} steps of {ranks} ranks do not fit")
+class Refuses(Callback):
+    def check(self, config, batches, ranks, device):
+        raise ValueError(f"{len(batches)} steps of {ranks} ranks do not fit")
 
 
 def test_what_rank_0_is_told_before_the_run_ends_all_ranks(start, overrides, tmp_path):
-    processes = start(overrides("refused"), 2, refuse)
+    processes = start(overrides("refused"), 2, [Refuses()])
     assert not finished(processes, 60)
     assert [process.exitcode for process in processes] == [1, 1]
     said = [(tmp_path / f"refused.error-{rank}").read_text() for rank in (0, 1)]

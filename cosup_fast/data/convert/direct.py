@@ -33,8 +33,8 @@ FORMS: dict[str, Callable[..., Any]] = {
 
 def form_of(spec: str) -> str | None:
     """The form that a source names, if it names one."""
-    form = spec.partition(":")[0]
-    return form if form in FORMS else None
+    form, separator, _ = spec.partition(":")
+    return form if separator and form in FORMS else None
 
 
 def converted(spec: str, kind: str, home: Path) -> Path:
