@@ -29,7 +29,7 @@ Checkpoint = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 IndexName = Annotated[
     str | None,
-    typer.Option(help="the index: a folder, or milvus:URI[#COLLECTION]; default: index/ beside the checkpoint"),
+    typer.Option(help="the index: a folder, or milvus:URI#COLLECTION; default: index/ beside the checkpoint"),
 ]
 Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
 

@@ -24,7 +24,7 @@ class EvaluateOptions(BaseModel):
     system: str = Field(default="co-supervised", description=f"what answers: {forms()}")
     index: str | None = Field(
         default=None,
-        description="the index, a folder or milvus:URI[#COLLECTION]; default: index/ beside what retrieves",
+        description="the index, a folder or milvus:URI#COLLECTION; default: index/ beside what retrieves",
     )
     corpus: str | None = Field(
         default=None, description="passages to search or hand over; default: those of the index, or the run's"

@@ -16,7 +16,7 @@ index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the
 Corpus = Annotated[str, typer.Option(help="the passages: a JSONL file, a prepared name, or hf:owner/name[:split]")]
 Index = Annotated[
     str,
-    typer.Argument(help="an index, a run's folder for the one in it, or milvus:URI[#COLLECTION]", show_default=False),
+    typer.Argument(help="an index, a run's folder for the one in it, or milvus:URI#COLLECTION", show_default=False),
 ]
 BatchTokens = Annotated[
     int | None, typer.Option(min=1, help="most tokens of a batch; default: 4096 on a CPU, 16384 on a GPU")
@@ -39,7 +39,7 @@ def index_build(
     corpus: Corpus = "wiki-leads",
     output: Annotated[Path | None, typer.Option(help="folder to write; default: index/ beside the checkpoint")] = None,
     store: Annotated[
-        str | None, typer.Option(help="write into Milvus instead of a folder: milvus:URI[#COLLECTION]")
+        str | None, typer.Option(help="write into Milvus instead of a folder: milvus:URI#COLLECTION")
     ] = None,
     factory: Annotated[
         str | None,
