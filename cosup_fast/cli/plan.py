@@ -9,9 +9,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from cosup_fast.cli.common import err, interruptible, out, run_config, say
+from cosup_fast.terminal import FigureTable
 
 if TYPE_CHECKING:
     from cosup_fast.data.packing import PackLimits
@@ -129,16 +130,16 @@ def plan(
 
 def show(made: MemoryPlan, title: str) -> None:
     """Prints a plan."""
-    table = Table("GiB on each GPU", "", title=title, title_justify="left")
+    table = FigureTable("", "GiB on each GPU", title=title, title_justify="left")
     for kind, size in sorted(made.breakdown_gib.items(), key=lambda item: -item[1]):
-        table.add_row(f"{size:.2f}", kind)
+        table.add_row(kind, f"{size:.2f}")
     table.add_section()
     how = "every layer simulated" if made.exact else "simulated with a few layers, the others in a straight line"
-    table.add_row(f"[bold]{made.peak_gib:.2f}[/]", f"peak, in the {made.phase} ({how})")
+    table.add_row(f"peak, in the {made.phase} ({how})", Text(f"{made.peak_gib:.2f}", style="bold"))
     table.add_row(
-        f"{made.margin_gib:.2f}", "margin for what is not simulated: CUDA context, NCCL, cuBLAS, fragmentation"
+        "margin for what is not simulated: CUDA context, NCCL, cuBLAS, fragmentation", f"{made.margin_gib:.2f}"
     )
-    table.add_row(f"{made.gpu_memory_gib:.2f}", "memory")
+    table.add_row("memory", f"{made.gpu_memory_gib:.2f}")
     out.print(table)
     verdict = "fits" if made.fits else "does NOT fit"
     say(f"{verdict}: {made.peak_gib + made.margin_gib:.1f} of {made.gpu_memory_gib:g} GiB with the margin")
@@ -159,9 +160,11 @@ def show_traffic(request: PlanRequest, traffic: list[Traffic], cluster: Cluster)
     from cosup_fast.plan.scaling import keys_for_memory, keys_for_share, keys_of_step
 
     links = f"{cluster.node_gb_s:g} GB/s within a node, {cluster.network_gb_s:g} between nodes"
-    table = Table("GB a GPU sends", "seconds", "collective", "ranks", "of", title=links, title_justify="left")
+    table = FigureTable(
+        "collective", "of", "GB a GPU sends", "seconds", "ranks", names=2, title=links, title_justify="left"
+    )
     for one in traffic:
-        table.add_row(f"{one.gigabytes:.3g}", f"{one.seconds:.2g}", one.collective, str(one.ranks), one.what)
+        table.add_row(one.collective, one.what, f"{one.gigabytes:.3g}", f"{one.seconds:.2g}", str(one.ranks))
     out.print(table)
     say("a model's prediction, not measured: links at their full rate, nothing hidden behind computation")
     if traffic and request.has_embseq:
