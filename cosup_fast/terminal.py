@@ -34,6 +34,14 @@ class SafeConsole(Console):
                 yield Segment(visible(segment.text), segment.style)
 
 
+def word_table(*headers: str, **options: Any) -> Table:
+    """A table of words alone, which wrap where they have no room: nothing is cut."""
+    table = Table(**options)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
 NAME_WIDTH = 16
 
 
@@ -60,13 +68,20 @@ class FigureTable(Table):
         if self._needed() <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
+        if self.title:
+            yield Text(str(self.title), style="italic")
         for cells in zip(*(column.cells for column in self.columns), strict=True):
             first, *rest = (str(cell) for cell in cells)
             yield Text.from_markup(" ".join(first.split("\n")), style="bold")
             for column, cell in zip(self.columns[1:], rest, strict=True):
                 if cell.strip():
                     title = Text.from_markup(f"  {column.header}  ", style="dim")
-                    yield title.append_text(Text.from_markup("  ".join(cell.split("\n"))))
+                    value = Text.from_markup("  ".join(cell.split("\n")))
+                    if title.cell_len + value.cell_len <= options.max_width:
+                        yield title.append_text(value)
+                    else:  # wrapped at its spaces, an interval would be torn apart
+                        yield title
+                        yield from (Text.from_markup(f"    {line}") for line in cell.split("\n"))
         if self.caption:
             yield Text(str(self.caption), style="italic")
 

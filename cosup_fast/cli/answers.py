@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cosup_fast.data.records import DataError, String, Text
-from cosup_fast.files import open_new
+from cosup_fast.files import naming, open_new
 from cosup_fast.generation.answer import Answer
 from cosup_fast.generation.generator import Generator
 from cosup_fast.generation.request import Request
@@ -63,7 +63,8 @@ def read_questions(arguments: Sequence[str], files: Sequence[str]) -> list[Quest
             except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(f"{where}: expected one JSON object, found {line[:60]!r} ({error})") from None
     if not questions:
-        raise ValueError("no question was given: name one or more, or a file with --file")
+        empty = f": {', '.join(files)} holds none" if files else ""
+        raise ValueError(f"no question was given{empty}: name one or more, or a file with --file")
     return questions
 
 
@@ -93,6 +94,7 @@ def answer_questions(
         file: TextIO | None = None
         if partial is not None:
             partial.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(naming(partial))
             file = stack.enter_context(open_new(partial))
         shown = _Lines(questions, file or sys.stdout) if lines else _Shown(questions, out)
         progress = stack.enter_context(_progress(err, disable=not lines or (as_json and out.is_terminal)))

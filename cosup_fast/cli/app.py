@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -119,6 +120,9 @@ def run() -> None:
     Ctrl-C and SIGTERM end any command alike, with status 130.
     """
     hush()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding that lacks a character ends no finished work
+            stream.reconfigure(errors="backslashreplace")
     try:
         with terminable():
             app()
@@ -139,9 +143,9 @@ def _line(error: Exception) -> str:
     if isinstance(error, ValueError | ImportError | PeerError):
         return message_of(error)
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
-            return f"{error}: free some space, or write to another disk"
-        return str(error)
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+        return f"{what}: free some space, or write to another disk" if full else what
     text = str(error).strip().split("\n")[0]
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return (

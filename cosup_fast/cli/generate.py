@@ -66,8 +66,12 @@ def generate(
     )
     if top_p is not None and config.temperature == 0:
         raise ValueError(f"--top-p {top_p} samples, and --temperature 0 does not: give a temperature above 0")
+    if index is not None and not config.max_retrievals:
+        raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
     if output is not None:
         check_regular(output)
+        if output.resolve() in [Path(name).resolve() for name in file or () if name != "-"]:
+            raise ValueError(f"--output {output} is one of --file, whose questions would be lost: name another file")
     with held(output, "generate") if output is not None else nullcontext():
         model = load_model(checkpoint, device)
         folder = index or checkpoint / "index"

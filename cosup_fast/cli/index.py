@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 
 from cosup_fast.cli.common import Checkpoint, Device, Stale, interruptible, load_model, out, say, say_once
+from cosup_fast.terminal import FigureTable, word_table
 
 index_app = typer.Typer(no_args_is_help=True, help="Build, change and search the nonparametric index.")
 
@@ -114,12 +114,16 @@ def index_delete(
 
     wanted = list(ids or [])
     if ids_file is not None:
-        wanted += [line for line in ids_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        wanted += _ids(ids_file)
     if not wanted:
-        raise ValueError("name the ids to delete, or a file of them with --ids-file")
+        empty = "" if ids_file is None else f", --ids-file {ids_file} holds none"
+        raise ValueError(f"name the ids to delete, or a file of them with --ids-file{empty}")
     loaded = SequenceIndex.open(_index(index), verify=False)
     before = len(loaded)
-    loaded.delete(wanted)
+    try:
+        loaded.delete(wanted)
+    except ValueError as error:
+        raise ValueError(f"{error}" if ids_file is None else f"--ids-file {ids_file}: {error}") from None
     say(f"deleted {before - len(loaded)} passages: {loaded.folder} ({len(loaded)} passages)")
 
 
@@ -144,9 +148,9 @@ def index_search(
         allow_stale=allow_stale,
         engine=engine,  # type: ignore[arg-type]  # it says which there are
     )
-    table = Table("score", "id", "title", "text")
+    table = FigureTable("id", "title", "text", "score", names=3)
     for passage, score in loaded.retrieve(Generator(model, loaded).query(question), k):
-        table.add_row(f"{score:.3f}", escape(passage.id), escape(passage.title), escape(passage.text[:160]))
+        table.add_row(passage.id, passage.title, passage.text[:160], f"{score:.3f}")
     out.print(table)
 
 
@@ -163,7 +167,7 @@ def index_info(
     loaded = SequenceIndex.open(folder, verify=verify)
     stamp = Stamp.read(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    table = Table(show_header=False)
+    table = word_table("", "", show_header=False)
     rows = {
         "folder": str(folder),
         "passages": f"{len(loaded):,}",
@@ -185,6 +189,17 @@ def index_info(
         if unfinished.is_dir():
             table.add_row("unfinished", escape(f"{unfinished}: the same command continues it"))
     out.print(table)
+
+
+def _ids(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"--ids-file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--ids-file {path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _index(folder: Path) -> Path:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from cosup_fast.cli.common import err, interruptible, out, run_config, say
+from cosup_fast.terminal import FigureTable
 
 if TYPE_CHECKING:
     from cosup_fast.data.packing import PackLimits
     from cosup_fast.plan.planner import MemoryPlan
+    from cosup_fast.plan.request import PlanRequest
+    from cosup_fast.plan.scaling import Cluster, Traffic
 
 
 def plan(
@@ -23,7 +27,19 @@ def plan(
         typer.Argument(metavar="[CONFIG.yaml] [section.field=value]...", help="a configuration and overrides"),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="a known run, which overrides may change")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs, one process each; default: 1, or the preset's")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each node, one process each; default: 1, or the preset's")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes; also reports what travels in a step")] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="hybrid sharding: whole copies of the weights, each shared out over its ranks")
+    ] = 1,
+    nvlink: Annotated[
+        float, typer.Option(min=1, help="with --nodes: GB/s that a GPU sends to others of its node")
+    ] = 300.0,
+    network: Annotated[
+        float, typer.Option(min=0.1, help="with --nodes: GB/s of each GPU's link to other nodes")
+    ] = 25.0,
     gpu_memory: Annotated[
         float | None, typer.Option(min=1, help="GiB of each GPU; default: 80, or the preset's")
     ] = None,
@@ -58,6 +74,7 @@ def plan(
     from cosup_fast.plan.planner import make_plan
     from cosup_fast.plan.presets import PRESETS
     from cosup_fast.plan.request import PlanRequest
+    from cosup_fast.plan.scaling import Cluster, step_traffic
     from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
 
     given = arguments or []
@@ -67,7 +84,8 @@ def plan(
             raise ValueError(f"--preset {preset}: there is no such preset, only {', '.join(PRESETS)}")
         known = PRESETS[preset]
         given = [f"{name}={json.dumps(value)}" for name, value in known.settings.items()] + given
-    gpus = gpus or (known.gpus if known else 1)
+    per_node = gpus or (known.gpus if known else 1)
+    gpus = per_node * (nodes or 1)
     gpu_memory = gpu_memory or (known.gpu_memory_gib if known else 80.0)
     config = inherit(run_config(given))
     if config.model.init_from is not None:
@@ -81,6 +99,7 @@ def plan(
     request = PlanRequest.of(
         config,
         gpus=gpus,
+        replicas=replicas,
         gen_sequences=gen[0],
         gen_length=gen[1],
         gen_packs=packs,
@@ -95,27 +114,32 @@ def plan(
         )
     with interruptible("no plan was made"), err.status("simulating a step"):
         made = make_plan(request, gpu_memory, quick=quick)
+    cluster = None if nodes is None else Cluster(per_node, nvlink, network)
+    traffic = [] if cluster is None else step_traffic(request, cluster)
     if as_json:
-        print(json.dumps(made.to_json()))
+        print(json.dumps(made.to_json() | ({} if nodes is None else {"traffic": [asdict(one) for one in traffic]})))
     else:
         title = f"{_words(gen)} tokens of Gen, {_words(embseq)} of Embseq, {packs} of each a step"
-        show(made, f"{title}; {gpus} GPUs" if gpus > 1 else title)
+        where = f"{gpus} GPUs" if replicas == 1 else f"{gpus} GPUs, {replicas} replicas"
+        show(made, f"{title}; {where}" if gpus > 1 else title)
+        if cluster is not None:
+            show_traffic(request, traffic, cluster)
     if not made.fits:
         raise typer.Exit(1)
 
 
 def show(made: MemoryPlan, title: str) -> None:
     """Prints a plan."""
-    table = Table("GiB on each GPU", "", title=title, title_justify="left")
+    table = FigureTable("", "GiB on each GPU", title=title, title_justify="left")
     for kind, size in sorted(made.breakdown_gib.items(), key=lambda item: -item[1]):
-        table.add_row(f"{size:.2f}", kind)
+        table.add_row(kind, f"{size:.2f}")
     table.add_section()
     how = "every layer simulated" if made.exact else "simulated with a few layers, the others in a straight line"
-    table.add_row(f"[bold]{made.peak_gib:.2f}[/]", f"peak, in the {made.phase} ({how})")
+    table.add_row(f"peak, in the {made.phase} ({how})", Text(f"{made.peak_gib:.2f}", style="bold"))
     table.add_row(
-        f"{made.margin_gib:.2f}", "margin for what is not simulated: CUDA context, NCCL, cuBLAS, fragmentation"
+        "margin for what is not simulated: CUDA context, NCCL, cuBLAS, fragmentation", f"{made.margin_gib:.2f}"
     )
-    table.add_row(f"{made.gpu_memory_gib:.2f}", "memory")
+    table.add_row("memory", f"{made.gpu_memory_gib:.2f}")
     out.print(table)
     verdict = "fits" if made.fits else "does NOT fit"
     say(f"{verdict}: {made.peak_gib + made.margin_gib:.1f} of {made.gpu_memory_gib:g} GiB with the margin")
@@ -129,6 +153,25 @@ def show(made: MemoryPlan, title: str) -> None:
             f"estimate, not measured: {time.seconds:.2g} s a step ({_flop(time.pflop)} at {time.utilization:.0%} of "
             f"{time.tflops_per_gpu:g} TFLOP/s on each GPU)"
         )
+
+
+def show_traffic(request: PlanRequest, traffic: list[Traffic], cluster: Cluster) -> None:
+    """Prints what travels in a step, and from how many passages on that is more."""
+    from cosup_fast.plan.scaling import keys_for_memory, keys_for_share, keys_of_step
+
+    links = f"{cluster.node_gb_s:g} GB/s within a node, {cluster.network_gb_s:g} between nodes"
+    table = FigureTable(
+        "collective", "of", "GB a GPU sends", "seconds", "ranks", names=2, title=links, title_justify="left"
+    )
+    for one in traffic:
+        table.add_row(one.collective, one.what, f"{one.gigabytes:.3g}", f"{one.seconds:.2g}", str(one.ranks))
+    out.print(table)
+    say("a model's prediction, not measured: links at their full rate, nothing hidden behind computation")
+    if traffic and request.has_embseq:
+        one, ten = keys_for_share(request, 0.01), keys_for_share(request, 0.1)
+        say(f"embeddings of {keys_of_step(request):,} passages; with gradients they send 1% of what weights and their")
+        say(f"  gradients send at {one:,} passages, 10% at {ten:,}; gathered on every GPU they take 8 GiB at")
+        say(f"  {keys_for_memory(request, 8):,}: beyond that they would have to go round in a ring")
 
 
 def _default_pack(sequences: int, length: int, limits: PackLimits) -> tuple[int, int]:

@@ -84,6 +84,8 @@ def serve(
         ret_first=ret_first,
         ctx_truncate=ctx_truncate,
     )
+    if index is not None and not generation.max_retrievals:
+        raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listening = listen(config)  # before the model is loaded: a port that is taken is said at once
     model = load_model(checkpoint, device)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class GenerationConfig(BaseModel):
     """How Gen writes, and how often it may retrieve."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_new_tokens: int = Field(
         default=256, ge=1, description="most tokens that Gen chooses; inserted passages do not count"
@@ -26,9 +26,7 @@ class GenerationConfig(BaseModel):
     candidates: int = Field(
         default=5, ge=1, description="passages reported for each retrieval; only the best is inserted"
     )
-    temperature: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="logits are divided by it; 0 takes the likeliest token"
-    )
+    temperature: float = Field(default=0.0, ge=0, description="logits are divided by it; 0 takes the likeliest token")
     top_p: float = Field(
         default=1.0,
         gt=0,

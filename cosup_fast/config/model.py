@@ -13,7 +13,7 @@ Recompute = Literal["none", "full", "selective"]
 class LoRAConfig(BaseModel):
     """Adapters of one model; rank 0 is none, and all of its weights are trained."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(
         default=0, ge=0, description="rank of the adapters A and B; 0: no adapters, all weights are trained"
@@ -33,7 +33,7 @@ class LoRAConfig(BaseModel):
 class ModelConfig(BaseModel):
     """Which two models, and how much of them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     init_from: str | None = Field(
         default=None,
@@ -94,12 +94,11 @@ class ModelConfig(BaseModel):
 class NTPConfig(BaseModel):
     """The next-token-prediction loss: its weight in the sum."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     weight: float = Field(
         default=1.0,
         ge=0,
-        allow_inf_nan=False,
         description="0: NSP alone, and Gen learns to ask, not to write; no logits are formed",
     )
 
@@ -107,21 +106,19 @@ class NTPConfig(BaseModel):
 class NSPConfig(BaseModel):
     """The next-sequence-prediction loss: its weight in the sum and the geometry of its space."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     weight: float = Field(
         default=1.0,
         ge=0,
-        allow_inf_nan=False,
         description="lambda: loss = ntp.weight * NTP + lambda * NSP; 0: NTP alone, and no Embseq is loaded",
     )
     initial_weight: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="lambda at the first step, which then moves to weight"
+        default=None, ge=0, description="lambda at the first step, which then moves to weight"
     )
     ramp: float | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
         description="steps in which lambda moves from initial_weight to weight, in a straight line: below 1 a share of "
         "all, from 1 on their number",
     )
@@ -134,6 +131,15 @@ class NSPConfig(BaseModel):
     )
     symmetric: bool = Field(default=False, description="also contrast passages against queries")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _temperature_can_be_learnt(self) -> Self:
+        if self.learnable_temperature and self.temperature < 0.01:
+            raise ValueError(
+                f"nsp.temperature={self.temperature} with nsp.learnable_temperature=true: one that is learnt stays at "
+                "0.01 or above, as in CLIP; start there, or fix it with nsp.learnable_temperature=false"
+            )
+        return self
 
     @property
     def unit(self) -> bool:

@@ -11,14 +11,14 @@ from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.template import TextConfig
 
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0)]
 
 
 class DataConfig(BaseModel):
     """What is trained on and what is held out. Each name is a prepared set, a JSONL file, `hf:owner/name:split`, or
     published data in their own form, such as `tevatron:train.jsonl` (docs/data.md)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     corpus: str = Field(default="wiki-leads", description="the passages")
     checksum: bool = Field(
@@ -69,7 +69,7 @@ class DataConfig(BaseModel):
 class Sections(BaseModel):
     """Everything that decides a run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     output: str = Field(
         default="runs/cosup", description="folder for checkpoints, metrics, plots and this configuration"

@@ -21,7 +21,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 class TrainingConfig(BaseModel):
     """The optimisation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int = Field(default=3, ge=1, description="passes over the training set, unless steps is given")
     steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")
@@ -42,19 +42,17 @@ class TrainingConfig(BaseModel):
     lr: float = Field(
         default=2e-5,
         gt=0,
-        allow_inf_nan=False,
         description="learning rate of Gen and, unless they have their own, of Embseq and of the temperature",
     )
     embseq_lr: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="learning rate of Embseq and its projection; null: lr"
+        default=None, gt=0, description="learning rate of Embseq and its projection; null: lr"
     )
     temperature_lr: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="learning rate of a learnable temperature; null: lr"
+        default=None, gt=0, description="learning rate of a learnable temperature; null: lr"
     )
     warmup: float = Field(
         default=0.03,
         ge=0,
-        allow_inf_nan=False,
         description="steps with a rising learning rate: below 1 a share of all, from 1 on their number",
     )
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -114,7 +114,7 @@ class Example(_Record):
             for answer in self.answers:
                 try:
                     re.compile(answer)
-                except re.error as error:
+                except (re.error, RecursionError, OverflowError) as error:
                     raise PydanticCustomError(
                         "regex",
                         "expected a regular expression, found {value}: {reason}",

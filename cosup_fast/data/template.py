@@ -60,9 +60,15 @@ class TextConfig(BaseModel):
     def _template_fields(cls, value: str, info: ValidationInfo) -> str:
         wanted = {"prompt": {"instruction", "question"}, "passage": {"title", "text"}}[str(info.field_name)]
         try:
-            fields = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
+            parsed = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(value)]
+            fields = {name for name, _, _ in parsed if name is not None}
         except ValueError as error:
             raise ValueError(f"text.{info.field_name}={value!r} is not a template: {error}") from None
+        if any(form or conversion for _, form, conversion in parsed):
+            raise ValueError(
+                f"text.{info.field_name}={value!r} says how wide a field is or how it is converted: fields stand as "
+                f"they are, such as {{{min(wanted)}}}"
+            )
         main = "question" if "question" in wanted else "text"
         if not fields <= wanted or main not in fields:
             raise ValueError(

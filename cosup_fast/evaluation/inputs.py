@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosup_fast.data.records import DataError, Example, Passage, nearest, validate
+from cosup_fast.data.records import DataError, Example, Passage, nearest, parse_object, validate
 from cosup_fast.data.sources import load_examples
 from cosup_fast.evaluation.metrics import page_of
 
@@ -114,8 +114,8 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
+        row = parse_object(where, line)
         try:
-            row = json.loads(line)
             outputs = row.get("output") or []
             pages = [[_page(source) for source in output.get("provenance") or []] for output in outputs]
             found = {

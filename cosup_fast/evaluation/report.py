@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from cosup_fast.evaluation.inputs import IN_DOMAIN, OUT_OF_DOMAIN
 from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.scoring import Titles
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, Suite
-from cosup_fast.files import replace_file
+from cosup_fast.files import read_object, replace_file
 from cosup_fast.generation import Answer
 from cosup_fast.terminal import FigureTable
 
@@ -192,19 +191,26 @@ class Report(_Part):
         path = Path(path)
         path = path / REPORT if path.is_dir() else path
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_object(path, ["format", "format_version", "settings"])
             if data["format"] != FORMAT or data["format_version"] not in READABLE:
                 raise ValueError(
                     f"format {data['format']!r} version {data['format_version']!r}, this release reads {FORMAT_VERSION}"
                 )
             if missing := {"system", "checkpoint", "generation", "judge", "fluency"} - set(data["settings"]):
                 raise ValueError(f"its settings lack {', '.join(sorted(missing))}")
-            return cls.model_validate(data)
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            if not isinstance(data["settings"]["system"], str):
+                raise ValueError(f"its system is {data['settings']['system']!r:.60}")
+            found = cls.model_validate(data)
+            for record in found.questions:
+                for name, value in record.scores.items():
+                    positive = name not in METRICS or METRICS[name].unit != "geometric" or value > 0
+                    if not math.isfinite(value) or not positive:
+                        raise ValueError(f"{record.key}: {name}={value}")
+            return found
+        except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path} is not a report that can be read ({reason}): expected what `cosup-fast evaluate` wrote, such "
-                f"as RUN/evaluation/co-supervised, or its {REPORT}"
+                f"{path} is not a report that can be read ({_first_line(error)}): expected what `cosup-fast "
+                f"evaluate` wrote, such as RUN/evaluation/co-supervised, or its {REPORT}"
             ) from None
 
 
@@ -259,3 +265,10 @@ def _averages(groups: Sequence[Sequence[QuestionRecord]]) -> dict[str, Estimate]
         if values := [part for part in values if part]:
             found[name] = macro_average(values)
     return found
+
+
+def _first_line(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r:.60}"

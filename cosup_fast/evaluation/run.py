@@ -214,7 +214,26 @@ def _answers(
             asked = [questions[i] for i in open_]
             corpora = [question.test.corpus for question in asked]
             system.answer([q.example for q in asked], config, keep, corpora=corpora, batch=batch)
-        return [Answer.model_validate(journal.done[name]) for name in names]
+        return [_answer(journal, name, question) for name, question in zip(names, questions, strict=True)]
+
+
+def _answer(journal: Journal, name: str, question: Question) -> Answer:
+    """What a journal holds of a question.
+
+    Raises:
+        ValueError: it is no answer, or one with a passage that is not in the corpus.
+    """
+    try:
+        answer = Answer.model_validate(journal.done[name])
+        known = {} if question.retriever is None else question.retriever.corpus.by_id
+        for retrieval in answer.retrievals:
+            if not retrieval.candidates or (known and retrieval.best.passage not in known):
+                raise ValueError("it was given a passage that is not in the corpus")
+    except ValueError as error:
+        where = "the answer" if journal.path is None else f"{journal.path}: the answer"
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{where} to {question.key!r} cannot be used ({reason}): --overwrite starts over") from None
+    return answer
 
 
 def _asked(question: Question) -> list[Any]:
@@ -272,7 +291,10 @@ def _judged(
         for question, claim in zip(questions, claims, strict=True)
     ]
     done = _in_chunks("Judging", names, judged, path, {"judge": judge.name}, show)
-    return [[Verdict.model_validate(verdict) for verdict in verdicts] for verdicts in done]
+    try:
+        return [[Verdict.model_validate(verdict) for verdict in verdicts] for verdicts in done]
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} holds something else than verdicts: remove it, and all is judged again") from None
 
 
 def _fluent(
@@ -286,10 +308,13 @@ def _fluent(
         return [None for _ in answers]
     texts = [" ".join(segment.text.strip() for segment in answer.segments) for answer in answers]
     names = [f"{question.key} {_digest(text)}" for question, text in zip(questions, texts, strict=True)]
-    return _in_chunks(
+    nats = _in_chunks(
         "Fluency", names, lambda rows: iter(model.nats_per_token([texts[i] for i in rows])), path,
         {"model": model.name}, show,
     )  # fmt: skip
+    if not all(value is None or isinstance(value, float) for value in nats):
+        raise ValueError(f"{path} holds something else than nats per token: remove it, and all is measured again")
+    return nats
 
 
 def _in_chunks(

@@ -29,6 +29,9 @@ from cosup_fast.generation.request import Found
 K1, B = 1.2, 0.75
 """Of BM25: how fast repetitions of a word saturate, and how much long passages are discounted."""
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+"""Ends of the names of files that are pickles, or may be."""
+
 _SCORES_AT_ONCE = 1 << 26
 
 
@@ -171,6 +174,8 @@ def sentence_encoder(name: str, device: str) -> Any:
         ValueError: it cannot be loaded.
         ImportError: sentence-transformers is not installed.
     """
+    from huggingface_hub import snapshot_download
+
     from cosup_fast.data.sources import resolve_model
     from cosup_fast.environment import no_downloaded_kernels
 
@@ -180,18 +185,37 @@ def sentence_encoder(name: str, device: str) -> Any:
     except ImportError as error:
         raise ImportError("--system dense needs sentence-transformers: pip install 'cosup-fast[eval]'") from error
     source = resolve_model(name)
-    for pickled in sorted(Path(source).rglob("*.bin")) if Path(source).is_dir() else ():
-        if not any(pickled.parent.glob("*.safetensors")):
-            raise ValueError(
-                f"dense retriever {name!r} has weights only in {pickled}, a pickle, which may run code and is never "
-                "read: load and save it once with sentence-transformers, which writes safetensors"
-            )
+    try:
+        if not Path(source).is_dir():
+            source = snapshot_download(source, ignore_patterns=[f"*{suffix}" for suffix in PICKLES])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dense retriever {name!r} cannot be fetched: {error}") from error
+    _check_no_pickles(Path(source), name)
     try:
         return SentenceTransformer(
             source, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"dense retriever {name!r} cannot be loaded: {error}") from error
+
+
+def _check_no_pickles(folder: Path, name: str) -> None:
+    """Refuses a model of which any module has its weights in a pickle alone, which sentence-transformers would load.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    from cosup_fast.model.pretrained import check_weight_files
+
+    for index in sorted(folder.rglob("*.safetensors.index.json")):
+        check_weight_files(index.parent, str(index.parent))
+    beside = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in PICKLES and not any((path.parent / one).is_file() for one in beside):
+            raise ValueError(
+                f"dense retriever {name!r} has weights only in {path}, a pickle, which may run code and is never "
+                "read: load and save it once with sentence-transformers, which writes safetensors"
+            )
 
 
 @cache

@@ -11,7 +11,9 @@ from cosup_fast.files.whole import (
     install_folder,
     load_array,
     locked,
+    naming,
     open_new,
+    read_object,
     remove_unfinished,
     remove_unwritten,
     replace_file,
@@ -19,6 +21,7 @@ from cosup_fast.files.whole import (
     save_array,
     sha256,
     sync,
+    usual_mode,
 )
 
 __all__ = [
@@ -33,7 +36,9 @@ __all__ = [
     "install_folder",
     "load_array",
     "locked",
+    "naming",
     "open_new",
+    "read_object",
     "remove_unfinished",
     "remove_unwritten",
     "replace_file",
@@ -41,5 +46,6 @@ __all__ = [
     "save_array",
     "sha256",
     "sync",
+    "usual_mode",
     "write_manifest",
 ]

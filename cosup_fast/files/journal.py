@@ -10,10 +10,11 @@ import json
 import os
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from cosup_fast.files.whole import fcntl, sync
+from cosup_fast.files.whole import fcntl, naming, sync
 
 SYNC_SECONDS = 1.0
 
@@ -49,16 +50,17 @@ class Journal:
                 self._write(_line({"settings": settings}))
                 sync(path.parent)
         except BaseException:
-            self._file.close()
+            with suppress(OSError):  # a full disk, which is known already
+                self._file.close()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._sync()
-            self._file.close()
+        if self._file is not None and self.path is not None:
+            with naming(self.path), self._file:
+                self._sync()
 
     def add(self, key: str, value: Any) -> None:
         """Keeps a finished piece: written before this returns, on disk within a second or when the journal closes."""
@@ -66,7 +68,9 @@ class Journal:
         self._write(_line({"key": key, "value": value}))
 
     def _write(self, line: bytes) -> None:
-        if self._file is not None:
+        if self._file is None or self.path is None:
+            return
+        with naming(self.path):
             self._file.write(line)
             self._file.flush()  # what the system has survives a kill; only a crash of the machine needs more
             if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -99,7 +103,7 @@ class Journal:
                     theirs = entry["settings"]
                 else:
                     self.done[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path}:{number} is damaged ({error}): remove the line, or the file to start over"
                 ) from None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cosup_fast.files.whole import replace_file, sha256
+from cosup_fast.files.whole import read_object, replace_file, sha256
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -36,14 +36,15 @@ def check_manifest(path: Path, *, contents: bool = True, rank: int = 0, ranks: i
         ValueError: the manifest cannot be read, or a file is missing, has another size or was altered.
     """
     try:
-        files = list(json.loads(path.read_text(encoding="utf-8"))["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
-    for name, expected in files[rank::ranks]:
+        listed = read_object(path, ["files"])["files"]
+        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in listed.items()]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: it does not describe files") from None
+    for name, size, digest in files[rank::ranks]:
         file = path.parent / name
         if not file.is_file():
             raise ValueError(f"{file} is missing, which {path.name} lists")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{file} has {size} bytes, its manifest says {expected['bytes']} ({path.name})")
-        if contents and (found := sha256(file)) != expected["sha256"]:
+        if (there := file.stat().st_size) != size:
+            raise ValueError(f"{file} has {there} bytes, its manifest says {size} ({path.name})")
+        if contents and (found := sha256(file)) != digest:
             raise ValueError(f"{file} was altered (sha256 {found[:12]}… is not what {path.name} says)")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,10 +25,46 @@ except ImportError:  # Windows
     fcntl = None
 
 
+_UMASK = os.umask(0)  # it cannot be read without being set
+os.umask(_UMASK)
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_object(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        fields: names that the object has to have.
+
+    Raises:
+        ValueError: the file cannot be read, or holds anything else; the message begins with its path.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: its JSON is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: it is not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, found {type(found).__name__}")
+    if missing := [name for name in fields if name not in found]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return found
+
+
+def usual_mode(path: Path) -> None:
+    """Gives a file the permissions of any other new file: libraries that write weights leave them to their owner."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def sync(path: Path) -> None:
@@ -47,13 +85,31 @@ def replace_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]
     check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with open_new(temporary, binary=binary) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open_new(temporary, binary=binary) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file or folder it was, where the system does not: "[Errno 28] No space left on device" names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy on a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors and tokenizers
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def open_new(path: Path, *, binary: bool = False) -> IO[Any]:
@@ -182,10 +238,13 @@ def replace_folder(folder: str | Path, kind: FolderKind) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            yield new
-            for path in sorted(new.rglob("*"), reverse=True):
-                sync(path)
-            _install(new, folder)
+            with naming(folder):
+                yield new
+                for path in sorted(new.rglob("*"), reverse=True):
+                    if path.is_file():
+                        usual_mode(path)
+                    sync(path)
+                _install(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 

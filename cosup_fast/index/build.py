@@ -38,7 +38,7 @@ from cosup_fast.data.corpus import Corpus
 from cosup_fast.data.passages import PassageFile, Passages, hash_ids, repeated
 from cosup_fast.data.records import DataError, Passage, to_line
 from cosup_fast.distributed.peers import TIMEOUT, Peers
-from cosup_fast.files import load_array, locked, remove_unwritten, replace_file, save_array, sync
+from cosup_fast.files import load_array, locked, read_object, remove_unwritten, replace_file, save_array, sync
 from cosup_fast.index.embed import Precision, embed_sequences
 from cosup_fast.index.origin import FORMAT_VERSION, Origin
 from cosup_fast.index.shards import (
@@ -210,7 +210,7 @@ class Build:
 
     def _take_up(self) -> None:
         path = self.work / BUILD
-        if not path.is_file() or json.loads(path.read_text()) != self._key:
+        if not path.is_file() or _begun(path) != self._key:
             if path.is_file() and not self._options.restart:
                 raise ValueError(
                     f"{self.work} holds an unfinished build of another corpus, checkpoint, shard_size or precision: "
@@ -349,6 +349,14 @@ def check_finite(vectors: np.ndarray, passages: Sequence[Passage]) -> None:
             f"the embedding of passage {passages[int(np.argmin(finite))].id!r} is not finite: the weights are damaged, "
             "or training diverged"
         )
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What an unfinished build is of; nothing where that cannot be read."""
+    try:
+        return read_object(path)
+    except ValueError:
+        return {}
 
 
 def _passages(shard: Path) -> PassageFile:

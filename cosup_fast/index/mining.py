@@ -43,13 +43,13 @@ BLOCK = 256
 class MiningConfig(BaseModel):
     """Which of the passages that a query finds become hard negatives."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     depth: int = Field(default=100, ge=1, description="passages looked at for each query")
     per_example: int = Field(default=4, ge=1, description="negatives mined for each example, at most")
     skip_top: int = Field(default=0, ge=0, description="best passages of each query that are left out unseen")
     margin: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="a negative scores at least this much below the positive"
+        default=None, ge=0, description="a negative scores at least this much below the positive"
     )
     max_score: float | None = Field(
         default=None, ge=0, le=1, description="a negative scores at most this share of the positive's score"

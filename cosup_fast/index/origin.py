@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cosup_fast.data.template import TextConfig
-from cosup_fast.files import FolderKind, replace_file
+from cosup_fast.files import FolderKind, read_object, replace_file
 from cosup_fast.index.embed import Precision
 
 if TYPE_CHECKING:
@@ -92,14 +91,21 @@ class Stamp(BaseModel):
                 f"{folder} is not an index, it has no {STAMP}: make one with `cosup-fast index build`, or name another"
             )
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if (version := data["format_version"]) != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again"
-                )
+            data = read_object(path, ["format_version"])
+        except ValueError as error:
+            raise ValueError(f"{error}: build the index again") from None
+        if (version := data["format_version"]) != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again"
+            )
+        try:
             return cls.model_validate(data)
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, build the index again: {error}") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{path} is damaged, build the index again: {field}: {first['msg']}, found {first['input']!r:.60}"
+            ) from None
 
     def write(self, folder: Path) -> None:
         """Puts the stamp in place: from then on the index is what it says."""

@@ -49,9 +49,12 @@ class Shard:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """A shard on disk, mapped into memory; `check_files` comes first."""
-        rows = load_array(folder / ROWS)
-        passages = PassageFile(folder / PASSAGES, rows["start"])
-        return cls(passages, rows["id"], load_array(folder / VECTORS), folder)
+        try:
+            rows = load_array(folder / ROWS)
+            passages = PassageFile(folder / PASSAGES, rows["start"])
+            return cls(passages, rows["id"], load_array(folder / VECTORS), folder)
+        except (ValueError, TypeError, IndexError, SyntaxError, OSError) as error:
+            raise ValueError(f"{folder} is damaged ({error}): build the index again") from None
 
     def kept(self, keep: np.ndarray) -> Self:
         """The rows of a shard in memory where `keep` (M,) holds."""

@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.template import Template, TextConfig
+from cosup_fast.files import naming, read_object, usual_mode
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from cosup_fast.model.adapters import adapter_state, has_adapters, save_adapter_config
 from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template
@@ -40,6 +42,21 @@ class Changes(NamedTuple):
     nsp: NSPConfig
     ntp: NTPConfig
     freeze_embseq: bool
+
+
+class _Description(BaseModel):
+    """The form of a `cosup.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    shared: bool
+    has_embseq: bool = True
+    freeze_embseq: bool
+    dtype: Literal["float32", "bfloat16", "float64"]
+    text: TextConfig
+    nsp: NSPConfig
+    ntp: NTPConfig = NTPConfig()
+    adapters: dict[Literal["gen", "embseq"], Base] = {}
 
 
 class Stored(Protocol):
@@ -157,7 +174,9 @@ def save_folder(model: Stored, folder: Path, *, weights: bool = True) -> None:
             tokenizers[name].save_pretrained(folder / name)
     for name, tensors in copied_weights(model).items() if weights else ():
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        usual_mode(folder / name)
     save_file(heads_of(model), folder / HEADS)
+    usual_mode(folder / HEADS)
     description = {
         "format_version": FORMAT_VERSION,
         "shared": model.shared,
@@ -181,7 +200,8 @@ def check_saving(model: Stored) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            save_folder(model, Path(folder), weights=False)
+            with naming(Path(folder)):
+                save_folder(model, Path(folder), weights=False)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"this model could be trained and not saved ({error}): use a copy whose configuration and tokenizer "
@@ -225,15 +245,17 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} is not a co-supervised checkpoint (no cosup.json): expected one that `cosup-fast train` wrote, "
             "such as RUN/checkpoints/step-000100"
         )
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = description.get("format_version")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if version != FORMAT_VERSION:
+    description = read_object(path)
+    if (version := description.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}")
     if missing := {"shared", "freeze_embseq", "dtype", "text", "nsp"} - set(description):
         raise ValueError(f"{path} is incomplete, it lacks {', '.join(sorted(missing))}")
+    try:
+        _Description.model_validate(description)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged: {field}: {first['msg']}, found {first['input']!r:.60}") from None
     return description
 
 
@@ -244,3 +266,14 @@ def heads_of(model: Stored) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if name.startswith(("criterion.", "projection."))
     }
+
+
+def check_heads(path: Path, heads: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+    """Refuses a `heads.safetensors` with other tensors than `heads_of` a model has.
+
+    Raises:
+        ValueError: naming both.
+    """
+    there, here = ({name: tuple(x.shape) for name, x in sorted(one.items())} for one in (heads, made))
+    if there != here:
+        raise ValueError(f"{path} holds {there or 'nothing'}, expected {here or 'nothing'}: use another copy")

@@ -136,9 +136,9 @@ def load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]
     """The template of two models, and whether Gen has yet to learn some of its special tokens; no weight is read."""
     gen = resolve_model(model.gen)
     embseq = gen if model.shared or model.embseq is None else resolve_model(model.embseq)
+    lengths = [positions(read_config(source)) for source in (gen, embseq)]
     tokenizer = read_tokenizer(gen)
     new = add_special_tokens(tokenizer) > 0
-    lengths = (positions(read_config(source)) for source in (gen, embseq))
     embseq_tokenizer = None if model.shared else read_tokenizer(embseq)
     return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
 

@@ -29,7 +29,7 @@ from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, unwrapped
 from cosup_fast.model.backbone import FinalNorm, find_final_norm, norm_rows, run_pack
 from cosup_fast.model.criterion import make_criterion
-from cosup_fast.model.folder import HEADS, Changes, heads_of, load_parts, save_folder, whole_weights
+from cosup_fast.model.folder import HEADS, Changes, check_heads, heads_of, load_parts, save_folder, whole_weights
 from cosup_fast.model.layers import compile_layers, recompute_activations
 from cosup_fast.model.linear import linear
 from cosup_fast.model.loading import (
@@ -197,8 +197,7 @@ class CoSupervisionModel(nn.Module):
             heads, made = parts.heads, heads_of(model)
             if changes is not None:  # the temperature is theirs
                 heads = {name: heads.get(name, x) if name.startswith("projection.") else x for name, x in made.items()}
-            if heads.keys() != made.keys():
-                raise ValueError(f"{folder / HEADS} holds {sorted(heads)}, expected {sorted(made)}")
+            check_heads(folder / HEADS, heads, made)
             model.load_state_dict(heads, strict=False)
             model.to(device)
             check_model(model, str(folder / "gen"), str(folder / "embseq"))

@@ -7,7 +7,6 @@ the files lack is an error instead of a random initialisation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.environment import no_downloaded_kernels
+from cosup_fast.files import read_object
 
+MOST_LAYERS = 4096
+"""More than any model has."""
 NAMED = 4
 """As many tensors as an error names."""
 
@@ -48,7 +50,14 @@ def read_config(name: str | Path) -> Any:
     Raises:
         ValueError: there is none, it is damaged, or transformers knows the architecture only by code of the model's.
     """
-    return _read(AutoConfig, name, "configuration")
+    config = _read(AutoConfig, name, "configuration")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # each is made, one after the other, before any weight is read
+        raise ValueError(
+            f"the configuration of {str(name)!r} asks for num_hidden_layers={layers}, above {MOST_LAYERS:,}: use a "
+            "whole copy of the model"
+        )
+    return config
 
 
 def read_tokenizer(name: str | Path, **options: Any) -> Any:
@@ -75,18 +84,15 @@ def read_model(factory: Any, name: str | Path, **options: Any) -> Any:
     source = resolve_model(str(name))
     if Path(source).is_dir():
         check_weight_files(Path(source), str(name))
-    try:
-        with quiet_transformers(), no_downloaded_kernels():
-            model, found = factory.from_pretrained(
-                source,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {str(name)!r} are damaged ({error}): use another copy") from None
+    with _named("weights", name), quiet_transformers(), no_downloaded_kernels():
+        model, found = factory.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     unused = ("pooler.",) if factory is AutoModel else ()  # sequence embeddings are hidden states
     _check_complete(str(name), found, unused)
     return model
@@ -103,13 +109,18 @@ def check_weight_files(folder: Path, name: str) -> None:
             f"{name} holds no *.safetensors; a pytorch_model.bin is a pickle, which may run code, and is never read: "
             "convert it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} holds adapters over another model, adapter_config.json says: name that model, or merge the "
+            "adapters into it with peft, merge_and_unload"
+        )
     path = folder / "model.safetensors.index.json"
     if not path.is_file() or (folder / "model.safetensors").is_file():
         return
     try:
-        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): use another copy") from None
+        files = set(read_object(path, ["weight_map"])["weight_map"].values())
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: its weight_map is not one: use another copy") from None
     for file in sorted(files, key=str):
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
@@ -120,16 +131,36 @@ def check_weight_files(folder: Path, name: str) -> None:
 
 
 def _read(factory: Any, name: str | Path, what: str, **options: Any) -> Any:
+    source = resolve_model(str(name))
+    with _named(what, name), quiet_transformers():
+        return factory.from_pretrained(source, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _named(what: str, name: str | Path) -> Iterator[None]:
+    """Says which model it was, whatever transformers and the libraries under it make of a damaged file.
+
+    Raises:
+        ValueError: in place of any error but that of memory, and of packages that are missing.
+    """
     try:
-        with quiet_transformers():
-            return factory.from_pretrained(resolve_model(str(name)), trust_remote_code=False, **options)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "out of memory" in reason or "can't allocate memory" in reason:
             raise
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"the {what} of {str(name)!r} is Python code that comes with the model, which is never run: use a "
+                "model whose architecture transformers has itself"
+            ) from None
+        kind = "" if isinstance(error, OSError | ValueError | SafetensorError) else f"{type(error).__name__}: "
         raise ValueError(
-            f"the {what} of {str(name)!r} is Python code that comes with the model, which is never run: use a model "
-            "whose architecture transformers has itself"
-        ) from None
+            f"the {what} of {str(name)!r} cannot be read ({kind}{reason}): use a whole copy of a model that this "
+            "release of transformers knows"
+        ) from error
 
 
 def _check_complete(name: str, found: dict[str, Any], unused: tuple[str, ...]) -> None:

@@ -36,6 +36,7 @@ class PlanRequest(BaseModel):
     clip: bool = True
     sharding: Sharding = "fsdp"
     gpus: int = Field(default=8, ge=1)
+    replicas: int = Field(default=1, ge=1, description="whole copies of the sharded weights (hybrid sharding)")
     device: str = "cuda"
     gen_sequences: int = Field(default=4, ge=1, description="sequences of a pack of Gen's")
     gen_length: int = Field(default=1024, ge=1)
@@ -51,16 +52,18 @@ class PlanRequest(BaseModel):
         return self.nsp_weight > 0
 
     @classmethod
-    def of(cls, config: RunConfig, *, gpus: int, **packs: Any) -> Self:
+    def of(cls, config: RunConfig, *, gpus: int, replicas: int = 1, **packs: Any) -> Self:
         """The request of a run on so many GPUs.
 
         Args:
             config: the run; its models are looked up by `model_config`.
             gpus: processes, each with one; with training.sharding=none just one.
+            replicas: copies of the weights, each sharded over gpus / replicas processes; needs training.sharding=fsdp.
             packs: the fields above that say how large packs are and how many a step has.
 
         Raises:
-            ValueError: a model that is not known; more than one GPU for a run of one process.
+            ValueError: a model that is not known; more than one GPU for a run of one process; replicas that do not
+                divide the GPUs, or without sharding.
         """
         model, training = config.model, config.training
         if training.sharding == "none" and gpus > 1:
@@ -69,12 +72,19 @@ class PlanRequest(BaseModel):
             )
         if training.optimizer_in_backward and gpus > 1:
             raise ValueError(f"training.optimizer_in_backward=true is a run on one GPU, not on {gpus}: set it to false")
-
+        if replicas > 1 and training.sharding != "fsdp":
+            raise ValueError(
+                f"replicas is {replicas} and training.sharding={training.sharding}: only training.sharding=fsdp has "
+                "shards to replicate"
+            )
+        if gpus % replicas:
+            raise ValueError(f"replicas is {replicas}, which does not divide {gpus} GPUs; choose a divisor")
         second = config.has_embseq and not model.shared
         return cls(
             gen=model_config(model.gen, model.gen_layers),
             embseq=model_config(model.embseq or model.gen, model.embseq_layers) if second else None,
             gpus=gpus,
+            replicas=replicas,
             **{name: getattr(model, name) for name in _OF_MODEL},
             **{name: getattr(training, name) for name in _OF_TRAINING},
             nsp_weight=config.nsp.weight,

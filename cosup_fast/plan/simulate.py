@@ -86,7 +86,9 @@ def simulate(request: PlanRequest, *, layers: tuple[int, int] | None = None) -> 
         if request.sharding == "fsdp" and request.gpus > 1:  # one process has nobody to share with
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.gpus)
             stack.callback(dist.destroy_process_group)
-            mesh = init_device_mesh("cpu", (request.gpus,))
+            shape = (request.replicas, request.gpus // request.replicas)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+            mesh = mesh if request.replicas > 1 else mesh["shards"]
         stack.enter_context(_patched(request))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = _make_model(request, layers)

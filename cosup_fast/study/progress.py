@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cosup_fast.files import replace_file
+from cosup_fast.files import read_object, replace_file
 
 FILE = "progress.json"
 _EVERY = 2.0  # seconds between writes
@@ -72,11 +72,21 @@ class Progress:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a cell's file says; nothing where there is none."""
+    """What a cell's file says; nothing where there is none, or none that a cell has written."""
     try:
-        return json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
+        found = read_object(folder / FILE)
+    except ValueError:
         return {}
+    numbers = (found.get(name) for name in ("done", "total", "done_before", "elapsed", "updated"))
+    times, commits = found.get("seconds"), found.get("commits")
+    whole = (
+        all(isinstance(value, int | float) for value in numbers)
+        and isinstance(found.get("stage"), str)
+        and isinstance(times, dict)
+        and all(isinstance(value, int | float) for value in times.values())
+        and isinstance(commits, list)
+    )
+    return found if whole else {}
 
 
 def time_left(progress: dict[str, Any]) -> float | None:

@@ -11,11 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 
 from cosup_fast.study.config import Study, StudyError
 from cosup_fast.study.estimates import Interval, Values, average, difference
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, by_id, read_cell, unpack
+from cosup_fast.terminal import FigureTable
 
 ALL = "all sets"
 DOMAINS = ("in-domain", "out-of-domain")
@@ -110,9 +110,11 @@ class StudyReport(_Part):
     probes: dict[str, dict[int, dict[str, Any]]]
     cells: list[CellRow]
 
-    def table(self) -> Table:
+    def table(self) -> FigureTable:
         """The differences that decide, in points."""
-        table = Table("metric", "difference", "scope", "points, 95% interval", "seeds", "questions", "by seed")
+        table = FigureTable(
+            "metric", "difference", "scope", "points, 95% interval", "seeds", "questions", "by seed", names=3
+        )
         for one in self.decisive:
             for scope, interval in one.scopes.items():
                 if scope not in (ALL, *DOMAINS):

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from cosup_fast.files import replace_file
+from cosup_fast.files import read_object, replace_file
 from cosup_fast.study.config import Cell, StudyError
 
 FORMAT = "cosup-fast study cell"
@@ -82,15 +82,35 @@ class CellResult(_Part):
             StudyError: it is damaged or of another format version.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_object(path, ["format", "format_version"])
             if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"format {data['format']!r} version {data['format_version']}, not {FORMAT_VERSION}")
-            return cls.model_validate(data)
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            found = cls.model_validate(data)
+            found.check()
+            return found
+        except ValueError as error:
             raise StudyError(
-                f"{path} is not a result of a cell that can be read ({reason}): remove it, and the cell runs again"
+                f"{path} is not a result of a cell that can be read ({error}): remove it, and the cell runs again"
             ) from None
+
+    def check(self) -> None:
+        """Refuses figures that are not one a question of the cell's sets.
+
+        Raises:
+            ValueError: naming the set and the figure.
+        """
+        for name, facts in self.sets.items():
+            columns = {"answer_is_title": facts.answer_is_title}
+            for system, by_set in self.systems.items():
+                if name in by_set:
+                    one = by_set[name]
+                    columns |= {f"{system} {metric}": values for metric, values in one.scores.items()}
+                    columns[f"{system} answer_is_retrieved_title"] = one.answer_is_retrieved_title
+            for column, values in columns.items():
+                if len(values) != len(facts.ids) or (isinstance(values, str) and set(values) - set("01-")):
+                    raise ValueError(f"{name}: {column}: expected a value for each of {len(facts.ids)} questions")
+        if strange := {name for by_set in self.systems.values() for name in by_set} - self.sets.keys():
+            raise ValueError(f"{min(strange)} is not one of its sets")
 
 
 def read_cell(cell: Cell) -> CellResult | None:

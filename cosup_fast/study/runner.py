@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cosup_fast.files import locked, remove_unwritten, replace_file
+from cosup_fast.files import locked, read_object, remove_unwritten, replace_file
 from cosup_fast.study.cell import Questions, make_cell, train
 from cosup_fast.study.config import Cell, Study, StudyError, select
 from cosup_fast.study.progress import Progress
@@ -114,7 +114,7 @@ def _check_begun(cell: Cell) -> None:
     """
     path, now = cell.work / BEGUN, cell.identity.get("run")
     if path.is_file():
-        if difference := first_difference(json.loads(path.read_text(encoding="utf-8")), now):
+        if difference := first_difference(read_object(path), now):
             field, then, wanted = difference
             raise StudyError(
                 f"cell {cell.name} was begun with {field}={then}, the study now says {wanted}: restore it, or remove "

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from statistics import fmean
 
-from rich.table import Table
-
-from cosup_fast.files import locked
+from cosup_fast.files import locked, read_object
 from cosup_fast.study.config import Cell, Study, select
 from cosup_fast.study.progress import read_progress, time_left
+from cosup_fast.terminal import FigureTable
 
 
-def status_table(study: Study) -> Table:
+def status_table(study: Study) -> FigureTable:
     """Every cell with its state, seconds, progress and the time left of its present stage."""
-    table = Table("cell", "state", "time", "progress", "left", caption=_caption(study))
+    table = FigureTable("cell", "state", "time", "progress", "left", names=2, caption=_caption(study))
     for cell in study.cells.values():
         progress = read_progress(cell.work)
         state = state_of(cell)
@@ -73,8 +71,8 @@ def duration(seconds: float) -> str:
 
 def _seconds(cell: Cell) -> float | None:
     try:
-        return sum(json.loads(cell.result.read_text(encoding="utf-8"))["seconds"].values())
-    except (OSError, ValueError, KeyError, AttributeError):
+        return sum(read_object(cell.result, ["seconds"])["seconds"].values())
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

@@ -51,7 +51,7 @@ class Best:
 
     def _worth(self, record: Mapping[str, Any]) -> float:
         assert self.metric is not None
-        value = record[self.metric]
+        value = record.get(self.metric)
         if value is None:
             return -math.inf
         return -value if self.metric in ("ntp", "nsp") else value

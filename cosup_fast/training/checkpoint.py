@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,9 +37,11 @@ from cosup_fast.files import (
     check_manifest,
     described,
     install_folder,
+    read_object,
     remove_unfinished,
     replace_file,
     sync,
+    usual_mode,
     write_manifest,
 )
 from cosup_fast.model import CoSupervisionModel
@@ -221,6 +223,7 @@ class CheckpointWriter:
 
     def _finished(self, folder: Path, name: str) -> None:
         path = folder / name
+        usual_mode(path)
         sync(path)
         self._files[name] = described(path)
 
@@ -274,12 +277,12 @@ def chosen_checkpoint(folder: Path) -> Path:
     found = checkpoints(root)
     if not found:
         raise CheckpointError(f"{folder} is neither a checkpoint nor the folder of a run with a finished checkpoint")
-    try:
-        best = checkpoint_folder(root, json.loads((root / BEST).read_text())["step"])
-    except FileNotFoundError:
+    if not (root / BEST).exists():
         return found[-1]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{root / BEST} is damaged ({error}): remove it for the newest checkpoint") from None
+    try:
+        best = checkpoint_folder(root, read_object(root / BEST, ["step"])["step"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{error}: remove {root / BEST} for the newest checkpoint") from None
     if best not in found:
         raise CheckpointError(f"{root / BEST} names {best.name}, which is gone: name a checkpoint, such as {found[-1]}")
     return best
@@ -336,10 +339,10 @@ def load_trainer_state(
         CheckpointError: it has no trainer's state, or that of other parameters.
     """
     try:
-        description = json.loads((folder / "trainer.json").read_text())
+        description = read_object(folder / "trainer.json", ["step", "ranks"])
         files = [folder / "optimizer" / f"rank-{r:05d}.safetensors" for r in range(len(description["ranks"]))]
         read = [_Tensors(path) for path in files]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} has no state of a trainer that can be read ({error}): {REMEDY}") from None
     saved = [SavedStates(x, parameters) for x, parameters in zip(read, description["ranks"], strict=True)]
     try:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from cosup_fast.files import replace_file
+from cosup_fast.data.records import DataError, parse_object
+from cosup_fast.files import naming, replace_file
+from cosup_fast.terminal import FigureTable
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import Diagnosis
-from cosup_fast.training.metrics import HeldOut, Metrics, StepMetrics, as_record
+from cosup_fast.training.metrics import FIGURES, HeldOut, Metrics, StepMetrics, as_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +54,7 @@ class RunLog(Callback):
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file: TextIO = self.path.open("a", buffering=1)
+        self.file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
         self._first, self._total, self._begun = step, total, time.monotonic()
         minutes = config.training.max_minutes
         self._deadline = math.inf if minutes is None else self._begun + 60 * minutes
@@ -62,13 +64,15 @@ class RunLog(Callback):
 
     def end(self, error: BaseException | None) -> None:
         self.progress.stop()
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # never hide the first error
             plot_curves(read_metrics(self.path), self.output / "curves.png")
 
     def metrics(self, metrics: Metrics) -> None:
         """Records a step, a diagnosis, an evaluation, or what else happened to the run."""
-        self.file.write(json.dumps(as_record(metrics)) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps(as_record(metrics)) + "\n")
         if isinstance(metrics, StepMetrics):
             self.last = metrics
             self._step(metrics)
@@ -112,8 +116,8 @@ class RunLog(Callback):
 
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""
-        self.console.print(f"[yellow]warning:[/] {message}")
-        with (self.output / "warnings.log").open("a") as file:
+        self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
+        with (self.output / "warnings.log").open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
 
@@ -122,14 +126,14 @@ def _told(*figures: tuple[str, float | None, str]) -> str:
     return "  ".join(f"{name} {value:{form}}" for name, value, form in figures if value is not None)
 
 
-def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
+def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> FigureTable:
     """What the losses do to Gen and to the space of sequences, with the speed and memory of the step before."""
 
     def figure(value: float | None, form: str = ".3g") -> str:
         return "-" if value is None else format(value, form)
 
-    table = Table(title=f"before step {found.step}", title_justify="left")
     columns = {
+        "before step": str(found.step),
         "gradient of Gen: NTP": figure(found.ntp_grad_norm),
         "lambda NSP": figure(found.nsp_grad_norm),
         "cosine": figure(found.grad_cosine, "+.3f"),
@@ -144,18 +148,32 @@ def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> Table:
             "tokens/s": figure(last.tokens_per_second, ".0f"),
             "peak GiB": figure(last.peak_memory_gib, ".2f"),
         }
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = FigureTable(*columns)
     table.add_row(*columns.values())
     return table
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a kill is left out."""
+    """The records of a metrics file; a last line that was cut off by a kill is left out.
+
+    Raises:
+        DataError: a line is not a record; it is named.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_record(f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1)]
+
+
+def _record(where: str, line: bytes) -> dict[str, Any]:
+    record = parse_object(where, line)
+    kind, step = record.get("kind"), record.get("step")
+    wrong = [name for name, right in (("kind", isinstance(kind, str)), ("step", type(step) is int)) if not right]
+    if not wrong:
+        wrong = [name for name in FIGURES.get(str(kind), ()) if not isinstance(record.get(name), int | float | None)]
+    if wrong:
+        found = record.get(wrong[0])
+        raise DataError(f"{where}: {wrong[0]}: expected what a run writes there, found {found!r:.60}: remove the line")
+    return record
 
 
 def records_until(step: int, path: Path) -> list[dict[str, Any]]:
@@ -172,7 +190,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     def curve(axes: Axes, kind: str, name: str, *style: str, **options: Any) -> None:
         """Draws one figure over the steps; what a run does not compute has no curve."""
-        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r[name] is not None]
+        points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), *style, **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -74,6 +74,8 @@ class Changed:
 
 Metrics: TypeAlias = StepMetrics | Skipped | Changed | Diagnosis | HeldOut
 _KINDS = {StepMetrics: "step", Skipped: "skipped", Changed: "changed", Diagnosis: "diagnosis", HeldOut: "held-out"}
+FIGURES = {_KINDS[kind]: tuple(f.name for f in fields(kind)) for kind in (StepMetrics, Diagnosis, HeldOut)}
+"""What the records hold that are numbers throughout, or null, by their kind."""
 
 
 def as_record(metrics: Metrics) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""What a run's folder says about resuming it: what may change, and whether anything is left to do."""
+"""What a run's folder says about resuming it, and ranks of one another: what may change, and what is left to do."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from cosup_fast.config import ConfigError, RunConfig, load_config
 from cosup_fast.data.records import DataError
+from cosup_fast.distributed import Peers
+from cosup_fast.files import read_object
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
@@ -65,9 +66,14 @@ def checkpoint_to_resume(config: RunConfig, saved: RunConfig | None, output: Pat
 
 def changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[str, list[Any]]:
     """The fields that differ, by dotted name: before and now; with `told` those that metrics tell of."""
-    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    left_out = UNTOLD if told else ()
-    return {name: [before[name], now[name]] for name in now if before[name] != now[name] and name not in left_out}
+    found = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+    return {name: values for name, values in found.items() if not told or name not in UNTOLD}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """The values that two nested dicts of the same names differ in, by dotted name: before and now."""
+    first, second = _flat(before), _flat(now)
+    return {name: [first.get(name), value] for name, value in second.items() if first.get(name) != value}
 
 
 def _strange(output: Path) -> str | None:
@@ -79,18 +85,41 @@ def _strange(output: Path) -> str | None:
 def left_out(output: Path) -> int:
     """How many training examples the run left out because they are too long."""
     path = output / "data.json"
-    return json.loads(path.read_text()).get(TOO_LONG, 0) if path.is_file() else 0
+    count = read_object(path).get(TOO_LONG, 0) if path.is_file() else 0
+    if not isinstance(count, int):
+        raise DataError(f"{path} is damaged: {TOO_LONG}={count!r:.60}")
+    return count
 
 
 def check_same_data(output: Path, digests: dict[str, str]) -> None:
+    """Refuses other data than those that the run in the output was started with.
+
+    Raises:
+        DataError: naming which.
+    """
     path = output / "data.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_object(path) if path.is_file() else {}
     for name, now in digests.items():
         if (then := before.get(name, now)) != now:
             raise DataError(
                 f"--resume: the {name} examples or their passages are not those that the run in {str(output)!r} was "
-                f"started with (sha256 {then[:12]}… then, {now[:12]}… now): restore the files, or start a new run "
-                "in another output"
+                f"started with (sha256 {str(then)[:12]}… then by {path}, {now[:12]}… now): restore them, or start "
+                "a new run in another output"
+            )
+
+
+def check_same_run(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
+    """Refuses ranks that would train something else; none of them has written anything yet.
+
+    Raises:
+        ValueError: naming the ranks and the first field that differs, with both values.
+    """
+    for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
+        for name, (there, here) in differences(other, note).items():
+            what, _, field = name.partition(".")
+            raise ValueError(
+                f"rank {rank} has another {what} than rank {peers.names[peers.rank]} ({field + '=' if field else ''}"
+                f"{there!r} there, {here!r} here): start all ranks with the same files and arguments"
             )
 
 

@@ -19,12 +19,13 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
 from cosup_fast.config import ConfigError, RunConfig, dump_config
+from cosup_fast.config.sections import DataConfig
 from cosup_fast.data.packing import make_batch
 from cosup_fast.data.prepared.splits import check_splits
 from cosup_fast.data.records import DataError, Example, Passage
@@ -52,6 +53,7 @@ from cosup_fast.training.resume import (
     TOO_LONG,
     changes,
     check_same_data,
+    check_same_run,
     checkpoint_to_resume,
     ended,
     left_out,
@@ -128,7 +130,7 @@ def _run(
     if peers is not None:
         resumed = checkpoint and checkpoint.name
         run = {"configuration": config.model_dump(mode="json"), "data": digests, "checkpoint to resume": resumed}
-        _check_same(peers, "the same run", run)
+        check_same_run(peers, "the same run", run)
     if checkpoint is not None:
         check_same_data(output, digests)
         if message := ended(checkpoint, config, len(examples) - left_out(output), evaluated=evaluator is not None):
@@ -164,7 +166,7 @@ def _run(
             console.print(f"{name} was {before}, and is {now} from here on", markup=False)
         trained = measure(model.template, config, examples, sets, corpus, console)
     if peers is not None:
-        _check_same(peers, "the same weights", {"weights": None if sharded else digest(model)})
+        check_same_run(peers, "the same weights", {"weights": None if sharded else digest(model)})
     if evaluator is not None and config.data.long_examples == "skip":
         evaluator.leave_out_long(model.template)
     leads = peers is None or peers.rank == 0
@@ -243,7 +245,7 @@ def load_data(config: RunConfig) -> Data:
     def load(names: list[str], limit: int | None, seed: int) -> tuple[list[Example], list[int]]:
         loaded, sets = [], []
         for number, name in enumerate(names):
-            found = load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
+            found = _examples(name, names, data, corpus)
             loaded += found
             sets += [number] * len(found)
         if limit is not None and limit < len(loaded):
@@ -264,6 +266,18 @@ def load_data(config: RunConfig) -> Data:
                 f"{error}. Held-out figures would flatter: remove it from one, or set data.allow_leaks=true"
             ) from None
     return Data(corpus, examples, held_out, sets)
+
+
+def _examples(name: str, names: list[str], data: DataConfig, corpus: Mapping[str, Passage]) -> list[Example]:
+    """The examples of one of several sets; the default ones are explained where they do not belong to the corpus."""
+    try:
+        return load_examples(name, corpus, allow_no_retrieval=data.allow_no_retrieval)
+    except DataError as error:
+        default = DataConfig()
+        if data.corpus == default.corpus or names != default.dev:
+            raise
+        told = f"data.dev={names}, the default, belongs to data.corpus={default.corpus}, not to {data.corpus}"
+        raise DataError(f"{told}: name held-out examples of your own, or data.dev=[] for none ({error})") from None
 
 
 def _ask(
@@ -358,17 +372,6 @@ def unused_gpus(device: torch.device, requested: str, visible: int, peers: Peers
         f"{visible} GPUs are visible, and one of them is used: torchrun --nproc-per-node {visible} -m cosup_fast train "
         "... shares every step among all"
     )
-
-
-def _check_same(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
-    """Refuses ranks that would train something else; none of them has written anything yet."""
-    for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
-        for name, value in note.items():
-            if other[name] != value:
-                raise ValueError(
-                    f"rank {rank} has another {name} than rank {peers.names[peers.rank]} "
-                    f"({str(other[name])[:60]} there, {str(value)[:60]} here): start all ranks with the same files"
-                )
 
 
 def _reporting(peers: Peers | None, purpose: str) -> contextlib.AbstractContextManager[None]:

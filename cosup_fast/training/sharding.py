@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 
 def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> None:
-    """Shares out both models over the ranks of a one-dimensional mesh, in place; call it before an optimizer is made.
+    """Shares out both models over the ranks of a mesh, in place; call it before an optimizer is made.
 
     Args:
         model: loaded on the first rank, whose weights and buffers go to all others; on any device, "meta" too where it
             is not the first: the shards go to the mesh's.
-        mesh: of all ranks.
+        mesh: of all ranks: (shards,), or (replicas, shards), named, for hybrid sharding: each row has a whole copy, and
+            gradients are summed over rows too. `clip_gradients` and checkpoints know the first form alone.
         precision: "bfloat16" gathers and multiplies bf16 weights and keeps the sharded ones as they are.
 
     Raises:
@@ -153,7 +154,8 @@ def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(x, DTensor):
             continue
         whole = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device).contiguous()
-        dist.broadcast(whole.flatten().view(torch.uint8), group=mesh.get_group(), group_src=0)
+        for dimension in range(mesh.ndim):  # the first of every row, then the others of the row
+            dist.broadcast(whole.flatten().view(torch.uint8), group=mesh.get_group(dimension), group_src=0)
         if x.is_meta:  # tied weights are one tensor, and stay one
             is_parameter = isinstance(x, nn.Parameter)
             torch.utils.swap_tensors(x, nn.Parameter(whole, x.requires_grad) if is_parameter else whole)

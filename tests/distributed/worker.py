@@ -212,10 +212,10 @@ def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict,
 
 def same_run(size: int, part: dict) -> str:
     """What is said of ranks with such notes."""
-    from cosup_fast.training.run import _check_same
+    from cosup_fast.training.resume import check_same_run
 
     try:
-        _check_same(Peers(groups[size]), "the same run", part)
+        check_same_run(Peers(groups[size]), "the same run", part)
     except ValueError as error:
         return str(error)
     return ""

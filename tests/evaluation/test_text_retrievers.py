@@ -114,11 +114,15 @@ def test_chance_is_what_random_rankings_find(passages):
     assert corpus.chance(["page"], 5) == pytest.approx(sum(hits) / len(hits), abs=0.015)
 
 
-def test_a_pickle_in_a_module_of_a_sentence_transformer_is_never_loaded(make_model, tmp_path):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl"])
+@pytest.mark.parametrize("beside", [None, "other.safetensors"])
+def test_a_pickle_in_a_module_of_a_sentence_transformer_is_never_loaded(make_model, tmp_path, name, beside):
     """sentence-transformers would fall back to torch.load for a Dense module without safetensors."""
     folder = tmp_path / "out"
     export(make_model(), folder, "embseq")
     (folder / "2_Dense").mkdir()
-    (folder / "2_Dense" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(ValueError, match=r"weights only in .*2_Dense/pytorch_model.bin, a pickle"):
+    (folder / "2_Dense" / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    if beside:  # which the module does not read
+        (folder / "2_Dense" / beside).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"weights only in .*2_Dense/{name}, a pickle"):
         sentence_encoder(str(folder), "cpu")

@@ -198,6 +198,7 @@ def test_the_card_tells_what_the_run_knows(cosup, llama_folder, data_folder, tmp
         assert front["base_model"] == [llama_folder]
         assert front["library_name"] == ("transformers" if kind == "gen" else "sentence-transformers")
         assert body.lstrip().startswith("# Ours\n")
+        assert ("An empty question gets no prompt" in " ".join(body.split())) is (kind in ("retriever", "query"))
         last = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "held-out"][-1]
         assert f"| recall_at_5 | {last['recall_at_5']:.4g} |" in body
         assert f"| ntp | {last['ntp']:.4g} |" in body

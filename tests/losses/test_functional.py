@@ -166,6 +166,26 @@ def test_large_raw_scores_in_bf16_are_exact():
     assert error(ours["query"], truth["query"]) < 2**-7 < 0.1 < error(eager["query"], truth["query"])
 
 
+@pytest.mark.parametrize("impl", ["stored", "reference"])
+def test_very_negative_scores_in_bf16_lose_nothing(impl):
+    """All near -100, in chunks: a running maximum that begins at 0 would lose every one of them."""
+    common = rand(1, 64, seed=2)
+    common *= 10 / common.norm()
+    q, k = (common + 0.1 * rand(33, 64)).to(HALF), (-common + 0.1 * rand(99, 64, seed=1)).to(HALF)
+    if impl == "reference":
+        q, k = q.float(), k.float()  # eager bf16 scores come in steps of 0.5 there
+    for function, named in (
+        (info_nce, {"query": q, "keys": k}),
+        (linear_cross_entropy, {"hidden": q, "weight": k}),
+    ):
+        options = {"target": torch.arange(33) * 2} if function is linear_cross_entropy else {}
+        truth = run(function, {name: t.to(DOUBLE) for name, t in named.items()}, impl="reference", **options)
+        ours = run(function, named, impl=impl, **options)
+        assert ours["loss"].item() == pytest.approx(truth["loss"].item(), abs=1e-5)
+        for name in named:
+            assert error(ours[name], truth[name]) < 0.01, name
+
+
 class Draw:
     """A random problem: sizes, options and tensors."""
 

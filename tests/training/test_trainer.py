@@ -368,7 +368,7 @@ def test_a_damaged_checkpoint_is_refused(make_trainer):
     with pytest.raises(CheckpointError, match="is missing"):
         verify(saved)
     (saved / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read.*remove this checkpoint"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged.*remove this checkpoint"):
         verify(saved)
 
 

@@ -25,6 +25,7 @@ from cosup_fast.data.prepared.spans import make_spans
 from cosup_fast.data.prepared.training import AFTER, build_from_leads
 from cosup_fast.data.prepared.trivia import build_trivia
 from cosup_fast.data.prepared.verify import INFO
+from cosup_fast.files import read_object
 
 PASSAGES = "passages.jsonl"  # the corpus that goes by its set's name
 
@@ -67,8 +68,8 @@ class Prepared:
     def is_ready(self, home: Path) -> bool:
         """Whether the set is in place under `home`, made as this version makes it."""
         try:
-            return json.loads((home / self.name / INFO).read_text())["recipe"] == self.recipe
-        except (OSError, ValueError, KeyError):
+            return read_object(home / self.name / INFO).get("recipe") == self.recipe
+        except ValueError:
             return False
 
 

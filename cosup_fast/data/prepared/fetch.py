@@ -23,6 +23,8 @@ from cosup_fast.data.records import DataError
 from cosup_fast.files import sha256
 
 PYPI = "https://pypi.org/simple/"
+SILENCE = 15.0
+"""Seconds without a byte after which that is said, again and again."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,15 @@ def _download(wheel: Wheel, into: Path, bars: Progress, row: TaskID, by_hand: st
             stderr=subprocess.STDOUT,
         )
     try:
+        have, since, told = 0, time.monotonic(), 0.0
         while process.poll() is None:
-            bars.update(row, completed=min(wheel.size, _size(into)))
+            now = _size(into)
+            if now != have:
+                have, since, told = now, time.monotonic(), 0.0
+            if (silent := time.monotonic() - since) > told + SILENCE:  # pip alone would retry for minutes, unheard
+                bars.console.print(f"{requirement}: no answer of the registry for {silent:.0f} s, still trying")
+                told = silent
+            bars.update(row, completed=min(wheel.size, have))
             time.sleep(0.1)
     finally:
         process.kill()

@@ -26,7 +26,7 @@ from cosup_fast.data import sources
 from cosup_fast.data.prepared.catalog import CATALOG, GROUPS, Prepared, is_corpus
 from cosup_fast.data.prepared.fetch import Package, fetch_package
 from cosup_fast.data.prepared.splits import check_splits
-from cosup_fast.data.prepared.verify import INFO
+from cosup_fast.data.prepared.verify import INFO, recorded
 from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
 from cosup_fast.files import sha256, sync
 from cosup_fast.terminal import SafeConsole
@@ -85,7 +85,7 @@ def check(home: Path | None = None) -> list[str]:
     ready = [entry for entry in CATALOG.values() if entry.is_ready(home)]
     problems = []
     for entry in ready:
-        for file, expected in json.loads((home / entry.name / INFO).read_text())["files"].items():
+        for file, expected in recorded(home / entry.name).items():
             path = home / entry.name / file
             found = sha256(path) if path.is_file() else "no file"
             if found != expected:

@@ -11,10 +11,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from cosup_fast.data.records import DataError
-from cosup_fast.files import replace_file, sha256
+from cosup_fast.files import read_object, replace_file, sha256
 
 INFO = "PREPARED.json"  # in every prepared folder, written last
 STAMPS = "VERIFIED.json"
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a prepared folder, as it was prepared.
+
+    Raises:
+        DataError: the folder does not say so.
+    """
+    try:
+        return dict(read_object(folder / INFO, ["files"])["files"])
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder / INFO} does not say what was prepared ({error}): {_remedy(folder)}") from None
 
 
 def verify(folder: Path, files: list[str] | None = None) -> None:
@@ -23,21 +35,21 @@ def verify(folder: Path, files: list[str] | None = None) -> None:
     Raises:
         DataError: one differs or is gone.
     """
-    recorded: dict[str, str] = json.loads((folder / INFO).read_text(encoding="utf-8"))["files"]
+    hashes = recorded(folder)
     try:
-        stamps = dict(json.loads((folder / STAMPS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        stamps = read_object(folder / STAMPS)
+    except ValueError:
         stamps = {}
     before = dict(stamps)
-    for name in recorded if files is None else files:
+    for name in hashes if files is None else files:
         path = folder / name
-        if not path.is_file() or name not in recorded:
+        if not path.is_file() or name not in hashes:
             raise DataError(f"{path}: expected a file as it was prepared, found none: {_remedy(folder)}")
         state = path.stat()
         stamp = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
         if stamps.get(name) != stamp:
-            if (found := sha256(path)) != recorded[name]:
-                raise DataError(f"{path}: expected sha256 {recorded[name]}, found {found}: {_remedy(folder)}")
+            if (found := sha256(path)) != hashes[name]:
+                raise DataError(f"{path}: expected sha256 {hashes[name]}, found {found}: {_remedy(folder)}")
             stamps[name] = stamp
     if stamps != before:
         with suppress(OSError), replace_file(folder / STAMPS) as file:  # a folder that others own is hashed each time

