@@ -34,6 +34,7 @@ RUN_IN = {
     "docs/negatives.md": HERE,
     "docs/serving.md": "tests/serve/test_serving_docs.py",
     "docs/testing-without-a-gpu.md": "tests/testing/test_testing_docs.py",
+    "docs/training.md": HERE,
 }
 """Where the Python of each page runs; a page that is not listed has none. Other languages are data or output."""
 
@@ -118,6 +119,17 @@ def test_evaluation(model, passages, examples, tmp_path, monkeypatch):
     )  # fmt: skip
     assert len(names["rows"]) == 2
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"closed-book", "gold", "bm25", "pair-nsp-only"}
+
+
+def test_training(llama_folder, data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    examples = str(data_folder / "examples.jsonl")
+    data = {"corpus": str(data_folder / "passages.jsonl"), "train": [examples], "dev": [examples], "allow_leaks": True}
+    steps = {"batch_size": 2, "steps": 2, "eval_every": 2, "checkpoint_every": 2}
+    config = {"output": str(tmp_path / "run"), "model": {"gen": llama_folder}, "data": data, "training": steps}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+    run("docs/training.md")
+    assert re.search(r"^step 2: R@5 \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
 
 
 def understood(words: list[str]) -> None:

@@ -296,13 +296,15 @@ def test_sigterm_lets_running_answers_end(run_folder):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_run_is_served_with_an_index_of_its_corpus(cosup, llama_folder, data_folder, tmp_path):
     """As `make serve` opens what the demo trained."""
     run, corpus = tmp_path / "run", data_folder / "passages.jsonl"
     train = [f"output={run}", f"model.gen={llama_folder}", f"data.corpus={corpus}", "data.dev=[]"]
     train += [f"data.train=[{data_folder / 'examples.jsonl'}]", "training.steps=1", "training.batch_size=2"]
     train += ["generation.ret_first=true", "generation.max_new_tokens=4"]
-    assert cosup("train", *train)[0] == 0
+    status, _, err = cosup("train", *train)
+    assert status == 0, err
     process, url = started(run)
     try:
         with httpx2.Client(base_url=url, trust_env=False, timeout=60) as http:
