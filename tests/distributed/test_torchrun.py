@@ -74,7 +74,7 @@ def torchrun(ranks: int, arguments: list[str]) -> tuple[int, str, str]:
 
 def records(output: Path, *kinds: str) -> list[dict]:
     """What was recorded, but for what a clock says."""
-    timed = ("tokens_per_second", "peak_memory_gib")
+    timed = ("tokens_per_second", "peak_memory_gib", "mfu")
     found = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] in kinds]
     return [{key: value for key, value in r.items() if key not in timed} for r in found]
 
