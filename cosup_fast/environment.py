@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -103,13 +104,21 @@ def keep_freed_memory() -> None:
 
     By default it hands blocks of megabytes back to the kernel, and a training step on a CPU, which frees all gradients
     and asks for them again, touches as many new pages: some 150,000 page faults for 184 million weights. The process
-    then stays as large as it ever was.
+    then stays as large as it ever was, until `return_freed_memory`.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Gives the kernel what `keep_freed_memory` kept, once training has ended."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from cosup_fast.environment import keep_freed_memory
+from cosup_fast.environment import keep_freed_memory, return_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,13 +22,22 @@ torch.set_num_threads(1)
 first = [faults() for _ in range(3)][-1]
 keep_freed_memory()
 print(first, [faults() for _ in range(3)][-1])
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+kept = resident()
+return_freed_memory()
+print(kept - resident())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_freed_memory_is_used_again():
-    """256 MiB are 65,536 pages, which are new each time unless what was freed is kept."""
+    """256 MiB are 65,536 pages, which are new each time unless what was freed is kept; and it can be given back."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
+    before, after, returned = map(int, done.stdout.split())
     assert before > 50_000
     assert after < before / 4
+    assert returned > 200 << 20

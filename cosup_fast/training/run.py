@@ -33,7 +33,7 @@ from cosup_fast.data.sampling import StepSampler, draw_negatives
 from cosup_fast.data.sources import load_examples, open_corpus_by_id
 from cosup_fast.data.template import Template
 from cosup_fast.distributed import PeerError, Peers
-from cosup_fast.environment import choose_device, keep_freed_memory
+from cosup_fast.environment import choose_device, keep_freed_memory, return_freed_memory
 from cosup_fast.files import held, replace_file
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import Changes, check_saving
@@ -97,7 +97,10 @@ def run_training(
     with _endings_explained(output), training_ranks(config.training) as peers, _sole_writer(output, peers):
         leads = peers is None or peers.rank == 0
         console = (console or SafeConsole(stderr=True)) if leads else SafeConsole(quiet=True)
-        return _run(config, output, resume, console, peers, callbacks)
+        try:
+            return _run(config, output, resume, console, peers, callbacks)
+        finally:
+            return_freed_memory()
 
 
 def _run(
