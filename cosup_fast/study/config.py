@@ -324,7 +324,7 @@ class Cell:
         study, settings = self.study, self.settings
         about: dict[str, Any] = {"seed": self.seed}
         if settings.pair is None:
-            about["run"] = _decisive(self.run)
+            about["run"] = decisive(self.run)
             if settings.random_embseq:
                 about["run"]["model"]["embseq"] = f"random weights of {self.random_embseq[0]}"
         else:
@@ -371,7 +371,7 @@ def load_study(path: str | Path, *, output: str | Path | None = None) -> Study:
     return study
 
 
-def _decisive(run: RunConfig) -> dict[str, Any]:
+def decisive(run: RunConfig) -> dict[str, Any]:
     """A run's fields without those that decide nothing."""
     fields = run.model_dump(mode="json")
     del fields["output"]

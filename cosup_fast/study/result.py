@@ -13,8 +13,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from cosup_fast.config import RunConfig
 from cosup_fast.files import read_object, replace_file
-from cosup_fast.study.config import Cell, StudyError
+from cosup_fast.study.config import Cell, Evaluation, StudyError, decisive
 
 FORMAT = "cosup-fast study cell"
 FORMAT_VERSION = 1
@@ -122,13 +123,28 @@ def read_cell(cell: Cell) -> CellResult | None:
     if not cell.result.is_file():
         return None
     found = CellResult.load(cell.result)
-    if difference := first_difference(found.identity, cell.identity):
+    if difference := first_difference(completed(found.identity), cell.identity):
         field, then, now = difference
         raise StudyError(
             f"cell {cell.name}: {cell.result} was made with {field}={_short(then)}, the study now says {_short(now)}: "
             "restore the configuration, remove the file so that the cell runs again, or name another --output"
         )
     return found
+
+
+def completed(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the fields that its version did not have yet, at their defaults: what it did without them."""
+    defaults = {"run": decisive(RunConfig()), "evaluation": Evaluation().model_dump()}
+    about = {name: _filled(value, defaults.get(name)) for name, value in identity.items()}
+    if "parts" in about:
+        about["parts"] = [_filled(run, defaults["run"]) for run in about["parts"]]
+    return about
+
+
+def _filled(value: Any, default: Any) -> Any:
+    if not (isinstance(value, dict) and isinstance(default, dict)):
+        return value
+    return default | {name: _filled(one, default.get(name)) for name, one in value.items()}
 
 
 def first_difference(then: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:

@@ -20,7 +20,7 @@ from cosup_fast.study.cell import Questions, make_cell, train
 from cosup_fast.study.config import Cell, Study, StudyError, select
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import commit
-from cosup_fast.study.result import first_difference, read_cell
+from cosup_fast.study.result import completed, first_difference, read_cell
 from cosup_fast.study.sets import load_sets
 from cosup_fast.study.status import duration, time_left_of
 from cosup_fast.training.checkpoint import checkpoints
@@ -114,7 +114,7 @@ def _check_begun(cell: Cell) -> None:
     """
     path, now = cell.work / BEGUN, cell.identity.get("run")
     if path.is_file():
-        if difference := first_difference(read_object(path), now):
+        if difference := first_difference(completed({"run": read_object(path)})["run"], now):
             field, then, wanted = difference
             raise StudyError(
                 f"cell {cell.name} was begun with {field}={then}, the study now says {wanted}: restore it, or remove "

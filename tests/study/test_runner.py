@@ -116,6 +116,23 @@ def test_a_cell_made_with_another_configuration_is_refused_by_name(write_study, 
         run_study(ours)
 
 
+def test_a_field_that_a_later_version_adds_leaves_finished_cells_valid(finished):
+    cell = finished[0].cells["ntp-seed0"]
+    path = cell.result
+    text = path.read_text()
+    result = json.loads(text)
+    del result["identity"]["run"]["training"]["clip"], result["identity"]["evaluation"]["passages"]
+    try:
+        path.write_text(json.dumps(result))
+        assert read_cell(cell) is not None
+        del result["identity"]["run"]["training"]["lr"]  # which this study changes
+        path.write_text(json.dumps(result))
+        with pytest.raises(StudyError, match=r"was made with run\.training\.lr="):
+            read_cell(cell)
+    finally:
+        path.write_text(text)
+
+
 def test_a_missing_test_set_is_refused_before_anything_is_trained(write_study, tmp_path, monkeypatch):
     monkeypatch.setenv("COSUP_HOME", str(tmp_path / "home"))
     sets = [{"name": "nq", "examples": "questions/test-in", "corpus": "wiki-leads", "domain": "in-domain"}]
