@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
@@ -91,7 +91,7 @@ def answer_questions(
     lines = as_json or output is not None
     with ExitStack() as stack:
         partial = None if output is None else output.with_name(output.name + ".partial")
-        file: TextIO | None = None
+        file: IO[str] | None = None
         if partial is not None:
             partial.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(naming(partial))
@@ -140,7 +140,7 @@ def print_answer(console: Console, question: str, answer: Answer) -> None:
 class _Lines:
     """JSON lines, in order."""
 
-    def __init__(self, questions: Sequence[Question], file: TextIO):
+    def __init__(self, questions: Sequence[Question], file: IO[str]):
         self._questions = questions
         self._file = file
         self._waiting: dict[int, Answer] = {}

@@ -109,7 +109,7 @@ class WeightsAndBiases(Tracker):
     name, module = "wandb", "wandb"
 
     def open(self, output: Path, config: dict[str, Any], step: int, run: str | None) -> str:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -136,8 +136,8 @@ class MLflow(Tracker):
     name, module = "mlflow", "mlflow"
 
     def open(self, output: Path, config: dict[str, Any], step: int, run: str | None) -> str:
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         self._client = MlflowClient()
         if run is None:
@@ -153,7 +153,7 @@ class MLflow(Tracker):
         return run
 
     def send(self, figures: dict[str, float], step: int) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = round(1000 * time.time())
         self._client.log_batch(self._run, metrics=[Metric(name, x, now, step) for name, x in figures.items()])
