@@ -71,9 +71,10 @@ def changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """The values that two nested dicts of the same names differ in, by dotted name: before and now."""
+    """The values that two nested dicts differ in, by dotted name: before and now, None where there is none."""
     first, second = _flat(before), _flat(now)
-    return {name: [first.get(name), value] for name, value in second.items() if first.get(name) != value}
+    names = dict.fromkeys((*second, *first))
+    return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
 
 
 def _strange(output: Path) -> str | None:
@@ -115,7 +116,7 @@ def check_same_run(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
         ValueError: naming the ranks and the first field that differs, with both values.
     """
     for rank, other in zip(peers.names, peers.meet(purpose, note), strict=True):
-        for name, (there, here) in differences(other, note).items():
+        for name, (there, here) in differences({section: other.get(section) for section in note}, note).items():
             what, _, field = name.partition(".")
             raise ValueError(
                 f"rank {rank} has another {what} than rank {peers.names[peers.rank]} ({field + '=' if field else ''}"

@@ -183,8 +183,8 @@ def test_weights_that_one_rank_alone_reads_are_refused_by_all(start, overrides, 
     for process in processes:
         process.join(120)
     said = [(tmp_path / f"run.error-{rank}").read_text() for rank in (0, 1)]
-    assert said[0].startswith(f"ValueError: the weights of {str(damaged)!r} are damaged")
-    assert said[1].startswith(f"ReportedError: rank 0: the weights of {str(damaged)!r} are damaged")
+    assert said[0].startswith(f"ValueError: the weights of {str(damaged)!r} cannot be read")
+    assert said[1].startswith(f"ReportedError: rank 0: the weights of {str(damaged)!r} cannot be read")
 
 
 def test_what_was_altered_or_is_of_another_model_is_refused(start, overrides, tmp_path, llama_folder, mistral_folder):
