@@ -89,7 +89,7 @@ def generator(retriever, index):
     return Generator(retriever, index, GenerationConfig(max_new_tokens=40, candidates=3))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(serving, generator, index):
     with serving(generator, index, {"max_batch": 4, "max_waiting": 4}) as running:
         yield running
