@@ -84,7 +84,7 @@ class _Lines(ByRow[Passage]):
                     file.seek(int(self._starts[row]))
                     return parse(f"{self._path}, passage {row + 1}", file.readline(), Passage)
         except OSError as error:
-            raise DataError(f"{self._path}: expected the corpus, found none any more: {error.strerror}") from None
+            raise DataError(f"{self._path}: the corpus file is gone: {error.strerror}") from None
         raise DataError(
             f"{self._path}: expected the corpus as it was at the start, found it changed: restore the file, or start "
             "again"
@@ -154,16 +154,17 @@ def _kept(file: Path, path: Path, checksum: bool) -> np.ndarray | None:
         return None
     if table.dtype != np.uint64 or table.ndim != 1 or len(table) <= _DIGEST or len(table) % 4:
         return None
-    return None if checksum and not np.array_equal(table[:_DIGEST], _digest(path)) else table
+    return None if checksum and not np.array_equal(table[:_DIGEST], _words(sha256(path))) else table
 
 
 def _read_whole(path: Path, state: tuple[int, int]) -> np.ndarray:
     """Reads and checks every line, and makes the array; the ids are in memory meanwhile."""
     ids: list[str] = []
+    digest = hashlib.sha256()
     numbers, starts = array("q"), array("Q")
     broken: DataError | None = None
     try:
-        for number, start, line in lines(path):
+        for number, start, line in lines(path, digest.update):
             ids.append(parse(f"{path}:{number}", line, Passage).id)
             numbers.append(number)
             starts.append(start)
@@ -182,13 +183,13 @@ def _read_whole(path: Path, state: tuple[int, int]) -> np.ndarray:
     hashes = hash_ids(ids)
     rows = np.argsort(hashes, kind="stable")
     table = np.concatenate(
-        [_digest(path), np.array(starts), hashes[rows], rows, order], dtype=np.uint64, casting="unsafe"
+        [_words(digest.hexdigest()), np.array(starts), hashes[rows], rows, order], dtype=np.uint64, casting="unsafe"
     )
     if _state(path) != state:
         raise DataError(f"{path}: expected a file that stays as it is, found it changed while it was read: start again")
     return table
 
 
-def _digest(path: Path) -> np.ndarray:
-    """The SHA-256 of a file, (4,) uint64."""
-    return np.frombuffer(bytes.fromhex(sha256(path)), dtype="<u8")
+def _words(digest: str) -> np.ndarray:
+    """A SHA-256, (4,) uint64."""
+    return np.frombuffer(bytes.fromhex(digest), dtype="<u8")

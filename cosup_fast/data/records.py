@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -228,12 +228,19 @@ def parse_object(where: str, line: bytes) -> dict[str, Any]:
     return data
 
 
-def lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
-    """The lines of a file that are not blank, one at a time: line number from 1, byte offset, the line."""
+def lines(path: str | Path, on_line: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file that are not blank, one at a time: line number from 1, byte offset, the line.
+
+    Args:
+        path: the file.
+        on_line: called with every line, blank ones included.
+    """
     path, offset = Path(path), 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if on_line is not None:
+                    on_line(line)
                 if line.strip():
                     yield number, offset, line
                 offset += len(line)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cosup_fast import files
 from cosup_fast.data import mapped
 from cosup_fast.data.mapped import MappedCorpus, sorted_ids
 from cosup_fast.data.records import DataError, read_passages, write_jsonl
@@ -51,12 +52,14 @@ def test_it_holds_what_is_read_into_memory(path, cache):
 def test_a_file_is_read_once_by_all_processes_and_never_again(path, cache, monkeypatch):
     whole, read = mapped._read_whole, []
     monkeypatch.setattr(mapped, "_read_whole", lambda *a: read.append(a) or whole(*a))
+    monkeypatch.setattr(mapped, "sha256", lambda path: read.append(path) or files.sha256(path))
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: dict(MappedCorpus(path, cache)), range(4)))
     assert len(read) == 1
     assert all(one == found[0] for one in found)
     MappedCorpus(path, cache, checksum=True)
-    assert len(read) == 1
+    assert read[1:] == [path]
+    read.pop()
     next(cache.glob("*.npy")).write_bytes(b"cut short")
     MappedCorpus(path, cache)
     assert len(read) == 2
@@ -106,7 +109,7 @@ def replace(path):
         (append, "found it changed"),
         (cut_short, "found it changed"),
         (replace, "found it changed"),
-        (os.unlink, "found none"),
+        (os.unlink, "the corpus file is gone"),
     ],
 )
 def test_a_file_that_changes_while_it_is_used_is_refused(path, cache, change, message):
