@@ -137,10 +137,11 @@ async def embeddings(body: EmbeddingsRequest, request: HTTPRequest, served: Serv
 @router.get("/passages/{name:path}", response_model=Passage)
 async def passage(name: str, served: Served) -> Response:
     """A passage of the index by its id: what citations link to."""
-    index = _index(served)
-    if name not in index.by_id:
+    # A look-up may wait for a server, and the engine's thread may use the index meanwhile.
+    found = await _between_steps(served, partial(_index(served).by_id.get, name))
+    if found is None:
         raise ApiError(404, f"the index has no passage with the id {name[:80]!r}", param="name")
-    return JSONResponse(index.by_id[name].model_dump())
+    return JSONResponse(found.model_dump())
 
 
 def _index(served: Service) -> NonparametricIndex:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -98,6 +99,20 @@ def test_a_citation_links_to_its_passage(server, passages):
         url = next(one["url"] for one in found if one["id"] == passage.id)
         assert server.http.get(url).json()["text"] == passage.text
     assert server.http.get("/passages/none").status_code == 404
+
+
+def test_a_passage_is_looked_up_where_the_index_may_be_used(serving, generator, index, monkeypatch):
+    class Asked(dict):
+        def get(self, name, default=None):
+            asked.append(threading.current_thread().name)
+            return super().get(name, default)
+
+    asked: list[str] = []
+    monkeypatch.setattr(index, "by_id", Asked(index.by_id))
+    with serving(generator, index) as server:
+        assert server.http.get("/passages/paris").json()["id"] == "paris"
+        assert server.http.get("/passages/none").status_code == 404
+    assert asked == ["cosup-fast engine"] * 2
 
 
 @pytest.fixture
