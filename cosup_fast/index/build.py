@@ -5,7 +5,7 @@
 2. Embedding: every rank embeds its part of the shards; one that is finished and has its checksums is never done again.
 3. Rank 0 adds the approximate index, if wanted, and the stamp, and renames the folder into place.
 
-Until then all of it lies in a hidden folder beside the index. A shard's rows depend on its passages alone, so the
+Until then all of it is kept in a hidden folder beside the index. A shard's rows depend on its passages alone, so the
 result does not depend on kills or on the number of ranks.
 """
 

@@ -78,7 +78,7 @@ class MilvusIndex(NonparametricIndex):
             model: embeds the passages.
             corpus: passages, or what `open_corpus` takes.
             name: `milvus:URI#COLLECTION`; an earlier index there is replaced once the new one is whole.
-            work: folder of the shards until they are sent, which all ranks see; removed at the end.
+            work: a folder that all ranks see, under which the shards are kept until they are sent.
             factory: a Milvus index type such as HNSW; FLAT, which is exact, unless given.
             parameters: of its search, such as `ef=64`.
             options: how to embed.
@@ -95,7 +95,8 @@ class MilvusIndex(NonparametricIndex):
             raise ValueError(f"parameters={parameters!r}: an exact search has none, give a factory, too")
         options = options or Options()
         source, origin = _Limited(open_corpus(corpus)), Origin.of(model)
-        with Build(work, model, source, origin, options, context=f"{place} {kind} {parameters}") as build:
+        hidden, context = _hidden(work, place, "building"), f"{place} {kind} {parameters}"
+        with Build(hidden, model, source, origin, options, context=context) as build:
             with build.together(silent=True):
                 collection = _free(place) if build.leads else None  # before the work
             names = build.run()
@@ -216,26 +217,14 @@ class MilvusIndex(NonparametricIndex):
             self._remember(self._collection.fetch([stored], vectors=False))
         return self._remembered[stored]
 
-    def add(
-        self,
-        model: CoSupervisionModel,
-        corpus: str | Path | Sequence[Passage],
-        *,
-        options: Options | None = None,
-        progress: bool = True,
-        work: Path | None = None,
+    def _append(
+        self, model: CoSupervisionModel, source: Corpus, origin: Origin, options: Options, work: Path | None
     ) -> None:
-        """Embeds and appends passages; see `build` for `work`, the ranks and what is refused."""
-        origin = self._check_adding(model)
-        if not isinstance(corpus, str | Path) and not corpus:
-            return
-        options = options or Options(progress=progress, precision=self.precision)
-        if options.precision != self.precision:
-            raise ValueError(f"precision={options.precision!r}: this index was built with {self.precision!r}")
         if work is None:
             raise ValueError("work=None: name a folder for the shards of the new passages until they are sent")
-        rows, source = self.stamp.rows, _Limited(open_corpus(corpus))
-        with Build(work, model, source, origin, options, known=self._known, context=self.name) as build:
+        rows, source = self.stamp.rows, _Limited(source)
+        hidden = _hidden(work, self._collection.place, "adding")
+        with Build(hidden, model, source, origin, options, known=self._known, context=self.name) as build:
             with build.together(silent=True):
                 if build.leads:
                     self._check_unchanged()
@@ -265,18 +254,14 @@ class MilvusIndex(NonparametricIndex):
 
     def describe(self) -> dict[str, str]:
         stamp = self.stamp
+        unfinished = {"unfinished": "an addition: the same command continues it"} if stamp.state == "adding" else {}
         return {
             "collection": self.name,
-            "passages": f"{self._count:,}",
-            "width": str(self.dim),
             "changes since it was built": str(stamp.generation),
-            "products": stamp.precision,
             "index": f"{stamp.index} {json.dumps(stamp.parameters) if stamp.parameters else ''}".strip(),
-            "checkpoint": stamp.origin.fingerprint,
-            "similarity": stamp.origin.similarity,
-            "passage template": stamp.origin.text.passage,
-            "longest passage": f"{stamp.origin.text.max_passage_tokens} tokens",
-        } | ({"unfinished": "an addition: the same command continues it"} if stamp.state == "adding" else {})
+            **super().describe(),
+            **unfinished,
+        }
 
     @property
     def _present(self) -> np.ndarray:
@@ -387,6 +372,11 @@ class _Limited:
                         f"found {size:,}: divide the passage"
                     )
             yield passage
+
+
+def _hidden(work: Path, place: Place, kind: str) -> Path:
+    """The folder of the shards of an unfinished build or addition."""
+    return work / f".{place.collection}.milvus.{kind}"
 
 
 def _free(place: Place) -> Collection:

@@ -1,4 +1,4 @@
-"""`NonparametricIndex`: what every index can do, wherever its embeddings lie.
+"""`NonparametricIndex`: what every index can do, wherever its embeddings are stored.
 
 Shapes: N queries, M passages, D Gen's width.
 """
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosup_fast.data.corpus import Corpus, open_corpus
 from cosup_fast.data.records import Passage
 from cosup_fast.index import search as nearest
+from cosup_fast.index.build import Options
 from cosup_fast.index.embed import Precision
 from cosup_fast.index.origin import Origin
 
 if TYPE_CHECKING:
-    from cosup_fast.index.build import Options
     from cosup_fast.model import CoSupervisionModel
 
 
@@ -60,7 +61,6 @@ class NonparametricIndex(ABC):
     def candidates(self) -> tuple[nearest.Propose, bool]:
         """What proposes candidates, and whether these are the best ones but for its rounding."""
 
-    @abstractmethod
     def add(
         self,
         model: CoSupervisionModel,
@@ -68,13 +68,39 @@ class NonparametricIndex(ABC):
         *,
         options: Options | None = None,
         progress: bool = True,
+        work: Path | None = None,
     ) -> None:
-        """Embeds and appends passages.
+        """Embeds and appends passages; what was interrupted is completed by the same call.
+
+        An index in memory or in a folder takes all of them at once and one in Milvus row by row. An approximate index
+        takes them without being trained again.
+
+        Args:
+            model: the one that made the index.
+            corpus: passages, or what `open_corpus` takes.
+            options: how to embed.
+            progress: show progress bars on stderr.
+            work: a folder that all ranks see, under which an index in Milvus keeps the shards until they are sent.
 
         Raises:
             ValueError: another model than the one that made the index, an id that is there already, or what a build
-                refuses.
+                refuses; the index is then left as it was.
         """
+        origin = Origin.of(model)
+        if difference := self.origin.difference(origin):
+            raise ValueError(f"these passages would not match the index, whose {difference}: build a new index")
+        if not isinstance(corpus, str | Path) and not corpus:
+            return
+        options = options or Options(progress=progress, precision=self.precision)
+        if options.precision != self.precision:
+            raise ValueError(f"precision={options.precision!r}: this index was built with {self.precision!r}")
+        self._append(model, open_corpus(corpus), origin, options, work)
+
+    @abstractmethod
+    def _append(
+        self, model: CoSupervisionModel, source: Corpus, origin: Origin, options: Options, work: Path | None
+    ) -> None:
+        """Embeds and appends a corpus, whose `origin` is that of the index."""
 
     @abstractmethod
     def delete(self, ids: Iterable[str]) -> None:
@@ -84,9 +110,17 @@ class NonparametricIndex(ABC):
             ValueError: an id is not there, or no passage would be left; the index is then as it was.
         """
 
-    @abstractmethod
     def describe(self) -> dict[str, str]:
-        """What it holds, what made it and where it lies, for people."""
+        """What it holds, what made it and where it is stored, for people."""
+        return {
+            "passages": f"{len(self):,}",
+            "width": str(self.dim),
+            "products": self.precision,
+            "checkpoint": self.origin.fingerprint,
+            "similarity": self.origin.similarity,
+            "passage template": self.origin.text.passage,
+            "longest passage": f"{self.origin.text.max_passage_tokens} tokens",
+        }
 
     @property
     def embeddings(self) -> Tensor:
@@ -128,13 +162,6 @@ class NonparametricIndex(ABC):
             [(self.passages[row], score) for row, score in zip(*found, strict=True) if row >= 0]
             for found in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
-
-    def _check_adding(self, model: CoSupervisionModel) -> Origin:
-        """The origin of what a model would add, which is that of the index."""
-        origin = Origin.of(model)
-        if difference := self.origin.difference(origin):
-            raise ValueError(f"these passages would not match the index, whose {difference}: build a new index")
-        return origin
 
 
 def check_made_by(model: CoSupervisionModel, name: str, dim: int, origin: Origin, *, allow_stale: bool) -> None:

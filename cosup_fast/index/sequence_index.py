@@ -21,7 +21,7 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from cosup_fast.data.corpus import open_corpus
+from cosup_fast.data.corpus import Corpus, open_corpus
 from cosup_fast.data.passages import Passages, PassagesById, check_unique, hash_ids
 from cosup_fast.data.records import Passage
 from cosup_fast.files import check_replaceable, install_folder, replace_folder, sha256
@@ -266,29 +266,9 @@ class SequenceIndex(NonparametricIndex):
             found[here] = self._shards[shard].vectors[rows[here] - self._starts[shard]]
         return found
 
-    def add(
-        self,
-        model: CoSupervisionModel,
-        corpus: str | Path | Sequence[Passage],
-        *,
-        options: Options | None = None,
-        progress: bool = True,
+    def _append(
+        self, model: CoSupervisionModel, source: Corpus, origin: Origin, options: Options, work: Path | None
     ) -> None:
-        """Embeds and appends passages; in a folder at once, or after a kill by the same call again.
-
-        An approximate index takes them without being trained again.
-
-        Raises:
-            ValueError: another model than the one that made the index, an id that is there already, or what `build`
-                refuses; the index is then left as it was.
-        """
-        origin = self._check_adding(model)
-        if not isinstance(corpus, str | Path) and not corpus:
-            return
-        source = open_corpus(corpus)
-        options = options or Options(progress=progress, precision=self.precision)
-        if options.precision != self.precision:
-            raise ValueError(f"precision={options.precision!r}: this index was built with {self.precision!r}")
         if self.folder is None:
             passages = list(source.read(0, len(source)))
             both = [*self.passages, *passages]
@@ -297,9 +277,9 @@ class SequenceIndex(NonparametricIndex):
             check_finite(vectors, passages)
             self._set_shards([Shard.of(both, np.concatenate([self._shards[0].vectors, vectors]))])
             return
-        work = self.folder.with_name(f".{self.folder.name}.adding")
+        beside = self.folder.with_name(f".{self.folder.name}.adding")
         known, context = self.by_id.rows, str(self.folder)
-        with Build(work, model, source, origin, options, known=known, context=context) as build:
+        with Build(beside, model, source, origin, options, known=known, context=context) as build:
             names = build.run()
             with build.together(silent=True):
                 if build.leads:
@@ -338,15 +318,7 @@ class SequenceIndex(NonparametricIndex):
         self._take(Stamp.read(self.folder))
 
     def describe(self) -> dict[str, str]:
-        made = {
-            "passages": f"{len(self):,}",
-            "width": str(self.dim),
-            "products": self.precision,
-            "checkpoint": self.origin.fingerprint,
-            "similarity": self.origin.similarity,
-            "passage template": self.origin.text.passage,
-            "longest passage": f"{self.origin.text.max_passage_tokens} tokens",
-        }
+        made = super().describe()
         if self.folder is None:
             return made
         stamp, approximate = self._stamp, self._stamp.approximate

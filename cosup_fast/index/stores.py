@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cosup_fast.data.records import Passage
 from cosup_fast.index.build import Options
-from cosup_fast.index.collection import PREFIX, Place
+from cosup_fast.index.collection import PREFIX
 from cosup_fast.index.nonparametric import NonparametricIndex
 from cosup_fast.index.origin import STAMP
 from cosup_fast.index.search import Engine
@@ -97,8 +97,7 @@ def build_index(
         return len(SequenceIndex.build(model, corpus, name, factory=factory, parameters=parameters, options=options))
     from cosup_fast.index.milvus import MilvusIndex
 
-    place = work_folder(name, work, "building")
-    return MilvusIndex.build(model, corpus, str(name), place, factory=factory, parameters=parameters, options=options)
+    return MilvusIndex.build(model, corpus, str(name), work, factory=factory, parameters=parameters, options=options)
 
 
 def add_to_index(
@@ -109,15 +108,4 @@ def add_to_index(
     options: Options,
 ) -> None:
     """Embeds passages and appends them; see `build_index` for `work`."""
-    if isinstance(index, SequenceIndex):
-        index.add(model, corpus, options=options)
-        return
-    from cosup_fast.index.milvus import MilvusIndex
-
-    assert isinstance(index, MilvusIndex)
-    index.add(model, corpus, options=options, work=work_folder(index.name, work, "adding"))
-
-
-def work_folder(name: str | Path, under: Path, kind: str) -> Path:
-    """The hidden folder of an unfinished build or addition in Milvus."""
-    return under / f".{Place.parse(str(name)).collection}.milvus.{kind}"
+    index.add(model, corpus, options=options, work=work)
