@@ -21,6 +21,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -45,6 +46,7 @@ LONGEST = 65535
 """Bytes of a Milvus string."""
 
 _STAMP, _SENT = "cosup.stamp", "cosup.sent"
+_BUILDING = "_building"
 _TEXTS = ("id", "title", "text", "topic")
 _CONNECT_SECONDS = 10.0
 # Codes of Milvus; pymilvus gives the first where it cannot connect, too.
@@ -71,16 +73,26 @@ class Place(NamedTuple):
         uri, _, collection = name.removeprefix(PREFIX).partition("#")
         if not name.startswith(PREFIX) or not (re.match(r"https?://[^/]", uri) or uri.endswith(".db")):
             raise ValueError(
-                f"{name!r} names no Milvus: give milvus:http://HOST:PORT, milvus:https://HOST:PORT, or "
+                f"{name!r} is not a Milvus address: give milvus:http://HOST:PORT, milvus:https://HOST:PORT, or "
                 "milvus:PATH.db for a file of milvus-lite"
             )
         collection = collection or "cosup"
         if not re.fullmatch(r"[A-Za-z_]\w{0,200}", collection, re.ASCII):
             raise ValueError(
-                f"{name!r}: {collection!r} is no name of a collection: use letters, digits and underscores, and begin "
-                "with a letter"
+                f"{name!r}: {collection!r} is not a valid collection name: use letters, digits and underscores, and "
+                "begin with a letter"
+            )
+        if collection.endswith(_BUILDING):
+            raise ValueError(
+                f"{name!r}: {collection!r} is not a valid collection name: {_BUILDING} at its end is kept for "
+                "unfinished builds, leave it out"
             )
         return cls(uri, collection)
+
+    @property
+    def building(self) -> str:
+        """The name of the collection that a build fills until it is whole."""
+        return f"{self.collection}{_BUILDING}"
 
     @property
     def missing(self) -> bool:
@@ -127,8 +139,8 @@ class Collection:
 
     Raises:
         ImportError: pymilvus is not installed.
-        StoreError: nothing answers there, or something else than Milvus; from every method, that the server does not
-            answer any more or refuses the call.
+        StoreError: nothing answers there, or something other than Milvus; from every method, that the server stops
+            answering or refuses the call.
     """
 
     def __init__(self, place: Place):
@@ -143,10 +155,17 @@ class Collection:
             ) from error
 
     def named(self, collection: str) -> Collection:
-        """Another collection there."""
+        """Another collection there, over a connection of its own."""
         other = copy.copy(self)
+        other._client = None
         other.place = self.place._replace(collection=collection)
         return other
+
+    def close(self) -> None:
+        """Ends the connection; a later call makes a new one."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
     def exists(self) -> bool:
         """Whether there is such a collection."""
@@ -174,12 +193,38 @@ class Collection:
         self._call("drop_collection")
 
     def take_name(self, collection: str) -> None:
-        """Gives it the name of another collection, which is removed."""
-        other = self.named(collection)
-        if other.exists():
-            other.drop()
-        self._call("rename_collection", collection)
-        self.place = other.place
+        """Gives it the name of another index, which is removed."""
+        with closing(self.named(collection)) as other:
+            if other.exists():
+                other.check_ours()
+                other.drop()
+            try:
+                self._call("rename_collection", collection)
+            except StoreError:
+                # Where the answer to a rename was lost, the next try is refused, because it is done already.
+                if self.exists() or not other.exists():
+                    raise
+            self.place = other.place
+
+    def check_ours(self) -> None:
+        """Refuses a collection that no index was ever kept in.
+
+        Raises:
+            StoreError: it has no stamp.
+        """
+        self._described()
+
+    def is_of(self, *stamps: StoreStamp) -> bool:
+        """Whether its stamp is one of these, and its fields are as the stamp says.
+
+        Raises:
+            StoreError: it has no stamp.
+        """
+        described = self._described()
+        try:
+            return self._read_stamp(*described) in stamps
+        except StoreError:
+            return False
 
     def stamp(self) -> StoreStamp:
         """Its stamp, after a comparison of the schema with it.
@@ -187,10 +232,16 @@ class Collection:
         Raises:
             StoreError: it has none or a damaged one, is of another version, or its fields were changed.
         """
+        return self._read_stamp(*self._described())
+
+    def _described(self) -> tuple[dict[str, Any], str]:
         found = self._call("describe_collection")
         text = found["properties"].get(_STAMP)
         if text is None:
             raise StoreError(f"{self.place} is a collection of something else: name another one, as {self._other}")
+        return found, text
+
+    def _read_stamp(self, found: dict[str, Any], text: str) -> StoreStamp:
         try:
             if (version := json.loads(text)["version"]) != STORE_VERSION:
                 raise StoreError(
@@ -263,13 +314,13 @@ class Collection:
             found += sorted(one["row"] for one in self._call("query", filter=wanted, output_fields=["row"]))
         return np.array(found, np.int64)
 
-    def rows(self, ids: Iterable[str]) -> dict[str, int]:
-        """The row of each id that is there."""
-        return {one["id"]: one["row"] for one in self._of_keys(ids, ["id", "row"])}
+    def rows(self, ids: Iterable[str], below: int) -> dict[str, int]:
+        """The row of each id that is there, of those `below` a row."""
+        return {one["id"]: one["row"] for one in self._of_keys(ids, ["id", "row"], below)}
 
-    def passages(self, ids: Iterable[str]) -> list[Passage]:
-        """The passages of the ids that are there, in no order."""
-        return [passage_of(one) for one in self._of_keys(ids, list(_TEXTS))]
+    def passages(self, ids: Iterable[str], below: int) -> list[Passage]:
+        """The passages of the ids that are there, of the rows `below` one, in no order."""
+        return [passage_of(one) for one in self._of_keys(ids, ["row", *_TEXTS], below)]
 
     def fetch(self, rows: Sequence[int], *, vectors: bool) -> list[dict[str, Any]]:
         """Passages, or with `vectors` embeddings, of rows in their order.
@@ -301,10 +352,11 @@ class Collection:
     def _other(self) -> str:
         return str(self.place._replace(collection=f"{self.place.collection}_2"))
 
-    def _of_keys(self, ids: Iterable[str], fields: list[str]) -> Iterator[dict[str, Any]]:
+    def _of_keys(self, ids: Iterable[str], fields: list[str], below: int) -> Iterator[dict[str, Any]]:
         keys = list(dict.fromkeys(map(key_of, ids)))
         for first in range(0, len(keys), AT_ONCE):
-            yield from self._call("query", ids=keys[first : first + AT_ONCE], output_fields=fields)
+            found = self._call("query", ids=keys[first : first + AT_ONCE], output_fields=fields)
+            yield from (one for one in found if one["row"] < below)
 
     def _call(
         self, method: str, *arguments: Any, collection: bool = True, patience: float | None = None, **options: Any
@@ -325,10 +377,10 @@ class Collection:
                 reason = " ".join(str(getattr(error, "message", "") or error).split())
                 if getattr(error, "code", None) == _NOT_LOADED and method != "load_collection":
                     self.load()  # the server was started again
-                    continue
-                if not _is_away(error):
+                elif _is_away(error):
+                    self.close()
+                else:
                     raise StoreError(f"{self.place}: {method} was refused: {reason}") from error
-                self._disconnect()
                 if time.monotonic() + pause > deadline:
                     raise StoreError(
                         f"{self.place} has not answered for {patience:.0f} s: check that the server runs and can be "
@@ -343,11 +395,6 @@ class Collection:
             os.makedirs(os.path.dirname(os.path.abspath(uri)), exist_ok=True)
         token = os.environ.get("COSUP_MILVUS_TOKEN", "")
         return self._pymilvus.MilvusClient(uri, token=token, timeout=min(PATIENCE, _CONNECT_SECONDS))
-
-    def _disconnect(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
 
 
 def key_of(name: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -98,10 +99,11 @@ class MilvusIndex(NonparametricIndex):
         hidden, context = _hidden(work, place, "building"), f"{place} {kind} {parameters}"
         with Build(hidden, model, source, origin, options, context=context) as build:
             with build.together(silent=True):
-                collection = _free(place) if build.leads else None  # before the work
+                if build.leads:
+                    _check_free(place)  # before the work
             names = build.run()
             with build.together(silent=True):
-                if collection is not None:
+                if build.leads:
                     stamp = StoreStamp(
                         rows=len(source),
                         dim=model.width,
@@ -112,19 +114,7 @@ class MilvusIndex(NonparametricIndex):
                         state="building",
                         source=build.digest,
                     )
-                    new = collection.named(f"{place.collection}_building")
-                    whole = stamp.model_copy(update={"state": "whole"})
-                    if not new.exists() or _stamp_or_none(new) not in (stamp, whole):
-                        if new.exists():
-                            new.drop()
-                        new.create(stamp)
-                    new.load()
-                    _send(new, build, names, 0)
-                    if (found := new.count(stamp.rows)) != stamp.rows:
-                        raise StoreError(f"{new.place} holds {found} rows of {stamp.rows}: build with --restart")
-                    new.write_stamp(whole)
-                    new.take_name(place.collection)
-                    new.load()
+                    _install(place, stamp, build, names)
                     build.discard()
         return len(source)
 
@@ -150,19 +140,27 @@ class MilvusIndex(NonparametricIndex):
     @classmethod
     def open(cls, name: str) -> Self:
         """Opens an index whatever made it, to look at it or to delete from it; see `load`."""
-        if not cls.exists(name):
-            place = Place.parse(name)
+        place = Place.parse(name)
+        collection = None if place.missing else Collection(place)
+        if collection is None or not collection.exists():
             raise StoreError(
                 f"{place.uri} has no collection {place.collection!r}: make it with `cosup-fast index build --store`, "
                 "or name another with #COLLECTION"
             )
-        return cls(Collection(Place.parse(name)))
+        return cls(collection)
 
     @classmethod
     def exists(cls, name: str) -> bool:
         """Whether Milvus has a collection of this name."""
         place = Place.parse(name)
-        return not place.missing and Collection(place).exists()
+        if place.missing:
+            return False
+        with closing(Collection(place)) as collection:
+            return collection.exists()
+
+    def close(self) -> None:
+        """Ends the connection to Milvus; a later look-up makes a new one."""
+        self._collection.close()
 
     def _take(self, stamp: StoreStamp) -> None:
         if stamp.state == "building":
@@ -171,7 +169,7 @@ class MilvusIndex(NonparametricIndex):
         self.stamp, self.origin, self.precision = stamp, stamp.origin, stamp.precision
         self._count = self._collection.count(stamp.rows)
         self._present_rows: np.ndarray | None = None
-        self._near: dict[int, np.ndarray] = {}  # embeddings of the candidates of the last search, by stored row
+        self._near: dict[int, np.ndarray] = {}  # embeddings of the last candidates, by stored row
         self._remembered: dict[int, Passage] = {}  # by stored row
         self.passages = _Rows(self)
         self.by_id = _ById(self)
@@ -182,7 +180,7 @@ class MilvusIndex(NonparametricIndex):
 
     @property
     def collection(self) -> Collection:
-        """Where it lies."""
+        """Where it is stored."""
         return self._collection
 
     @property
@@ -203,7 +201,9 @@ class MilvusIndex(NonparametricIndex):
             yield torch.from_numpy(self.vectors(np.arange(start, min(start + AT_ONCE, self._count))))
 
     def candidates(self) -> tuple[nearest.Propose, bool]:
-        self._near = {}
+        # Between searches, so that what one has found stays until it is read.
+        if len(self._remembered) > _REMEMBERED:
+            self._remembered.clear()
         return self._propose, self.stamp.index == "FLAT"
 
     def stored(self, rows: np.ndarray) -> np.ndarray:
@@ -213,9 +213,13 @@ class MilvusIndex(NonparametricIndex):
     def passage(self, row: int) -> Passage:
         """The passage of a row."""
         (stored,) = self.stored(np.array([row])).tolist()
-        if stored not in self._remembered:
-            self._remember(self._collection.fetch([stored], vectors=False))
-        return self._remembered[stored]
+        if (known := self._remembered.get(stored)) is not None:
+            return known
+        if len(self._remembered) > _REMEMBERED:
+            self._remembered.clear()
+        (entity,) = self._collection.fetch([stored], vectors=False)
+        found = self._remembered[stored] = passage_of(entity)
+        return found
 
     def _append(
         self, model: CoSupervisionModel, source: Corpus, origin: Origin, options: Options, work: Path | None
@@ -271,6 +275,7 @@ class MilvusIndex(NonparametricIndex):
         return self._present_rows
 
     def _propose(self, queries: Tensor, count: int) -> np.ndarray:
+        self._near = {}  # a search asks for the embeddings of what was proposed before it proposes more
         if count > MOST_CANDIDATES:
             raise ValueError(
                 f"{self.name} returns at most {MOST_CANDIDATES:,} candidates for a query, {count:,} are needed: ask "
@@ -282,7 +287,7 @@ class MilvusIndex(NonparametricIndex):
         for start in range(0, len(asked), at_once):
             for number, hits in enumerate(self._hits(asked[start : start + at_once], count)):
                 self._near |= {hit["row"]: np.asarray(hit["vector"], np.float32) for hit in hits}
-                self._remember(hits)
+                self._remembered |= {hit["row"]: passage_of(hit) for hit in hits}
                 stored = np.array([hit["row"] for hit in hits], np.int64)
                 if self._count != self.stamp.rows:
                     stored = np.searchsorted(self._present, stored)
@@ -298,13 +303,8 @@ class MilvusIndex(NonparametricIndex):
                 return found
         return search(queries, count, self.stamp.parameters, below=rows)
 
-    def _remember(self, entities: Iterable[dict[str, Any]]) -> None:
-        self._remembered |= {one["row"]: passage_of(one) for one in entities}
-        while len(self._remembered) > _REMEMBERED:
-            self._remembered.pop(next(iter(self._remembered)))
-
     def _known(self, ids: Iterable[str]) -> dict[str, int]:
-        return {name: row for name, row in self._collection.rows(ids).items() if row < self.stamp.rows}
+        return self._collection.rows(ids, self.stamp.rows)
 
     def _check_unchanged(self) -> None:
         if self._collection.stamp() != self.stamp:
@@ -337,11 +337,13 @@ class _ById(Mapping[str, Passage]):
         self._found: dict[str, Passage] = {}
 
     def __getitem__(self, name: str) -> Passage:
-        if name not in self._found:
-            if len(self._found) >= _REMEMBERED:
-                self._found.clear()
-            self._found |= {passage.id: passage for passage in self._index.collection.passages([name])}
-        return self._found[name]
+        if (known := self._found.get(name)) is not None:
+            return known
+        found = {passage.id: passage for passage in self._index.collection.passages([name], self._index.stamp.rows)}
+        if len(self._found) >= _REMEMBERED:
+            self._found.clear()
+        self._found |= found
+        return found[name]
 
     def __iter__(self) -> Iterator[str]:
         return (passage.id for passage in self._index.passages)
@@ -379,19 +381,34 @@ def _hidden(work: Path, place: Place, kind: str) -> Path:
     return work / f".{place.collection}.milvus.{kind}"
 
 
-def _free(place: Place) -> Collection:
-    """The collection at a place, which does not exist or is an index."""
-    collection = Collection(place)
-    if collection.exists():
-        collection.stamp()
-    return collection
+def _check_free(place: Place) -> None:
+    """Refuses a place where something other than an index would be replaced; a damaged index may be."""
+    with closing(Collection(place)) as old, closing(old.named(place.building)) as new:
+        for collection in (old, new):
+            if collection.exists():
+                collection.check_ours()
 
 
-def _stamp_or_none(collection: Collection) -> StoreStamp | None:
-    try:
-        return collection.stamp()
-    except StoreError:
-        return None
+def _install(place: Place, stamp: StoreStamp, build: Build, names: Sequence[str]) -> None:
+    """Makes the collection at a place of the shards of a build, in one of another name until it is whole."""
+    whole = stamp.model_copy(update={"state": "whole"})
+    with closing(Collection(place)) as old, closing(old.named(place.building)) as new:
+        if old.exists() and old.is_of(whole):
+            old.load()
+            if old.count(stamp.rows) == stamp.rows:
+                return  # a process that was killed had done all but remove the shards
+        if new.exists() and not new.is_of(stamp, whole):
+            new.drop()
+        if not new.exists():
+            new.create(stamp)
+        new.load()
+        _send(new, build, names, 0)
+        if (found := new.count(stamp.rows)) != stamp.rows:
+            new.drop()
+            raise StoreError(f"{new.place} holds {found} rows of {stamp.rows}: run the same command again")
+        new.write_stamp(whole)
+        new.take_name(place.collection)
+        new.load()
 
 
 def _send(collection: Collection, build: Build, names: Sequence[str], start: int) -> None:

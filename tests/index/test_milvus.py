@@ -19,7 +19,7 @@ pytest.importorskip("pymilvus", reason="needs cosup-fast[milvus]")
 pytest.importorskip("milvus_lite", reason="needs cosup-fast[milvus]")
 
 from cosup_fast.data.records import DataError, Passage, write_jsonl
-from cosup_fast.index import Options, SequenceIndex, collection
+from cosup_fast.index import Options, SequenceIndex, collection, milvus, search
 from cosup_fast.index import build as build_module
 from cosup_fast.index.collection import AT_ONCE, Collection, Place, StoreError
 from cosup_fast.index.milvus import MilvusIndex
@@ -135,6 +135,7 @@ def test_rows_of_an_interrupted_addition_are_not_found(model, passages, built, t
     monkeypatch.undo()
     again = load_index(built, model)
     assert "unfinished" in again.describe()
+    assert "new0" not in again
     assert again.retrieve_all(again.embeddings, 100) == store.retrieve_all(store.embeddings, 100) == before
     another = [Passage(id="other", title="", text="another addition"), *more[:1]]
     again.add(model, another, work=tmp_path / "other", options=SMALL)
@@ -211,8 +212,9 @@ def test_an_approximate_index_is_searched_with_its_parameters(model, passages, p
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("milvus:localhost", {}, "names no Milvus"),
-        ("milvus:x.db#a-b", {}, "'a-b' is no name of a collection"),
+        ("milvus:localhost", {}, "is not a Milvus address"),
+        ("milvus:x.db#a-b", {}, "'a-b' is not a valid collection name"),
+        ("milvus:x.db#a_building", {}, "_building at its end is kept for unfinished builds"),
         ("milvus:x.db", {"factory": "IVF4096,PQ64"}, "in Milvus choose one of FLAT"),
         ("milvus:x.db", {"parameters": "ef=64"}, "an exact search has none"),
         ("milvus:x.db", {"factory": "HNSW", "parameters": "ef"}, "expected NAME=NUMBER"),
@@ -286,6 +288,88 @@ def test_a_collection_of_something_else_is_left_alone(model, passages, place, tm
     assert not index_exists(f"{place}#other")
     assert not index_exists(f"milvus:{tmp_path / 'mistyped.db'}")
     assert not (tmp_path / "mistyped.db").exists()
+
+
+def test_a_collection_of_something_else_is_not_dropped_for_a_build(model, passages, place, tmp_path):
+    store = Collection(Place.parse(place)).named("cosup_building")
+    store._call("create_collection", dimension=8)
+    with pytest.raises(StoreError, match="cosup_building is a collection of something else"):
+        build_index(model, passages, place, tmp_path, options=SMALL)
+    assert store.exists()
+
+
+@pytest.mark.parametrize("name", ["cosup", "cosup_building"])
+def test_a_damaged_index_is_replaced_by_a_build(model, passages, place, tmp_path, name):
+    store = Collection(Place.parse(place)).named(name)
+    store._call("create_collection", dimension=8, properties={"cosup.stamp": "{"})
+    build_index(model, passages, place, tmp_path, options=SMALL)
+    assert list(open_index(place).passages) == passages
+
+
+def test_a_build_that_lost_rows_starts_again(model, passages, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(Collection, "count", lambda self, rows: rows - 1)
+    with pytest.raises(StoreError, match="holds 10 rows of 11: run the same command again"):
+        build_index(model, passages, place, tmp_path, options=SMALL)
+    monkeypatch.undo()
+    build_index(model, passages, place, tmp_path, options=SMALL)
+    assert list(open_index(place).passages) == passages
+
+
+def test_a_lost_answer_to_the_rename_and_a_kill_after_it_do_no_harm(model, passages, place, tmp_path, monkeypatch):
+    call = Collection._call
+
+    def twice(self, method, *arguments, **options):
+        if method == "rename_collection":
+            call(self, method, *arguments, **options)
+        return call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(Collection, "_call", twice)
+    monkeypatch.setattr(build_module.Build, "discard", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_index(model, passages, place, tmp_path, options=SMALL)
+    monkeypatch.undo()
+    monkeypatch.setattr(Collection, "upsert", None)  # nothing is sent again
+    build_index(model, passages, place, tmp_path, options=SMALL)
+    assert list(open_index(place).passages) == passages
+    assert not list(tmp_path.glob(".*milvus*"))
+
+
+def test_a_server_that_never_loads_is_not_asked_forever(built, impatient, monkeypatch):
+    store = open_index(built)
+    assert isinstance(store, MilvusIndex)
+
+    def refuse(*_, **__):
+        raise store.collection._pymilvus.MilvusException(code=101, message="collection not loaded")
+
+    monkeypatch.setattr(store.collection._client, "query", refuse)
+    with pytest.raises(StoreError, match=r"has not answered for 1 s.*not loaded"):
+        store.collection.count(1)
+
+
+def test_connections_end_one_by_one(built):
+    store = Collection(Place.parse(built))
+    other = store.named("other")
+    assert not other.exists()
+    client = store._client
+    other.close()
+    assert store._client is client
+    assert store.exists()
+    index = open_index(built)
+    assert isinstance(index, MilvusIndex)
+    index.close()
+    assert "paris" in index
+
+
+def test_what_a_search_found_stays_until_the_next_one(model, built, monkeypatch):
+    monkeypatch.setattr(milvus, "_REMEMBERED", 2)
+    store = load_index(built, model)
+    queries = store.embeddings
+    expected = [found[0][0] for found in store.retrieve_all(queries, 1)]
+    monkeypatch.setattr(Collection, "fetch", None)
+    assert [found[0][0] for found in store.retrieve_all(queries, 1)] == expected
+    monkeypatch.setattr(search, "_NUMBERS_AT_ONCE", 1)  # a part for each query
+    store.search(queries, 1)
+    assert len(store._near) <= 1 * 2 + 32
 
 
 def test_a_field_of_another_width_or_none_is_named(built):
