@@ -64,6 +64,7 @@ def write_collection(name: str, count: int, width: int) -> None:
 
     collection = Collection(Place.parse(name))
     if collection.exists():
+        collection.check_ours()
         collection.drop()
     stamp = StoreStamp(
         rows=count, dim=width, precision="float32", origin=ORIGIN, index="FLAT", parameters={}, state="whole", source=""
@@ -96,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, action="append", help="passages; repeat it for several")
     parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--store", action="append", help="milvus:URI[#COLLECTION], which is overwritten")
+    parser.add_argument(
+        "--store", action="append", help="milvus:URI[#COLLECTION], which is overwritten if it is an index"
+    )
     parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
