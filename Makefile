@@ -9,7 +9,7 @@ comma := ,
 .PHONY: demo serve test slow lint docs dist clean help
 
 help:
-	@echo "make demo   train, index, retrieve and generate on real text, in a few minutes on a laptop CPU"
+	@echo "make demo   train, index, retrieve and generate on real text, in about ten minutes on two CPU cores"
 	@echo "make serve  an OpenAI-compatible server and its page on what the demo trained"
 	@echo "make test   run the tests"
 	@echo "make slow   run the slow tests too"

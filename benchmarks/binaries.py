@@ -1,4 +1,4 @@
-"""What are the kernels made of? Those that a counted run launched, compiled for a GPU that is not there."""
+"""Registers, spills and tensor cores of the kernels that a counted run launched, compiled without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a site of Markdown that is written to be read in the repository: hooks of MkDocs.
+"""Hooks of MkDocs that make the site from Markdown written for the repository.
 
 Pages from outside docs/ join the site: the changelog, how to contribute, the results of benchmarks. A relative link is
 followed as in the repository. Where it leads to a page or an image of the site it stays there, where it leads to

@@ -58,7 +58,7 @@ def demo(
         "runs/demo"
     ),
 ) -> None:
-    """Train, index, retrieve and generate on real text, before and after, in a few minutes without a GPU."""
+    """Train, index, retrieve and generate on real text, beside baselines, in about ten minutes without a GPU."""
     from cosup_fast.cli.demo import run_demo
 
     run_demo(output, out)

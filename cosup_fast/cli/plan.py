@@ -35,11 +35,11 @@ def plan(
         int, typer.Option(min=1, help="hybrid sharding: whole copies of the weights, each shared out over its ranks")
     ] = 1,
     nvlink: Annotated[
-        float, typer.Option(min=1, help="with --nodes: GB/s that a GPU sends to others of its node")
-    ] = 300.0,
+        float | None, typer.Option(min=1, help="with --nodes: GB/s from a GPU to others of its node; default: 300")
+    ] = None,
     network: Annotated[
-        float, typer.Option(min=0.1, help="with --nodes: GB/s of each GPU's link to other nodes")
-    ] = 25.0,
+        float | None, typer.Option(min=0.1, help="with --nodes: GB/s of each GPU's link to other nodes; default: 25")
+    ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(min=1, help="GiB of each GPU; default: 80, or the preset's")
     ] = None,
@@ -96,6 +96,9 @@ def plan(
     if nsp_batch is None and (limits.tokens or limits.sequences):
         nsp_batch = config.training.batch_size
     packs = 1 if nsp_batch is None else math.ceil(nsp_batch / (gpus * embseq[0]))
+    if nodes is None and (nvlink or network):
+        option = "--nvlink" if nvlink else "--network"
+        raise ValueError(f"{option} is the speed of links of a cluster: name its size with --nodes, or omit it")
     request = PlanRequest.of(
         config,
         gpus=gpus,
@@ -114,7 +117,7 @@ def plan(
         )
     with interruptible("no plan was made"), err.status("simulating a step"):
         made = make_plan(request, gpu_memory, quick=quick)
-    cluster = None if nodes is None else Cluster(per_node, nvlink, network)
+    cluster = None if nodes is None else Cluster(per_node, nvlink or 300.0, network or 25.0)
     traffic = [] if cluster is None else step_traffic(request, cluster)
     if as_json:
         print(json.dumps(made.to_json() | ({} if nodes is None else {"traffic": [asdict(one) for one in traffic]})))

@@ -51,8 +51,8 @@ def serve(
     import logging
     import os
 
-    # oneDNN compiles a product for each number of rows and keeps the last 1024, up to a gigabyte where the lengths of
-    # prompts vary. A step needs a handful, and making one again takes a tenth of a millisecond.
+    # oneDNN compiles a product for each number of rows and keeps the last 1024, which takes much memory where the
+    # lengths of prompts vary. A step needs a handful.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and that of torch around it
         os.environ.setdefault(cache, "128")
 

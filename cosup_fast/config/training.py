@@ -102,9 +102,8 @@ class TrainingConfig(BaseModel):
     peak_tflops: float | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
         description="what a device could do, in TFLOP/s, for the model FLOP utilisation; null: by its data sheet where "
-        "products are in bf16 and the device is known, else none is told",
+        "products are in bf16 and the device is known, otherwise none is reported",
     )
     log_every: int = Field(default=1, ge=1, description="steps between metrics")
     diagnose_every: int | None = Field(

@@ -128,12 +128,15 @@ class Peers:
 
     @contextmanager
     def reporting(self, purpose: str) -> Iterator[None]:
-        """Tells the others, at their next meeting, of a user error inside; they would wait for this rank in vain."""
+        """Tells the others, at their next meeting, of an error inside; they would wait for this rank in vain."""
         try:
             yield
-        except (OSError, TypeError, ValueError) as error:
+        except PeerError:
+            raise
+        except Exception as error:
             if self.size > 1:
-                self._channel.report(self.rank, self.size, {"purpose": purpose, "error": str(error)})
+                kind = "" if isinstance(error, OSError | TypeError | ValueError) else f"{type(error).__name__}: "
+                self._channel.report(self.rank, self.size, {"purpose": purpose, "error": f"{kind}{error}"})
             raise
 
     @contextmanager
@@ -221,14 +224,14 @@ class Peers:
         return x
 
     def _run(self, what: str, out: Tensor, start: Callable[[], Any]) -> None:
-        """A collective; where it fails, the ranks that answer no more are named."""
+        """A collective; where it fails, the ranks that stopped answering are named."""
         on_host = out.device.type == "cpu"
         with self._naming(what, everything=on_host):
             work = start()
             self._wait(work) if on_host else work.wait()
 
     def naming(self, what: str) -> AbstractContextManager[None]:
-        """Names the ranks that answer no more where a collective of somebody else's, inside, has failed for it.
+        """Names the ranks that stopped answering where a collective of somebody else's, inside, has failed for it.
 
         Raises:
             PeerError: in place of the failure.
@@ -251,7 +254,9 @@ class Peers:
                 silent = [0]  # who holds the store, unless a launcher does
             if not silent:
                 raise
-            raise PeerError(f"{what}: {_ranks(silent)} answered no more ({error}); look there for the cause") from error
+            raise PeerError(
+                f"{what}: {_ranks(silent)} stopped answering ({error}); look there for the cause"
+            ) from error
 
     def _wait(self, work: Any) -> None:
         """Waits on the host, and no longer than until another rank has seen the collective fail.

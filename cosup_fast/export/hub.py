@@ -5,7 +5,6 @@ The client reads its token (`hf auth login`, or `HF_TOKEN`) and its endpoint (`H
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -13,13 +12,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from cosup_fast.export.sentence_transformers import EXPORT
+from cosup_fast.files import read_object
 
 
 def check_push(repo: str) -> None:
     """Refuses what cannot be pushed, before an export is written.
 
     Raises:
-        ValueError: `repo` is no `owner/name`, or there is no token.
+        ValueError: `repo` is not `owner/name`, or there is no token.
     """
     try:
         validate_repo_id(repo)
@@ -48,7 +48,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     check_push(repo)
     if why := EXPORT.foreign(folder):
         raise ValueError(f"{folder} is not an export, {why}: cosup-fast export writes one")
-    note = json.loads((folder / EXPORT.marker).read_text(encoding="utf-8"))
+    note = read_object(folder / EXPORT.marker, ["files", "kind"])
     api = HfApi()
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)

@@ -186,11 +186,9 @@ class FolderKind:
         listed = self.files
         if self.keys:
             try:
-                described = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(described, dict) or not described.keys() >= self.keys:
-                    return f"its {self.marker} is not that of {self.name}"
+                described = read_object(path, self.keys)
                 listed = listed or tuple(described["files"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 return f"its {self.marker} is not that of {self.name}"
         for file in sorted(p for p in folder.rglob("*") if not p.is_dir()):
             name = file.relative_to(folder).as_posix()
@@ -224,7 +222,7 @@ def replace_folder(folder: str | Path, kind: FolderKind) -> Iterator[Path]:
     was the only copy.
 
     Args:
-        folder: where the result should stand; an earlier result there is replaced.
+        folder: where the result goes; an earlier result there is replaced.
         kind: what it is, by which an earlier result is known.
 
     Raises:

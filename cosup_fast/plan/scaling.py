@@ -52,7 +52,16 @@ class Traffic:
 
 
 def step_traffic(request: PlanRequest, cluster: Cluster) -> list[Traffic]:
-    """What a step sends, largest first; nothing on one GPU."""
+    """What a step sends, largest first; nothing on one GPU.
+
+    Raises:
+        ValueError: the models have adapters, whose traffic is not modelled.
+    """
+    if request.gen_lora.rank or request.embseq_lora.rank:
+        raise ValueError(
+            "what travels between nodes is not modelled for adapters: plan without --nodes, or without "
+            "model.gen_lora.rank and model.embseq_lora.rank"
+        )
     gpus, shards = request.gpus, request.gpus // request.replicas
     if gpus == 1:
         return []

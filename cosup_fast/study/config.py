@@ -17,7 +17,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
-from cosup_fast.config.reading import read_yaml
+from cosup_fast.config.reading import flat, read_yaml
 from cosup_fast.data.records import nearest
 from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.kinds import split_name
@@ -293,7 +292,7 @@ class Cell:
     @property
     def random_embseq(self) -> tuple[str, Path]:
         """The model whose architecture an Embseq of random weights has, and where that one is."""
-        fields = _flat(self.study.base) | _flat(self.settings.change)
+        fields = flat(self.study.base) | flat(self.settings.change)
         name = fields.get("model.embseq") or fields.get("model.gen") or RunConfig().model.gen
         layers = fields.get("model.embseq_layers") or "all"
         return name, self.study.work_folder / "models" / f"random-{Path(name).name}-{layers}"
@@ -305,9 +304,9 @@ class Cell:
         Raises:
             StudyError: a field that a run does not have, or a value that it does not take.
         """
-        fields = _flat(self.study.base) | _flat(self.settings.change)
+        fields = flat(self.study.base) | flat(self.settings.change)
         if self.trial is not None:
-            trial = _flat(self.settings.tune[self.trial])
+            trial = flat(self.settings.tune[self.trial])
             fields |= {"training.steps": self.study.tuning.steps} | trial
         fields |= {"training.seed": self.seed, "output": str(self.work / "run")}
         if self.settings.random_embseq:
@@ -392,19 +391,6 @@ def _twice(names: Any) -> Any:
     """The first name that occurs twice, or None."""
     seen: set[Any] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted fields; dotted names may stand at any depth."""
-
-    def fields() -> Iterator[tuple[str, Any]]:
-        for name, value in section.items():
-            if isinstance(value, dict):
-                yield from _flat(value, f"{prefix}{name}.").items()
-            else:
-                yield f"{prefix}{name}", value
-
-    return dict(fields())
 
 
 def prepared_set(name: str) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,8 +88,17 @@ class Together(Callback):
         with ExitStack() as stack:
             for callback in self.callbacks:
                 callback.start(config, step, total)
-                stack.push(lambda kind, error, trace, end=callback.end: end(error))
+                stack.push(_ending(callback))
             yield
+
+
+def _ending(callback: Callback) -> Callable[..., None]:
+    """Tells a callback of the end, and suppresses nothing whatever it returns."""
+
+    def end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        callback.end(error)
+
+    return end
 
 
 def asks(callback: Callback) -> bool:

@@ -1,4 +1,4 @@
-"""Figures of a model in training on examples that it is not trained on: both losses, and retrieval among a pool."""
+"""Held-out figures while a model trains: both losses, and retrieval among a pool."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class HeldOutEvaluator:
             self.pool = [corpus[name] for name in gold]
             self.pool += [corpus[ids[other + bisect_right(before, other)]] for other in drawn]
 
-    def leave_out_long(self, template: Template) -> None:
-        """Drops the examples that are longer than a micro-batch or than the model's positions.
+    def leave_out_long(self, template: Template) -> int:
+        """Drops the examples that are longer than a micro-batch or than the model's positions, and counts them.
 
         Raises:
             ValueError: all of them are.
@@ -63,7 +63,8 @@ class HeldOutEvaluator:
         found = [e for e in self.examples if not is_too_long(e, self.corpus, template, limits, retrieval=retrieval)]
         if not found:
             raise ValueError(f"all of the {len(self.examples)} examples of data.dev are too long: shorten them")
-        self.examples = found
+        dropped, self.examples = len(self.examples) - len(found), found
+        return dropped
 
     @torch.no_grad()
     def __call__(self, model: CoSupervisionModel, step: int) -> HeldOut:

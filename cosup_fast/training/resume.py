@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cosup_fast.config import ConfigError, RunConfig, load_config
+from cosup_fast.config.reading import flat
 from cosup_fast.data.records import DataError
 from cosup_fast.distributed import Peers
 from cosup_fast.files import read_object
@@ -72,7 +73,7 @@ def changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """The values that two nested dicts differ in, by dotted name: before and now, None where there is none."""
-    first, second = _flat(before), _flat(now)
+    first, second = flat(before), flat(now)
     names = dict.fromkeys((*second, *first))
     return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
 
@@ -140,10 +141,3 @@ def ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool
     if shown or not evaluated or config.training.eval_every is None:
         return f"{checkpoint} is the end of this run; a larger training.steps continues it"
     return None
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -150,6 +151,7 @@ def _run(
         read = config if initial is None else as_in(initial, config)
         template = load_template(read.models, config.text)[0]
         trained = measure(template, config, examples, sets, corpus, console)
+        _leave_out_long(evaluator, config, template, console)
         if any(map(asks, callbacks)):
             _ask(callbacks, read, template, trained, corpus, device, console, peers)
         if not config.has_embseq:
@@ -168,10 +170,9 @@ def _run(
         for name, (before, now) in changed.items():
             console.print(f"{name} was {before}, and is {now} from here on", markup=False)
         trained = measure(model.template, config, examples, sets, corpus, console)
+        _leave_out_long(evaluator, config, model.template, console)
     if peers is not None:
         check_same_run(peers, "the same weights", {"weights": None if sharded else digest(model)})
-    if evaluator is not None and config.data.long_examples == "skip":
-        evaluator.leave_out_long(model.template)
     leads = peers is None or peers.rank == 0
     told = Together(callbacks)
     if leads:
@@ -324,10 +325,21 @@ def _ask(
         peers.meet("check")
 
 
+def _leave_out_long(
+    evaluator: HeldOutEvaluator | None, config: RunConfig, template: Template, console: Console
+) -> None:
+    """Leaves long held-out examples out where the configuration says so, and says how many."""
+    if evaluator is None or config.data.long_examples != "skip":
+        return
+    if dropped := evaluator.leave_out_long(template):
+        told = f"left out {dropped} of {dropped + len(evaluator.examples)} held-out examples, which are too long"
+        console.print(told, markup=False)
+
+
 def _check_architecture(config: RunConfig, checkpoint: Path) -> None:
     """Refuses a checkpoint of other models than the run's, whose configuration may have been changed by hand."""
-    for field, part in (("gen", "gen"), ("embseq", "embseq")):
-        name = getattr(config.model, field) or config.model.gen
+    for part in ("gen", "embseq"):
+        name = getattr(config.model, part) or config.model.gen
         if not (checkpoint / part).is_dir():
             continue
         there = read_config(checkpoint / part).get_text_config()
@@ -335,7 +347,7 @@ def _check_architecture(config: RunConfig, checkpoint: Path) -> None:
         for key in ("model_type", "hidden_size", "num_attention_heads"):
             if getattr(there, key) != getattr(here, key):
                 raise ConfigError(
-                    f"{checkpoint / part} is of another architecture than model.{field}={name!r}: {key} is "
+                    f"{checkpoint / part} is of another architecture than model.{part}={name!r}: {key} is "
                     f"{getattr(there, key)} there and {getattr(here, key)} here; name the model that the run began with"
                 )
 
@@ -347,7 +359,7 @@ def _passages(examples: Iterable[Example]) -> list[str]:
 
 def _digest(examples: Iterable[Example], passages: Iterable[Passage]) -> str:
     digest = hashlib.sha256()
-    for record in (*examples, *passages):
+    for record in itertools.chain(examples, passages):
         digest.update(record.model_dump_json(exclude_defaults=True).encode() + b"\n")
     return digest.hexdigest()
 

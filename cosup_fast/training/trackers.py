@@ -13,11 +13,13 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosup_fast.files import replace_file
+from cosup_fast.config.reading import flat
+from cosup_fast.files import read_object, replace_file
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.metrics import Metrics, as_record
 
@@ -28,7 +30,7 @@ PROJECT = "cosup-fast"
 IDS = "trackers.json"
 
 
-class Tracker(Callback):
+class Tracker(Callback, ABC):
     """One tracker. A subclass opens a run of its own, sends figures to it and closes it.
 
     Args:
@@ -36,25 +38,25 @@ class Tracker(Callback):
     """
 
     name: str
-    """As `training.report_to` and the extra that installs it are called."""
-    module: str
-    """The package."""
+    """Of its package, and in `training.report_to`."""
+    extra: str
+    """What installs it."""
 
     def __init__(self, warn: Callable[[str], None]):
         self._warn = warn
         self._failed = False
 
+    @abstractmethod
     def open(self, output: Path, config: dict[str, Any], step: int, run: str | None) -> str | None:
         """Opens the run with this id, or a new one, from a step on; returns its id."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send(self, figures: dict[str, float], step: int) -> None:
         """Sends figures of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, error: BaseException | None) -> None:
         """Closes the run."""
-        raise NotImplementedError
 
     def start(self, config: RunConfig, step: int, total: int) -> None:
         output = Path(config.output)
@@ -88,12 +90,13 @@ class Tracker(Callback):
 class TensorBoard(Tracker):
     """Event files in `output/tensorboard`."""
 
-    name, module = "tensorboard", "tensorboard"
+    name, extra = "tensorboard", "train"
 
     def open(self, output: Path, config: dict[str, Any], step: int, run: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=step)
+        # What a killed run sent beyond its checkpoint is taken back; the checkpoint's own step stays.
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def send(self, figures: dict[str, float], step: int) -> None:
         for name, value in figures.items():
@@ -106,7 +109,7 @@ class TensorBoard(Tracker):
 class WeightsAndBiases(Tracker):
     """A run of Weights & Biases. The step is a figure of its own, so that steps taken again after a resume are kept."""
 
-    name, module = "wandb", "wandb"
+    name, extra = "wandb", "wandb"
 
     def open(self, output: Path, config: dict[str, Any], step: int, run: str | None) -> str:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -133,7 +136,7 @@ class WeightsAndBiases(Tracker):
 class MLflow(Tracker):
     """A run of MLflow, through its client: an active run of the program that trains is left alone."""
 
-    name, module = "mlflow", "mlflow"
+    name, extra = "mlflow", "mlflow"
 
     def open(self, output: Path, config: dict[str, Any], step: int, run: str | None) -> str:
         from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
@@ -145,7 +148,7 @@ class MLflow(Tracker):
             experiment = self._client.get_experiment_by_name(name)
             number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
             run = str(self._client.create_run(number, run_name=output.name).info.run_id)
-            parameters = [Param(name, str(value)[:500]) for name, value in _flat(config).items()]
+            parameters = [Param(name, str(value)[:500]) for name, value in flat(config).items()]
             for i in range(0, len(parameters), 100):  # as many as one request takes
                 self._client.log_batch(run, params=parameters[i : i + 100])
         self._client.update_run(run, status="RUNNING")
@@ -173,21 +176,13 @@ def check_trackers(names: Sequence[str]) -> None:
         ImportError: naming it and the extra that brings it.
     """
     for name in names:
-        if importlib.util.find_spec(TRACKERS[name].module) is None:
-            extra = "train" if name == "tensorboard" else name
+        if importlib.util.find_spec(name) is None:
             raise ImportError(
-                f"training.report_to={name} needs the package {TRACKERS[name].module}: "
-                f"pip install 'cosup-fast[{extra}]', or omit it"
+                f"training.report_to={name} needs the package {name}: "
+                f"pip install 'cosup-fast[{TRACKERS[name].extra}]', or omit it"
             )
 
 
 def _ids(output: Path) -> dict[str, str]:
     path = output / IDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return read_object(path) if path.is_file() else {}

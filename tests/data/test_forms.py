@@ -136,11 +136,12 @@ def test_columns_are_the_same_pairs_in_every_kind_of_file(tmp_path, form):
 
 def test_columns_may_be_called_otherwise_hold_lists_and_come_in_any_number(tmp_path):
     record = {"query": "q", "answer": ["a", "b"], "negative_1": "c", "negative_2": "a", "id": 3, "negatively": "no"}
+    record |= {"negatives": ["d"], "negative3": "e"}
     counts = convert_sentence_transformers([_lines(tmp_path / "x.jsonl", [record])], tmp_path / "out", progress=False)
     assert counts["negatives that answer"] == 1
     passages, (example,) = _read(tmp_path / "out", "x")
     assert [passages[name].text for name in example.gold] == ["a", "b"]
-    assert [passages[name].text for name in example.negatives] == ["c"]
+    assert sorted(passages[name].text for name in example.negatives) == ["c", "d", "e"]
     table = _table(tmp_path / "faq.tsv", [{"title": "q", "body": "a", "wrong_1": "c"}], delimiter="\t")
     names = {"anchor": "title", "positive": "body", "negative": "wrong"}
     convert_sentence_transformers([table], tmp_path / "faq", columns=names, progress=False)
@@ -229,6 +230,19 @@ def test_one_id_for_two_passages_is_refused(tmp_path):
     path = _lines(tmp_path / "train.jsonl", [TEVATRON[0], other])
     with pytest.raises(DataError, match=r"train\.jsonl:2: expected one text for each passage id, .* for 'd1'"):
         convert_tevatron([path], tmp_path / "out", progress=False)
+    counts = convert_tevatron([path], tmp_path / "out", skip_malformed=True, progress=False)
+    assert counts["malformed"] == counts["examples"] == 1
+
+
+def test_a_passage_of_a_beir_corpus_is_written_once(tmp_path, beir):
+    corpus = beir / "corpus.jsonl"
+    first, *others = corpus.read_text().splitlines()
+    corpus.write_text("\n".join([first, *others, first]) + "\n")
+    assert convert_beir(beir, tmp_path / "out", progress=False)["passages"] == 2
+    assert list(_read(tmp_path / "out", "train")[0]) == ["d1", "d2"]
+    corpus.write_text("\n".join([first, *others, first.replace("Norway", "Sweden")]) + "\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl:4: expected one text for each passage id, .* for 'd1'"):
+        convert_beir(beir, tmp_path / "again", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def test_a_lost_rank_is_named_in_time(make_world, how, when):
     world.send("lost", how, when, 2, timeout)
     for rank in (0, 1, 3, 4):
         text, seconds = world.answer(rank, timeout=60)
-        assert ("rank 2 did not come within 2 s" if when == "before" else "rank 2 answered no more") in text
+        assert ("rank 2 did not come within 2 s" if when == "before" else "rank 2 stopped answering") in text
         assert seconds < 15  # a rank that dies in a collective is noticed at once
 
 

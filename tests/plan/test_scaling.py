@@ -59,6 +59,14 @@ def test_replicas_keep_weights_within_their_node():
     assert found["keys"] == by_name(tiny(), Cluster(8, 100, 10))["keys"]
 
 
+def test_adapters_are_refused_and_links_need_nodes(cosup):
+    with pytest.raises(ValueError, match="not modelled for adapters"):
+        step_traffic(tiny(gen_lora={"rank": 8}), Cluster())
+    status, _, err = cosup("plan", "--preset", "llama2-7b-8x80g", "--network", "50")
+    assert status == 1
+    assert "--network is the speed of links of a cluster: name its size with --nodes" in err
+
+
 def test_what_is_not_trained_or_not_asked_for_does_not_travel():
     whole, frozen = by_name(tiny()), by_name(tiny(freeze_embseq=True))
     assert frozen["gradients"][0] == pytest.approx(whole["gradients"][0] / 2)

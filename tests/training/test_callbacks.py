@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,27 +27,10 @@ from cosup_fast.training.utilization import Utilization, known_peak, peak_tflops
 
 
 @pytest.fixture
-def configure(llama_folder, data_folder, tmp_path):
-    """A function that makes the configuration of a tiny run."""
-
-    def configure(**changes):
-        fields = {
-            "output": str(tmp_path / "run"),
-            "model.gen": llama_folder,
-            "data.corpus": str(data_folder / "passages.jsonl"),
-            "data.train": [str(data_folder / "examples.jsonl")],
-            "data.dev": [str(data_folder / "examples.jsonl")],
-            "data.allow_leaks": True,
-            "training.batch_size": 2,
-            "training.steps": 4,
-            "training.eval_every": 2,
-            "training.checkpoint_every": 2,
-            "training.lr": 1e-2,
-        }
-        changes = {name.replace("__", "."): value for name, value in changes.items()}
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
-
-    return configure
+def configure(configure, data_folder):
+    """The same, with held-out evaluations and checkpoints on the way."""
+    held_out = {"data.dev": [str(data_folder / "examples.jsonl")], "data.allow_leaks": True}
+    return partial(configure, **held_out, **{"training.eval_every": 2, "training.checkpoint_every": 2})
 
 
 class Heard(Callback):
@@ -75,6 +59,7 @@ class Heard(Callback):
 
     def end(self, error):
         self.calls.append(("end", type(error).__name__))
+        return True  # which would suppress an error, were it an __exit__
 
 
 def _train(config, *callbacks, resume=False):
@@ -120,11 +105,7 @@ def test_what_a_callback_raises_ends_the_run_and_all_that_started_hear_of_it(con
     with pytest.raises(RuntimeError, match="mine"):
         _train(configure(), before, Raises())
     assert before.calls[-1] == ("end", "RuntimeError")
-    assert [r["step"] for r in read_metrics(Path(configure().output) / "metrics.jsonl") if r["kind"] == "step"] == [
-        1,
-        2,
-        3,
-    ]
+    assert _steps(configure()) == [1, 2, 3]
     _train(configure(), resume=True)
     with pytest.raises(OSError, match="no disk"):
         _train(configure(output=configure().output + "-2"), before, NeverStarts(), after)
@@ -192,6 +173,7 @@ def test_tensorboard_has_every_figure(configure):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _train(configure())
+    _train(configure(training__steps=6), resume=True)
     found = EventAccumulator(str(Path(configure().output) / "tensorboard")).Reload()
     records = read_metrics(Path(configure().output) / "metrics.jsonl")
     for name, kind in (("step/ntp", "step"), ("held-out/recall_at_5", "held-out")):
@@ -206,12 +188,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_run_continues(configure,
     monkeypatch.setattr(trackers.TensorBoard, "send", lost)
     printed = " ".join(_train(configure()).split())
     assert printed.count("tensorboard: figures are not all recorded, but metrics.jsonl has them: server lost") == 1
-    assert [r["step"] for r in read_metrics(Path(configure().output) / "metrics.jsonl") if r["kind"] == "step"] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert _steps(configure()) == [1, 2, 3, 4]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")

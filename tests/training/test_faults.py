@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cosup_fast.config import ConfigError, load_config
+from cosup_fast.config import ConfigError
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import Segment
 from cosup_fast.model import CoSupervisionModel
@@ -24,27 +24,6 @@ from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.run import run_training
 from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import Trainer, TrainingError
-
-
-@pytest.fixture
-def configure(data_folder, llama_folder, tmp_path):
-    """A function that makes the configuration of a tiny run of two steps an epoch."""
-
-    def configure(**changes):
-        fields = {
-            "output": str(tmp_path / "run"),
-            "model.gen": llama_folder,
-            "data.corpus": str(data_folder / "passages.jsonl"),
-            "data.train": [str(data_folder / "examples.jsonl")],
-            "data.dev": [],
-            "training.batch_size": 2,
-            "training.steps": 4,
-            "training.lr": 1e-2,
-        }
-        changes = {name.replace("__", "."): value for name, value in changes.items()}
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
-
-    return configure
 
 
 def train(config, resume=False):

@@ -270,6 +270,7 @@ def test_long_examples_are_left_out_and_counted_when_asked(configure, write, exa
     config = configure(**fields, data__long_examples="skip", training__epochs=2)
     ended, printed = _train(config)
     assert "left out 1 of 3 training examples, which are too long: example 'long' has" in printed
+    assert "left out 1 of 3 held-out examples, which are too long" in printed
     assert ended.name == "step-000002"  # an epoch of the two that are left is one step
     assert json.loads((Path(config.output) / "data.json").read_text())["training examples left out"] == 1
     assert "is the end of this run" in _train(config, resume=True)[1]

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosup_fast.data.convert.output import PASSAGES, Output, identifier, read, string, text
+from cosup_fast.data.convert.output import Output, check_names, identifier, read, string, text
 from cosup_fast.data.convert.rows import Row, read_rows
 from cosup_fast.data.records import DataError, Example, Passage, validate
 
@@ -48,8 +48,7 @@ def convert_beir(
             raise DataError(f"{source}: expected a BEIR folder with {path.name}, found none")
     if not judged:
         raise DataError(f"{source}: expected a BEIR folder with qrels/SPLIT.tsv, found none")
-    if any(path.stem == "passages" for path in judged):
-        raise DataError(f"{source}: {PASSAGES!r} would be the name of several files that are written: rename one")
+    check_names("beir", (f"{path.stem}.jsonl" for path in judged))
     options: dict[str, Any] = {"skip": skip_malformed, "bar": progress}
 
     queries: dict[str, str] = {}
@@ -84,7 +83,10 @@ def convert_beir(
     empty: set[str] = set()
 
     def document(where: str, number: int, record: dict[str, Any]) -> Passage | str:
-        return beir_passage(where, record) or _id(where, record)
+        if (passage := beir_passage(where, record)) is None:
+            return _id(where, record)
+        output.check_passages(where, [passage])
+        return passage
 
     path = source / "corpus.jsonl"
     with Output(folder) as output:
@@ -95,8 +97,7 @@ def convert_beir(
                 continue
             if found.id in cited:
                 known.add(found.id)
-            output.write(PASSAGES, found)
-            counts["passages"] += 1
+            output.add_passages([found])
 
         def of_known(where: str, number: int, record: dict[str, Any]) -> Judgement:
             one = Judgement(**record)
@@ -126,6 +127,7 @@ def convert_beir(
                 counts["examples"] += 1
         if not counts["examples"]:
             raise DataError(f"{source}: expected judgements with a score above 0, found none")
+        counts["passages"] = output.passages
         output.finish("beir", [source / "corpus.jsonl", source / "queries.jsonl", *judged], counts)
     return dict(+counts)
 

@@ -6,7 +6,6 @@ They are converted once into a folder of `COSUP_HOME`, which is found again as l
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from cosup_fast.data.convert.judged import convert_dpr, convert_sentence_transfo
 from cosup_fast.data.convert.output import CONVERTED, PASSAGES
 from cosup_fast.data.convert.self_rag import convert_self_rag
 from cosup_fast.data.records import DataError, nearest
+from cosup_fast.files import read_object
 
 VERSION = 1
 """Of what conversions write; another one converts anew."""
@@ -58,7 +58,7 @@ def converted(spec: str, kind: str, home: Path) -> Path:
             FORMS[form](source, folder)
     if kind == "corpus":
         return folder / PASSAGES
-    note = json.loads((folder / CONVERTED.marker).read_text(encoding="utf-8"))
+    note = read_object(folder / CONVERTED.marker, ["files"])
     splits = [name.removesuffix(".jsonl") for name in note["files"] if name != PASSAGES]
     if split is None and len(splits) == 1:
         split = splits[0]

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cosup_fast.data.convert.output import (
-    CONVERTED,
-    PASSAGES,
     Output,
+    check_names,
     identifier,
     named_by_content,
     objects,
@@ -132,7 +131,7 @@ def sentence_transformers_row(where: str, record: dict[str, Any], renamed: Mappi
                 f"--columns {column}=NAME says which one it is"
             )
     prefix = re.escape(renamed.get("negative", "negative"))
-    negatives = [name for name in record if re.fullmatch(rf"{prefix}(_\d+)?", name)]
+    negatives = [name for name in record if re.fullmatch(rf"{prefix}s?(_?\d+)?", name)]
     if "negative" in renamed and not negatives:
         raise DataError(
             f"{where}: {renamed['negative']}: expected a column of this name, found only {', '.join(record)}"
@@ -214,20 +213,17 @@ def _convert(
     if not sources:
         raise DataError(f"{form}: expected files to convert, found none")
     names = [f"{_stem(source)}.jsonl" for source in sources]
-    written = Counter([PASSAGES, CONVERTED.marker, *names])
-    if repeated := [name for name, count in written.items() if count > 1]:
-        raise DataError(f"{form}: {repeated[0]!r} would be the name of several files that are written: rename one")
+    check_names(form, names)
     counts: Counter[str] = Counter()
     with Output(folder) as output:
         for source, name in zip(sources, names, strict=True):
-            convert = _namer(read_row, _stem(source), for_training)
+            convert = _namer(read_row, _stem(source), for_training, output)
             rows = read(source, read_rows(source), convert, counts, "rows", skip=skip_malformed, bar=progress)
-            for where, (judged, example) in rows:
+            for _, (judged, example) in rows:
                 if example is None:
                     counts["left out"] += 1
                     continue
-                for passage in (*judged.positives, *judged.negatives):
-                    output.add_passage(where, passage)
+                output.add_passages((*judged.positives, *judged.negatives))
                 counts["negatives that answer"] += len({p.id for p in judged.negatives} & set(example.gold))
                 output.write(name, example)
                 counts["examples"] += 1
@@ -240,7 +236,7 @@ def _convert(
 
 
 def _namer(
-    read_row: Callable[[str, dict[str, Any]], Judged], stem: str, for_training: bool
+    read_row: Callable[[str, dict[str, Any]], Judged], stem: str, for_training: bool, output: Output
 ) -> Callable[[str, int, dict[str, Any]], tuple[Judged, Example | None]]:
     """From a row of one source to its example, whose id is new; None for a row with nothing to train on."""
     seen: set[str] = set()
@@ -250,6 +246,7 @@ def _namer(
         own = judged.id or f"{stem}:{number}"
         example = _example(where, judged, f"{own}#{number}" if own in seen else own, for_training)
         if example is not None:
+            output.check_passages(where, (*judged.positives, *judged.negatives))
             seen.add(own)
         return judged, example
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cosup_fast.data.convert.output import CONVERTED, PASSAGES, Output, read, string, whole
+from cosup_fast.data.convert.output import PASSAGES, Output, check_names, read, string, whole
 from cosup_fast.data.convert.rows import read_rows
 from cosup_fast.data.records import DataError, Example, Passage, Segment, validate
 
@@ -55,9 +55,7 @@ def convert_kilt(
         raise DataError(f"gold={gold!r}: choose paragraph or page")
     if gold == "page" and knowledge is None:
         raise DataError("gold='page': the knowledge source says which paragraphs a page has: name it")
-    written = Counter([PASSAGES, CONVERTED.marker, *(task.name for task in tasks)])
-    if repeated := [name for name, count in written.items() if count > 1]:
-        raise DataError(f"kilt: {repeated[0]!r} would be the name of several files that are written: rename one")
+    check_names("kilt", (task.name for task in tasks))
     counts: Counter[str] = Counter()
     questions: dict[Path, list[tuple[str, Example, list[Provenance], list[Answer]]]] = {}
     for task in tasks:

@@ -78,22 +78,31 @@ class Output:
             self._files[name] = self._open.enter_context(file)
         self._files[name].write(to_line(record))
 
-    def add_passage(self, where: str, passage: Passage) -> None:
-        """Writes a passage, unless it is there already.
+    def check_passages(self, where: str, passages: Iterable[Passage]) -> None:
+        """Compares passages with each other and with those that were added.
 
         Raises:
-            DataError: its id is that of another passage.
+            DataError: two texts have the same id.
         """
-        key, content = _hash(passage.id), _hash(f"{passage.title}\n{passage.text}")
-        if key not in self._contents:
-            self._contents[key] = content
-            self.write(PASSAGES, passage)
-        elif self._contents[key] != content:
-            raise DataError(f"{where}: expected one text for each passage id, found a second one for {passage.id!r}")
+        these: dict[int, int] = {}
+        for passage in passages:
+            key, content = _key(passage)
+            if not these.setdefault(key, content) == self._contents.get(key, content) == content:
+                raise DataError(
+                    f"{where}: expected one text for each passage id, found a second one for {passage.id!r}"
+                )
+
+    def add_passages(self, passages: Iterable[Passage]) -> None:
+        """Writes passages, which have been checked, but for those that are there already."""
+        for passage in passages:
+            key, content = _key(passage)
+            if key not in self._contents:
+                self._contents[key] = content
+                self.write(PASSAGES, passage)
 
     @property
     def passages(self) -> int:
-        """How many `add_passage` has written."""
+        """How many `add_passages` has written."""
         return len(self._contents)
 
     def finish(self, form: str, sources: Sequence[str | Path], counts: Counter[str]) -> None:
@@ -101,6 +110,17 @@ class Output:
         made_of = {Path(s).name: sha256(Path(s)) if Path(s).is_file() else str(s) for s in sources}
         note = {"form": form, "sources": made_of, "counts": dict(counts), "files": sorted(self._files)}
         (self._folder / CONVERTED.marker).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def check_names(form: str, names: Iterable[str]) -> None:
+    """Refuses files of examples that would overwrite one another, or the passages.
+
+    Raises:
+        DataError: naming the file.
+    """
+    written = Counter([PASSAGES, CONVERTED.marker, *names])
+    if repeated := [name for name, count in written.items() if count > 1]:
+        raise DataError(f"{form}: {repeated[0]!r} would be the name of several files that are written: rename one")
 
 
 def named_by_content(where: str, prefix: str, title: str, text: str) -> Passage:
@@ -157,6 +177,11 @@ def objects(where: str, record: dict[str, Any], key: str) -> list[dict[str, Any]
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise DataError(f"{where}: {key}: expected a list of objects, found {found!r:.60}")
     return found
+
+
+def _key(passage: Passage) -> tuple[int, int]:
+    """Hashes of its id and of its content."""
+    return _hash(passage.id), _hash(f"{passage.title}\n{passage.text}")
 
 
 def _hash(value: str) -> int:

@@ -41,13 +41,15 @@ def convert_self_rag(
     """
 
     def convert(where: str, number: int, record: dict[str, Any]) -> tuple[int, Example | None, list[Passage]]:
-        return number, *self_rag_example(where, record, f"selfrag:{number}")
+        example, passages = self_rag_example(where, record, f"selfrag:{number}")
+        output.check_passages(where, passages)
+        return number, example, passages
 
     source, counts = Path(source), Counter()
     seen: set[str] = set()
     found = read(source, read_rows(source), convert, counts, "lines", skip=skip_malformed, bar=progress)
     with Output(folder) as output:
-        for where, (number, example, passages) in found:
+        for _, (number, example, passages) in found:
             if example is None:
                 counts["without retrieval"] += 1
                 continue
@@ -55,8 +57,7 @@ def convert_self_rag(
                 example = example.model_copy(update={"id": f"{example.id}#{number}"})
             seen.add(example.id)
             output.write("train.jsonl", example)
-            for passage in passages:
-                output.add_passage(where, passage)
+            output.add_passages(passages)
             counts["examples"] += 1
         if not seen:
             raise DataError(f"{source}: expected examples with [Retrieval] and a [Relevant] paragraph, found none")
