@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,11 +22,22 @@ PROGRESS = 1.0
 
 
 class Channel:
-    """Meetings in a store, each with a number, which is the same on every rank."""
+    """Meetings in a store, each with a number, which is the same on every rank.
 
-    def __init__(self, store: Any):
+    Args:
+        store: the process group's.
+        timeout: seconds to wait for it to answer.
+    """
+
+    def __init__(self, store: Any, timeout: float):
         # A connection of its own: waiting must not block the others that use the store.
-        self.store = PrefixStore("cosup_fast", store.clone())
+        before = store.timeout
+        store.set_timeout(min(before, timedelta(seconds=timeout)))
+        try:
+            self.store = PrefixStore("cosup_fast", store.clone())
+        finally:
+            store.set_timeout(before)
+        self.store.set_timeout(before)
         self.number = 0
 
     def post(self, rank: int, note: dict[str, Any]) -> None:
@@ -102,8 +114,11 @@ class Channel:
 _channels: WeakKeyDictionary[ProcessGroup, Channel] = WeakKeyDictionary()
 
 
-def channel_of(group: ProcessGroup) -> Channel:
-    """The channel of a process group, the same each time: meetings are counted."""
+def channel_of(group: ProcessGroup, timeout: float) -> Channel:
+    """The channel of a process group, the same each time: meetings are counted.
+
+    The first call connects, which takes no longer than `timeout` seconds where the store is gone.
+    """
     if group not in _channels:
-        _channels[group] = Channel(group.get_group_store())
+        _channels[group] = Channel(group.get_group_store(), timeout)
     return _channels[group]

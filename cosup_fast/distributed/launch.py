@@ -48,7 +48,7 @@ def joined_ranks(backend: str = "gloo", *, timeout: float = TIMEOUT) -> Iterator
         # The types of torch forget that this is public.
         new_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
         store = new_store(host, port, size, holder, patience, wait_for_workers=False, multi_tenant=True)
-        channel = Channel(PrefixStore("launch", store))
+        channel = Channel(PrefixStore("launch", store), timeout)
         _, late = channel.exchange(rank, size, {}, timeout)
     except dist.DistError as error:
         raise PeerError(f"start: no store at {host}:{port} ({error}); rank 0 holds it, or the launcher does") from error

@@ -78,7 +78,7 @@ class Peers:
         self.names: list[int] = dist.get_process_group_ranks(self.group)
         """The global rank of each rank of the group: by these, errors name them."""
         try:
-            self._channel = channel_of(self.group)
+            self._channel = channel_of(self.group, timeout)
         except dist.DistError as error:
             raise _store_is_gone("start", error) from error
         self._told = -PROGRESS

@@ -21,11 +21,13 @@ def test_a_lost_rank_is_named_in_time(make_world, how, when):
         assert seconds < 15  # a rank that dies in a collective is noticed at once
 
 
-def test_the_loss_of_the_rank_that_holds_the_store_is_told(make_world):
+@pytest.mark.parametrize("when", ["first", "before"])
+def test_the_loss_of_the_rank_that_holds_the_store_is_told(make_world, when):
     world = make_world(2)
-    world.send("lost", "dies", "before", 0, 1.5)
-    text, _ = world.answer(1, timeout=30)
+    world.send("lost", "dies", when, 0, 1.5)
+    text, seconds = world.answer(1, timeout=30)
     assert "rank 0 holds it" in text
+    assert seconds < 15
 
 
 def test_what_peers_refuse():

@@ -288,13 +288,22 @@ def purposes(size: int, part: None) -> str:
 
 
 def lost(how: str, when: str, who: int, timeout: float) -> tuple[str, float]:
-    """What the others see when one rank dies or stops before, or in the middle of, a loss."""
+    """What the others see when one rank dies or stops before they meet at all, before, or in the middle of, a loss."""
     peers.NOTICE, channel.ROLL_CALL = 0.3, 1.5
-    ranks = Peers(groups[SIZE], timeout=timeout)
 
     def vanish() -> None:
         os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
 
+    if when == "first":
+        if who == RANK:
+            vanish()
+        time.sleep(1)
+        start = time.monotonic()
+        try:
+            Peers(groups[SIZE], timeout=timeout)
+        except PeerError as error:
+            return str(error), time.monotonic() - start
+    ranks = Peers(groups[SIZE], timeout=timeout)
     if who == RANK and when == "before":
         vanish()
     if who == RANK:
