@@ -113,6 +113,8 @@ def _check_begun(cell: Cell) -> None:
         StudyError: naming the first field that differs.
     """
     path, now = cell.work / BEGUN, cell.identity.get("run")
+    if now is None:  # a pair has no run of its own
+        return
     if path.is_file():
         if difference := first_difference(completed({"run": read_object(path)})["run"], now):
             field, then, wanted = difference

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cosup_fast.files import locked
-from cosup_fast.study import StudyError, load_study, read_cell, run_study
+from cosup_fast.study import StudyError, load_study, read_cell, run_study, runner
 from cosup_fast.study.runner import _check_begun
 from cosup_fast.study.status import state_of
 
@@ -29,9 +30,11 @@ random.seed(int(sys.argv[2]))
 for kill in (*range(5), None):
     pid = os.fork()
     if pid == 0:
-        os._exit(len(run_study(load_study(sys.argv[1]))))
+        failed = run_study(load_study(sys.argv[1]))
+        print(*failed, sep="\\n", end="", flush=True)
+        os._exit(len(failed))
     if kill is None:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     else:
         time.sleep(random.uniform(0.3, 3))
         os.kill(pid, signal.SIGKILL)
@@ -92,10 +95,9 @@ def test_ranks_are_those_of_the_model_evaluated_as_a_system(write_study):
 
 def test_killed_at_any_moment_a_study_ends_with_the_same_figures(finished, write_study):
     path = write_study()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, path, "1"], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == 0, done.stderr
+    command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, path, "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
     for name, cell in load_study(path).cells.items():
         result, numbers = _figures(cell)
         expected, expected_numbers = _figures(finished[0].cells[name])
@@ -161,7 +163,7 @@ def test_a_failed_cell_does_not_stop_the_others_and_one_at_work_elsewhere_is_lef
     assert read_cell(study.cell("fine", 0)).steps == 0
 
 
-def test_only_makes_what_it_names_and_a_pair_trains_what_it_lacks(write_study):
+def test_only_makes_what_it_names_and_a_pair_trains_what_it_lacks(write_study, monkeypatch):
     study = load_study(write_study())
     with pytest.raises(StudyError, match="--only 'boht-seed0' matches no cell, did you mean 'both-seed0'"):
         run_study(study, only="boht-seed0")
@@ -170,6 +172,9 @@ def test_only_makes_what_it_names_and_a_pair_trains_what_it_lacks(write_study):
     assert [name for name, cell in study.cells.items() if cell.result.is_file()] == ["ntp-seed0"]
     folder = study.cells["ntp-seed0"].work / "run" / "checkpoints"
     assert folder.is_dir()  # the pair reads it
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "make_cell", Mock(side_effect=KeyboardInterrupt))
+        _run(study, only="pair-*")
     shutil.rmtree(folder)
     failed, printed = _run(study, only="pair-*")
     assert failed == []
