@@ -32,6 +32,7 @@ def serve_on(
     server = _Server(
         uvicorn.Config(
             app,
+            log_config=None,  # its own would close the handlers that others have made
             log_level="warning",
             server_header=False,
             timeout_keep_alive=15,
