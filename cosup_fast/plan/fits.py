@@ -44,7 +44,7 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
     """
     memory = _memory(device)
     request = plan_request(config, batches, ranks, device.type)
-    if device.type == "cpu" and _least(request) < SMALL * memory:
+    if device.type == "cpu" and least_bytes(request) < SMALL * memory:
         return ""
     try:
         found = make_plan(request, memory / GIB, quick=True)
@@ -98,7 +98,7 @@ def _memory(device: torch.device) -> int:
     return pages // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _least(request: PlanRequest) -> float:
+def least_bytes(request: PlanRequest) -> float:
     """Bytes of weights, and of gradients and states where these are trained, that no step is without."""
     each = {"bfloat16": 2, "float64": 8}.get(request.dtype, 4)
     training = each + state_bytes(request.optimizer, each)

@@ -81,15 +81,15 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
     Raises:
         PlanError: a simulation failed; the message ends with its last words.
     """
-    depths = _depths(request)
+    depths = depths_of(request)
 
     def lines(simulator: Simulator, asked: Iterable[PlanRequest]) -> list[dict[str, Any]]:
-        return [_line(lambda layers, one=one: simulator.ask(one, layers), depths) for one in asked]
+        return [peak_line(lambda layers, one=one: simulator.ask(one, layers), depths) for one in asked]
 
     with Simulator() as others:
         if quick:
             return _plan(request, gpu_memory_gib, lines(others, [request])[0], exact=max(depths) <= FEW[1])
-        changed = _alternatives(request)
+        changed = find_alternatives(request)
         with ThreadPoolExecutor(1) as pool, Simulator() as whole:
             waiting = pool.submit(whole.ask, request)
             guesses = lines(others, [request, _larger(request, 2), *changed.values()])
@@ -102,7 +102,7 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
         def grown(times: int) -> int:
             return lines(others, [_larger(request, times)])[0].get("peak", sys.maxsize) + correction
 
-        largest = _largest(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
+        largest = largest_fitting(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
     advice = [
         Switch(setting, round((peak + correction) / GIB, 3)) for setting, peak in zip(changed, peaks[2:], strict=True)
     ]
@@ -110,7 +110,7 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
     return _plan(request, gpu_memory_gib, answer, exact=True, largest=largest, advice=helpful)
 
 
-def _largest(room: float, known: dict[int, int], peak: Callable[[int], int]) -> int | None:
+def largest_fitting(room: float, known: dict[int, int], peak: Callable[[int], int]) -> int | None:
     """Nearly the most times that fit, given two peaks. The peak is convex in the times, so that secants fall short."""
     fitting = max((times for times, found in known.items() if found <= room), default=None)
     for _ in range(2):
@@ -202,7 +202,7 @@ def _plan(
     )
 
 
-def _line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, int]) -> dict[str, Any]:
+def peak_line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, int]) -> dict[str, Any]:
     """The answer for models of these depths from those for a few layers; equally deep ones are grown together."""
     low, high = FEW
     deep = [i for i in (0, 1) if depths[i] > high]
@@ -229,7 +229,8 @@ def _line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, i
     }
 
 
-def _depths(request: PlanRequest) -> tuple[int, int]:
+def depths_of(request: PlanRequest) -> tuple[int, int]:
+    """Decoder layers of Gen and of Embseq."""
     gen = decoder(request.gen).num_hidden_layers
     return gen, gen if request.embseq is None else decoder(request.embseq).num_hidden_layers
 
@@ -243,7 +244,7 @@ def _larger(request: PlanRequest, times: int) -> PlanRequest:
     )
 
 
-def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
+def find_alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
     """Settings that take less memory than those asked for."""
     found: dict[str, dict[str, Any]] = {}
     in_4_bits = request.gen_lora.quantize or request.embseq_lora.quantize

@@ -76,7 +76,7 @@ def load_states(optimizer: LocalOptimizer, saved: Sequence[SavedStates], rank: i
             if same is not None:
                 parts = {part: x.to(p.device, copy=True) for part, x in _parts(same, name, key).items()}
             else:
-                dense = _rows([_dense(optimizer, one, name, key) for one in having], having, name, row, p)
+                dense = _rows([densified(optimizer, one, name, key) for one in having], having, name, row, p)
                 parts = kind.pack(dense, key, p)
                 requantized |= "codes" in parts
             kind.put(inner, state, key, parts, p)
@@ -94,7 +94,7 @@ def _parts(saved: SavedStates, name: str, key: str) -> Parts:
     return {part: x for part, x in found.items() if x is not None}
 
 
-def _dense(optimizer: LocalOptimizer, saved: SavedStates, name: str, key: str) -> Tensor:
+def densified(optimizer: LocalOptimizer, saved: SavedStates, name: str, key: str) -> Tensor:
     """A shard's moment in fp32, in the shard's shape."""
     shape, parts = saved.parameters[name]["shape"], _parts(saved, name, key)
     if "values" in parts:

@@ -25,7 +25,7 @@ def gradients(model, batch, times=1):
 
 
 def dense(monkeypatch):
-    monkeypatch.setattr(embedding_gradient, "_embedding", lambda part: None)
+    monkeypatch.setattr(embedding_gradient, "plain_embedding", lambda part: None)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -65,9 +65,9 @@ def test_a_weight_with_hooks_and_an_embedding_that_computes_more_are_left_alone(
 
     module = model.gen.get_input_embeddings()
     handle = module.weight.register_post_accumulate_grad_hook(lambda p: None)
-    assert embedding_gradient._embedding(model.gen) is None
+    assert embedding_gradient.plain_embedding(model.gen) is None
     handle.remove()
-    assert embedding_gradient._embedding(model.gen) is module
+    assert embedding_gradient.plain_embedding(model.gen) is module
 
     class Part:
         def __init__(self, module):
@@ -77,5 +77,5 @@ def test_a_weight_with_hooks_and_an_embedding_that_computes_more_are_left_alone(
         Scaled(4, 2), nn.Embedding(4, 2, padding_idx=0), nn.Embedding(4, 2, max_norm=1.0),
         nn.Embedding(4, 2).bfloat16(), nn.Embedding(4, 2).requires_grad_(False), nn.Embedding(4, 2, device="meta"),
     ):  # fmt: skip
-        assert embedding_gradient._embedding(Part(other)) is None
-    assert embedding_gradient._embedding(Part(nn.Embedding(4, 2))) is not None
+        assert embedding_gradient.plain_embedding(Part(other)) is None
+    assert embedding_gradient.plain_embedding(Part(nn.Embedding(4, 2))) is not None

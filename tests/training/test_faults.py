@@ -49,14 +49,14 @@ def make_trainer(make_model, examples, corpus, tmp_path):
 
 def during(monkeypatch, step, act):
     """Calls `act` before a step of every trainer."""
-    taken = Trainer._step
+    taken = Trainer.take_step
 
     def acting(self):
         if self.step == step:
             act()
         return taken(self)
 
-    monkeypatch.setattr(Trainer, "_step", acting)
+    monkeypatch.setattr(Trainer, "take_step", acting)
 
 
 def test_a_second_run_on_an_output_is_refused_and_changes_nothing(configure, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_bad_batch_is_passed_over_and_named(make_model, make_trainer, planted,
     resumed = make_trainer(CoSupervisionModel.load(saved), tmp_path / "parts", rest, planted, **SPIKE)
     resumed.resume(saved)
     resumed.replay(as_record(m) for m in seen if m.step <= first)
-    assert resumed._skipped == 1
+    assert resumed.skipped_in_a_row == 1
     resumed.train()
     losses = [(m.step, m.ntp, m.gen_grad_norm) for m in rest if isinstance(m, StepMetrics)]
     assert losses == [(m.step, m.ntp, m.gen_grad_norm) for m in seen if isinstance(m, StepMetrics) and m.step > first]
@@ -153,7 +153,7 @@ def test_a_bad_batch_is_passed_over_and_named(make_model, make_trainer, planted,
 def test_steps_are_skipped_at_most_so_many_times_in_a_row(make_trainer, tmp_path):
     seen: list = []
     trainer = make_trainer(seen=seen, steps=9, on_spike="skip", max_skips=2)
-    trainer._step()
+    trainer.take_step()
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
@@ -167,12 +167,12 @@ def test_steps_are_skipped_at_most_so_many_times_in_a_row(make_trainer, tmp_path
 def test_a_refused_step_draws_no_random_numbers(make_model, make_trainer, gpt2_folder):
     """So that the run that is resumed from it is the one that would have been."""
     trainer = make_trainer(make_model(embseq=gpt2_folder, gen=gpt2_folder).train())
-    trainer._step()
+    trainer.take_step()
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     state = torch.get_rng_state()
     with pytest.raises(TrainingError):
-        trainer._step()
+        trainer.take_step()
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cosup_fast.training import optimizers
-from cosup_fast.training.optimizer_state import _dense, load_states, save_states
+from cosup_fast.training.optimizer_state import densified, load_states, save_states
 from cosup_fast.training.optimizers import LocalOptimizer
 
 ROWS = 37  # of unequal shares
@@ -40,7 +40,7 @@ def saved_by(monkeypatch, name, ranks):
 def moments(optimizer, *saved):
     """All rows of each moment, in fp32."""
     keys = sorted({key.rsplit(".", 1)[0] for key in saved[0].tensors})
-    return {key: torch.cat([_dense(optimizer, one, *key.split("/")) for one in saved]) for key in keys}
+    return {key: torch.cat([densified(optimizer, one, *key.split("/")) for one in saved]) for key in keys}
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 3), (3, 2)])

@@ -148,7 +148,7 @@ def test_the_seed_decides_the_projection(configure, gpt2_folder):
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch, keyboard):
-    step = Trainer._step
+    step = Trainer.take_step
 
     def pressed(self):
         if self.step == 2:
@@ -156,7 +156,7 @@ def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeyp
                 signal.raise_signal(signal.SIGINT)
         return step(self)
 
-    monkeypatch.setattr(Trainer, "_step", pressed)
+    monkeypatch.setattr(Trainer, "take_step", pressed)
     console = Console(file=io.StringIO(), width=200)
     config = configure(training__checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt) as interrupt:

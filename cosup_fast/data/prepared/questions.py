@@ -74,7 +74,7 @@ def read_questions(wheel: Path) -> Iterator[Question]:
         for dataset, files in TOPICS.items():
             for split, name in files.items():
                 for number, line in enumerate(lines(name), 1):
-                    if parsed := _parse(line):
+                    if parsed := parse_question(line):
                         kind = "regex" if dataset == "curatedtrec" else "string"
                         yield Question(dataset, f"{split}-{number}", *parsed, kind, None)
         pages: dict[str, list[str]] = {}
@@ -193,7 +193,7 @@ def _write(examples: dict[Item, Example], out: Path) -> dict[str, list[Example]]
     return splits
 
 
-def _parse(line: str) -> tuple[str, list[str]] | None:
+def parse_question(line: str) -> tuple[str, list[str]] | None:
     """Question and answers of a line; None for the few that were quoted twice on their way into the package."""
     if line.startswith("{"):
         entry = json.loads(line)
