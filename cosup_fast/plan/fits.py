@@ -42,7 +42,7 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
     Raises:
         ConfigError: it does not fit; the message has the breakdown and the way to advice.
     """
-    memory = _memory(device)
+    memory = memory_bytes(device)
     request = plan_request(config, batches, ranks, device.type)
     if device.type == "cpu" and least_bytes(request) < SMALL * memory:
         return ""
@@ -87,7 +87,7 @@ def _tokens(pack: Pack) -> int:
     return len(pack.input_ids)
 
 
-def _memory(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
     """Bytes that a process can have."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

@@ -135,7 +135,7 @@ class Simulator:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "cosup_fast.plan.simulate"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -147,8 +147,8 @@ class Simulator:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self.process.kill()
+        self.process.communicate()
         self._errors.close()
 
     def ask(self, request: PlanRequest, layers: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -157,16 +157,16 @@ class Simulator:
         Raises:
             PlanError: the process ended.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"request": request.model_dump(), "layers": layers}) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
+            self.process.stdin.write(json.dumps({"request": request.model_dump(), "layers": layers}) + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
         self._errors.seek(0)
-        words = self._errors.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
+        words = self._errors.read().strip().splitlines()[-1:] or [f"exit status {self.process.wait()}"]
         raise PlanError(f"the simulation of this step failed: {words[0]}")
 
 

@@ -169,7 +169,7 @@ def make_fake_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoS
     return model
 
 
-class _FourBit(nn.Linear):
+class FourBit(nn.Linear):
     """A linear layer whose weight is bytes of two elements, whole only within a product, as bitsandbytes has it."""
 
     def __init__(self, layer: Any):
@@ -201,7 +201,7 @@ def _quantize(part: Any) -> None:
     head = part.get_output_embeddings()
     for name, module in list(part.named_modules()):
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            part.set_submodule(name, _FourBit(module))
+            part.set_submodule(name, FourBit(module))
 
 
 def make_fake_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisionBatch:

@@ -46,7 +46,7 @@ class LocalOptimizer:
     ):
         self.name = name
         self.parameters = {name: p for name, p in named if p.requires_grad}
-        self.locals = {name: _local_parameter(p) for name, p in self.parameters.items()}
+        self.locals = {name: local_parameter(p) for name, p in self.parameters.items()}
         rounded = any(p.dtype == torch.bfloat16 for p in self.locals.values())
         check_available(name, rounded=rounded)
         self.kind = optimizer_class(name, rounded=rounded)(rounded=rounded)
@@ -132,7 +132,8 @@ class LocalOptimizer:
         return step
 
 
-def _local_parameter(p: nn.Parameter) -> nn.Parameter:
+def local_parameter(p: nn.Parameter) -> nn.Parameter:
+    """This rank's rows of a parameter, as one that an optimizer steps; the parameter itself where it is whole."""
     if not isinstance(p, DTensor):
         return p
     shard = nn.Parameter(local(p.detach()))

@@ -13,6 +13,8 @@ from cosup_fast.data import passages as by_row
 from cosup_fast.data.passages import PassagesById
 from cosup_fast.data.records import Passage
 from cosup_fast.index import Options, SequenceIndex, embed_passages, search
+from cosup_fast.index.origin import Stamp
+from cosup_fast.index.shards import Shard
 
 MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
 SMALL = Options(shard_size=4, progress=False)
@@ -146,21 +148,26 @@ def test_add_and_delete_are_what_a_new_index_would_be(model, passages, saved, pl
     index.delete(["paris"])
     if place == "folder":
         index = SequenceIndex.load(saved, model)
-        assert {name for name in os.listdir(saved) if name.startswith("shard")} == set(index._stamp.shards)
+        assert {name for name in os.listdir(saved) if name.startswith("shard")} == set(Stamp.read(saved).shards)
     _same(index, whole)
     assert os.listdir(saved.parent) == ["index"]
 
 
+def _lengths(folder):
+    """How many passages each shard holds."""
+    return [len(Shard.open(folder / name)) for name in Stamp.read(folder).shards]
+
+
 def test_small_additions_share_a_shard_and_full_ones_stand_alone(model, passages, saved, monkeypatch):
-    monkeypatch.setattr("cosup_fast.index.changes._SMALL", 4)
+    monkeypatch.setattr("cosup_fast.index.changes.SMALL", 4)
     index = SequenceIndex.load(saved, model)
-    assert [len(shard) for shard in index._shards] == [4, 4, 3]
+    assert _lengths(saved) == [4, 4, 3]
     index.add(model, MORE[:1], progress=False)
-    assert [len(shard) for shard in index._shards] == [4, 4, 4]
+    assert _lengths(saved) == [4, 4, 4]
     index.add(model, MORE[1:], progress=False)
-    assert [len(shard) for shard in index._shards] == [4, 4, 4, 1]
+    assert _lengths(saved) == [4, 4, 4, 1]
     index.delete([p.id for p in passages[4:8]])
-    assert [len(shard) for shard in index._shards] == [4, 4, 1]
+    assert _lengths(saved) == [4, 4, 1]
     _same(SequenceIndex.load(saved, model), index)
 
 
@@ -195,7 +202,7 @@ def test_refused_changes_leave_the_index_as_it_was(model, make_model, passages, 
 def test_a_change_gives_no_fresh_checksum_to_damaged_data(model, passages, saved, change, file):
     """A byte of the last shard, which both changes rewrite, is flipped after the index was loaded."""
     index = SequenceIndex.load(saved, model)
-    last = saved / list(index._stamp.shards)[-1]
+    last = saved / list(Stamp.read(saved).shards)[-1]
     damaged = bytearray((last / file).read_bytes())
     damaged[-6 if file == "passages.jsonl" else -3] ^= 1  # in a word of a text
     (last / file).write_bytes(damaged)
@@ -207,7 +214,7 @@ def test_a_change_gives_no_fresh_checksum_to_damaged_data(model, passages, saved
 
 def test_a_change_keeps_the_checksums_of_shards_that_it_leaves_alone(model, passages, saved):
     index = SequenceIndex.load(saved, model)
-    first = saved / next(iter(index._stamp.shards))
+    first = saved / next(iter(Stamp.read(saved).shards))
     (first / "shard.json").write_bytes((first / "shard.json").read_bytes().replace(b"1", b"2", 1))
     index.delete([passages[-1].id])
     with pytest.raises(ValueError, match=r"was altered|its manifest says"):
@@ -241,7 +248,7 @@ def test_a_change_that_fails_leaves_the_earlier_index_and_is_done_by_the_next_tr
 
     index = SequenceIndex.load(saved, model)
     place = {
-        "link": ("cosup_fast.index.changes._link", crash),
+        "link": ("cosup_fast.index.changes.link_file", crash),
         "write": ("cosup_fast.index.changes.write_shard", crash),
         "stamp": ("cosup_fast.index.origin.Stamp.write", crash),
     }
@@ -255,7 +262,7 @@ def test_a_change_that_fails_leaves_the_earlier_index_and_is_done_by_the_next_tr
     monkeypatch.undo()
     _same(index, SequenceIndex.build(model, [*passages, *MORE], progress=False))
     assert os.listdir(saved.parent) == ["index"]
-    assert len([name for name in os.listdir(saved) if name.startswith("shard")]) == len(index._shards)
+    assert len([name for name in os.listdir(saved) if name.startswith("shard")]) == len(Stamp.read(saved).shards)
 
 
 def test_what_was_added_before_the_kill_is_not_added_twice(model, passages, saved, monkeypatch):
@@ -296,7 +303,7 @@ def test_an_approximate_index_follows_every_change(model, passages, tmp_path):
         change(index)
         change(exact)
         loaded = SequenceIndex.load(folder, model)
-        assert loaded._approximate.nprobe == 2
+        assert loaded.approximate.nprobe == 2
         _same(loaded, exact)
         _same(SequenceIndex.load(folder, model, engine="torch"), exact)
         assert len([name for name in os.listdir(folder) if name.startswith("approximate")]) == 1

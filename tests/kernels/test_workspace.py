@@ -65,7 +65,7 @@ def test_a_chunk_that_fails_leaves_the_workspace_usable(monkeypatch):
         raise RuntimeError("no luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TorchChunk, "_rows", fail)
+        patch.setattr(TorchChunk, "statistics_and_accumulate", fail)
         with pytest.raises(RuntimeError, match="no luck"):
             gradients(3)
     assert all(torch.equal(a, b) for a, b in zip(gradients(3), gradients(3)))

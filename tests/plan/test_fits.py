@@ -40,7 +40,7 @@ def config(overrides):
 def test_train_refuses_what_does_not_fit_before_a_model_is_loaded_unless_forced(
     cosup, overrides, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(fits, "_memory", lambda device: 2**20)
+    monkeypatch.setattr(fits, "memory_bytes", lambda device: 2**20)
     with monkeypatch.context() as patch:
         patch.setattr(CoSupervisionModel, "from_pretrained", None)
         status, _, err = cosup("train", *overrides)

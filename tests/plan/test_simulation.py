@@ -155,7 +155,7 @@ def test_4_bit_weights_are_counted_as_bitsandbytes_keeps_them(make_folder):
     ours = sum(
         x.nbytes
         for module in fake.gen.modules()
-        if isinstance(module, simulate._FourBit)
+        if isinstance(module, simulate.FourBit)
         for x in (module.weight, module.scales)
     )
     assert ours == pytest.approx(kept, rel=0.002)

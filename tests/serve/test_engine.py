@@ -68,15 +68,18 @@ def forwards(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def generator(make_model, ascii_folder, passages):
-    model = make_model(gen=ascii_folder)
-    index = SequenceIndex.build(model, passages, progress=False)
-    return Generator(model, index, GenerationConfig(max_new_tokens=30), max_batch=PLACES)
+def index(make_model, ascii_folder, passages):
+    return SequenceIndex.build(make_model(gen=ascii_folder), passages, progress=False)
+
+
+@pytest.fixture(scope="module")
+def generator(make_model, ascii_folder, index):
+    return Generator(make_model(gen=ascii_folder), index, GenerationConfig(max_new_tokens=30), max_batch=PLACES)
 
 
 @pytest.fixture
-def server(serving, generator):
-    with serving(generator, generator._index, {"max_batch": PLACES}) as running:
+def server(serving, generator, index):
+    with serving(generator, index, {"max_batch": PLACES}) as running:
         yield running
 
 
@@ -134,7 +137,7 @@ def test_a_step_wakes_the_event_loop_once(server, forwards, monkeypatch):
     woken, call = [], asyncio.BaseEventLoop.call_soon_threadsafe
 
     def counting(loop, *arguments, **options):
-        if threading.current_thread() is server.engine._thread:
+        if threading.current_thread().name == "cosup-fast engine":
             woken.append(len(forwards))
         return call(loop, *arguments, **options)
 

@@ -142,7 +142,7 @@ def test_closed_connections_free_their_places(server, slow):
         client.close()
     eventually(lambda: server.engine.open == 0)
     assert cancelled(server) == before + 4
-    assert server.engine._decoder.free == 4
+    assert server.engine.decoder.free == 4
 
 
 def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server, slow):

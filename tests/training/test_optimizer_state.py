@@ -22,7 +22,7 @@ def optimizer_of(monkeypatch, name, rank, ranks, *, steps):
     def cut(p):
         return p if ranks == 1 else nn.Parameter(p.detach()[rank * share : (rank + 1) * share].clone())
 
-    monkeypatch.setattr(optimizers, "_local_parameter", cut)
+    monkeypatch.setattr(optimizers, "local_parameter", cut)
     made = LocalOptimizer(whole.items(), name, lr=1e-3)
     monkeypatch.setattr(optimizers, "local", lambda g: g[rank * share : (rank + 1) * share] if ranks > 1 else g)
     for step in range(steps):
