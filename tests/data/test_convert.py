@@ -195,6 +195,7 @@ def test_kilt(tmp_path):
          '"end_paragraph_id": 3000000000}]}]}',
          r"output\.0\.provenance\.0\.end_paragraph_id: expected fewer than 10000 paragraphs after 5, found 3000000000"),
         ('{"id": "q1", "input": "q", "output": [{"answer": "a"}]}', "id: expected a new id, found 'q1' again"),
+        ('{"input": "q", "output": [{"answer": "a"}]}', "id: expected the id that KILT gives each question"),
         ("{", "expected one JSON object"),
     ],
 )  # fmt: skip
