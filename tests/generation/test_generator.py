@@ -11,8 +11,7 @@ from scipy import stats
 
 from benchmarks.plain_decoder import plain_decode
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.template import CONTEXT_END, IGNORE, NSP
-from cosup_fast.data.text import gap
+from cosup_fast.data.template import CONTEXT_END, IGNORE, NSP, gap
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator, Grammar, Request, State, choose
 from cosup_fast.index import SequenceIndex, embed_queries
 

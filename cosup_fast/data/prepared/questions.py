@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cosup_fast.data.prepared.splits import SPLITS, Item, check_splits, read_table
+from cosup_fast.data.prepared.words import STOPWORDS, find_answer, stem, tokens
 from cosup_fast.data.records import Example, Passage, Segment, read_examples, read_passages, write_jsonl
-from cosup_fast.data.text import STOPWORDS, find_answer, stem, tokens
 
 JAR = "pyserini/resources/jars/anserini-0.14.1-fatjar.jar"
 TOPICS = {  # data set -> source split -> file of question and answers

@@ -13,8 +13,8 @@ from cosup_fast.data.prepared.questions import (
     sentences,
     short_answer,
 )
+from cosup_fast.data.prepared.words import find_answer, tokens
 from cosup_fast.data.records import Passage
-from cosup_fast.data.text import find_answer, tokens
 
 
 def lead(title, text):
