@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 
 from cosup_fast.config import ConfigError
-from cosup_fast.config.training import TrainingConfig
-from cosup_fast.data.records import Segment
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, save_checkpoint, verify
 from cosup_fast.training.clipping import clip_gradients
@@ -35,16 +33,6 @@ def train(config, resume=False):
 
 def records(config, kind):
     return [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
-
-
-@pytest.fixture
-def make_trainer(make_model, examples, corpus, tmp_path):
-    def make(model=None, output=tmp_path, seen=None, chosen=examples, **fields):
-        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "eval_every": None, **fields})
-        record = (lambda metrics: None) if seen is None else seen.append
-        return Trainer(model or make_model(), config, chosen, corpus, output, on_metrics=record)
-
-    return make
 
 
 def during(monkeypatch, step, act):
@@ -115,14 +103,6 @@ def test_checkpoints_come_by_minutes_too(make_trainer, tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [f"step-00000{i}" for i in (1, 2, 3)]
     make_trainer(output=tmp_path / "b", steps=3, checkpoint_every=None, checkpoint_minutes=60).train()
     assert [path.name for path in checkpoints(tmp_path / "b" / "checkpoints")] == ["step-000003"]
-
-
-@pytest.fixture
-def planted(examples):
-    """Enough examples for a window, the last of which no trained model foresees."""
-    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(12)]
-    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
-    return [*plain, examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})]
 
 
 SPIKE = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,

@@ -6,13 +6,14 @@ import io
 import json
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from cosup_fast.config import ConfigError, load_config
+from cosup_fast.config import ConfigError
 from cosup_fast.data.records import DataError, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints
@@ -34,25 +35,11 @@ def write(tmp_path, passages, examples):
 
 
 @pytest.fixture
-def configure(write, llama_folder, tmp_path):
-    """A function that makes the configuration of a tiny run."""
-
-    def configure(**changes):
-        fields = {
-            "output": str(tmp_path / "run"),
-            "model.gen": llama_folder,
-            "data.corpus": str(tmp_path / "passages.jsonl"),
-            "data.train": [str(tmp_path / "train.jsonl")],
-            "data.dev": [str(tmp_path / "dev.jsonl")],
-            "training.batch_size": 2,
-            "training.steps": 4,
-            "training.eval_every": 2,
-            "training.lr": 1e-2,
-        }
-        changes = {name.replace("__", "."): value for name, value in changes.items()}
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
-
-    return configure
+def configure(configure, write, tmp_path):
+    """The same, of these data, with held-out evaluations on the way."""
+    files = {"data.corpus": str(tmp_path / "passages.jsonl"), "data.train": [str(tmp_path / "train.jsonl")]}
+    files["data.dev"] = [str(tmp_path / "dev.jsonl")]
+    return partial(configure, **files, **{"training.eval_every": 2})
 
 
 def _train(config, resume=False):

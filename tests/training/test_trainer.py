@@ -9,15 +9,13 @@ import math
 import pytest
 import torch
 
-from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import Pack
-from cosup_fast.data.records import Segment
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
 from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.metrics import HeldOut, StepMetrics, as_record
 from cosup_fast.training.step import accumulate_gradients
-from cosup_fast.training.trainer import Trainer, TrainingError
+from cosup_fast.training.trainer import TrainingError
 
 VARIANTS = {
     "pair": {},
@@ -25,18 +23,6 @@ VARIANTS = {
     "frozen": {"freeze_embseq": True},
     "learnt temperature": {"nsp": {"learnable_temperature": True}},
 }
-
-
-@pytest.fixture
-def make_trainer(make_model, examples, corpus, tmp_path):
-    def make(model=None, output=tmp_path, seen=None, chosen=examples, callbacks=None, **fields):
-        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "eval_every": None, **fields})
-        record = (lambda metrics: None) if seen is None else seen.append
-        return Trainer(
-            model or make_model(), config, chosen, corpus, output, **{"on_metrics": record, **(callbacks or {})}
-        )
-
-    return make
 
 
 def _losses(seen):
@@ -254,14 +240,6 @@ def test_figures_of_a_step(make_trainer, corpus):
     assert found.useful_tokens == batch.tokens / (300 * len(batch.packs)) < 1
     assert make_trainer().take_step().useful_tokens == 1.0
     assert 0.1 < found.peak_memory_gib < 100
-
-
-@pytest.fixture
-def planted(examples):
-    """Enough examples for a window, the last of which no trained model foresees."""
-    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(12)]
-    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
-    return [*plain, examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})]
 
 
 def test_a_bad_example_ends_the_run_before_it_does_harm(make_model, make_trainer, planted, tmp_path):
