@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cosup_fast.testing.compile import CompileCase, Compiled, collect, compile_case, compile_matrix
     from cosup_fast.testing.counters import Counts, count
+    from cosup_fast.testing.gradients import value_and_gradients
     from cosup_fast.testing.inputs import LOGITS, ODD_SHAPES, Shape, logits, operands, randn, with_gaps
     from cosup_fast.testing.interpreter import interpret
     from cosup_fast.testing.rehearsal import Rehearsal, Specialization, rehearse
@@ -25,6 +26,7 @@ _HOME = {
     "compile_matrix": "compile",
     "Counts": "counters",
     "count": "counters",
+    "value_and_gradients": "gradients",
     "LOGITS": "inputs",
     "ODD_SHAPES": "inputs",
     "Shape": "inputs",
@@ -66,6 +68,7 @@ __all__ = [
     "randn",
     "rehearse",
     "sanitize",
+    "value_and_gradients",
     "with_gaps",
 ]
 

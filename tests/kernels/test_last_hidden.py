@@ -377,32 +377,6 @@ def test_autocast_changes_nothing():
         assert torch.equal(ours[name], plain[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_last_rows(dtype):
-    rows = last_rows(torch.tensor([0, 3, 4, 9], dtype=dtype))
-    assert rows.dtype == torch.int64
-    assert rows.tolist() == [2, 3, 8]
-    assert last_rows(torch.zeros(1, dtype=dtype)).tolist() == []
-    assert last_rows(torch.empty(4, dtype=dtype, device="meta")).shape == (3,)
-
-
-@pytest.mark.parametrize(
-    ("cu_seqlens", "message"),
-    [
-        ([0, 3, 3, 9], r"cu_seqlens\[1:3\] is \[3, 3\], a sequence of no rows"),
-        ([0, 3, 2], r"cu_seqlens\[1:3\] is \[3, 2\]"),
-        ([1, 3], "cu_seqlens starts with 1"),
-        ([], r"cu_seqlens is torch.float32 of shape \(0,\)"),
-        ([[0, 3]], r"cu_seqlens is torch.int64 of shape \(1, 2\)"),
-        ([0.0, 3.0], "cu_seqlens is torch.float32"),
-    ],
-    ids=str,
-)
-def test_last_rows_errors(cu_seqlens, message):
-    with pytest.raises(ValueError, match=message):
-        last_rows(torch.tensor(cu_seqlens))
-
-
 @pytest.mark.compile_matrix("cosup_fast.kernels.last_hidden.kernels", targets=["sm_90"])
 def test_binaries(compiled):
     compiled.check()
