@@ -98,7 +98,7 @@ def here(setting: Setting, size: int) -> Row:
         assert len(trainer.batch_examples(0)) == size
         del batch
         begin = time.perf_counter()
-        metrics = trainer._step()
+        metrics = trainer.take_step()
         assert isinstance(metrics, StepMetrics)
         assert metrics.nsp is not None
         seconds = time.perf_counter() - begin

@@ -13,12 +13,12 @@ of `cosup_fast.testing`, on CPU tensors, as for a GPU (`benchmarks.pretend`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -27,6 +27,7 @@ from benchmarks.cases import Case, Inputs
 from benchmarks.check import Loss, Result, free, step
 from benchmarks.providers import Provider
 from cosup_fast.functional import release_workspace
+from cosup_fast.testing.torch_ops import TorchOps
 
 PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Operations that touch only as much of their large operand as their small ones say.
@@ -76,11 +77,11 @@ def _traffic(name: str, args: list[Tensor], results: list[Tensor], place: list[T
     return written + sum(_bytes(t) for t in args) - sum(_bytes(t) for t in place)
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(TorchOps):
     """Counts while it is entered."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(self._count)
         self.flops: Counter[str] = Counter()
         self.traffic = self.peak = 0
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}  # what was there before counts as 0 bytes
@@ -90,20 +91,10 @@ class OperationCounter(TorchDispatchMode):
         """Compiled code stays compiled; the products it hands to a library are seen."""
         return True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace not in ("aten", "prims", "prim"):
-            device = next(t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            key = torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
-            with self:
-                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
-        # Inside such an operator composite operations arrive whole.
-        if func._can_decompose():
-            with self:
-                return func.decompose(*args, **kwargs)
+    def _count(self, func: Any, args: tuple, kwargs: dict, run: Callable[[], Any]) -> Any:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._follow(given, new=False)
-        out = func(*args, **kwargs)
+        out = run()
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         packet = func._overloadpacket
         # flop_registry knows addmm and not addmm_.

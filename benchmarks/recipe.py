@@ -94,7 +94,7 @@ class Recipe:
             hidden, target = norm_rows(backbone, states, self.supervised_rows, gen_norm), self.targets
         else:
             hidden, target = norm_rows(backbone, states, torch.arange(len(states)), gen_norm), self.labels
-        ntp = (linear_cross_entropy if switches.fused else _dense_cross_entropy)(hidden, head.weight, target)
+        ntp = (linear_cross_entropy if switches.fused else dense_cross_entropy)(hidden, head.weight, target)
         query = norm_rows(backbone, states, self.query_rows, gen_norm, normalize=True)
         ends = self.passages.run(embseq, embseq_norm)
         keys = norm_rows(embseq, ends, self.passages.last_rows[self.first], embseq_norm, normalize=True)
@@ -114,7 +114,8 @@ class Recipe:
         return CoSupervisionOutput(ntp + model.nsp.weight * nsp, ntp, nsp, None)
 
 
-def _dense_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+def dense_cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy by way of all logits."""
     return F.cross_entropy(F.linear(hidden, head), target, ignore_index=-100)
 
 

@@ -111,7 +111,7 @@ class Server:
     @property
     def free(self) -> int:
         """Places in the batch that nothing holds."""
-        return self._engine._decoder.free
+        return self._engine.decoder.free
 
     def _forwards(self) -> int:
         return int(sum(bucket.get() for bucket in self._engine.metrics.step._buckets))

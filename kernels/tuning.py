@@ -103,20 +103,20 @@ def choose(
     key = _key(kernel, dtype, sizes, tried, device)
     path = _path(kernel, dtype, key)
     with _lock:
-        winner = _winners.get(path)
+        winner = known_winners.get(path)
         if winner is None and (winner := _read(path, key, tried)) is not None:
-            _winners[path] = winner
+            known_winners[path] = winner
         if winner is not None or capturing(device):
             return winner or default
         seconds = _time(tried, launch, device)
         if not seconds:  # nothing runs, so the launch to come says why
             return default
-        winner = _winners[path] = min(seconds, key=seconds.__getitem__)
+        winner = known_winners[path] = min(seconds, key=seconds.__getitem__)
         _write(path, key, winner, seconds)
         return winner
 
 
-_winners: dict[Path, Configuration] = {}
+known_winners: dict[Path, Configuration] = {}
 _lock = threading.RLock()  # backward passes run in threads of their own, and must not be timed against each other
 
 

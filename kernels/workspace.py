@@ -21,7 +21,7 @@ SMALL = 2**18
 """Bytes below which memory is not worth keeping: the allocator has it at hand."""
 
 _lock = threading.Lock()
-_kept: list[Tensor] = []  # at most one buffer, that nobody uses
+kept_buffers: list[Tensor] = []  # at most one buffer, that nobody uses
 
 
 def workspace_bytes() -> int:
@@ -36,7 +36,7 @@ def workspace_bytes() -> int:
 def take(nbytes: int) -> Tensor:
     """A buffer (uint8) of at least so many bytes in the CPU's memory, uninitialised: the kept one if that will do."""
     with _lock:
-        buffer = _kept.pop() if _kept else None
+        buffer = kept_buffers.pop() if kept_buffers else None
     if buffer is None or not nbytes <= len(buffer) <= max(nbytes, workspace_bytes()):
         buffer = None  # before the new one is there
         buffer = torch.empty(nbytes, dtype=torch.uint8)
@@ -51,11 +51,11 @@ def matrix(buffer: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 def give_back(buffer: Tensor) -> None:
     """Keeps a buffer, whose views nobody may use any longer, for the next one to ask."""
     with _lock:
-        if len(buffer) <= workspace_bytes() and (not _kept or len(_kept[0]) < len(buffer)):
-            _kept[:] = [buffer]
+        if len(buffer) <= workspace_bytes() and (not kept_buffers or len(kept_buffers[0]) < len(buffer)):
+            kept_buffers[:] = [buffer]
 
 
 def release_workspace() -> None:
     """Returns the kept memory to the system."""
     with _lock:
-        _kept.clear()
+        kept_buffers.clear()

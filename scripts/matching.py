@@ -27,8 +27,8 @@ from cosup_fast.data.prepared.catalog import CHATTERBOT, PYSERINI, RED_TRIVIA
 from cosup_fast.data.prepared.prepare import fetch, prepare
 from cosup_fast.data.prepared.questions import Question, bare_title, make_cloze, read_questions, short_answer
 from cosup_fast.data.prepared.splits import TABLE, Item, assign, page_roles, read_table, write_table
+from cosup_fast.data.prepared.words import STOPWORDS, occurs, stem, tokens
 from cosup_fast.data.records import Passage, read_passages
-from cosup_fast.data.text import STOPWORDS, occurs, stem, tokens
 
 
 def match(questions: list[Question], passages: list[Passage]) -> Iterator[tuple[Question, Passage]]:

@@ -27,8 +27,8 @@ from cosup_fast.data.prepared.benchmarks import BENCHMARKS, LEADS, TABLE, Asked,
 from cosup_fast.data.prepared.prepare import prepare
 from cosup_fast.data.prepared.spans import draw
 from cosup_fast.data.prepared.splits import page_roles
+from cosup_fast.data.prepared.words import STOPWORDS, find_answer, stem, tokens
 from cosup_fast.data.records import Example, Passage, read_examples, read_passages
-from cosup_fast.data.text import STOPWORDS, find_answer, stem, tokens
 from cosup_fast.evaluation.metrics import LABELS
 
 QUESTIONS, PASSAGES, WORDS, RUN = 200, 2000, 100, 10

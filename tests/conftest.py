@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -242,3 +243,34 @@ def checkpoint(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def eventually():
+    """A function that waits until a condition holds."""
+
+    def wait(condition, seconds=30):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it never came true"
+            time.sleep(0.002)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def randomize():
+    """A function that gives a model new random weights, by a seed, that see every transition of the grammar."""
+
+    @torch.no_grad()
+    def randomize(model, seed):
+        random = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name:
+                parameter.normal_(0, 0.3, generator=random)
+        head, template = model.gen.get_output_embeddings().weight, model.template
+        for token, size in ((template.nsp, 2.5), (template.context_end, 4.0), (template.eos, 2.0)):
+            head[token] *= size
+        return model
+
+    return randomize

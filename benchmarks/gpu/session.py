@@ -123,7 +123,7 @@ class Session:
         Tasks come in order of value. One that needs more time than is left makes room for smaller ones after it.
         """
         waiting = []
-        with _Worker(self.setting) as worker:
+        with Worker(self.setting) as worker:
             for task in tasks:
                 known = self.result(task)
                 if known is not None and (known.status == "ok" or not retry):
@@ -140,7 +140,7 @@ class Session:
         return waiting
 
 
-class _Worker:
+class Worker:
     """A process that runs tasks, started when there is one and again when it is gone."""
 
     def __init__(self, setting: Setting):
@@ -148,7 +148,7 @@ class _Worker:
         self.process: BaseProcess | None = None
         self.pipe: Connection | None = None
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -89,7 +89,7 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listening = listen(config)  # before the model is loaded: a port that is taken is said at once
     model = load_model(checkpoint, device)
-    searched = _index(checkpoint, index, model, allow_stale) if generation.max_retrievals else None
+    searched = index_of(checkpoint, index, model, allow_stale) if generation.max_retrievals else None
     offered = offer(model, searched, system or ())
     generator = Generator(model, _nothing if searched is None else searched, generation, max_batch=batch)
     app = create_app(generator, searched, offered, generation, config)
@@ -102,7 +102,7 @@ def serve(
     serve_on(app, config, listening, lambda url: say(f"page: {url}/   API: {url}/v1   models: {models} ({passages})"))
 
 
-def _index(checkpoint: Path, given: str | None, model: CoSupervisionModel, allow_stale: bool) -> NonparametricIndex:
+def index_of(checkpoint: Path, given: str | None, model: CoSupervisionModel, allow_stale: bool) -> NonparametricIndex:
     """The index to search; for a run that has none yet it is built from the run's corpus."""
     from cosup_fast.config import config_of
     from cosup_fast.index.stores import build_index, index_exists, load_index

@@ -13,12 +13,12 @@ from cosup_fast.config.training import check_rounding
 Rule = Callable[[Sections], Iterator[str]]
 
 
-def _something_is_trained(config: Sections) -> Iterator[str]:
+def something_is_trained(config: Sections) -> Iterator[str]:
     if config.ntp.weight == config.nsp.weight == 0:
         yield "ntp.weight=0 with nsp.weight=0 leaves no loss to train: raise one of them"
 
 
-def _without_embseq(config: Sections) -> Iterator[str]:
+def without_embseq(config: Sections) -> Iterator[str]:
     """With nsp.weight=0 there is no Embseq that anything of its own could be asked of."""
     if config.has_embseq:
         return
@@ -38,7 +38,7 @@ def _without_embseq(config: Sections) -> Iterator[str]:
         yield f"training.keep_best={best} is never there where nsp.weight=0, which has no Embseq: use ntp"
 
 
-def _learning_rates(config: Sections) -> Iterator[str]:
+def learning_rates(config: Sections) -> Iterator[str]:
     training = config.training
     if training.embseq_lr is not None and config.model.shared:
         yield (
@@ -52,14 +52,14 @@ def _learning_rates(config: Sections) -> Iterator[str]:
         )
 
 
-def _held_out(config: Sections) -> Iterator[str]:
+def held_out(config: Sections) -> Iterator[str]:
     if config.training.keep_best is not None and not config.data.dev:
         yield (
             f"training.keep_best={config.training.keep_best} needs held-out examples, and data.dev is empty: name some"
         )
 
 
-def _adapters(config: Sections) -> Iterator[str]:
+def adapters(config: Sections) -> Iterator[str]:
     for field in ("gen_lora", "embseq_lora"):
         lora = getattr(config.model, field)
         for name in ("alpha", "dropout", "targets"):
@@ -70,7 +70,7 @@ def _adapters(config: Sections) -> Iterator[str]:
                 )
 
 
-def _in_4_bits(config: Sections) -> Iterator[str]:
+def in_4_bits(config: Sections) -> Iterator[str]:
     for field in ("gen_lora", "embseq_lora"):
         if getattr(config.model, field).quantize is None:
             continue
@@ -83,7 +83,7 @@ def _in_4_bits(config: Sections) -> Iterator[str]:
             )
 
 
-def _precision(config: Sections) -> Iterator[str]:
+def precision(config: Sections) -> Iterator[str]:
     model, training = config.model, config.training
     if model.dtype == "float64" and training.precision == "bfloat16":
         yield "training.precision=bfloat16 casts nothing where model.dtype=float64: set one of them to float32"
@@ -99,7 +99,7 @@ def _precision(config: Sections) -> Iterator[str]:
         )
 
 
-def _optimizer(config: Sections) -> Iterator[str]:
+def optimizer(config: Sections) -> Iterator[str]:
     model, training = config.model, config.training
     if model.dtype == "float64" and training.optimizer != "adamw":
         yield f"training.optimizer={training.optimizer} steps no weights of model.dtype=float64: use adamw"
@@ -112,12 +112,12 @@ def _optimizer(config: Sections) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _something_is_trained,
-    _without_embseq,
-    _learning_rates,
-    _held_out,
-    _adapters,
-    _in_4_bits,
-    _precision,
-    _optimizer,
+    something_is_trained,
+    without_embseq,
+    learning_rates,
+    held_out,
+    adapters,
+    in_4_bits,
+    precision,
+    optimizer,
 )

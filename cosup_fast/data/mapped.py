@@ -121,7 +121,7 @@ def _state(file: Path | int) -> tuple[int, int]:
 def _table(path: Path, state: tuple[int, int], cache: Path, checksum: bool) -> np.ndarray:
     """The array of a file: the one that is there, or a new one."""
     if state[0] < KEPT_FROM:
-        return _read_whole(path, state)
+        return read_whole(path, state)
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     file = cache / f"{key}-{state[0]}-{state[1]}.npy"
     if (found := _kept(file, path, checksum)) is not None:
@@ -132,7 +132,7 @@ def _table(path: Path, state: tuple[int, int], cache: Path, checksum: bool) -> n
         with FileLock(cache / f".{key}.lock"):
             if (found := _kept(file, path, checksum)) is not None:
                 return found
-            made = _read_whole(path, state)
+            made = read_whole(path, state)
             for outdated in cache.glob(f"{key}-*.npy"):
                 outdated.unlink()
             save_array(file, made)
@@ -143,7 +143,7 @@ def _table(path: Path, state: tuple[int, int], cache: Path, checksum: bool) -> n
             "passage stay in memory; set COSUP_HOME to a folder that can be written",
             stacklevel=4,
         )
-    return _read_whole(path, state) if made is None else made
+    return read_whole(path, state) if made is None else made
 
 
 def _kept(file: Path, path: Path, checksum: bool) -> np.ndarray | None:
@@ -157,7 +157,7 @@ def _kept(file: Path, path: Path, checksum: bool) -> np.ndarray | None:
     return None if checksum and not np.array_equal(table[:_DIGEST], _words(sha256(path))) else table
 
 
-def _read_whole(path: Path, state: tuple[int, int]) -> np.ndarray:
+def read_whole(path: Path, state: tuple[int, int]) -> np.ndarray:
     """Reads and checks every line, and makes the array; the ids are in memory meanwhile."""
     ids: list[str] = []
     digest = hashlib.sha256()

@@ -251,7 +251,7 @@ def make_batch(
     most = max((len(found) for of_rank in rows for found in of_rank), default=0)
     member_at = list(row_of)
     ids = [
-        [_content_id(distinct[member_at[row]]) for row in found] + [-1] * (most - len(found))
+        [content_id(distinct[member_at[row]]) for row in found] + [-1] * (most - len(found))
         for member, found in zip(orders[rank], rows[rank], strict=True)
         for _ in sequences[member].query_passages
     ]
@@ -266,7 +266,7 @@ def make_batch(
         gen=tuple(gen),
         passages=tuple(passages),
         positive=_int64([row_of[of_content[_content(passage)]] for passage in own]),
-        key_ids=_int64([_content_id(distinct[member]) for pack in plans[rank] for member in pack]),
+        key_ids=_int64([content_id(distinct[member]) for pack in plans[rank] for member in pack]),
         positive_ids=_int64(ids).view(len(ids), most) if most else None,
         step=StepCounts(
             sum(label != IGNORE for s in sequences for label in s.labels),
@@ -337,7 +337,7 @@ def _content(passage: Passage) -> tuple[str, str]:
     return passage.title, passage.text
 
 
-def _content_id(tokens: Sequence[int]) -> int:
+def content_id(tokens: Sequence[int]) -> int:
     """63 bits of a hash: two of a million passages share one with a probability of 1e-7."""
     digest = hashlib.blake2b(array("q", tokens).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -9,6 +9,7 @@ contains the characters `[NSP]` is read as those five characters. Source: Lee et
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.text import gap
 from cosup_fast.errors import CosupError
 
 if TYPE_CHECKING:
@@ -253,6 +253,18 @@ class Template:
                     )
                 ids = ids[: self.config.max_passage_tokens]
             yield ids
+
+
+def gap(before: str, after: str) -> str:
+    """What stands between two segments of an output where neither has white space there: a space, or nothing.
+
+    Nothing before closing punctuation, after an opening bracket, and next to scripts that put no spaces between words.
+    """
+    if not before or not after or before[-1].isspace() or after[0].isspace():
+        return ""
+    unspaced = any(unicodedata.east_asian_width(c) in "WF" or "\u0e00" <= c <= "\u0eff" for c in (before[-1], after[0]))
+    tight = after[0] in ".,;:!?%)]}\u2019\u201d\u2026" or before[-1] in "([{\u2018\u201c"
+    return "" if unspaced or tight else " "
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -31,8 +31,8 @@ NOTICE = 1.0
 """Seconds after which a rank that waits in a collective looks whether it has failed for others."""
 
 # torch 2.13 renamed these; the old names warn there.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -194,7 +194,9 @@ class Peers:
         if self.size == 1 or most == 0:
             return rows
         out = rows.new_empty(self.size * most, *rows.shape[1:])
-        self._run("all-gather", out, lambda: _all_gather(out, _padded(rows, most), group=self.group, async_op=True))
+        self.run_collective(
+            "all-gather", out, lambda: all_gather(out, _padded(rows, most), group=self.group, async_op=True)
+        )
         if min(counts) == most:
             return out
         return torch.cat([out[i * most : i * most + n] for i, n in enumerate(counts)])
@@ -211,7 +213,7 @@ class Peers:
             rows = torch.cat([_padded(part, most) for part in rows.split(list(counts))])
         out = rows.new_empty(most, *rows.shape[1:])
         sent = rows.contiguous()
-        self._run("reduce-scatter", out, lambda: _reduce_scatter(out, sent, group=self.group, async_op=True))
+        self.run_collective("reduce-scatter", out, lambda: reduce_scatter(out, sent, group=self.group, async_op=True))
         return out[: counts[self.rank]]
 
     def sum(self, x: Tensor) -> Tensor:
@@ -228,10 +230,10 @@ class Peers:
 
     def _all_reduce(self, x: Tensor, op: Any) -> Tensor:
         if self.size > 1 and x.numel():
-            self._run("all-reduce", x, lambda: dist.all_reduce(x, op, group=self.group, async_op=True))
+            self.run_collective("all-reduce", x, lambda: dist.all_reduce(x, op, group=self.group, async_op=True))
         return x
 
-    def _run(self, what: str, out: Tensor, start: Callable[[], Any]) -> None:
+    def run_collective(self, what: str, out: Tensor, start: Callable[[], Any]) -> None:
         """A collective; where it fails, the ranks that stopped answering are named."""
         on_host = out.device.type == "cpu"
         with self._naming(what, everything=on_host):

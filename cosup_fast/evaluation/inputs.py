@@ -13,9 +13,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cosup_fast.data.records import DataError, Example, Passage, nearest, parse_object, validate
+from cosup_fast.data.convert.kilt import Question, dataset_of, read_question
+from cosup_fast.data.convert.rows import read_rows
+from cosup_fast.data.records import DataError, Example, Passage, nearest
 from cosup_fast.data.sources import load_examples
 from cosup_fast.evaluation.metrics import page_of
 
@@ -108,36 +109,23 @@ def read_kilt(path: str | Path, corpus: Mapping[str, Passage]) -> list[Example]:
         DataError: a broken line, with its number.
     """
     path = Path(path)
-    dataset = re.split(r"[-_](?:dev|test|train|kilt)(?![a-z])", path.stem)[0]
-    rows: dict[str, tuple[Example, list[list[tuple[str, str]]]]] = {}  # by id, with (page, title) of each output
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = parse_object(where, line)
-        try:
-            outputs = row.get("output") or []
-            pages = [[_page(source) for source in output.get("provenance") or []] for output in outputs]
-            found = {
-                "id": str(row["id"]),
-                "dataset": dataset,
-                "question": row["input"],
-                "output": [],
-                "answers": _unique(output["answer"] for output in outputs if (output.get("answer") or "").strip()),
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: expected a line of KILT with id, input and output, found {error!r}") from None
-        example = validate(where, Example, found)
-        if example.id in rows:
-            raise DataError(f"{where}: id: expected a new id, found {example.id!r} again")
-        rows[example.id] = example, pages
+    dataset = dataset_of(path)
+    rows: dict[str, Question] = {}
+    for row in read_rows(path):
+        if isinstance(row.record, DataError):
+            raise row.record
+        question = read_question(row.where, row.record, dataset)
+        if question.example.id in rows:
+            raise DataError(f"{row.where}: id: expected a new id, found {question.example.id!r} again")
+        rows[question.example.id] = question
     if not rows:
         raise DataError(f"{path}: expected at least one example, found an empty file")
-    named = {page for _, outputs in rows.values() for pages in outputs for page in pages}
+    named = {(s.page, s.title) for question in rows.values() for answer in question.answers for s in answer.sources}
     names = _gold_names(named, corpus)
     examples = []
-    for example, outputs in rows.values():
-        sets = [found for pages in outputs if (found := _unique(filter(None, (names[page] for page in pages))))]
+    for example, answers in rows.values():
+        pages = [_unique(filter(None, (names[s.page, s.title] for s in answer.sources))) for answer in answers]
+        sets = [found for found in pages if found]
         gold = _unique(name for found in sets for name in found)
         # Two annotators may name the same pages.
         several = [list(found) for found in dict.fromkeys(tuple(sorted(found)) for found in sets)]
@@ -186,12 +174,6 @@ def _known(wanted: Collection[str], corpus: Mapping[str, Passage]) -> set[str]:
     if len(known) < len(wanted):  # one pass over a corpus that may be larger than memory
         known |= {page for name in corpus if (page := page_of(name)) in wanted}
     return known
-
-
-def _page(provenance: Mapping[str, Any]) -> tuple[str, str]:
-    """Wikipedia's id and title of a page, each empty where KILT does not say."""
-    page = provenance.get("wikipedia_id")
-    return "" if page is None else str(page), provenance.get("title") or ""
 
 
 def _gold_names(pages: Collection[tuple[str, str]], corpus: Mapping[str, Passage]) -> dict[tuple[str, str], str]:

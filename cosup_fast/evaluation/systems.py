@@ -123,11 +123,11 @@ class System:
                 failed[row] = answer.error
 
         names = [""] * len(examples) if corpora is None else corpora
-        searches = {name: _Searches(self.retriever_of(name)) for name in dict.fromkeys(names)}
-        generator = Generator(self.model, _Searches(None), self._decoding(config), max_batch=batch)
+        searches = {name: Searches(self.retriever_of(name)) for name in dict.fromkeys(names)}
+        generator = Generator(self.model, Searches(None), self._decoding(config), max_batch=batch)
         generator.generate_all(
             (
-                _Question(e.question, e.instruction, index=searches[name], example=e)
+                ScoredQuestion(e.question, e.instruction, index=searches[name], example=e)
                 for e, name in zip(examples, names, strict=True)
             ),
             on_answer=ended,
@@ -144,11 +144,13 @@ class System:
 
 
 @dataclass(frozen=True)
-class _Question(Question):
+class ScoredQuestion(Question):
+    """A question to Gen that knows its example, which retrievers such as "gold" read."""
+
     example: Example | None = None
 
 
-class _Searches:
+class Searches:
     """What the decoder asks, put to a retriever."""
 
     def __init__(self, retriever: Retriever | None):
@@ -158,7 +160,7 @@ class _Searches:
         assert self._retriever is not None, "a closed-book system retrieves nothing"
         requests = []
         for one in asked:
-            assert isinstance(one.request, _Question)
+            assert isinstance(one.request, ScoredQuestion)
             assert one.request.example is not None
             # Not validated: Gen may have written nothing on a passage.
             written = tuple(Segment.model_construct(text=s.text, passage=s.passage) for s in one.segments)

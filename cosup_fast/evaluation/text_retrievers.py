@@ -97,14 +97,14 @@ class BM25Retriever(TextRetriever):
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         scores = np.zeros((len(texts), len(self.corpus)), np.float32)
         for row, text in zip(scores, texts, strict=True):
-            if words := [word for word in _stems(text) if word in self._index.vocab_dict]:
+            if words := [word for word in stems(text) if word in self._index.vocab_dict]:
                 row[:] = self._index.get_scores(words)
         return scores
 
     @cached_property
     def _index(self) -> Any:
         index = require("bm25s", "bm25s").BM25(method="lucene", k1=K1, b=B)
-        words = [_stems(f"{passage.title} {passage.text}") for passage in self.corpus.passages]
+        words = [stems(f"{passage.title} {passage.text}") for passage in self.corpus.passages]
         index.index(words, show_progress=False)
         return index
 
@@ -239,7 +239,8 @@ def _best(scores: np.ndarray, k: int) -> list[tuple[int, float]]:
     return [(row, float(scores[row])) for row in rows.tolist()]
 
 
-def _stems(text: str) -> list[str]:
+def stems(text: str) -> list[str]:
+    """The stems of a text's words, what BM25 counts."""
     return [_stem(word) for word in normal_words(text)]
 
 

@@ -47,7 +47,7 @@ class Journal:
             self._file.truncate(whole)
             self._file.seek(whole)
             if not whole:
-                self._write(_line({"settings": settings}))
+                self._write(entry_line({"settings": settings}))
                 sync(path.parent)
         except BaseException:
             with suppress(OSError):  # a full disk, which is known already
@@ -65,7 +65,7 @@ class Journal:
     def add(self, key: str, value: Any) -> None:
         """Keeps a finished piece: written before this returns, on disk within a second or when the journal closes."""
         self.done[key] = value
-        self._write(_line({"key": key, "value": value}))
+        self._write(entry_line({"key": key, "value": value}))
 
     def _write(self, line: bytes) -> None:
         if self._file is None or self.path is None:
@@ -117,7 +117,8 @@ class Journal:
         return whole
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def entry_line(entry: dict[str, Any]) -> bytes:
+    """An entry as the journal keeps it, its CRC-32 as the last field."""
     text = json.dumps(entry, ensure_ascii=False).encode()[:-1]
     return text + _ending(text) + b"\n"
 

@@ -36,7 +36,7 @@ Part = tuple[Shard, np.ndarray | None]
 
 _TRAINING_SAMPLE = 200_000
 # A shard this small is put together with the one before it, so that many additions do not make many shards.
-_SMALL = 4096
+SMALL = 4096
 
 
 class Change:
@@ -72,12 +72,12 @@ class Change:
             name = self._new_name()
             (self._folder / name).mkdir()
             for file in (PASSAGES, ROWS, VECTORS, RECORD):
-                _link(folder / file, self._folder / name / file)
+                link_file(folder / file, self._folder / name / file)
             sync(self._folder / name)
             names.append(name)
         place = len(self._stamp.shards)
         last, first = (Shard.open(self._folder / name) for name in names[place - 1 : place + 1])
-        if len(last) + len(first) <= _SMALL:
+        if len(last) + len(first) <= SMALL:
             names[place - 1 : place + 1] = [self.write([(last, None), (first, None)])]
         self.commit(names, appended=True)
 
@@ -198,7 +198,8 @@ def check_approximate(folder: Path, stamp: Stamp, *, contents: bool) -> None:
             raise ValueError(f"{path} is missing, damaged or changed: build the index again")
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """Links a file into another folder, or copies it."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

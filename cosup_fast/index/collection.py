@@ -146,9 +146,9 @@ class Collection:
     def __init__(self, place: Place):
         self.place = place
         self._pymilvus = _pymilvus()
-        self._client: Any = None
+        self.client: Any = None
         try:
-            self._call("get_server_version", collection=False, patience=min(PATIENCE, _CONNECT_SECONDS))
+            self.call("get_server_version", collection=False, patience=min(PATIENCE, _CONNECT_SECONDS))
         except StoreError as error:
             raise StoreError(
                 f"no Milvus answers at {place.uri}: check the address, and that it is that of a Milvus server ({error})"
@@ -157,19 +157,19 @@ class Collection:
     def named(self, collection: str) -> Collection:
         """Another collection there, over a connection of its own."""
         other = copy.copy(self)
-        other._client = None
+        other.client = None
         other.place = self.place._replace(collection=collection)
         return other
 
     def close(self) -> None:
         """Ends the connection; a later call makes a new one."""
-        client, self._client = self._client, None
+        client, self.client = self.client, None
         if client is not None:
             client.close()
 
     def exists(self) -> bool:
         """Whether there is such a collection."""
-        return self._call("has_collection")
+        return self.call("has_collection")
 
     def create(self, stamp: StoreStamp) -> None:
         """Makes it, empty and stamped."""
@@ -180,7 +180,7 @@ class Collection:
         indexes = self._pymilvus.MilvusClient.prepare_index_params()
         indexes.add_index("vector", index_type=stamp.index, metric_type="IP")
         indexes.add_index("row", index_type="INVERTED")
-        self._call(
+        self.call(
             "create_collection",
             schema=schema,
             index_params=indexes,
@@ -190,7 +190,7 @@ class Collection:
 
     def drop(self) -> None:
         """Removes it."""
-        self._call("drop_collection")
+        self.call("drop_collection")
 
     def take_name(self, collection: str) -> None:
         """Gives it the name of another index, which is removed."""
@@ -199,7 +199,7 @@ class Collection:
                 other.check_ours()
                 other.drop()
             try:
-                self._call("rename_collection", collection)
+                self.call("rename_collection", collection)
             except StoreError:
                 # Where the answer to a rename was lost, the next try is refused, because it is done already.
                 if self.exists() or not other.exists():
@@ -235,7 +235,7 @@ class Collection:
         return self._read_stamp(*self._described())
 
     def _described(self) -> tuple[dict[str, Any], str]:
-        found = self._call("describe_collection")
+        found = self.call("describe_collection")
         text = found["properties"].get(_STAMP)
         if text is None:
             raise StoreError(f"{self.place} is a collection of something else: name another one, as {self._other}")
@@ -267,19 +267,19 @@ class Collection:
 
     def write_stamp(self, stamp: StoreStamp) -> None:
         """Replaces its stamp."""
-        self._call("alter_collection_properties", properties={_STAMP: stamp.model_dump_json()})
+        self.call("alter_collection_properties", properties={_STAMP: stamp.model_dump_json()})
 
     def sent(self) -> int:
         """Shards of the source that are in it whole."""
-        return int(self._call("describe_collection")["properties"].get(_SENT) or 0)
+        return int(self.call("describe_collection")["properties"].get(_SENT) or 0)
 
     def write_sent(self, shards: int) -> None:
         """Records `sent`."""
-        self._call("alter_collection_properties", properties={_SENT: str(shards)})
+        self.call("alter_collection_properties", properties={_SENT: str(shards)})
 
     def load(self) -> None:
         """Has the server hold it ready for searches."""
-        self._call("load_collection")
+        self.call("load_collection")
 
     def upsert(self, passages: Sequence[Passage], vectors: np.ndarray, start: int) -> None:
         """Writes passages with their embeddings (m, D) as the rows from `start` on, over those with the same ids."""
@@ -290,28 +290,28 @@ class Collection:
                 | {name: getattr(passage, name) for name in _TEXTS}
                 for i, passage in enumerate(part)
             ]
-            self._call("upsert", rows)
+            self.call("upsert", rows)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Removes the rows of ids."""
         keys = [key_of(name) for name in ids]
         for first in range(0, len(keys), 4 * AT_ONCE):
-            self._call("delete", ids=keys[first : first + 4 * AT_ONCE])
+            self.call("delete", ids=keys[first : first + 4 * AT_ONCE])
 
     def delete_from(self, row: int) -> None:
         """Removes the rows from `row` on."""
-        self._call("delete", filter=f"row >= {row}")
+        self.call("delete", filter=f"row >= {row}")
 
     def count(self, rows: int) -> int:
         """How many of the rows below `rows` are there."""
-        return int(self._call("query", filter=f"row < {rows}", output_fields=["count(*)"])[0]["count(*)"])
+        return int(self.call("query", filter=f"row < {rows}", output_fields=["count(*)"])[0]["count(*)"])
 
     def present(self, rows: int) -> np.ndarray:
         """The rows below `rows` that are there, (M,) int64."""
         found: list[int] = []
         for start in range(0, rows, MOST_CANDIDATES):
             wanted = f"row >= {start} and row < {min(rows, start + MOST_CANDIDATES)}"
-            found += sorted(one["row"] for one in self._call("query", filter=wanted, output_fields=["row"]))
+            found += sorted(one["row"] for one in self.call("query", filter=wanted, output_fields=["row"]))
         return np.array(found, np.int64)
 
     def rows(self, ids: Iterable[str], below: int) -> dict[str, int]:
@@ -332,7 +332,7 @@ class Collection:
         for first in range(0, len(rows), AT_ONCE):
             wanted = f"row in {[int(row) for row in rows[first : first + AT_ONCE]]}"
             fields = ["row", "vector"] if vectors else ["row", *_TEXTS]
-            found |= {one["row"]: one for one in self._call("query", filter=wanted, output_fields=fields)}
+            found |= {one["row"]: one for one in self.call("query", filter=wanted, output_fields=fields)}
         if lost := [row for row in rows if row not in found]:
             raise StoreError(f"row {lost[0]} of {self.place} is gone, another process deleted it: open the index again")
         return [found[row] for row in rows]
@@ -345,7 +345,7 @@ class Collection:
         if below is not None:
             options["filter"] = f"row < {below}"
         fields = ["row", "vector", *_TEXTS]
-        found = self._call("search", data=list(queries), limit=count, output_fields=fields, **options)
+        found = self.call("search", data=list(queries), limit=count, output_fields=fields, **options)
         return [[hit["entity"] for hit in hits] for hits in found]
 
     @property
@@ -355,10 +355,10 @@ class Collection:
     def _of_keys(self, ids: Iterable[str], fields: list[str], below: int) -> Iterator[dict[str, Any]]:
         keys = list(dict.fromkeys(map(key_of, ids)))
         for first in range(0, len(keys), AT_ONCE):
-            found = self._call("query", ids=keys[first : first + AT_ONCE], output_fields=fields)
+            found = self.call("query", ids=keys[first : first + AT_ONCE], output_fields=fields)
             yield from (one for one in found if one["row"] < below)
 
-    def _call(
+    def call(
         self, method: str, *arguments: Any, collection: bool = True, patience: float | None = None, **options: Any
     ) -> Any:
         """Calls the client, again and again where the server does not answer."""
@@ -369,10 +369,10 @@ class Collection:
         names = (self.place.collection,) if collection else ()
         while True:
             try:
-                if self._client is None:
-                    self._client = self._connect()
+                if self.client is None:
+                    self.client = self._connect()
                 left = max(1.0, deadline - time.monotonic())
-                return getattr(self._client, method)(*names, *arguments, timeout=left, **options)
+                return getattr(self.client, method)(*names, *arguments, timeout=left, **options)
             except (self._pymilvus.MilvusException, grpc.RpcError) as error:
                 reason = " ".join(str(getattr(error, "message", "") or error).split())
                 if getattr(error, "code", None) == _NOT_LOADED and method != "load_collection":

@@ -46,8 +46,8 @@ from cosup_fast.index.shards import Shard
 if TYPE_CHECKING:
     from cosup_fast.model import CoSupervisionModel
 
-_REMEMBERED = 1 << 14
-_NUMBERS_AT_ONCE = 1 << 20
+REMEMBERED = 1 << 14
+NUMBERS_AT_ONCE = 1 << 20
 """Of the embeddings in one answer of the client, which holds each as a Python number."""
 
 
@@ -169,7 +169,7 @@ class MilvusIndex(NonparametricIndex):
         self.stamp, self.origin, self.precision = stamp, stamp.origin, stamp.precision
         self._count = self._collection.count(stamp.rows)
         self._present_rows: np.ndarray | None = None
-        self._near: dict[int, np.ndarray] = {}  # embeddings of the last candidates, by stored row
+        self.near: dict[int, np.ndarray] = {}  # embeddings of the last candidates, by stored row
         self._remembered: dict[int, Passage] = {}  # by stored row
         self.passages = _Rows(self)
         self.by_id = _ById(self)
@@ -189,7 +189,7 @@ class MilvusIndex(NonparametricIndex):
         return self._count
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        near = self._near
+        near = self.near
         stored = self.stored(rows)
         if lost := list(dict.fromkeys(row for row in stored.tolist() if row not in near)):
             found = self._collection.fetch(lost, vectors=True)
@@ -202,7 +202,7 @@ class MilvusIndex(NonparametricIndex):
 
     def candidates(self) -> tuple[nearest.Propose, bool]:
         # Between searches, so that what one has found stays until it is read.
-        if len(self._remembered) > _REMEMBERED:
+        if len(self._remembered) > REMEMBERED:
             self._remembered.clear()
         return self._propose, self.stamp.index == "FLAT"
 
@@ -215,7 +215,7 @@ class MilvusIndex(NonparametricIndex):
         (stored,) = self.stored(np.array([row])).tolist()
         if (known := self._remembered.get(stored)) is not None:
             return known
-        if len(self._remembered) > _REMEMBERED:
+        if len(self._remembered) > REMEMBERED:
             self._remembered.clear()
         (entity,) = self._collection.fetch([stored], vectors=False)
         found = self._remembered[stored] = passage_of(entity)
@@ -275,7 +275,7 @@ class MilvusIndex(NonparametricIndex):
         return self._present_rows
 
     def _propose(self, queries: Tensor, count: int) -> np.ndarray:
-        self._near = {}  # a search asks for the embeddings of what was proposed before it proposes more
+        self.near = {}  # a search asks for the embeddings of what was proposed before it proposes more
         if count > MOST_CANDIDATES:
             raise ValueError(
                 f"{self.name} returns at most {MOST_CANDIDATES:,} candidates for a query, {count:,} are needed: ask "
@@ -283,10 +283,10 @@ class MilvusIndex(NonparametricIndex):
             )
         rows = np.full((len(queries), count), -1)
         asked = queries.cpu().numpy()
-        at_once = max(1, _NUMBERS_AT_ONCE // (count * self.dim))
+        at_once = max(1, NUMBERS_AT_ONCE // (count * self.dim))
         for start in range(0, len(asked), at_once):
             for number, hits in enumerate(self._hits(asked[start : start + at_once], count)):
-                self._near |= {hit["row"]: np.asarray(hit["vector"], np.float32) for hit in hits}
+                self.near |= {hit["row"]: np.asarray(hit["vector"], np.float32) for hit in hits}
                 self._remembered |= {hit["row"]: passage_of(hit) for hit in hits}
                 stored = np.array([hit["row"] for hit in hits], np.int64)
                 if self._count != self.stamp.rows:
@@ -340,7 +340,7 @@ class _ById(Mapping[str, Passage]):
         if (known := self._found.get(name)) is not None:
             return known
         found = {passage.id: passage for passage in self._index.collection.passages([name], self._index.stamp.rows)}
-        if len(self._found) >= _REMEMBERED:
+        if len(self._found) >= REMEMBERED:
             self._found.clear()
         self._found |= found
         return found[name]

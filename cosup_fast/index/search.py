@@ -28,7 +28,7 @@ Propose = Callable[[Tensor, int], np.ndarray]
 IN_MEMORY = 1 << 30
 """Up to here an index is searched as one block in memory, beyond it shard by shard from the files."""
 _MOST_CANDIDATES = 4096
-_NUMBERS_AT_ONCE = 1 << 24
+NUMBERS_AT_ONCE = 1 << 24
 
 
 def faiss_module() -> Any:
@@ -116,7 +116,7 @@ class TorchFlat:
                     block = block.to(self._device)
                     parts = [
                         (part @ block.T).topk(min(count, len(block)), dim=1)
-                        for part in queries.split(max(1, _NUMBERS_AT_ONCE // len(block)))
+                        for part in queries.split(max(1, NUMBERS_AT_ONCE // len(block)))
                     ]
                     scores, rows = (torch.cat(part) for part in zip(*parts, strict=True))
                     found.add(scores, rows, len(block))
@@ -193,7 +193,7 @@ def search(
     waiting = torch.arange(len(queries))
     while len(waiting):
         unsure: list[Tensor] = []
-        for part in waiting.split(max(1, _NUMBERS_AT_ONCE // (width * queries.shape[1]))):
+        for part in waiting.split(max(1, NUMBERS_AT_ONCE // (width * queries.shape[1]))):
             scores[part], rows[part], close = _ranked(propose, vectors, queries[part.to(queries.device)], k, width)
             if exact and width < count:
                 unsure.append(part[close])

@@ -75,7 +75,7 @@ class SequenceIndex(NonparametricIndex):
         self.precision: Precision = "float32"
         self._engine: Engine = engine
         self._device = device
-        self._approximate: Any = None
+        self.approximate: Any = None
         shard = Shard.of(passages, _array(embeddings).copy())
         check_unique(shard.passages, shard.ids)
         check_finite(shard.vectors, passages)
@@ -225,11 +225,11 @@ class SequenceIndex(NonparametricIndex):
                 f"{found} of {widths}: build the index again"
             )
         self._stamp = stamp
-        self._approximate = None
+        self.approximate = None
         if stamp.approximate is not None and self._engine in ("auto", "approximate"):
             path = self.folder / stamp.approximate.file
-            self._approximate = nearest.read_approximate(path, stamp.dim, stamp.count)
-            nearest.set_parameters(self._approximate, stamp.approximate.parameters)
+            self.approximate = nearest.read_approximate(path, stamp.dim, stamp.count)
+            nearest.set_parameters(self.approximate, stamp.approximate.parameters)
         self._set_shards(shards)
 
     def _set_shards(self, shards: Sequence[Shard]) -> None:
@@ -238,7 +238,7 @@ class SequenceIndex(NonparametricIndex):
         self.by_id = PassagesById(self.passages, [shard.ids for shard in self._shards])
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._propose: nearest.Propose | None = None
-        if self._approximate is None:
+        if self.approximate is None:
             nearest.choose_engine(self._engine, self._device, approximate=False)
 
     @property
@@ -251,12 +251,12 @@ class SequenceIndex(NonparametricIndex):
 
     def candidates(self) -> tuple[nearest.Propose, bool]:
         if self._propose is None:
-            if self._approximate is not None:
-                self._propose = nearest.Approximate(self._approximate)
+            if self.approximate is not None:
+                self._propose = nearest.Approximate(self.approximate)
             else:
                 engine = nearest.choose_engine(self._engine, self._device, approximate=False)
                 self._propose = nearest.exact([shard.vectors for shard in self._shards], engine, self._device)
-        return self._propose, self._approximate is None
+        return self._propose, self.approximate is None
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), self.dim), np.float32)

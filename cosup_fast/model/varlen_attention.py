@@ -47,7 +47,7 @@ def varlen_attention(
         dropout: of the attention weights.
         flash_attn: use flash-attn where it is installed.
     """
-    if query.dtype not in (torch.float16, torch.bfloat16) or not _takes(query, value):
+    if query.dtype not in (torch.float16, torch.bfloat16) or not takes_widths(query, value):
         return None
     bounds = cu_seqlens, cu_seqlens, longest, longest
     seen = (-1 if window is None else window - 1, 0)  # tokens to the left and to the right of the query
@@ -80,7 +80,7 @@ def torch_varlen() -> Callable[..., Tensor] | None:
     return call if wanted <= inspect.signature(call).parameters.keys() else None
 
 
-def _takes(query: Tensor, value: Tensor) -> bool:
+def takes_widths(query: Tensor, value: Tensor) -> bool:
     """Whether the kernels take heads of this width on this device."""
     width = query.shape[-1]
     if not query.is_cuda or torch.version.hip is not None or value.shape[-1] != width or width % 8 or width > 256:

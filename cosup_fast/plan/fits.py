@@ -42,9 +42,9 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
     Raises:
         ConfigError: it does not fit; the message has the breakdown and the way to advice.
     """
-    memory = _memory(device)
+    memory = memory_bytes(device)
     request = plan_request(config, batches, ranks, device.type)
-    if device.type == "cpu" and _least(request) < SMALL * memory:
+    if device.type == "cpu" and least_bytes(request) < SMALL * memory:
         return ""
     try:
         found = make_plan(request, memory / GIB, quick=True)
@@ -87,7 +87,7 @@ def _tokens(pack: Pack) -> int:
     return len(pack.input_ids)
 
 
-def _memory(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
     """Bytes that a process can have."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -98,7 +98,7 @@ def _memory(device: torch.device) -> int:
     return pages // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _least(request: PlanRequest) -> float:
+def least_bytes(request: PlanRequest) -> float:
     """Bytes of weights, and of gradients and states where these are trained, that no step is without."""
     each = {"bfloat16": 2, "float64": 8}.get(request.dtype, 4)
     training = each + state_bytes(request.optimizer, each)

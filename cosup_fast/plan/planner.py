@@ -81,15 +81,15 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
     Raises:
         PlanError: a simulation failed; the message ends with its last words.
     """
-    depths = _depths(request)
+    depths = depths_of(request)
 
     def lines(simulator: Simulator, asked: Iterable[PlanRequest]) -> list[dict[str, Any]]:
-        return [_line(lambda layers, one=one: simulator.ask(one, layers), depths) for one in asked]
+        return [peak_line(lambda layers, one=one: simulator.ask(one, layers), depths) for one in asked]
 
     with Simulator() as others:
         if quick:
             return _plan(request, gpu_memory_gib, lines(others, [request])[0], exact=max(depths) <= FEW[1])
-        changed = _alternatives(request)
+        changed = find_alternatives(request)
         with ThreadPoolExecutor(1) as pool, Simulator() as whole:
             waiting = pool.submit(whole.ask, request)
             guesses = lines(others, [request, _larger(request, 2), *changed.values()])
@@ -102,7 +102,7 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
         def grown(times: int) -> int:
             return lines(others, [_larger(request, times)])[0].get("peak", sys.maxsize) + correction
 
-        largest = _largest(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
+        largest = largest_fitting(room, {1: answer["peak"], 2: peaks[1] + correction}, grown)
     advice = [
         Switch(setting, round((peak + correction) / GIB, 3)) for setting, peak in zip(changed, peaks[2:], strict=True)
     ]
@@ -110,7 +110,7 @@ def make_plan(request: PlanRequest, gpu_memory_gib: float, *, quick: bool = Fals
     return _plan(request, gpu_memory_gib, answer, exact=True, largest=largest, advice=helpful)
 
 
-def _largest(room: float, known: dict[int, int], peak: Callable[[int], int]) -> int | None:
+def largest_fitting(room: float, known: dict[int, int], peak: Callable[[int], int]) -> int | None:
     """Nearly the most times that fit, given two peaks. The peak is convex in the times, so that secants fall short."""
     fitting = max((times for times, found in known.items() if found <= room), default=None)
     for _ in range(2):
@@ -135,7 +135,7 @@ class Simulator:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "cosup_fast.plan.simulate"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -147,8 +147,8 @@ class Simulator:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self.process.kill()
+        self.process.communicate()
         self._errors.close()
 
     def ask(self, request: PlanRequest, layers: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -157,16 +157,16 @@ class Simulator:
         Raises:
             PlanError: the process ended.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"request": request.model_dump(), "layers": layers}) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
+            self.process.stdin.write(json.dumps({"request": request.model_dump(), "layers": layers}) + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
         self._errors.seek(0)
-        words = self._errors.read().strip().splitlines()[-1:] or [f"exit status {self._process.wait()}"]
+        words = self._errors.read().strip().splitlines()[-1:] or [f"exit status {self.process.wait()}"]
         raise PlanError(f"the simulation of this step failed: {words[0]}")
 
 
@@ -202,7 +202,7 @@ def _plan(
     )
 
 
-def _line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, int]) -> dict[str, Any]:
+def peak_line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, int]) -> dict[str, Any]:
     """The answer for models of these depths from those for a few layers; equally deep ones are grown together."""
     low, high = FEW
     deep = [i for i in (0, 1) if depths[i] > high]
@@ -229,7 +229,8 @@ def _line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[int, i
     }
 
 
-def _depths(request: PlanRequest) -> tuple[int, int]:
+def depths_of(request: PlanRequest) -> tuple[int, int]:
+    """Decoder layers of Gen and of Embseq."""
     gen = decoder(request.gen).num_hidden_layers
     return gen, gen if request.embseq is None else decoder(request.embseq).num_hidden_layers
 
@@ -243,7 +244,7 @@ def _larger(request: PlanRequest, times: int) -> PlanRequest:
     )
 
 
-def _alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
+def find_alternatives(request: PlanRequest) -> dict[str, PlanRequest]:
     """Settings that take less memory than those asked for."""
     found: dict[str, dict[str, Any]] = {}
     in_4_bits = request.gen_lora.quantize or request.embseq_lora.quantize

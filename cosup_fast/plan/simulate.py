@@ -91,10 +91,10 @@ def simulate(request: PlanRequest, *, layers: tuple[int, int] | None = None) -> 
             mesh = mesh if request.replicas > 1 else mesh["shards"]
         stack.enter_context(_patched(request))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        model = _make_model(request, layers)
+        model = make_fake_model(request, layers)
         if mesh is not None:
             shard(model, mesh, precision=request.precision)
-        batch = _make_batch(request, model)
+        batch = make_fake_batch(request, model)
         memory = LiveMemory()
         memory.transient = _workspace(request, memory)
         memory.mark((local(p.data) for p in model.parameters()), "parameters")
@@ -134,7 +134,8 @@ def simulate(request: PlanRequest, *, layers: tuple[int, int] | None = None) -> 
         return Simulated(peak.total, peak.phase, {str(kind): size for kind, size in peak.kinds.items()}, count, trained)
 
 
-def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSupervisionModel:
+def make_fake_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSupervisionModel:
+    """The model of a run without its weights, of these depths where `layers` says so."""
     dtype = getattr(torch, request.dtype)
 
     def make(values: dict[str, Any], factory: Any, depth: int | None) -> Any:
@@ -168,7 +169,7 @@ def _make_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSuper
     return model
 
 
-class _FourBit(nn.Linear):
+class FourBit(nn.Linear):
     """A linear layer whose weight is bytes of two elements, whole only within a product, as bitsandbytes has it."""
 
     def __init__(self, layer: Any):
@@ -200,10 +201,11 @@ def _quantize(part: Any) -> None:
     head = part.get_output_embeddings()
     for name, module in list(part.named_modules()):
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            part.set_submodule(name, _FourBit(module))
+            part.set_submodule(name, FourBit(module))
 
 
-def _make_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisionBatch:
+def make_fake_batch(request: PlanRequest, model: CoSupervisionModel) -> CoSupervisionBatch:
+    """A step's packs, full of tokens."""
     gen_packs, passage_packs = min(2, request.gen_packs), min(2, request.embseq_packs)
 
     def pack(sequences: int, length: int, times: int) -> Pack:

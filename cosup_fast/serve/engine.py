@@ -86,7 +86,7 @@ class Engine:
     def __init__(self, generator: Generator, *, max_batch: int, max_waiting: int, metrics: Metrics | None = None):
         self.generator = generator
         self.metrics = metrics or Metrics()
-        self._decoder = generator.decoder(max_batch)
+        self.decoder = generator.decoder(max_batch)
         self._max_batch = max_batch
         self._limit = max_batch + max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -171,30 +171,30 @@ class Engine:
         self._posted.setdefault(loop, []).append(function)
 
     def _enter(self, job: Job) -> None:
-        self._jobs[job.enter(self._decoder)] = job
+        self._jobs[job.enter(self.decoder)] = job
 
     def _run(self) -> None:
         while not self._stopping:
             self._read_inbox()
-            if self._decoder.idle:
+            if self.decoder.idle:
                 continue
             began = time.perf_counter()
             try:
-                ended = self._decoder.step()
+                ended = self.decoder.step()
             except Exception as error:
                 log.exception("a step failed; the requests that were running are answered with an error")
-                ended = self._decoder.abort(error)
+                ended = self.decoder.abort(error)
             self.metrics.step.observe(time.perf_counter() - began)
             self._finish(ended)
         while self._read_now():
             pass
         for job in self._jobs.values():
             job.cancel()
-        while not self._decoder.idle:
-            self._finish(self._decoder.step())
+        while not self.decoder.idle:
+            self._finish(self.decoder.step())
 
     def _read_inbox(self) -> None:
-        if self._decoder.idle:
+        if self.decoder.idle:
             self._inbox.get()()
         while self._read_now():
             pass

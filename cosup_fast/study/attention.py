@@ -43,7 +43,7 @@ def attention_by_layer(
     even, count = 0.0, 0
     with evaluation_mode(model), attending(model.gen.base_model, "eager"):
         for example, passage in _in_turn(tests, corpora, model, limit):
-            layout = _Layout(model, example, passage)
+            layout = Layout(model, example, passage)
             found = model.gen.base_model(
                 input_ids=torch.tensor([layout.ids], device=model.device), use_cache=False, output_attentions=True
             ).attentions
@@ -58,7 +58,7 @@ def attention_by_layer(
     return {"questions": count, "even": round(even / count, 5), "by_layer": by_layer}
 
 
-class _Layout:
+class Layout:
     """Tokens of a teacher-forced answer, and which of them are what."""
 
     def __init__(self, model: CoSupervisionModel, example: Example, passage: Passage):

@@ -103,7 +103,7 @@ def _written(record: QuestionRecord) -> str:
     return " ".join(segment.text for segment in record.answer.segments)
 
 
-def _swapped(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Handed]:
+def swapped(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Handed]:
     """Each question with the gold passage of the one after it, which holds none of its answers."""
     rows = [(e, corpus.by_id[corpus.found(e.gold)[0]]) for e in readable(test, corpus, template)]
     for place, (example, _) in enumerate(rows):
@@ -113,7 +113,7 @@ def _swapped(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Hand
             yield _handed(example, example, other)
 
 
-def _replaced(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Handed]:
+def replaced(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Handed]:
     """Each question with its gold passage, in which another answer stands wherever its own stood."""
     if test.source in SUBSTITUTED:
         memory = {e.id: e.answers for e in load_examples(SUBSTITUTED[test.source], None)}
@@ -130,14 +130,14 @@ def _replaced(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Han
         if new is None:
             continue
         altered = passage.model_copy(
-            update={name: _replace(getattr(passage, name), example, new) for name in ("title", "text")}
+            update={name: with_answer(getattr(passage, name), example, new) for name in ("title", "text")}
         )
         asked = example.model_copy(update={"answers": [new], "answer_sets": []})
         if holds_answer(_read(altered, template), asked):
             yield _handed(example, asked, altered)
 
 
-_HAND: Mapping[str, Callable[[TestSet, Corpus, Template], Iterator[Handed]]] = {SWAPPED: _swapped, REPLACED: _replaced}
+_HAND: Mapping[str, Callable[[TestSet, Corpus, Template], Iterator[Handed]]] = {SWAPPED: swapped, REPLACED: replaced}
 
 
 def readable(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Example]:
@@ -161,7 +161,8 @@ def _read(passage: Passage, template: Template) -> str:
     return template.decode(template.inserted_passage(passage))
 
 
-def _replace(text: str, example: Example, new: str) -> str:
+def with_answer(text: str, example: Example, new: str) -> str:
+    """The text with another answer wherever one of the example's stands."""
     for start, end in reversed(answer_spans(text, example)):
         text = f"{text[:start]}{new}{text[end:]}"
     return text

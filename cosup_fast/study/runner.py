@@ -62,7 +62,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
                 console.rule(cell.name)
                 started = time.monotonic()
                 remove_unwritten(cell.work)
-                _check_begun(cell)
+                check_begun(cell)
                 progress = Progress(cell.work, code)
                 _provide(cell, code, console)
                 make_cell(cell, questions, progress, console).save(cell.result)
@@ -106,7 +106,7 @@ def prune(study: Study, console: Console) -> None:
             pass
 
 
-def _check_begun(cell: Cell) -> None:
+def check_begun(cell: Cell) -> None:
     """Refuses to go on with a run that was begun with other settings: some of them a resumed run would just take on.
 
     Raises:
@@ -138,7 +138,7 @@ def _provide(cell: Cell, code: str, console: Console) -> None:
             shutil.rmtree(part.run.output, ignore_errors=True)
         part.work.mkdir(exist_ok=True)
         with locked(part.work, wait=True):
-            _check_begun(part)
+            check_begun(part)
             train(part, Progress(part.work, code), console)
 
 

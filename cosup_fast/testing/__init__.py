@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cosup_fast.testing.compile import CompileCase, Compiled, collect, compile_case, compile_matrix
     from cosup_fast.testing.counters import Counts, count
-    from cosup_fast.testing.inputs import LOGITS, ODD_SHAPES, Shape, logits, operands, with_gaps
+    from cosup_fast.testing.gradients import value_and_gradients
+    from cosup_fast.testing.inputs import LOGITS, ODD_SHAPES, Shape, logits, operands, randn, with_gaps
     from cosup_fast.testing.interpreter import interpret
     from cosup_fast.testing.rehearsal import Rehearsal, Specialization, rehearse
     from cosup_fast.testing.sanitizer import Finding, Sanitizer, SanitizerError, sanitize
@@ -25,11 +26,13 @@ _HOME = {
     "compile_matrix": "compile",
     "Counts": "counters",
     "count": "counters",
+    "value_and_gradients": "gradients",
     "LOGITS": "inputs",
     "ODD_SHAPES": "inputs",
     "Shape": "inputs",
     "logits": "inputs",
     "operands": "inputs",
+    "randn": "inputs",
     "with_gaps": "inputs",
     "interpret": "interpreter",
     "Rehearsal": "rehearsal",
@@ -62,8 +65,10 @@ __all__ = [
     "interpret",
     "logits",
     "operands",
+    "randn",
     "rehearse",
     "sanitize",
+    "value_and_gradients",
     "with_gaps",
 ]
 

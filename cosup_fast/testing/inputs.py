@@ -39,6 +39,12 @@ LOGITS = ("normal", "extreme", "near-uniform", "tiny", "confident")
 """What `operands` and `logits` can make."""
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, requires_grad: bool = False) -> Tensor:
+    """Standard normal entries, the same for the same shape and seed, rounded from fp64."""
+    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+
 def operands(
     n: int, m: int, d: int, kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class TorchOps(TorchDispatchMode):
     """Calls `see(op, args, kwargs, run)`; `run()` executes the operation and returns what it returns.
 
-    Modes are off while an operation runs, so products inside a custom operator would go unseen. Its CPU implementation
-    is therefore entered directly, below the dispatcher's Python key, with this mode on again.
+    Modes are off while an operation runs, so products inside a custom operator would go unseen. Its implementation for
+    the device is therefore entered directly, below the dispatcher's Python key, with this mode on again.
     """
 
     supports_higher_order_operators = True
@@ -33,8 +34,8 @@ class TorchOps(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.overloadpacket not in flop_registry and func is not torch.ops.prim.device.default:
             with self:
-                if func.namespace not in ("aten", "prim", "prims") and _on_cpu(args, kwargs):
-                    return func.redispatch(CPU_KEY, *args, **kwargs)
+                if func.namespace not in ("aten", "prim", "prims") and (device := _device(args, kwargs)):
+                    return func.redispatch(torch._C.DispatchKeySet(KEYS[device]), *args, **kwargs)
                 # Inference mode leaves composite operations whole; everywhere else this does nothing.
                 if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return out
@@ -43,9 +44,11 @@ class TorchOps(TorchDispatchMode):
 
 def is_plain(tensor: object) -> bool:
     """A tensor with CPU memory of its own: neither fake nor any other subclass."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"  # pyright: ignore
+    return type(tensor) in PLAIN and tensor.device.type == "cpu"  # pyright: ignore
 
 
-def _on_cpu(args: tuple, kwargs: dict) -> bool:
+def _device(args: tuple, kwargs: dict) -> str | None:
+    """Where an operation on plain tensors runs; None of other ones, or of no tensor."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    return bool(tensors) and all(map(is_plain, tensors))
+    kinds = {t.device.type if type(t) in PLAIN else None for t in tensors}
+    return "cuda" if kinds in ({"cuda"}, {"cuda", "cpu"}) else "cpu" if kinds == {"cpu"} else None

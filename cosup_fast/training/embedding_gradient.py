@@ -35,7 +35,9 @@ def embedding_rows(model: CoSupervisionModel) -> Iterator[None]:
         _add(pending)  # of the pack before, so that the rows of one pack are held at a time
         return _Embed.apply(weight, ids, pending)  # pyright: ignore[reportReturnType]
 
-    changed = [] if model.sharded else [m for m in (_embedding(part) for _, part in model.parts()) if m is not None]
+    changed = (
+        [] if model.sharded else [m for m in (plain_embedding(part) for _, part in model.parts()) if m is not None]
+    )
     for module in changed:
         # An entry of the instance, past nn.Module's own bookkeeping: it comes and goes with every step.
         module.__dict__["forward"] = functools.partial(embed, cast(nn.Parameter, module.weight))
@@ -57,7 +59,8 @@ def _add(pending: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
         weight.grad.index_add_(0, tokens, rows)
 
 
-def _embedding(part: Any) -> nn.Embedding | None:
+def plain_embedding(part: Any) -> nn.Embedding | None:
+    """The input embedding of a model where it is torch's own and untouched; else None."""
     module = part.get_input_embeddings()
     if type(module) is not nn.Embedding or "forward" in module.__dict__:
         return None

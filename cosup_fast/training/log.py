@@ -96,7 +96,7 @@ class RunLog(Callback):
             ("lr", metrics.lr, ".2e"),
             ("MFU", metrics.mfu, ".1%"),
         )
-        if (left := self._left(metrics.step, now)) is not None:
+        if (left := self.seconds_left(metrics.step, now)) is not None:
             status += f"  {timedelta(seconds=round(left))} left"
         self.progress.update(self.task, completed=metrics.step, status=status)
         if self.console.is_terminal:
@@ -107,7 +107,7 @@ class RunLog(Callback):
                 f"step {metrics.step} of {self._total}  {status}  {metrics.tokens_per_second:.0f} tokens/s"
             )
 
-    def _left(self, step: int, now: float) -> float | None:
+    def seconds_left(self, step: int, now: float) -> float | None:
         """Seconds until the last step, or until `max_minutes`, at the pace of this part of the run."""
         if step <= self._first:
             return None

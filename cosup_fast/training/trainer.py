@@ -119,7 +119,7 @@ class Trainer:
         self._saved_step = self._evaluated_step = -1
         self._saved_at = time.monotonic()
         self._written = self._due = False
-        self._skipped = 0  # steps in a row
+        self.skipped_in_a_row = 0  # steps in a row
         self.schedule = self.asked = Schedule.of(config, model.nsp, len(examples))
         self.contrasts = model.nsp.weight > 0
         if lengths is None:
@@ -183,7 +183,7 @@ class Trainer:
                 messages = self.monitor.step(record["nsp"] or 0.0, record["candidates"])
                 self.guard.accept(record["ntp"], record["nsp"] if record["candidates"] else None)
             elif record["kind"] == "skipped":
-                self._skipped = record["in_a_row"] if record["step"] == self.step else 0
+                self.skipped_in_a_row = record["in_a_row"] if record["step"] == self.step else 0
             elif record["kind"] == "held-out":
                 messages = self._evaluated(record)
                 self.best.replay(record, self.writer.root)
@@ -214,7 +214,7 @@ class Trainer:
                     self.last_checkpoint = self.writer.finish()
                 if self._due:
                     self._begin_save()
-                metrics = self._step()
+                metrics = self.take_step()
                 if isinstance(metrics, Skipped):
                     self.on_metrics(metrics)
                     self._warn([f"step {metrics.step} skipped: {metrics.reason}"])
@@ -309,7 +309,8 @@ class Trainer:
         share = {"rank": self.rank, "ranks": self.ranks, "even": even, "retrieval": self.contrasts}
         return make_batch(chosen, self.corpus, template, limits, **share).to(self.model.device)
 
-    def _step(self) -> StepMetrics | Skipped:
+    def take_step(self) -> StepMetrics | Skipped:
+        """Runs the next step and updates the weights, or refuses it."""
         config, model = self.config, self.model
         number, batch = self._next or (-1, None)
         if batch is None or number != self.step:
@@ -332,7 +333,7 @@ class Trainer:
         problems = list(self.guard.refuse(*watched))
         if not math.isfinite(total_norm):
             problems.append(f"gradient norms {gen_norm:.3g} (Gen) and {embseq_norm:.3g} (Embseq)")
-        if problems and config.on_spike == "skip" and self._skipped < config.max_skips:
+        if problems and config.on_spike == "skip" and self.skipped_in_a_row < config.max_skips:
             return self._skip(problems)
         if problems:
             raise self._refused(
@@ -344,7 +345,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.guard.accept(*watched)
         self.step += 1
-        self._skipped = 0
+        self.skipped_in_a_row = 0
         seconds = time.perf_counter() - start
         return StepMetrics(
             step=self.step,
@@ -383,8 +384,8 @@ class Trainer:
         self.optimizer.zero_grad()
         names = [example.id for example in self.batch_examples(self.step)]
         self.step += 1
-        self._skipped += 1
-        return Skipped(self.step, problems, names, self._skipped)
+        self.skipped_in_a_row += 1
+        return Skipped(self.step, problems, names, self.skipped_in_a_row)
 
     def _refused(self, problems: list[str], random: dict[str, Tensor], figures: dict[str, float]) -> TrainingError:
         """Puts everything back to where it was before a step and saves that; the error to raise."""
@@ -410,7 +411,7 @@ class Trainer:
             except CheckpointError as error:
                 kept += f" ({error})"
         names = f"{', '.join(example.id for example in chosen[:8])}{', …' if len(chosen) > 8 else ''}"
-        before = f" after {self._skipped} skipped in a row" if self._skipped else ""
+        before = f" after {self.skipped_in_a_row} skipped in a row" if self.skipped_in_a_row else ""
         return TrainingError(
             f"step {self.step + 1}{before}: {'; '.join(problems)}. Its examples: {names}{highest}; all of them: "
             f"{description}. The weights were {state} by it; {kept}. Look at these examples; --resume with a lower "
@@ -422,7 +423,7 @@ class Trainer:
         if self.evaluate is None or self.config.eval_every is None or self._evaluated_step == self.step:
             return
         self._evaluated_step = self.step
-        with _rng_untouched():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             held_out = self.evaluate(self.model, self.step)
         reshard(self.model)
         self.model.train()
@@ -441,9 +442,3 @@ class Trainer:
     def _warn(self, messages: Iterable[str]) -> None:
         for message in messages:
             self.on_warning(message)
-
-
-@contextlib.contextmanager
-def _rng_untouched() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield

@@ -59,21 +59,21 @@ class Utilization:
     """
 
     def __init__(self, model: CoSupervisionModel, peak: float | None):
-        self._gen = _Part(model.gen.base_model)
+        self.gen = _Part(model.gen.base_model)
         of_embseq = model.gen.base_model if model.embseq is None else model.embseq
-        self._embseq = _Part(of_embseq) if model.has_embseq else None
+        self.embseq = _Part(of_embseq) if model.has_embseq else None
         config = model.gen.config.get_text_config()
-        self._head = 2 * self._gen.passes * config.vocab_size * model.width if model.ntp.weight else 0
+        self._head = 2 * self.gen.passes * config.vocab_size * model.width if model.ntp.weight else 0
         self._width = model.width
 
         # Of mixtures of experts and of 4-bit weights the FLOP is not what the weights say.
-        self.peak = peak if self._gen.known and (self._embseq is None or self._embseq.known) else None
+        self.peak = peak if self.gen.known and (self.embseq is None or self.embseq.known) else None
 
     def flop(self, batch: CoSupervisionBatch) -> float:
         """Of a rank's part of a step."""
-        flop = sum(self._gen(part.pack) + self._head * len(part.targets) for part in batch.gen)
-        if self._embseq is not None:
-            flop += sum(map(self._embseq, batch.passages))
+        flop = sum(self.gen(part.pack) + self._head * len(part.targets) for part in batch.gen)
+        if self.embseq is not None:
+            flop += sum(map(self.embseq, batch.passages))
             flop += 6 * batch.nsp_count * batch.step.passages * self._width
         return float(flop)
 
@@ -92,7 +92,7 @@ class _Part:
         heads = config.num_attention_heads
         self._weights = sum(p.numel() for p in matrices)
         head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self._attention = 2 * config.num_hidden_layers * heads * head_width
+        self.attention = 2 * config.num_hidden_layers * heads * head_width
         experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
         self.known = not experts and all(p.is_floating_point() for p in matrices)
         trained = [p.requires_grad for p in matrices]
@@ -100,5 +100,5 @@ class _Part:
 
     def __call__(self, pack: Pack) -> float:
         lengths = pack.lengths[: pack.count]
-        forward = 2 * self._weights * sum(lengths) + self._attention * sum(length**2 for length in lengths)
+        forward = 2 * self._weights * sum(lengths) + self.attention * sum(length**2 for length in lengths)
         return self.passes * forward

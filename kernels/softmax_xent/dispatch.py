@@ -50,7 +50,7 @@ def chunks_of(impl: str) -> type[Chunk]:
     return {"fused": FusedChunk, "rows": RowChunk, "recomputed": RecomputedChunk}[impl]
 
 
-def _unsupported(impl: str, s: Scores, ranks: bool) -> str | None:
+def unsupported(impl: str, s: Scores, ranks: bool) -> str | None:
     """Why an implementation cannot compute a loss."""
     if impl not in KERNELS:
         return None
@@ -106,12 +106,12 @@ def plan(impl: str, s: Scores, *, ranks: bool = False, at_once: bool = True, gra
         ValueError: the implementation asked for cannot compute this loss; the message says why.
     """
     if impl != "auto":
-        if reason := _unsupported(impl, s, ranks):
+        if reason := unsupported(impl, s, ranks):
             raise ValueError(f"impl is {impl!r}, which {reason}; pass 'auto' or 'stored'")
         return _plan(impl, "asked for", s, at_once, gradients)
     if s.x.device.type != "cuda":
         return _plan("stored", f"the one for {s.x.device.type} devices", s, at_once, gradients)
-    able = [name for name in (*KERNELS, "stored") if _unsupported(name, s, ranks) is None]
+    able = [name for name in (*KERNELS, "stored") if unsupported(name, s, ranks) is None]
     plans = [_plan(name, "", s, at_once, gradients) for name in able]
     best = min(plans, key=lambda p: p.cost)
     costs = ", ".join(f"{p.impl} {p.cost / best.cost:.2f}" for p in sorted(plans, key=lambda p: p.cost))

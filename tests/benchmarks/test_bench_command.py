@@ -14,18 +14,12 @@ import pytest
 import torch
 
 import cosup_fast
-from benchmarks import cli, machine, peak, report, run, timing
+from benchmarks import cli, machine, peak, report, run
 from benchmarks.cases import Case
 from benchmarks.providers import chosen
 from cosup_fast.cli import bench
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def small_copy(monkeypatch):
-    monkeypatch.setattr(timing, "COPY_BYTES", 2**16)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
 
 
 @pytest.fixture

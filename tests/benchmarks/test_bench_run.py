@@ -16,13 +16,9 @@ from benchmarks.counting import OperationCounter
 from benchmarks.providers import Provider, chosen
 from benchmarks.timing import CHUNKS, COPY, MIN_ROUNDS, SLOW, Spread, interleave, limits, orders, ratios
 
+pytestmark = pytest.mark.usefixtures("small_copy")
+
 CASE = Case("info-nce", 64, 64, 32)
-
-
-@pytest.fixture(autouse=True)
-def small_copy(monkeypatch):
-    monkeypatch.setattr(timing, "COPY_BYTES", 2**16)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-4)
 
 
 def say(text: str) -> None:

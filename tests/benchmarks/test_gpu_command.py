@@ -86,7 +86,7 @@ def test_a_crash_a_hang_and_an_error_are_results_and_the_next_task_runs(bad, tmp
 
 
 def test_a_run_resumes_where_one_stopped(bad, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "_Worker", InThisProcess)
+    monkeypatch.setattr(session, "Worker", InThisProcess)
     now = [0.0]
     tasks = [
         task("one", partial(bad.number, 1)),

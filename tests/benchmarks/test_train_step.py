@@ -129,7 +129,7 @@ def test_a_wrong_loss_is_not_timed(setting, monkeypatch):
     from benchmarks import recipe
 
     monkeypatch.setitem(recipe.VARIANTS, "once", recipe.Switches(once=True))
-    wrong = recipe._dense_cross_entropy
+    wrong = recipe.dense_cross_entropy
     monkeypatch.setattr(recipe, "linear_cross_entropy", lambda *args: wrong(*args) * 1.0001)
     with pytest.raises(ValueError, match="fused has losses"):
         train_step.measure(setting, ["recipe", "fused"], 1, ["products"], say=lambda text: None)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import re
-import resource
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,31 +15,12 @@ from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
 
 
-@pytest.fixture
-def fields(llama_folder, data_folder, tmp_path):
-    """Overrides of a tiny run, as a dict."""
-    return {
-        "output": tmp_path / "run",
-        "model.gen": llama_folder,
-        "data.corpus": data_folder / "passages.jsonl",
-        "data.train": f"[{data_folder / 'examples.jsonl'}]",
-        "data.dev": "[]",
-        "training.batch_size": 2,
-        "training.lr": 0.01,
-        "training.steps": 4,
-    }
-
-
-def _arguments(fields, **changes):
-    return [f"{name}={value}" for name, value in {**fields, **changes}.items()]
-
-
-def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_path):
-    status, out, err = cosup("train", *_arguments(fields, **{"data.dev": fields["data.train"], "data.train": "[]"}))
+def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_path, arguments):
+    status, out, err = cosup("train", *arguments(**{"data.dev": fields["data.train"], "data.train": "[]"}))
     assert status == 1
     assert "data.train" in err  # and nothing is left behind that would be in the way of the next run
 
-    status, out, err = cosup("train", *_arguments(fields, **{"training.steps": 60, "training.batch_size": 4}))
+    status, out, err = cosup("train", *arguments(**{"training.steps": 60, "training.batch_size": 4}))
     assert status == 0, err
     folder = tmp_path / "run"
     assert str(folder / "checkpoints" / "step-000060") in out
@@ -75,17 +50,17 @@ def test_train_index_search_generate_evaluate(cosup, fields, data_folder, tmp_pa
     assert json.loads((report / "report.json").read_text())["overall"]["recall@1"]["mean"] == 1.0
 
     other = tmp_path / "other"
-    status, out, err = cosup("train", *_arguments(fields, output=other))
+    status, out, err = cosup("train", *arguments(output=other))
     assert status == 0, err
     status, out, err = cosup("generate", other, "?", "--index", folder / "index")
     assert status == 1
     assert "was not built by this model" in err
 
 
-def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
+def test_mined_negatives_are_trained_on(cosup, data_folder, tmp_path, arguments):
     passages = data_folder / "passages.jsonl"
     given = data_folder / "examples.jsonl"
-    assert cosup("train", *_arguments(fields))[0] == 0
+    assert cosup("train", *arguments())[0] == 0
     mined = tmp_path / "mined.jsonl"
     wanted = ["mine", tmp_path / "run", "--examples", given, "--output", mined, "--per-example", "2"]
     status, _, err = cosup(*wanted)
@@ -102,7 +77,7 @@ def test_mined_negatives_are_trained_on(cosup, fields, data_folder, tmp_path):
     assert list(before) == list(after)
     assert all(len(e.negatives) == 2 for e in after.values())
     harder = {"data.train": f"[{mined}]", "output": tmp_path / "harder"}
-    status, _, err = cosup("train", *_arguments(fields, **harder))
+    status, _, err = cosup("train", *arguments(**harder))
     assert status == 0, err
     plain, hard = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "harder"))
     assert hard[0]["candidates"] > plain[0]["candidates"]
@@ -130,8 +105,8 @@ def test_what_mine_refuses_before_it_loads_a_model(cosup, data_folder, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mine_refuses_an_index_of_another_corpus(cosup, fields, data_folder, tmp_path):
-    assert cosup("train", *_arguments(fields))[0] == 0
+def test_mine_refuses_an_index_of_another_corpus(cosup, data_folder, tmp_path, arguments):
+    assert cosup("train", *arguments())[0] == 0
     assert cosup("index", "build", tmp_path / "run", "--corpus", data_folder / "passages.jsonl")[0] == 0
     lines = (data_folder / "passages.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "less.jsonl").write_text("".join(lines[:-1]))
@@ -141,18 +116,18 @@ def test_mine_refuses_an_index_of_another_corpus(cosup, fields, data_folder, tmp
     assert "holds other passages than --corpus" in err
 
 
-def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path):
+def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path, arguments):
     lines = (data_folder / "examples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:2]))
     (tmp_path / "dev.jsonl").write_text("".join(lines[2:]))
     changes = {"data.train": f"[{tmp_path / 'train.jsonl'}]", "data.dev": f"[{tmp_path / 'dev.jsonl'}]"}
-    status, _, err = cosup("train", *_arguments(fields, **changes, **{"training.eval_every": 2}))
+    status, _, err = cosup("train", *arguments(**changes, **{"training.eval_every": 2}))
     assert status == 0, err
     held_out = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "held-out"]
     assert [r["step"] for r in held_out] == [0, 2, 4]
     assert all(0 <= r["recall_at_1"] <= r["recall_at_5"] <= r["recall_at_20"] <= 1 for r in held_out)
     both = {"data.dev": fields["data.train"]}
-    status, _, err = cosup("train", *_arguments(fields, **both, output=tmp_path / "both"))
+    status, _, err = cosup("train", *arguments(**both, output=tmp_path / "both"))
     assert status == 1
     assert "is in data.train and in data.dev" in err
 
@@ -170,8 +145,8 @@ def test_held_out_figures_come_with_the_run(cosup, fields, data_folder, tmp_path
         ({"training.device": "abacus"}, "training.device='abacus'"),
     ],
 )
-def test_a_configuration_that_cannot_run_is_named(cosup, fields, changes, message):
-    status, out, err = cosup("train", *_arguments(fields, **changes))
+def test_a_configuration_that_cannot_run_is_named(cosup, changes, message, arguments):
+    status, out, err = cosup("train", *arguments(**changes))
     assert status == 1
     assert err.startswith("error:")
     assert message in err
@@ -190,36 +165,36 @@ def test_a_configuration_that_cannot_run_is_named(cosup, fields, changes, messag
         ({"output": [{"text": "x", "pasage": "paris"}]}, "did you mean 'passage'?"),
     ],
 )
-def test_an_example_that_cannot_be_trained_on_is_named(cosup, fields, tmp_path, example, message):
+def test_an_example_that_cannot_be_trained_on_is_named(cosup, tmp_path, example, message, arguments):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps({"id": "bad-one", "question": "q", "answers": [], **example}) + "\n")
-    status, _, err = cosup("train", *_arguments(fields, **{"data.train": f"[{path}]"}))
+    status, _, err = cosup("train", *arguments(**{"data.train": f"[{path}]"}))
     assert status == 1
     assert message in err
     assert "bad-one" in err or "bad.jsonl:1" in err
 
 
-def test_an_output_that_holds_something_else_is_left_alone(cosup, fields):
+def test_an_output_that_holds_something_else_is_left_alone(cosup, fields, arguments):
     output = Path(fields["output"])
     output.mkdir(parents=True)
     (output / "thesis.tex").write_text("")
-    status, _, err = cosup("train", *_arguments(fields))
+    status, _, err = cosup("train", *arguments())
     assert status == 1
     assert "holds something else than a run, such as 'thesis.tex'" in err
     assert [path.name for path in output.iterdir()] == ["thesis.tex"]
 
 
-def test_an_output_that_holds_a_run_is_not_overwritten(cosup, fields):
-    status, _, err = cosup("train", *_arguments(fields), "--resume")
+def test_an_output_that_holds_a_run_is_not_overwritten(cosup, fields, arguments):
+    status, _, err = cosup("train", *arguments(), "--resume")
     assert status == 0
     assert "holds no checkpoint to resume from: a new run" in " ".join(err.split())
-    status, _, err = cosup("train", *_arguments(fields))
+    status, _, err = cosup("train", *arguments())
     assert status == 1
     assert "holds a run already: add --resume" in err
-    status, _, err = cosup("train", *_arguments(fields, **{"training.seed": 7}), "--resume")
+    status, _, err = cosup("train", *arguments(**{"training.seed": 7}), "--resume")
     assert status == 1
     assert "training.seed=7, but the run" in err
-    status, _, err = cosup("train", *_arguments(fields, **{"training.steps": 6}), "--resume")
+    status, _, err = cosup("train", *arguments(**{"training.steps": 6}), "--resume")
     assert status == 0, err
     records = read_metrics(Path(fields["output"]) / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
@@ -248,7 +223,7 @@ def test_help_has_examples_everywhere(cosup):
         assert re.search(rf"Examples?: cosup-fast {command}", " ".join(out.split())), command
 
 
-def test_env_and_show(cosup, fields):
+def test_env_and_show(cosup):
     status, out, _ = cosup("env")
     assert status == 0
     assert "torch" in out
@@ -291,91 +266,6 @@ def test_whatever_goes_wrong_is_one_line_unless_the_trace_is_asked_for(cosup, mo
         cosup("--debug", "env")
 
 
-def _start(fields, *options, limit=None, **changes):
-    """A real process that trains."""
-
-    def set_limit():
-        if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is then an error, as a full disk is
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "cosup_fast", "train", *_arguments(fields, **changes), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=set_limit,  # noqa: PLW1509
-        env={**os.environ, "COLUMNS": "200", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"},
-    )
-
-
-def _wait_for_steps(folder, count, process):
-    path = Path(folder) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while len(read_metrics(path)) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _whole(folder):
-    """Every checkpoint that is there loads."""
-    from cosup_fast.model import CoSupervisionModel
-    from cosup_fast.training.checkpoint import verify
-
-    found = checkpoints(Path(folder) / "checkpoints")
-    for path in found:
-        verify(path)
-        CoSupervisionModel.load(path)
-    return found
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_saves_and_says_so(fields):
-    process = _start(fields, **{"training.steps": 100000})
-    _wait_for_steps(fields["output"], 3, process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    (checkpoint,) = _whole(fields["output"])
-    assert "finishing this step, then saving; press Ctrl-C again to stop at once" in err
-    assert "interrupted" in err
-    assert checkpoint.name in err
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_killed_run_resumes_bit_for_bit(fields, tmp_path, cosup):
-    changes = {"training.steps": 40, "training.checkpoint_every": 2}
-    status, _, err = cosup("train", *_arguments(fields, **changes, output=tmp_path / "whole"))
-    assert status == 0, err
-    expected = [(r["step"], r["loss"], r["gen_grad_norm"]) for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
-    for steps in (5, 12):  # kills, the second one of the run that was resumed
-        process = _start(fields, "--resume", **changes)
-        _wait_for_steps(fields["output"], steps, process)
-        process.kill()
-        process.communicate()
-        _whole(fields["output"])
-    status, _, err = cosup("train", *_arguments(fields, **changes), "--resume")
-    assert status == 0, err
-    resumed = [
-        (r["step"], r["loss"], r["gen_grad_norm"]) for r in read_metrics(Path(fields["output"]) / "metrics.jsonl")
-    ]
-    assert resumed == expected
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
-def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(fields, cosup):
-    assert cosup("train", *_arguments(fields))[0] == 0
-    before = _whole(fields["output"])
-    process = _start(fields, "--resume", limit=20_000, **{"training.steps": 6})
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "was not written" in err
-    assert "free some space" in err
-    assert _whole(fields["output"]) == before
-    assert not list((Path(fields["output"]) / "checkpoints").glob(".*"))
-
-
 def test_a_corpus_of_unknown_examples_is_checked_line_by_line(cosup, data_folder, tmp_path, examples):
     path = tmp_path / "mine.jsonl"
     write_jsonl(path, examples)
@@ -388,14 +278,14 @@ def test_a_corpus_of_unknown_examples_is_checked_line_by_line(cosup, data_folder
     assert "mine.jsonl:5" in err
 
 
-def test_other_peoples_text_is_printed_as_it_is(cosup, fields, data_folder, tmp_path):
+def test_other_peoples_text_is_printed_as_it_is(cosup, fields, data_folder, tmp_path, arguments):
     output = [{"text": "x", "passage": "paris"}]
     lines = [json.dumps({"id": f"e{i}", "question": "q", "output": output}) for i in range(99)]
     (tmp_path / "many.jsonl").write_text("\n".join([*lines, "{"]) + "\n")
     status, _, err = cosup("data", "check", tmp_path / "many.jsonl", "--corpus", data_folder / "passages.jsonl")
     assert status == 1
     assert "many.jsonl:100:" in err
-    assert cosup("train", *_arguments(fields))[0] == 0
+    assert cosup("train", *arguments())[0] == 0
     assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
     question = "what does [/INST] mean at :100: [bold]?"
     status, out, err = cosup("generate", fields["output"], question, "--max-new-tokens", "4")
@@ -403,8 +293,8 @@ def test_other_peoples_text_is_printed_as_it_is(cosup, fields, data_folder, tmp_
     assert question in out
 
 
-def test_damaged_weights_are_refused_before_they_answer(cosup, fields):
-    assert cosup("train", *_arguments(fields))[0] == 0
+def test_damaged_weights_are_refused_before_they_answer(cosup, fields, arguments):
+    assert cosup("train", *arguments())[0] == 0
     (checkpoint,) = checkpoints(Path(fields["output"]) / "checkpoints")
     weights = checkpoint / "embseq" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -420,8 +310,8 @@ def test_damaged_weights_are_refused_before_they_answer(cosup, fields):
     assert err.startswith("error:")
 
 
-def test_output_folders_are_checked_before_the_work(cosup, fields, tmp_path, monkeypatch):
-    assert cosup("train", *_arguments(fields))[0] == 0
+def test_output_folders_are_checked_before_the_work(cosup, fields, tmp_path, monkeypatch, arguments):
+    assert cosup("train", *arguments())[0] == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("notes")
     monkeypatch.setattr("cosup_fast.index.SequenceIndex.build", None)  # the work
@@ -429,188 +319,6 @@ def test_output_folders_are_checked_before_the_work(cosup, fields, tmp_path, mon
     assert (status, "holds something else" in err) == (1, True)
     status, _, err = cosup("evaluate", fields["output"], "--output", tmp_path / "mine")
     assert (status, "holds something else" in err) == (1, True)
-
-
-def test_plain_questions_can_be_evaluated(cosup, fields, data_folder, tmp_path):
-    assert cosup("train", *_arguments(fields, **{"training.steps": 1}))[0] == 0
-    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
-    record = {
-        "id": "q",
-        "question": "Which capital lies on the Seine?",
-        "output": [],
-        "answers": ["Paris"],
-        "gold": ["paris"],
-    }
-    (tmp_path / "plain.jsonl").write_text(json.dumps(record) + "\n")
-    report = tmp_path / "report"
-    command = ["evaluate", fields["output"], "--examples", tmp_path / "plain.jsonl", "--max-new-tokens", 3]
-    status, _, err = cosup(*command, "--output", report)
-    assert status == 0, err
-    assert json.loads((report / "report.json").read_text())["overall"]["mrr"]["count"] == 1
-
-
-def test_every_system_answers_the_same_questions_and_is_compared(cosup, fields, data_folder, tmp_path):
-    for name in ("run", "other"):
-        changes = {"output": tmp_path / name, "training.steps": 1, "generation.max_new_tokens": 4}
-        assert cosup("train", *_arguments(fields, **changes))[0] == 0
-        assert cosup("index", "build", tmp_path / name, "--corpus", data_folder / "passages.jsonl")[0] == 0
-    folder, examples = tmp_path / "run", data_folder / "examples.jsonl"
-    systems = ["co-supervised", "closed-book", "gold", "random", f"pair:{tmp_path / 'other'}"]
-    for system in systems:
-        status, out, err = cosup(
-            "evaluate", folder, "--examples", examples, "--system", system, "--out-of-domain", "dates"
-        )
-        assert status == 0, err
-        assert "out-of-domain" in out
-    assert sorted(path.name for path in (folder / "evaluation").iterdir()) == [
-        "closed-book", "co-supervised", "gold", "pair-other", "random"
-    ]  # fmt: skip
-    gold = json.loads((folder / "evaluation" / "gold" / "report.json").read_text())
-    assert gold["overall"]["perplexity"]["count"] == 4  # under what Gen began as
-    assert "<!doctype html>" in (folder / "evaluation" / "gold" / "report.html").read_text()
-
-    before, after = folder / "evaluation" / "closed-book", folder / "evaluation" / "gold" / "report.json"
-    status, out, err = cosup("compare", before, after)
-    assert status == 0, err
-    assert "4 questions in both, 0 in one only" in out
-    status, out, _ = cosup("compare", before, after, "--json", "--metric", "containment")
-    assert {row["metric"] for row in json.loads(out)["metrics"]} == {"containment"}
-    status, _, err = cosup("compare", before, examples)
-    assert (status, "is not a report that can be read" in err) == (1, True)
-    status, _, err = cosup("compare", folder, after)
-    assert (status, "such as RUN/evaluation/co-supervised" in err) == (1, True)
-
-
-def test_evaluations_that_cannot_run_are_named(cosup, fields, data_folder, tmp_path):
-    assert cosup("train", *_arguments(fields, **{"training.steps": 1}))[0] == 0
-    folder, examples = fields["output"], data_folder / "examples.jsonl"
-    (tmp_path / "empty.jsonl").write_text("")
-    gold = {"id": "q", "question": "?", "output": [], "gold": ["atlantis"]}
-    (tmp_path / "lost.jsonl").write_text(json.dumps(gold) + "\n")
-    for options, message in [
-        (["--system", "golden"], "--system 'golden' is unknown, did you mean 'gold'"),
-        (["--metric", "blue"], "metric 'blue' is unknown"),
-        (["--examples", tmp_path / "empty.jsonl"], "expected at least one example, found an empty file"),
-        (["--examples", tmp_path / "lost.jsonl", "--system", "gold"], "expected the id of a passage in the corpus"),
-        (["--examples", examples, "--judge", "nobody"], "nobody"),
-        (["--examples", examples, "--fluency", "nobody"], "nobody"),
-        (
-            ["--system", "co-supervised"],
-            "is not an index, it has no index.json: make one with `cosup-fast index build`",
-        ),
-    ]:
-        system = [] if "--system" in options else ["--system", "closed-book"]
-        status, _, err = cosup("evaluate", folder, *system, *options)
-        assert (status, message in err) == (1, True), (options, err)
-        assert "Traceback" not in err
-    command = ["evaluate", folder, "--examples", examples, "--system", "closed-book"]
-    assert cosup(*command, "--max-new-tokens", 2)[0] == 0
-    status, _, err = cosup(*command, "--max-new-tokens", 3)
-    assert (status, "another generation.max_new_tokens (2, now 3)" in err) == (1, True)
-    answers = folder / "evaluation" / "closed-book" / "answers.jsonl"
-    before = answers.read_bytes()
-    for wrong in (["--judge", "nobody"], ["--index", "nowhere"], ["--max-new-tokens", "-1"]):
-        assert cosup(*command, *wrong, "--overwrite")[0] == 1
-        assert answers.read_bytes() == before
-    assert cosup(*command, "--max-new-tokens", 3, "--overwrite")[0] == 0
-
-
-def test_generation_follows_the_runs_configuration_and_options_override_it(cosup, fields, data_folder):
-    settings = {"generation.ret_first": "true", "generation.max_new_tokens": 3, "generation.max_retrievals": 1}
-    assert cosup("train", *_arguments(fields, **settings))[0] == 0
-    closed_book = ["generate", fields["output"], "q", "--json", "--max-retrievals", "0"]
-    status, out, err = cosup(*closed_book, "--no-ret-first")
-    assert (status, json.loads(out)["retrievals"]) == (0, []), err  # without an index
-    for options, message in (
-        (["--ret-first"], "error: ret_first=true forces a retrieval and max_retrievals=0 forbids it: change one of"),
-        (["--temperature", "-1"], "error: temperature: Input should be greater than or equal to 0, found -1.0"),
-        (["--no-ret-first", "--top-p", "0.9"], "error: --top-p 0.9 samples, and --temperature 0 does not"),
-        (["--no-ret-first", "--device", "abacus"], "error: --device='abacus'"),
-    ):
-        status, _, err = cosup(*closed_book, *options)
-        assert (status, err.startswith(message), "pydantic" in err) == (1, True, False), err
-    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
-    _, out, _ = cosup("generate", fields["output"], "q", "--json")
-    answer = json.loads(out)
-    assert (answer["generated_tokens"], len(answer["retrievals"])) == (3, 1)
-    _, out, _ = cosup("generate", fields["output"], "q", "--json", "--max-retrievals", "0", "--no-ret-first")
-    assert json.loads(out)["retrievals"] == []
-    status, _, err = cosup("generate", fields["output"], "q", "--top-p", "0")
-    assert (status, "top_p" in err) == (1, True)
-
-
-def test_many_questions_from_files(cosup, fields, data_folder, tmp_path, monkeypatch):
-    settings = {"generation.ret_first": "true", "generation.max_new_tokens": 4, "generation.max_retrievals": 1}
-    assert cosup("train", *_arguments(fields, **settings))[0] == 0
-    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
-    (tmp_path / "plain.txt").write_text("囲碁?\n\n  Where is Paris?  \n")
-    rows = [{"id": "a", "question": "Who?", "instruction": "Do. "}, {"id": 7, "question": "x " * 900, "output": []}]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("sys.stdin", io.StringIO("From stdin?\n"))
-    files = [option for name in ("plain.txt", "mine.jsonl") for option in ("--file", tmp_path / name)]
-    output = tmp_path / "new" / "answers.jsonl"
-    status, out, err = cosup(
-        "generate", fields["output"], "First?", *files, "--file", "-", "--output", output, "--batch", "2"
-    )
-    assert (status, out) == (1, "")
-    assert "'x x x" in err
-    assert "tokens, more than the 512 positions of Gen" in err
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    asked = ["First?", "囲碁?", "Where is Paris?", "Who?", "x " * 900, "From stdin?"]
-    assert [answer["question"] for answer in answers] == asked
-    assert [answer.get("id") for answer in answers] == [None, None, None, "a", 7, None]
-    assert [answer["stop_reason"] for answer in answers] == ["max_new_tokens"] * 4 + ["error", "max_new_tokens"]
-    assert not output.with_name("answers.jsonl.partial").exists()
-    # The same in one stream, and shown to people in the order of the questions.
-    status, out, err = cosup("generate", fields["output"], "First?", "Second?", "--json", "--ctx-truncate")
-    assert (status, [json.loads(line)["question"] for line in out.splitlines()]) == (0, ["First?", "Second?"])
-    status, out, err = cosup("generate", fields["output"], "First?", "Second?", "Third?")
-    assert status == 0, err
-    assert [line[2:] for line in out.splitlines() if line.startswith("Q ")] == ["First?", "Second?", "Third?"]
-    assert out.count("retrieved (") == 3
-    texts = [json.loads(line)["text"] for line in output.read_text().splitlines()]
-    assert texts[0].strip() in out
-
-
-def test_questions_that_cannot_be_read(cosup, tmp_path):
-    (tmp_path / "broken.jsonl").write_text('{"question": "ok"}\n{"question": \n')
-    (tmp_path / "blank.jsonl").write_text('{"question": " "}\n')
-    (tmp_path / "empty.txt").write_text("\n")
-    for files, message in [
-        (["broken.jsonl"], "broken.jsonl:2: expected one JSON object"),
-        (["blank.jsonl"], "blank.jsonl:1: question:"),
-        (["empty.txt"], "no question was given"),
-        (["none.txt"], "none.txt: expected a file of questions, found none"),
-    ]:
-        status, _, err = cosup("generate", tmp_path, *(o for f in files for o in ("--file", tmp_path / f)))
-        assert (status, message in err) == (1, True), err
-    status, _, err = cosup("generate", tmp_path)
-    assert (status, "no question was given" in err) == (1, True)
-
-
-def test_what_was_answered_before_an_interruption_is_kept(cosup, fields, data_folder, tmp_path, monkeypatch):
-    settings = {"generation.max_new_tokens": 3, "generation.max_retrievals": 0}
-    assert cosup("train", *_arguments(fields, **settings))[0] == 0
-    assert cosup("index", "build", fields["output"], "--corpus", data_folder / "passages.jsonl")[0] == 0
-    from cosup_fast.generation import Decoder
-
-    step, calls = Decoder.step, []
-
-    def interrupted(self):
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return step(self)
-
-    monkeypatch.setattr(Decoder, "step", interrupted)
-    output = tmp_path / "answers.jsonl"
-    questions = [f"Question {n}?" for n in range(5)]
-    status, _, err = cosup("generate", fields["output"], *questions, "--output", output, "--batch", "1")
-    assert status == 130
-    assert "interrupted: 2 of 5 questions are answered" in err
-    assert not output.exists()
-    partial = [json.loads(line) for line in (tmp_path / "answers.jsonl.partial").read_text().splitlines()]
-    assert [answer["question"] for answer in partial] == questions[:2]
 
 
 def test_checking_nothing_is_no_success(cosup, tmp_path, monkeypatch):
@@ -626,8 +334,8 @@ def test_a_corpus_is_checked_without_examples(cosup, data_folder):
     assert (status, "11 passages" in out + err) == (0, True)
 
 
-def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch):
-    assert cosup("train", *_arguments(fields))[0] == 0
+def test_a_missing_package_is_named_with_its_remedy(cosup, fields, monkeypatch, arguments):
+    assert cosup("train", *arguments())[0] == 0
     monkeypatch.setitem(sys.modules, "faiss", None)
     command = ["index", "build", fields["output"], "--corpus", fields["data.corpus"]]
     status, _, err = cosup(*command, "--factory", "HNSW8")

@@ -89,7 +89,7 @@ def test_what_cannot_be_planned_is_refused(cosup, arguments, words):
 def test_what_is_advised_can_be_set(gpus, overrides, count):
     overrides = ["model.gen=smollm2-135m", *overrides]
     packs = {"gen_sequences": 4, "embseq_sequences": 8}
-    found = planner._alternatives(PlanRequest.of(load_config(None, overrides), gpus=gpus, **packs))
+    found = planner.find_alternatives(PlanRequest.of(load_config(None, overrides), gpus=gpus, **packs))
     assert len(found) == count
     for setting, changed in found.items():
         if setting.startswith("packs of half the size"):
@@ -155,7 +155,7 @@ def test_the_largest_batch_fits_and_is_nearly_the_last_that_does():
     peak = {times: max(10 + 2 * times, 4 * times) for times in range(1, 100)}  # convex: another phase takes over
     for room in (11, 12, 20, 40, 41, 200):
         expected = max((times for times, found in peak.items() if found <= room), default=None)
-        found = planner._largest(room, {1: peak[1], 2: peak[2]}, peak.__getitem__)
+        found = planner.largest_fitting(room, {1: peak[1], 2: peak[2]}, peak.__getitem__)
         assert found == expected if expected is None else 0.9 * expected <= found <= expected
 
 

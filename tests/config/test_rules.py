@@ -7,26 +7,26 @@ from cosup_fast.config.rules import RULES
 
 # By rule: settings that only this rule refuses, one line for each of its messages.
 REFUSED = {
-    "_something_is_trained": ["ntp.weight=0 nsp.weight=0"],
-    "_without_embseq": [
+    "something_is_trained": ["ntp.weight=0 nsp.weight=0"],
+    "without_embseq": [
         "nsp.weight=0 model.embseq_lora.rank=4",
         "nsp.weight=0 nsp.learnable_temperature=true",
         "nsp.weight=0 training.embseq_lr=1e-5",
         "nsp.weight=0 training.keep_best=recall_at_5",
     ],
-    "_learning_rates": ["model.shared=true training.embseq_lr=1e-5", "training.temperature_lr=1e-3"],
-    "_held_out": ["training.keep_best=ntp data.dev=[]"],
-    "_adapters": ["model.gen_lora.alpha=8", "model.embseq_lora.targets=[q_proj]"],
-    "_in_4_bits": [
+    "learning_rates": ["model.shared=true training.embseq_lr=1e-5", "training.temperature_lr=1e-3"],
+    "held_out": ["training.keep_best=ntp data.dev=[]"],
+    "adapters": ["model.gen_lora.alpha=8", "model.embseq_lora.targets=[q_proj]"],
+    "in_4_bits": [
         "model.gen_lora.rank=4 model.gen_lora.quantize=nf4 training.compile=true",
         "model.embseq_lora.rank=4 model.embseq_lora.quantize=nf4 training.sharding=fsdp",
     ],
-    "_precision": [
+    "precision": [
         "model.dtype=float64 training.precision=bfloat16",
         "model.attention=flash_attention_2",
         "model.attention=flash_attention_2 training.precision=bfloat16 training.device=cpu",
     ],
-    "_optimizer": [
+    "optimizer": [
         "model.dtype=float64 training.optimizer=adamw-8bit",
         "model.shared=true training.optimizer_in_backward=true training.clip=null training.spike_factor=null "
         "training.diagnose_every=null training.sharding=none",

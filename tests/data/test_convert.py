@@ -35,13 +35,8 @@ SELF_RAG = [
 ]  # fmt: skip
 
 
-def _write(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def test_self_rag(tmp_path):
-    source = _write(tmp_path / "source.jsonl", SELF_RAG)
+def test_self_rag(tmp_path, write_lines):
+    source = write_lines(tmp_path / "source.jsonl", SELF_RAG)
     counts = convert_self_rag(source, tmp_path / "out", progress=False)
     assert counts == {"lines": 4, "without retrieval": 2, "examples": 2, "passages": 3}
     passages = {p.id: p for p in read_passages(tmp_path / "out" / "passages.jsonl")}
@@ -104,8 +99,8 @@ def test_many_paragraphs_that_never_end_are_refused_at_once(text):
     assert time.perf_counter() - started < 5
 
 
-def test_a_file_in_which_nothing_retrieves_is_refused(tmp_path):
-    source = _write(tmp_path / "source.jsonl", SELF_RAG[:1])
+def test_a_file_in_which_nothing_retrieves_is_refused(tmp_path, write_lines):
+    source = write_lines(tmp_path / "source.jsonl", SELF_RAG[:1])
     with pytest.raises(DataError, match=r"expected examples with \[Retrieval\]"):
         convert_self_rag(source, tmp_path / "out", progress=False)
     with pytest.raises(DataError, match="expected a file, found none"):
@@ -149,9 +144,9 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-def test_kilt(tmp_path):
-    task = _write(tmp_path / "nq-dev-kilt.jsonl", QUESTIONS)
-    pages = _write(tmp_path / "ks.json", PAGES)
+def test_kilt(tmp_path, write_lines):
+    task = write_lines(tmp_path / "nq-dev-kilt.jsonl", QUESTIONS)
+    pages = write_lines(tmp_path / "ks.json", PAGES)
     counts = convert_kilt([task], tmp_path / "out", knowledge=pages, progress=False)
     assert counts == {"questions": 3, "pages": 2, "passages": 4, "without a gold passage": 1}
     passages = read_passages(tmp_path / "out" / "passages.jsonl")
@@ -195,6 +190,7 @@ def test_kilt(tmp_path):
          '"end_paragraph_id": 3000000000}]}]}',
          r"output\.0\.provenance\.0\.end_paragraph_id: expected fewer than 10000 paragraphs after 5, found 3000000000"),
         ('{"id": "q1", "input": "q", "output": [{"answer": "a"}]}', "id: expected a new id, found 'q1' again"),
+        ('{"input": "q", "output": [{"answer": "a"}]}', "id: expected the id that KILT gives each question"),
         ("{", "expected one JSON object"),
     ],
 )  # fmt: skip
@@ -215,9 +211,9 @@ def test_a_malformed_kilt_line_is_named_and_nothing_is_written(tmp_path, line, m
         ({"wikipedia_id": "12", "wikipedia_title": "t", "text": ["a"]}, "expected a new page, found '12' again"),
     ],
 )
-def test_a_malformed_page_is_named_and_nothing_is_written(tmp_path, page, message):
-    task = _write(tmp_path / "nq-dev-kilt.jsonl", QUESTIONS)
-    pages = _write(tmp_path / "ks.json", [*PAGES, page])
+def test_a_malformed_page_is_named_and_nothing_is_written(tmp_path, page, message, write_lines):
+    task = write_lines(tmp_path / "nq-dev-kilt.jsonl", QUESTIONS)
+    pages = write_lines(tmp_path / "ks.json", [*PAGES, page])
     with pytest.raises(DataError, match=rf"ks\.json:3: .*{message}"):
         convert_kilt([task], tmp_path / "out", knowledge=pages, progress=False)
     assert sorted(os.listdir(tmp_path)) == ["ks.json", "nq-dev-kilt.jsonl"]
@@ -237,11 +233,11 @@ def test_what_kilt_needs_is_said(tmp_path):
         convert_kilt(["a.jsonl"], tmp_path / "out", gold="book", progress=False)  # type: ignore[arg-type]
 
 
-def test_converted_sets_train_and_are_indexed(cosup, llama_folder, tmp_path):
-    source = _write(tmp_path / "source.jsonl", SELF_RAG)
+def test_converted_sets_train_and_are_indexed(cosup, llama_folder, tmp_path, write_lines):
+    source = write_lines(tmp_path / "source.jsonl", SELF_RAG)
     status, out, err = cosup("data", "convert", "self-rag", source, "--output", tmp_path / "rag")
     assert (status, "2 examples" in out) == (0, True), err
-    task, pages = _write(tmp_path / "nq-dev-kilt.jsonl", QUESTIONS), _write(tmp_path / "ks.json", PAGES)
+    task, pages = write_lines(tmp_path / "nq-dev-kilt.jsonl", QUESTIONS), write_lines(tmp_path / "ks.json", PAGES)
     status, out, err = cosup("data", "convert", "kilt", task, "--knowledge", pages, "--output", tmp_path / "kilt")
     assert (status, "4 passages" in out) == (0, True), err
     status, _, err = cosup(
@@ -257,8 +253,8 @@ def test_converted_sets_train_and_are_indexed(cosup, llama_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["converted.json", "passages.jsonl"])
-def test_a_task_named_like_a_file_that_is_written_is_refused(tmp_path, name):
-    task = _write(tmp_path / name, QUESTIONS)
+def test_a_task_named_like_a_file_that_is_written_is_refused(tmp_path, name, write_lines):
+    task = write_lines(tmp_path / name, QUESTIONS)
     with pytest.raises(DataError, match=f"{name!r} would be the name of several files that are written"):
         convert_kilt([task], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -64,11 +64,6 @@ DPR = [
 ]
 
 
-def _lines(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
 def _table(path, records, delimiter=","):
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
@@ -83,11 +78,11 @@ def _parquet(path, records):
 
 
 @pytest.fixture
-def beir(tmp_path):
+def beir(tmp_path, write_lines):
     """A BEIR folder."""
     folder = tmp_path / "scifact"
     (folder / "qrels").mkdir(parents=True)
-    _lines(
+    write_lines(
         folder / "corpus.jsonl",
         [
             {"_id": "d1", "title": "Oslo", "text": "Oslo is in Norway.", "metadata": {}},
@@ -95,7 +90,7 @@ def beir(tmp_path):
             {"_id": "d3", "title": "", "text": " "},
         ],
     )
-    _lines(
+    write_lines(
         folder / "queries.jsonl",
         [{"_id": "1", "text": "Where is Oslo?", "metadata": {}}, {"_id": "2", "text": "Rome?"}],
     )
@@ -111,11 +106,11 @@ def _read(folder, name):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
-def test_columns_are_the_same_pairs_in_every_kind_of_file(tmp_path, form):
+def test_columns_are_the_same_pairs_in_every_kind_of_file(tmp_path, form, write_lines):
     path = tmp_path / f"triplets.{form}"
     match form:
         case "jsonl":
-            _lines(path, TRIPLETS)
+            write_lines(path, TRIPLETS)
         case "json":
             path.write_text(json.dumps(TRIPLETS, indent=2))
         case "csv":
@@ -134,10 +129,12 @@ def test_columns_are_the_same_pairs_in_every_kind_of_file(tmp_path, form):
     assert (second.gold, second.negatives) == ([rome], [paris])
 
 
-def test_columns_may_be_called_otherwise_hold_lists_and_come_in_any_number(tmp_path):
+def test_columns_may_be_called_otherwise_hold_lists_and_come_in_any_number(tmp_path, write_lines):
     record = {"query": "q", "answer": ["a", "b"], "negative_1": "c", "negative_2": "a", "id": 3, "negatively": "no"}
     record |= {"negatives": ["d"], "negative3": "e"}
-    counts = convert_sentence_transformers([_lines(tmp_path / "x.jsonl", [record])], tmp_path / "out", progress=False)
+    counts = convert_sentence_transformers(
+        [write_lines(tmp_path / "x.jsonl", [record])], tmp_path / "out", progress=False
+    )
     assert counts["negatives that answer"] == 1
     passages, (example,) = _read(tmp_path / "out", "x")
     assert [passages[name].text for name in example.gold] == ["a", "b"]
@@ -211,8 +208,8 @@ def test_a_list_is_read_in_pieces(tmp_path, monkeypatch):
     assert [row.where for row in whole] == [f"{path}:{line}" for line in (3, 7, 11, 15, 19)]
 
 
-def test_tevatron(tmp_path):
-    path = _lines(tmp_path / "train.jsonl", TEVATRON)
+def test_tevatron(tmp_path, write_lines):
+    path = write_lines(tmp_path / "train.jsonl", TEVATRON)
     counts = convert_tevatron([path], tmp_path / "out", progress=False)
     assert counts == {"rows": 3, "left out": 1, "examples": 2, "passages": 4, "negatives that answer": 1}
     passages, (first, second) = _read(tmp_path / "out", "train")
@@ -225,9 +222,9 @@ def test_tevatron(tmp_path):
     assert taught.output == [Segment(text="Norway", passage="d1")]
 
 
-def test_one_id_for_two_passages_is_refused(tmp_path):
+def test_one_id_for_two_passages_is_refused(tmp_path, write_lines):
     other = {"query": "q", "positive_passages": [{"docid": "d1", "text": "Something else."}]}
-    path = _lines(tmp_path / "train.jsonl", [TEVATRON[0], other])
+    path = write_lines(tmp_path / "train.jsonl", [TEVATRON[0], other])
     with pytest.raises(DataError, match=r"train\.jsonl:2: expected one text for each passage id, .* for 'd1'"):
         convert_tevatron([path], tmp_path / "out", progress=False)
     counts = convert_tevatron([path], tmp_path / "out", skip_malformed=True, progress=False)
@@ -258,13 +255,13 @@ def test_a_passage_of_a_beir_corpus_is_written_once(tmp_path, beir):
         ({"answers": "Norway"}, "answers: expected a list of strings, found 'Norway'"),
     ],
 )
-def test_a_bad_tevatron_row_is_named(tmp_path, change, message):
-    path = _lines(tmp_path / "train.jsonl", [TEVATRON[0], TEVATRON[0] | change])
+def test_a_bad_tevatron_row_is_named(tmp_path, change, message, write_lines):
+    path = write_lines(tmp_path / "train.jsonl", [TEVATRON[0], TEVATRON[0] | change])
     with pytest.raises(DataError, match=rf"train\.jsonl:2: {message}"):
         convert_tevatron([path], tmp_path / "out", progress=False)
     renamed = [{"text_of_query": "q"}]
     with pytest.raises(DataError, match="positive_passages: expected a value, found only text_of_query"):
-        convert_tevatron([_lines(path, renamed)], tmp_path / "out", progress=False)
+        convert_tevatron([write_lines(path, renamed)], tmp_path / "out", progress=False)
 
 
 def test_dpr(tmp_path):
@@ -320,12 +317,12 @@ def test_what_a_beir_folder_needs_is_said(tmp_path, beir):
                 convert_beir(beir, tmp_path / "out", progress=False)
 
 
-def test_kilt_for_training_grounds_the_first_answer_that_has_a_passage(tmp_path):
-    pages = _lines(
+def test_kilt_for_training_grounds_the_first_answer_that_has_a_passage(tmp_path, write_lines):
+    pages = write_lines(
         tmp_path / "ks.json", [{"wikipedia_id": "1", "wikipedia_title": "Oslo", "text": ["Oslo", "In Norway."]}]
     )
     here = {"wikipedia_id": "1", "start_paragraph_id": 1, "end_paragraph_id": 1}
-    tasks = _lines(
+    tasks = write_lines(
         tmp_path / "nq-train-kilt.jsonl",
         [
             {"id": "a", "input": "Where?", "output": [{"answer": "there"}, {"answer": "Norway", "provenance": [here]}]},
@@ -340,14 +337,14 @@ def test_kilt_for_training_grounds_the_first_answer_that_has_a_passage(tmp_path)
     assert example.answers == ["there", "Norway"]
 
 
-def test_a_source_is_converted_where_it_is_named(tmp_path, beir, monkeypatch):
+def test_a_source_is_converted_where_it_is_named(tmp_path, beir, monkeypatch, write_lines):
     monkeypatch.setenv("COSUP_HOME", str(tmp_path / "home"))
-    path = _lines(tmp_path / "train.jsonl", TEVATRON)
+    path = write_lines(tmp_path / "train.jsonl", TEVATRON)
     passages = {p.id for p in load_corpus(f"tevatron:{path}")}
     assert len(open_corpus(f"tevatron:{path}")) == len(passages) == 4
     assert [e.id for e in load_examples(f"tevatron:{path}", passages)] == ["17", "17#2"]
     assert len(os.listdir(tmp_path / "home" / "converted")) == 2  # and its lock
-    _lines(path, TEVATRON[:1])
+    write_lines(path, TEVATRON[:1])
     assert len(load_examples(f"tevatron:{path}", passages)) == 1
     assert len(load_corpus(f"beir:{beir}")) == 2
     assert [e.id for e in load_examples(f"beir:{beir}:test", None)] == ["2"]
@@ -362,13 +359,13 @@ def test_a_source_is_converted_where_it_is_named(tmp_path, beir, monkeypatch):
             load_examples(spec, None)
 
 
-def test_every_form_trains_by_name(cosup, llama_folder, tmp_path, beir, monkeypatch):
+def test_every_form_trains_by_name(cosup, llama_folder, tmp_path, beir, monkeypatch, write_lines):
     monkeypatch.setenv("COSUP_HOME", str(tmp_path / "home"))
     dpr = tmp_path / "dpr.json"
     dpr.write_text(json.dumps(DPR))
     for corpus, train in [
         (f"sentence-transformers:{_table(tmp_path / 'x.csv', TRIPLETS)}",) * 2,
-        (f"tevatron:{_lines(tmp_path / 'y.jsonl', TEVATRON)}",) * 2,
+        (f"tevatron:{write_lines(tmp_path / 'y.jsonl', TEVATRON)}",) * 2,
         (f"dpr:{dpr}",) * 2,
         (f"beir:{beir}", f"beir:{beir}:train"),
     ]:
@@ -379,13 +376,13 @@ def test_every_form_trains_by_name(cosup, llama_folder, tmp_path, beir, monkeypa
         assert status == 0, err
 
 
-def test_the_command_line_converts(cosup, tmp_path, beir):
+def test_the_command_line_converts(cosup, tmp_path, beir, write_lines):
     table = _table(tmp_path / "faq.csv", [{"title": "q", "body": "a"}])
     dpr = tmp_path / "dpr.json"
     dpr.write_text(json.dumps(DPR))
     for arguments, told in [
         (("sentence-transformers", table, "--columns", "anchor=title,positive=body"), "1 rows, 1 examples, 1 passages"),
-        (("tevatron", _lines(tmp_path / "t.jsonl", TEVATRON)), "2 examples"),
+        (("tevatron", write_lines(tmp_path / "t.jsonl", TEVATRON)), "2 examples"),
         (("dpr", dpr, "--for-training"), "1 examples"),
         (("beir", beir), "2 examples"),
     ]:

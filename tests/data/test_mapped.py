@@ -50,8 +50,8 @@ def test_it_holds_what_is_read_into_memory(path, cache):
 
 
 def test_a_file_is_read_once_by_all_processes_and_never_again(path, cache, monkeypatch):
-    whole, read = mapped._read_whole, []
-    monkeypatch.setattr(mapped, "_read_whole", lambda *a: read.append(a) or whole(*a))
+    whole, read = mapped.read_whole, []
+    monkeypatch.setattr(mapped, "read_whole", lambda *a: read.append(a) or whole(*a))
     monkeypatch.setattr(mapped, "sha256", lambda path: read.append(path) or files.sha256(path))
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: dict(MappedCorpus(path, cache)), range(4)))

@@ -284,7 +284,7 @@ def test_ids_of_passages_are_those_of_their_tokens(model, examples, corpus):
         for ids, name in zip(encoded_passages(batch), batch.key_ids.tolist(), strict=True):
             assert found.setdefault(tuple(ids), name) == name >= 0
     assert len(set(found.values())) == 4
-    script = "from cosup_fast.data import packing; import sys; print(packing._content_id(map(int, sys.argv[1:])))"
+    script = "from cosup_fast.data import packing; import sys; print(packing.content_id(map(int, sys.argv[1:])))"
     ids, name = next(iter(found.items()))
     other = subprocess.run([sys.executable, "-c", script, *map(str, ids)], capture_output=True, text=True, check=True)
     assert int(other.stdout) == name

@@ -9,9 +9,9 @@ from cosup_fast.data.template import (
     Template,
     TextConfig,
     add_special_tokens,
+    gap,
     passage_text,
 )
-from cosup_fast.data.text import gap
 
 WRITTEN_OUT = "[NSP] and [Cs], [Ce], [PAD], <s>, </s>"
 

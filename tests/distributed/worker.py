@@ -85,7 +85,7 @@ def info_nce(
 def traffic(size: int, part: dict[str, Tensor], **options: Any) -> dict[str, list[str]]:
     """The dtypes in which rows are gathered and their gradients scattered."""
     seen: dict[str, list[str]] = {"gathered": [], "scattered": []}
-    gather, scatter = peers._all_gather, peers._reduce_scatter
+    gather, scatter = peers.all_gather, peers.reduce_scatter
 
     def watch_gather(out: Tensor, rows: Tensor, **more: Any) -> Any:
         seen["gathered"].append(str(rows.dtype))
@@ -95,11 +95,11 @@ def traffic(size: int, part: dict[str, Tensor], **options: Any) -> dict[str, lis
         seen["scattered"].append(str(rows.dtype))
         return scatter(out, rows, **more)
 
-    peers._all_gather, peers._reduce_scatter = watch_gather, watch_scatter
+    peers.all_gather, peers.reduce_scatter = watch_gather, watch_scatter
     try:
         info_nce(size, part, **options)
     finally:
-        peers._all_gather, peers._reduce_scatter = gather, scatter
+        peers.all_gather, peers.reduce_scatter = gather, scatter
     return seen
 
 
@@ -338,7 +338,7 @@ def lost(how: str, when: str, who: int, timeout: float) -> tuple[str, float]:
     if who == RANK and when == "before":
         vanish()
     if who == RANK:
-        ranks._run = lambda *collective: vanish()
+        ranks.run_collective = lambda *collective: vanish()
     start = time.monotonic()
     try:
         functional.info_nce(torch.randn(3, 4), torch.randn(3, 4, requires_grad=True), group=ranks)

@@ -81,12 +81,10 @@ def test_the_data_set_is_the_files_name(kilt_file, kilt_corpus, name, dataset):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            {"id": "x", "inputs": "?"},
-            r"jsonl:4: expected a line of KILT with id, input and output, found KeyError\('input'",
-        ),
-        ({"id": "x", "input": "?", "output": ["a"]}, "jsonl:4: expected a line of KILT"),
-        ({"id": "x", "input": " "}, "jsonl:4: question: expected some text"),
+        ({"id": "x", "inputs": "?"}, "jsonl:4: input: expected a question, found ''"),
+        ({"id": "x", "input": "?", "output": ["a"]}, "jsonl:4: output: expected a list of answers"),
+        ({"id": "x", "input": " "}, "jsonl:4: input: expected a question, found ' '"),
+        ({"input": "?"}, "jsonl:4: id: expected the id that KILT gives each question, found None"),
         ({"id": "b", "input": "?"}, "jsonl:4: id: expected a new id, found 'b' again"),
     ],
 )

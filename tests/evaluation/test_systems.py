@@ -26,7 +26,7 @@ from cosup_fast.evaluation import (
 from cosup_fast.evaluation.kinds import SYSTEMS, split_name, table
 from cosup_fast.evaluation.ranks import asked, retrieval_ranks
 from cosup_fast.evaluation.retrievers import Request
-from cosup_fast.evaluation.systems import System, _Question, _Searches
+from cosup_fast.evaluation.systems import ScoredQuestion, Searches, System
 from cosup_fast.generation import Answer, Decoder, GenerationConfig, Generator
 from cosup_fast.index import SequenceIndex, embed_queries
 
@@ -334,8 +334,8 @@ def test_a_passage_that_nothing_was_written_on_is_still_read(model, passages, ex
 
     index = SequenceIndex.build(model, passages, progress=False)
     script = [template.nsp, template.context_end, template.nsp, template.context_end, template.eos]
-    decoder = Decoder(model, _Searches(Recording(passages)))
-    decoder.submit(_Question("?", example=examples[0], forced=dict(enumerate(script))))
+    decoder = Decoder(model, Searches(Recording(passages)))
+    decoder.submit(ScoredQuestion("?", example=examples[0], forced=dict(enumerate(script))))
     list(decoder.run())
     assert [[(s.text, s.passage) for s in r.written] for r in requests] == [[], [("", "paris")]]
     assert len(PairRetriever(model, index).retrieve(requests, 3)[1]) == 3

@@ -13,7 +13,7 @@ from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever
 from cosup_fast.evaluation.retrievers import Request
-from cosup_fast.evaluation.text_retrievers import K1, B, _stems, sentence_encoder
+from cosup_fast.evaluation.text_retrievers import K1, B, sentence_encoder, stems
 from cosup_fast.export import export
 from cosup_fast.index import SequenceIndex
 
@@ -25,12 +25,12 @@ def question(text: str, gold: str = "paris") -> Example:
 
 
 def test_bm25_is_its_formula(passages):
-    documents = [_stems(f"{p.title} {p.text}") for p in passages]
+    documents = [stems(f"{p.title} {p.text}") for p in passages]
     mean = sum(map(len, documents)) / len(documents)
 
     def score(query: str, words: list[str]) -> float:
         total, counts = 0.0, Counter(words)
-        for word in _stems(query):
+        for word in stems(query):
             df = sum(word in other for other in documents)
             if not df:
                 continue

@@ -11,18 +11,6 @@ load_benchmarks()
 
 
 @torch.no_grad()
-def _randomize(model, seed: int):
-    random = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and "ln_" not in name:
-            parameter.normal_(0, 0.3, generator=random)
-    head, template = model.gen.get_output_embeddings().weight, model.template
-    for token, size in ((template.nsp, 2.5), (template.context_end, 4.0), (template.eos, 2.0)):
-        head[token] *= size
-    return model
-
-
-@torch.no_grad()
 def _retrieve_from(model, passages):
     embeddings = torch.cat([model.embed(Pack.of([model.template.sequence(p)])) for p in passages])
 
@@ -45,12 +33,6 @@ def _fed_tokens(model, run):
         return run(), fed
     finally:
         hook.remove()
-
-
-@pytest.fixture(scope="session")
-def randomize():
-    """New random weights, by a seed, that see every transition of the grammar."""
-    return _randomize
 
 
 @pytest.fixture(scope="session")

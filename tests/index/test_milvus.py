@@ -18,6 +18,8 @@ import torch
 pytest.importorskip("pymilvus", reason="needs cosup-fast[milvus]")
 pytest.importorskip("milvus_lite", reason="needs cosup-fast[milvus]")
 
+import pymilvus
+
 from cosup_fast.data.records import DataError, Passage, write_jsonl
 from cosup_fast.index import Options, SequenceIndex, collection, milvus, search
 from cosup_fast.index import build as build_module
@@ -185,9 +187,9 @@ def test_the_command_line_takes_it_wherever_it_takes_a_folder(
     assert "--verify compares the files" in cosup("index", "info", place, "--verify")[2]
     assert "is searched by Milvus" in cosup("index", "search", run, "x", "--index", place, "--engine", "torch")[2]
     assert "give one of them" in cosup("index", "build", run, "--store", place, "--output", tmp_path / "x")[2]
-    from cosup_fast.cli.serve import _index
+    from cosup_fast.cli.serve import index_of
 
-    assert len(_index(run, place, model, False)) == 10
+    assert len(index_of(run, place, model, False)) == 10
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX processes")
@@ -263,7 +265,7 @@ def tampered(built: str, change) -> None:
             "has version 9, this release reads 1",
         ),
         (
-            lambda s, stamp: s._call("alter_collection_properties", properties={"cosup.stamp": "{"}),
+            lambda s, stamp: s.call("alter_collection_properties", properties={"cosup.stamp": "{"}),
             "stamp .* is damaged",
         ),
         (lambda s, stamp: s.write_stamp(stamp.model_copy(update={"dim": 64})), "width 32, the stamp says .* width 64"),
@@ -279,7 +281,7 @@ def test_a_collection_that_was_changed_is_refused(built, change, message):
 
 def test_a_collection_of_something_else_is_left_alone(model, passages, place, tmp_path):
     store = Collection(Place.parse(place))
-    store._call("create_collection", dimension=8)
+    store.call("create_collection", dimension=8)
     for use in (open_index, lambda name: build_index(model, passages, name, tmp_path, options=SMALL)):
         with pytest.raises(StoreError, match=r"a collection of something else: name another one, as .*#cosup_2"):
             use(place)
@@ -292,7 +294,7 @@ def test_a_collection_of_something_else_is_left_alone(model, passages, place, tm
 
 def test_a_collection_of_something_else_is_not_dropped_for_a_build(model, passages, place, tmp_path):
     store = Collection(Place.parse(place)).named("cosup_building")
-    store._call("create_collection", dimension=8)
+    store.call("create_collection", dimension=8)
     with pytest.raises(StoreError, match="cosup_building is a collection of something else"):
         build_index(model, passages, place, tmp_path, options=SMALL)
     assert store.exists()
@@ -301,7 +303,7 @@ def test_a_collection_of_something_else_is_not_dropped_for_a_build(model, passag
 @pytest.mark.parametrize("name", ["cosup", "cosup_building"])
 def test_a_damaged_index_is_replaced_by_a_build(model, passages, place, tmp_path, name):
     store = Collection(Place.parse(place)).named(name)
-    store._call("create_collection", dimension=8, properties={"cosup.stamp": "{"})
+    store.call("create_collection", dimension=8, properties={"cosup.stamp": "{"})
     build_index(model, passages, place, tmp_path, options=SMALL)
     assert list(open_index(place).passages) == passages
 
@@ -316,14 +318,14 @@ def test_a_build_that_lost_rows_starts_again(model, passages, place, tmp_path, m
 
 
 def test_a_lost_answer_to_the_rename_and_a_kill_after_it_do_no_harm(model, passages, place, tmp_path, monkeypatch):
-    call = Collection._call
+    call = Collection.call
 
     def twice(self, method, *arguments, **options):
         if method == "rename_collection":
             call(self, method, *arguments, **options)
         return call(self, method, *arguments, **options)
 
-    monkeypatch.setattr(Collection, "_call", twice)
+    monkeypatch.setattr(Collection, "call", twice)
     monkeypatch.setattr(build_module.Build, "discard", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_index(model, passages, place, tmp_path, options=SMALL)
@@ -339,9 +341,9 @@ def test_a_server_that_never_loads_is_not_asked_forever(built, impatient, monkey
     assert isinstance(store, MilvusIndex)
 
     def refuse(*_, **__):
-        raise store.collection._pymilvus.MilvusException(code=101, message="collection not loaded")
+        raise pymilvus.MilvusException(code=101, message="collection not loaded")
 
-    monkeypatch.setattr(store.collection._client, "query", refuse)
+    monkeypatch.setattr(store.collection.client, "query", refuse)
     with pytest.raises(StoreError, match=r"has not answered for 1 s.*not loaded"):
         store.collection.count(1)
 
@@ -350,9 +352,9 @@ def test_connections_end_one_by_one(built):
     store = Collection(Place.parse(built))
     other = store.named("other")
     assert not other.exists()
-    client = store._client
+    client = store.client
     other.close()
-    assert store._client is client
+    assert store.client is client
     assert store.exists()
     index = open_index(built)
     assert isinstance(index, MilvusIndex)
@@ -361,26 +363,26 @@ def test_connections_end_one_by_one(built):
 
 
 def test_what_a_search_found_stays_until_the_next_one(model, built, monkeypatch):
-    monkeypatch.setattr(milvus, "_REMEMBERED", 2)
+    monkeypatch.setattr(milvus, "REMEMBERED", 2)
     store = load_index(built, model)
     queries = store.embeddings
     expected = [found[0][0] for found in store.retrieve_all(queries, 1)]
     monkeypatch.setattr(Collection, "fetch", None)
     assert [found[0][0] for found in store.retrieve_all(queries, 1)] == expected
-    monkeypatch.setattr(search, "_NUMBERS_AT_ONCE", 1)  # a part for each query
+    monkeypatch.setattr(search, "NUMBERS_AT_ONCE", 1)  # a part for each query
     store.search(queries, 1)
-    assert len(store._near) <= 1 * 2 + 32
+    assert len(store.near) <= 1 * 2 + 32
 
 
 def test_a_field_of_another_width_or_none_is_named(built):
     store = Collection(Place.parse(built))
     stamp = store.stamp()
     store.drop()
-    schema = store._pymilvus.MilvusClient.create_schema()
-    kinds = store._pymilvus.DataType
+    schema = pymilvus.MilvusClient.create_schema()
+    kinds = pymilvus.DataType
     schema.add_field("key", kinds.VARCHAR, is_primary=True, max_length=32)
     schema.add_field("vector", kinds.FLOAT_VECTOR, dim=8)
-    store._call("create_collection", schema=schema, properties={"cosup.stamp": stamp.model_dump_json()})
+    store.call("create_collection", schema=schema, properties={"cosup.stamp": stamp.model_dump_json()})
     with pytest.raises(StoreError, match="was changed, it has no field 'row'"):
         open_index(built)
 

@@ -91,7 +91,7 @@ def test_more_candidates_are_taken_where_many_are_alike():
 
 
 def test_queries_are_searched_in_parts(monkeypatch):
-    monkeypatch.setattr("cosup_fast.index.search._NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("cosup_fast.index.search.NUMBERS_AT_ONCE", 1)
     asked, stored = torch.randn(5, 8), torch.randn(60, 8)
     for engine in (FaissFlat, TorchFlat):
         _, rows = search(engine(_blocks(stored, [20, 41])), lambda rows: stored.numpy()[rows], asked, 4, 60, exact=True)

@@ -14,35 +14,7 @@ from cosup_fast.data.passages import PassagesById
 from cosup_fast.data.records import Passage
 from cosup_fast.index import Options, SequenceIndex, embed_passages, search
 
-MORE = [Passage(id="oslo", title="Oslo", text="Oslo is the capital of Norway."), Passage(id="x", title="X", text="y")]
 SMALL = Options(shard_size=4, progress=False)
-
-
-@pytest.fixture(scope="module")
-def index(model, passages) -> SequenceIndex:
-    return SequenceIndex.build(model, passages, progress=False)
-
-
-@pytest.fixture(scope="module")
-def built(model, passages, tmp_path_factory):
-    """An index of three shards in a folder; tests must leave it as it is."""
-    folder = tmp_path_factory.mktemp("built") / "index"
-    SequenceIndex.build(model, passages, folder, options=SMALL)
-    return folder
-
-
-@pytest.fixture
-def saved(built, tmp_path):
-    return shutil.copytree(built, tmp_path / "index")
-
-
-def _same(a: SequenceIndex, b: SequenceIndex) -> None:
-    assert list(a.passages) == list(b.passages)
-    torch.testing.assert_close(a.embeddings, b.embeddings, rtol=0, atol=2e-6)
-    queries = torch.randn(4, a.dim, generator=torch.Generator().manual_seed(1))
-    ours, theirs = a.search(queries, 5), b.search(queries, 5)
-    assert torch.equal(ours[1], theirs[1])
-    torch.testing.assert_close(ours[0], theirs[0])
 
 
 def test_passages_by_id_are_told_apart_where_hashes_collide(passages, monkeypatch):
@@ -94,7 +66,7 @@ def test_wrong_queries_are_refused(index, queries, k, message):
         index.search(queries, k)
 
 
-def test_wrong_corpora_are_refused(model, passages, index, tmp_path):
+def test_wrong_corpora_are_refused(model, passages, index, tmp_path, more):
     for folder in (None, tmp_path / "index"):
         with pytest.raises(ValueError, match="empty corpus"):
             SequenceIndex.build(model, [], folder, progress=False)
@@ -103,11 +75,11 @@ def test_wrong_corpora_are_refused(model, passages, index, tmp_path):
         with pytest.raises(ValueError, match=r"'p' has .* tokens"):
             SequenceIndex.build(model, [Passage(id="p", title="", text="word " * 400)], folder, progress=False)
     with pytest.raises(ValueError, match=r"\(2, width\), got shape \(3, 32\)"):
-        SequenceIndex(MORE, torch.zeros(3, 32), index.origin)
+        SequenceIndex(more, torch.zeros(3, 32), index.origin)
     with pytest.raises(ValueError, match="'x' occurs more than once"):
-        SequenceIndex([MORE[1], MORE[1]], torch.zeros(2, 32), index.origin)
+        SequenceIndex([more[1], more[1]], torch.zeros(2, 32), index.origin)
     with pytest.raises(ValueError, match="'x' is not finite"):
-        SequenceIndex(MORE, torch.tensor([[0.0], [torch.inf]]), index.origin)
+        SequenceIndex(more, torch.tensor([[0.0], [torch.inf]]), index.origin)
     with pytest.raises(ValueError, match=r"factory='HNSW8': an approximate index lives in a folder"):
         SequenceIndex.build(model, passages, factory="HNSW8", progress=False)
     with pytest.raises(ValueError, match=r"parameters='nprobe=3'.*give a factory"):
@@ -117,200 +89,25 @@ def test_wrong_corpora_are_refused(model, passages, index, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_rows_in_memory_are_a_copy(index):
+def test_rows_in_memory_are_a_copy(index, more):
     embeddings = torch.ones(2, 3)
-    made = SequenceIndex(MORE, embeddings, index.origin)
+    made = SequenceIndex(more, embeddings, index.origin)
     embeddings.zero_()
     assert made.embeddings.min() == 1
 
 
-@pytest.mark.parametrize("place", ["memory", "folder"])
-def test_add_and_delete_are_what_a_new_index_would_be(model, passages, saved, place):
-    def start():
-        if place == "folder":
-            return SequenceIndex.load(saved, model)
-        return SequenceIndex.build(model, passages, progress=False)
-
-    index = start()
-    index.add(model, MORE, progress=False)
-    _same(index, SequenceIndex.build(model, [*passages, *MORE], progress=False))
-    index.delete(["rome", "x", "paris", "rome"])
-    left = [p for p in [*passages, *MORE] if p.id not in ("rome", "x", "paris")]
-    whole = SequenceIndex.build(model, left, progress=False)
-    _same(index, whole)
-    assert "oslo" in index
-    assert "rome" not in index
-    index.add(model, [passages[0]], progress=False)
-    index.delete([])
-    index.add(model, [], progress=False)
-    index.delete(["paris"])
-    if place == "folder":
-        index = SequenceIndex.load(saved, model)
-        assert {name for name in os.listdir(saved) if name.startswith("shard")} == set(index._stamp.shards)
-    _same(index, whole)
-    assert os.listdir(saved.parent) == ["index"]
-
-
-def test_small_additions_share_a_shard_and_full_ones_stand_alone(model, passages, saved, monkeypatch):
-    monkeypatch.setattr("cosup_fast.index.changes._SMALL", 4)
-    index = SequenceIndex.load(saved, model)
-    assert [len(shard) for shard in index._shards] == [4, 4, 3]
-    index.add(model, MORE[:1], progress=False)
-    assert [len(shard) for shard in index._shards] == [4, 4, 4]
-    index.add(model, MORE[1:], progress=False)
-    assert [len(shard) for shard in index._shards] == [4, 4, 4, 1]
-    index.delete([p.id for p in passages[4:8]])
-    assert [len(shard) for shard in index._shards] == [4, 4, 1]
-    _same(SequenceIndex.load(saved, model), index)
-
-
-@pytest.mark.parametrize("place", ["memory", "folder"])
-def test_refused_changes_leave_the_index_as_it_was(model, make_model, passages, saved, place):
-    index = SequenceIndex.load(saved, model)
-    if place == "memory":
-        index = SequenceIndex(list(index.passages), index.embeddings, index.origin)
-    new = Passage(id="new", title="", text="n")
-    with pytest.raises(ValueError, match="'go'"):
-        index.add(model, [new, passages[3]], progress=False)
-    with pytest.raises(ValueError, match="'new'"):
-        index.add(model, [new, new], progress=False)
-    with pytest.raises(ValueError, match=r"'p' has .* tokens"):
-        index.add(model, [new, Passage(id="p", title="", text="word " * 400)], progress=False)
-    with pytest.raises(ValueError, match=r"text\.passage"):
-        index.add(make_model(text={"passage": "{text}"}), [new], progress=False)
-    with pytest.raises(ValueError, match="precision='bfloat16': this index was built with 'float32'"):
-        index.add(model, [new], options=Options(precision="bfloat16", progress=False))
-    with pytest.raises(ValueError, match=r"no passage has the id 'nobody' \(2 of 3 ids are not there\)"):
-        index.delete(["paris", "nobody", "none"])
-    with pytest.raises(ValueError, match="an index needs at least one"):
-        index.delete([p.id for p in passages])
-    assert list(index.passages) == passages
-    assert os.listdir(saved.parent) == ["index"]
-    if place == "folder":
-        _same(SequenceIndex.load(saved, model), index)
-
-
-@pytest.mark.parametrize("change", ["add", "delete"])
-@pytest.mark.parametrize("file", ["vectors.npy", "passages.jsonl", "shard.json"])
-def test_a_change_gives_no_fresh_checksum_to_damaged_data(model, passages, saved, change, file):
-    """A byte of the last shard, which both changes rewrite, is flipped after the index was loaded."""
-    index = SequenceIndex.load(saved, model)
-    last = saved / list(index._stamp.shards)[-1]
-    damaged = bytearray((last / file).read_bytes())
-    damaged[-6 if file == "passages.jsonl" else -3] ^= 1  # in a word of a text
-    (last / file).write_bytes(damaged)
-    stamp = (saved / "index.json").read_bytes()
-    with pytest.raises(ValueError, match=rf"{file}.*build the index again"):
-        index.add(model, MORE, progress=False) if change == "add" else index.delete([passages[-1].id])
-    assert (saved / "index.json").read_bytes() == stamp
-
-
-def test_a_change_keeps_the_checksums_of_shards_that_it_leaves_alone(model, passages, saved):
-    index = SequenceIndex.load(saved, model)
-    first = saved / next(iter(index._stamp.shards))
-    (first / "shard.json").write_bytes((first / "shard.json").read_bytes().replace(b"1", b"2", 1))
-    index.delete([passages[-1].id])
-    with pytest.raises(ValueError, match=r"was altered|its manifest says"):
-        SequenceIndex.load(saved, model)
-
-
-def test_an_index_that_names_folders_elsewhere_is_refused(model, saved):
-    stamp = json.loads((saved / "index.json").read_text())
-    for name in ("../shard-00000", "/tmp/shard-00000", "shard-0/../../x"):
-        changed = {**stamp, "shards": {name: "0" * 64}}
-        (saved / "index.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match="is damaged, build the index again"):
-            SequenceIndex.load(saved, model)
-
-
-def test_a_change_under_another_process_is_refused(model, saved):
-    ours, theirs = (SequenceIndex.load(saved, model) for _ in range(2))
-    theirs.delete(["rome"])
-    with pytest.raises(ValueError, match="changed by another process meanwhile: load it again"):
-        ours.delete(["paris"])
-    assert ours.retrieve(ours.embeddings[0], 1)[0][0].id == "paris"  # what is mapped stays readable
-    _same(SequenceIndex.load(saved, model), theirs)
-
-
-@pytest.mark.parametrize("stage", ["link", "write", "stamp"])
-def test_a_change_that_fails_leaves_the_earlier_index_and_is_done_by_the_next_try(
-    model, passages, saved, monkeypatch, stage
-):
-    def crash(*args, **kwargs):
-        raise OSError("disk full")
-
-    index = SequenceIndex.load(saved, model)
-    place = {
-        "link": ("cosup_fast.index.changes._link", crash),
-        "write": ("cosup_fast.index.changes.write_shard", crash),
-        "stamp": ("cosup_fast.index.origin.Stamp.write", crash),
-    }
-    monkeypatch.setattr(*place[stage])
-    with pytest.raises(OSError, match="disk full"):
-        index.add(model, MORE, progress=False)
-    monkeypatch.undo()
-    assert list(SequenceIndex.load(saved, model).passages) == passages
-    monkeypatch.setattr("cosup_fast.index.build.embed_sequences", None)  # they are embedded already
-    index.add(model, MORE, progress=False)
-    monkeypatch.undo()
-    _same(index, SequenceIndex.build(model, [*passages, *MORE], progress=False))
-    assert os.listdir(saved.parent) == ["index"]
-    assert len([name for name in os.listdir(saved) if name.startswith("shard")]) == len(index._shards)
-
-
-def test_what_was_added_before_the_kill_is_not_added_twice(model, passages, saved, monkeypatch):
-    index = SequenceIndex.load(saved, model)
-    monkeypatch.setattr("cosup_fast.index.build.Build.discard", lambda self: None)  # killed between the two
-    index.add(model, MORE, progress=False)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="all of its 2 passages are in the index already"):
-        SequenceIndex.load(saved, model).add(model, MORE, progress=False)
-    assert os.listdir(saved.parent) == ["index"]
-    assert len(SequenceIndex.load(saved, model)) == len(passages) + 2
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("engine", ["faiss", "torch"])
-def test_a_folder_is_searched_as_memory_is(model, index, built, monkeypatch, engine, in_memory):
+def test_a_folder_is_searched_as_memory_is(model, index, built, monkeypatch, engine, in_memory, same_index):
     monkeypatch.setattr(search, "IN_MEMORY", 1 << 30 if in_memory else 0)
     loaded = SequenceIndex.load(built, model, engine=engine)
     assert [len(block) for block in loaded.blocks()] == [4, 4, 3]
     assert torch.equal(torch.cat(list(loaded.blocks())), loaded.embeddings)
-    _same(loaded, index)
+    same_index(loaded, index)
     assert loaded.passages[-1] == index.passages[10]
     assert loaded.passages[2:6] == list(index.passages)[2:6]
     with pytest.raises(IndexError, match="row 11 of 11"):
         loaded.passages[11]
-
-
-def test_an_approximate_index_follows_every_change(model, passages, tmp_path):
-    folder = tmp_path / "index"
-    index = SequenceIndex.build(model, passages, folder, factory="IVF2,Flat", parameters="nprobe=2", options=SMALL)
-    exact = SequenceIndex.build(model, passages, progress=False)
-    for change in (
-        lambda i: i.add(model, MORE, progress=False),
-        lambda i: i.delete(["rome", "oslo"]),
-        lambda i: i.add(model, [MORE[0]], progress=False),
-    ):
-        _same(index, exact)
-        change(index)
-        change(exact)
-        loaded = SequenceIndex.load(folder, model)
-        assert loaded._approximate.nprobe == 2
-        _same(loaded, exact)
-        _same(SequenceIndex.load(folder, model, engine="torch"), exact)
-        assert len([name for name in os.listdir(folder) if name.startswith("approximate")]) == 1
-    index.save(tmp_path / "copy")
-    _same(SequenceIndex.load(tmp_path / "copy", model, engine="approximate"), exact)
-    (path,) = folder.glob("approximate-*")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"approximate-3\.faiss is missing, damaged or changed"):
-        SequenceIndex.load(folder, model)
-    exact.save(tmp_path / "exact")
-    with pytest.raises(ValueError, match="no approximate FAISS index"):
-        SequenceIndex.load(tmp_path / "exact", model, engine="approximate")
 
 
 def test_save_and_load(model, index, built, tmp_path):
@@ -334,10 +131,10 @@ def test_save_and_load(model, index, built, tmp_path):
         again.save(tmp_path / "b")
 
 
-def test_save_replaces_an_earlier_index(model, saved):
-    small = SequenceIndex.build(model, MORE, progress=False)
+def test_save_replaces_an_earlier_index(model, saved, more):
+    small = SequenceIndex.build(model, more, progress=False)
     small.save(saved)
-    assert list(SequenceIndex.load(saved, model).passages) == MORE
+    assert list(SequenceIndex.load(saved, model).passages) == more
     assert os.listdir(saved.parent) == ["index"]
 
 
@@ -363,7 +160,7 @@ def test_save_never_replaces_something_else(index, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["vectors", "passages", "sync", "rename"])
-def test_a_crash_while_saving_leaves_the_earlier_index(model, index, saved, monkeypatch, stage):
+def test_a_crash_while_saving_leaves_the_earlier_index(model, index, saved, monkeypatch, stage, more, same_index):
     def crash(*args, **kwargs):
         raise OSError("disk full")
 
@@ -372,7 +169,7 @@ def test_a_crash_while_saving_leaves_the_earlier_index(model, index, saved, monk
         "passages": ("cosup_fast.index.changes.write_passages", crash),
         "sync": ("os.fsync", crash),
     }
-    small = SequenceIndex.build(model, MORE, progress=False)
+    small = SequenceIndex.build(model, more, progress=False)
     if stage == "rename":
         rename = type(saved).rename
         monkeypatch.setattr(
@@ -383,7 +180,7 @@ def test_a_crash_while_saving_leaves_the_earlier_index(model, index, saved, monk
     with pytest.raises(OSError, match="disk full"):
         small.save(saved)
     monkeypatch.undo()
-    _same(SequenceIndex.load(saved, model), index)
+    same_index(SequenceIndex.load(saved, model), index)
     assert os.listdir(saved.parent) == ["index"]
 
 

@@ -19,7 +19,7 @@ from cosup_fast.kernels.last_hidden.op import (
     last_rows,
     takes_triton,
 )
-from cosup_fast.testing import assert_close_to_fp64, with_gaps
+from cosup_fast.testing import assert_close_to_fp64, randn, with_gaps
 
 if importlib.util.find_spec("triton") is not None:
     import triton.compiler.code_generator  # noqa: F401  first imported by interpreted code, it stays interpreted
@@ -44,13 +44,8 @@ ROWS = {
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def rand(*shape: int, dtype: torch.dtype = SINGLE, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=g, dtype=DOUBLE).to(dtype)
-
-
 def problem(t: int, d: int, dtype: torch.dtype = SINGLE, norm: bool = True) -> tuple[Tensor, Tensor | None]:
-    return rand(t, d, dtype=dtype), rand(d, dtype=dtype, seed=1) if norm else None
+    return randn(t, d, dtype=dtype), randn(d, dtype=dtype, seed=1) if norm else None
 
 
 def run(f, hidden, rows, norm_weight, upstream, *, unit, eps=1e-6):
@@ -92,7 +87,7 @@ def kernels(monkeypatch, request):
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_values_and_gradients(rows, norm, unit, dtype, kernels):
     hidden, w = problem(T, 33, dtype, norm)
-    upstream = rand(len(rows), 33, dtype=dtype, seed=2)
+    upstream = randn(len(rows), 33, dtype=dtype, seed=2)
     assert_right(run(gather_last_hidden, hidden, rows, w, upstream, unit=unit), hidden, rows, w, upstream, unit=unit)
 
 
@@ -101,7 +96,7 @@ def test_values_and_gradients(rows, norm, unit, dtype, kernels):
 def test_widths(width, norm, unit, kernels):
     """One column has a direction of +-1 whatever it holds: its gradient is rounding."""
     hidden, w = problem(5, width, norm=norm)
-    rows, upstream = torch.tensor([3, 1, 3]), rand(3, width, seed=2)
+    rows, upstream = torch.tensor([3, 1, 3]), randn(3, width, seed=2)
     ours = run(gather_last_hidden, hidden, rows, w, upstream, unit=unit)
     if width > 1:
         assert_right(ours, hidden, rows, w, upstream, unit=unit)
@@ -117,7 +112,7 @@ def test_many_rows_of_one(unit, kernels):
     """More rows than a group sums, most of them the same one, whose gradient is rounded once."""
     rows = torch.arange(50) % 7 % 3
     hidden, w = problem(4, 20, HALF)
-    upstream = rand(50, 20, dtype=HALF, seed=2)
+    upstream = randn(50, 20, dtype=HALF, seed=2)
     ours = run(gather_last_hidden, hidden, rows, w, upstream, unit=unit)
     assert_right(ours, hidden, rows, w, upstream, unit=unit)
     exact = run(reference.gather_last_hidden, hidden.double(), rows, w.double(), upstream, unit=unit)
@@ -128,7 +123,7 @@ def test_many_rows_of_one(unit, kernels):
 
 def test_another_dtype_and_another_eps_of_the_norm(kernels):
     hidden, w = problem(T, 24, HALF)
-    upstream = rand(8, 24, dtype=HALF, seed=2)
+    upstream = randn(8, 24, dtype=HALF, seed=2)
     options = {"unit": False, "eps": 0.5}
     ours = run(gather_last_hidden, hidden, ROWS["repeated"], w.float() * 1.1, upstream, **options)
     assert_right(ours, hidden, ROWS["repeated"], w.float() * 1.1, upstream, **options)
@@ -140,7 +135,7 @@ def test_views_and_the_sanitizer(norm, unit, shape, monkeypatch):
     pretend(monkeypatch, 16)
     hidden, w = problem(T, 21, norm=norm)
     rows = ROWS["repeated"]
-    upstream = rand(1, 21, seed=2).expand(8, 21) if shape == "expanded" else rand(8, 21, seed=2)
+    upstream = randn(1, 21, seed=2).expand(8, 21) if shape == "expanded" else randn(8, 21, seed=2)
     view, gappy = hidden, None if w is None else with_gaps(w[:, None])[:, 0]
     if shape == "gaps":
         view, rows, upstream = with_gaps(hidden), with_gaps(rows[:, None])[:, 0], with_gaps(upstream)
@@ -158,7 +153,7 @@ def test_views_and_the_sanitizer(norm, unit, shape, monkeypatch):
 def test_rows_that_nobody_asked_for_do_not_leak(norm, unit, dtype, kernels):
     hidden, w = problem(T, 33, dtype, norm)
     rows = ROWS["repeated"]
-    upstream = rand(8, 33, dtype=dtype, seed=2)
+    upstream = randn(8, 33, dtype=dtype, seed=2)
     clean = run(gather_last_hidden, hidden, rows, w, upstream, unit=unit)
     asked = torch.zeros(T, dtype=torch.bool).index_fill_(0, rows, True)
     dirty = hidden.masked_fill(~asked[:, None], math.nan)
@@ -176,7 +171,7 @@ def test_rows_without_a_direction(norm, route, request):
         request.getfixturevalue("kernels")
     hidden, w = problem(3, 20, norm=norm)
     hidden[1], hidden[2] = 0.0, hidden[2] * 1e-20
-    ours = run(gather_last_hidden, hidden, torch.arange(3), w, rand(3, 20, seed=2), unit=True)
+    ours = run(gather_last_hidden, hidden, torch.arange(3), w, randn(3, 20, seed=2), unit=True)
     for name in ("y", "hidden"):
         assert (ours[name][0] != 0).any()
         assert (ours[name][1:] == 0).all()
@@ -188,7 +183,7 @@ def test_a_row_out_of_range_is_nan_and_receives_nothing(norm, unit, monkeypatch)
     pretend(monkeypatch, 16)
     hidden, w = problem(T, 21, norm=norm)
     rows, inside = torch.tensor([3, T, -1, 5]), torch.tensor([3, 5])
-    upstream = rand(4, 21, seed=2)
+    upstream = randn(4, 21, seed=2)
     with sanitize():
         y, *saved = last_hidden_triton.forward(hidden, rows, w, 1e-6, unit, True)
         dhidden, _ = last_hidden_triton.backward(upstream, rows, w, *saved, T, unit, True, False)
@@ -216,7 +211,7 @@ def test_bytes(height, counted, monkeypatch):
     """Forward reads the rows asked for and no others; backward stores the dense gradient once, and torch none of it."""
     pretend(monkeypatch, 16)
     hidden, w = problem(height, 48, HALF)
-    rows, upstream = ROWS["repeated"], rand(8, 48, dtype=HALF, seed=2)
+    rows, upstream = ROWS["repeated"], randn(8, 48, dtype=HALF, seed=2)
     made = []
 
     def see(op, args, kwargs, go):
@@ -278,7 +273,7 @@ def test_only_gathered_rows_are_kept_for_backward():
 def test_the_way_of_torch(rows, norm, unit, dtype):
     hidden, w = problem(T, 33, dtype, norm)
     rows = ROWS[rows]
-    upstream = rand(len(rows), 33, dtype=dtype, seed=2)
+    upstream = randn(len(rows), 33, dtype=dtype, seed=2)
     ours = run(gather_last_hidden, hidden, rows, w, upstream, unit=unit)
     if dtype == DOUBLE:  # the reference in fp64 is no more exact than this
         right = run(reference.gather_last_hidden, hidden, rows, w, upstream, unit=unit)
@@ -307,7 +302,7 @@ def test_opcheck(norm, unit):
         _, *saved = gather_last_hidden_op(*leaves)
     weight = None if w is None else w.detach()
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(gather_last_hidden_backward_op, (rand(3, 5), rows, weight, *saved, 6, unit, *needs))
+        torch.library.opcheck(gather_last_hidden_backward_op, (randn(3, 5), rows, weight, *saved, 6, unit, *needs))
 
 
 @pytest.mark.parametrize(("norm", "unit"), FLAGS, ids=NAMES)
@@ -375,37 +370,11 @@ def test_graphs_kept_freed_and_differentiated_twice():
 
 def test_autocast_changes_nothing():
     hidden, w = problem(T, 12)
-    plain = run(gather_last_hidden, hidden, ROWS["repeated"], w, rand(8, 12), unit=True)
+    plain = run(gather_last_hidden, hidden, ROWS["repeated"], w, randn(8, 12), unit=True)
     with torch.autocast("cpu", dtype=HALF):
-        ours = run(gather_last_hidden, hidden, ROWS["repeated"], w, rand(8, 12), unit=True)
+        ours = run(gather_last_hidden, hidden, ROWS["repeated"], w, randn(8, 12), unit=True)
     for name in plain:
         assert torch.equal(ours[name], plain[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_last_rows(dtype):
-    rows = last_rows(torch.tensor([0, 3, 4, 9], dtype=dtype))
-    assert rows.dtype == torch.int64
-    assert rows.tolist() == [2, 3, 8]
-    assert last_rows(torch.zeros(1, dtype=dtype)).tolist() == []
-    assert last_rows(torch.empty(4, dtype=dtype, device="meta")).shape == (3,)
-
-
-@pytest.mark.parametrize(
-    ("cu_seqlens", "message"),
-    [
-        ([0, 3, 3, 9], r"cu_seqlens\[1:3\] is \[3, 3\], a sequence of no rows"),
-        ([0, 3, 2], r"cu_seqlens\[1:3\] is \[3, 2\]"),
-        ([1, 3], "cu_seqlens starts with 1"),
-        ([], r"cu_seqlens is torch.float32 of shape \(0,\)"),
-        ([[0, 3]], r"cu_seqlens is torch.int64 of shape \(1, 2\)"),
-        ([0.0, 3.0], "cu_seqlens is torch.float32"),
-    ],
-    ids=str,
-)
-def test_last_rows_errors(cu_seqlens, message):
-    with pytest.raises(ValueError, match=message):
-        last_rows(torch.tensor(cu_seqlens))
 
 
 @pytest.mark.compile_matrix("cosup_fast.kernels.last_hidden.kernels", targets=["sm_90"])
@@ -427,7 +396,7 @@ def test_binaries_elsewhere(compiled):
 def test_on_a_gpu(width, norm, unit, dtype):
     hidden, w = problem(300, width, dtype, norm)
     rows = torch.randint(300, (130,), generator=torch.Generator().manual_seed(0))
-    upstream = rand(130, width, dtype=dtype, seed=2)
+    upstream = randn(130, width, dtype=dtype, seed=2)
     inputs = [None if t is None else t.cuda() for t in (hidden, rows, w, upstream)]
     ours, again = (run(gather_last_hidden, *inputs, unit=unit) for _ in range(2))
     for name in ours:

@@ -76,7 +76,7 @@ def allowed():
     def unsupported(impl, s, ranks):
         return dispatch.chunks_of(impl).unsupported(s, ranks) if impl in KERNELS else None
 
-    return mock.patch.object(dispatch, "_unsupported", unsupported)
+    return mock.patch.object(dispatch, "unsupported", unsupported)
 
 
 def extract(rows: int, height: int, d: int, dtype: torch.dtype, norm: bool, unit: bool) -> None:

@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 def forget() -> None:
     """What a new process starts with."""
-    tuning._winners.clear()
+    tuning.known_winners.clear()
 
 
 def only_file(folder):

@@ -27,21 +27,21 @@ def gradients(seed: int, n: int = 64) -> tuple[torch.Tensor, ...]:
 
 def test_the_largest_buffer_is_kept_until_it_is_released():
     gradients(0, 64)
-    (first,) = workspace._kept
+    (first,) = workspace.kept_buffers
     assert len(first) == 64 * 64 * 4
     gradients(0, 32)
-    assert workspace._kept[0] is first
+    assert workspace.kept_buffers[0] is first
     gradients(0, 128)
-    assert len(workspace._kept[0]) == 128 * 128 * 4
+    assert len(workspace.kept_buffers[0]) == 128 * 128 * 4
     release_workspace()
-    assert not workspace._kept
+    assert not workspace.kept_buffers
 
 
 def test_nothing_beyond_the_budget_is_kept(monkeypatch):
     gradients(0, 128)
     monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "4096")
     gradients(0, 16)
-    assert sum(map(len, workspace._kept)) <= 4096
+    assert sum(map(len, workspace.kept_buffers)) <= 4096
 
 
 def test_results_do_not_live_in_the_workspace():
@@ -65,7 +65,7 @@ def test_a_chunk_that_fails_leaves_the_workspace_usable(monkeypatch):
         raise RuntimeError("no luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TorchChunk, "_rows", fail)
+        patch.setattr(TorchChunk, "statistics_and_accumulate", fail)
         with pytest.raises(RuntimeError, match="no luck"):
             gradients(3)
     assert all(torch.equal(a, b) for a, b in zip(gradients(3), gradients(3)))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 from cosup_fast.functional import gather_last_hidden, info_nce, linear_cross_entropy
+from cosup_fast.testing import randn
 
-
-def rand(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
+rand = partial(randn, dtype=torch.float64)
 
 IDS = torch.tensor([3, 1, 4, 1, 5, -1])
 Q, K, H, W, T = (

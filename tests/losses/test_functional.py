@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from cosup_fast import functional, reference
 from cosup_fast.functional import gather_last_hidden, info_nce, linear_cross_entropy
 from cosup_fast.kernels.softmax_xent import engine
 from cosup_fast.kernels.softmax_xent.scores import Needs, Scores, Statistics
+from cosup_fast.testing import assert_close_to_fp64, randn
+from cosup_fast.testing import value_and_gradients as run
 
 DOUBLE, HALF = torch.float64, torch.bfloat16
-# Eager's own error, twice, may not excuse an error above these where a problem is well conditioned.
-CEILING = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+rand = partial(randn, dtype=DOUBLE)
 
 
 @pytest.fixture
@@ -30,50 +32,21 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(engine, "MIN_ROWS", 3)
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
-    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
-    return torch.randn(shape, generator=g, dtype=DOUBLE).to(dtype)
-
-
-def run(f: Callable, tensors: dict[str, Tensor], upstream: float | Tensor = 1.7, **options):
-    """Value and gradients of f at copies of the tensors."""
-    tensors = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
-    loss = f(**tensors, **options)
-    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
-    grads = torch.autograd.grad((loss * upstream).sum(), tuple(leaves.values()))
-    assert [g.dtype for g in grads] == [t.dtype for t in leaves.values()]
-    return {"loss": loss.detach(), **dict(zip(leaves, grads))}
-
-
 def error(a: Tensor, truth: Tensor) -> float:
     """Largest error relative to the largest entry; absolute where the truth is 0."""
     largest = truth.abs().max().item()
     return (a.to(DOUBLE) - truth).abs().max().item() / (largest or 1.0)
 
 
-def assert_within_budget(ours: Callable, eager: Callable, tensors: dict[str, Tensor], well=True, **options) -> None:
-    """|ours - truth| <= 2 (|eager - truth| + rounding) and below the ceiling, all relative to the largest entry.
-
-    Rounding is that of the result and a few of the fp32 arithmetic that any route to it takes.
-    """
+def assert_as_close_as_eager(ours: Callable, eager: Callable, tensors: dict[str, Tensor], well=True, **options) -> None:
+    """Value and gradients are within twice eager's own error of the fp64 result."""
     dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
-    exact = {name: t.to(DOUBLE) if t.is_floating_point() else t for name, t in tensors.items()}
-    truth = run(eager, exact, **options)
-    a, b = run(ours, tensors, **options), run(eager, tensors, **options)
-    for name in truth:
-        rounding = torch.finfo(a[name].dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps
-        allowed = 2 * (error(b[name], truth[name]) + rounding)
-        if well:
-            allowed = min(allowed, CEILING[dtype])
-        assert error(a[name], truth[name]) <= allowed, f"{name}: eager {error(b[name], truth[name])}"
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-11) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    wide = {name: t.to(DOUBLE) if t.is_floating_point() else t for name, t in tensors.items()}
+    ours, plain, exact = run(ours, tensors, **options), run(eager, tensors, **options), run(eager, wide, **options)
+    for name, x in exact.items():
+        # A single number may happen to need no rounding, or be 0: then fp32 arithmetic on the way there may round.
+        atol = 0.0 if well else 2.0**-21 * (x.norm().item() or 1.0)
+        assert_close_to_fp64(ours[name], plain[name], x, dtype=dtype, atol=atol, well_conditioned=well, name=name)
 
 
 SHAPES = [(1, 1, 1), (1, 7, 5), (7, 7, 33), (123, 257, 64), (257, 257, 7)]
@@ -101,7 +74,7 @@ def test_info_nce_error(options, shape, dtype, small_chunks):
     tensors = problem(n, m, d, dtype, d**-0.25)
     upstream = {"upstream": torch.linspace(0.5, 2, n)} if options.get("reduction") == "none" else {}
     # Where p is near 1 the loss is a small difference of scores, and bf16 scores cannot be well conditioned.
-    assert_within_budget(info_nce, reference.info_nce, tensors, well=min(shape) > 1, **options, **upstream)
+    assert_as_close_as_eager(info_nce, reference.info_nce, tensors, well=min(shape) > 1, **options, **upstream)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
@@ -121,7 +94,9 @@ def test_linear_cross_entropy_error(options, shape, dtype, small_chunks):
         "bias": rand(v, dtype=dtype),
         "target": target,
     }
-    assert_within_budget(linear_cross_entropy, reference.linear_cross_entropy, tensors, well=min(shape) > 1, **options)
+    assert_as_close_as_eager(
+        linear_cross_entropy, reference.linear_cross_entropy, tensors, well=min(shape) > 1, **options
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -152,8 +127,8 @@ def test_extreme_logits(case, dtype, small_chunks):
         assert 0.99 < p.median() < 0.9999
     elif case == "near-uniform":
         assert (p * m - 1).abs().max() < 1e-2
-    assert_within_budget(info_nce, reference.info_nce, tensors, well=case == "near-uniform", scale=scale)
-    assert_within_budget(info_nce, reference.info_nce, tensors, well=False, scale=scale, symmetric=True)
+    assert_as_close_as_eager(info_nce, reference.info_nce, tensors, well=case == "near-uniform", scale=scale)
+    assert_as_close_as_eager(info_nce, reference.info_nce, tensors, well=False, scale=scale, symmetric=True)
 
 
 def test_large_raw_scores_in_bf16_are_exact():
@@ -243,10 +218,10 @@ def test_info_nce_equals_reference_for_any_options(data):
             patch.setenv("COSUP_WORKSPACE_BYTES", "1")
             patch.setattr(engine, "MIN_ROWS", data.draw(st.integers(1, 4)))
         ours = run(info_nce, p.tensors, p.upstream, **p.options)
-    assert_same(ours, run(reference.info_nce, p.tensors, p.upstream, **p.options), 1e-9)
+    assert_close(ours, run(reference.info_nce, p.tensors, p.upstream, **p.options), rtol=1e-9, atol=1e-9)
     _, a = info_nce(**p.tensors, **p.options, return_stats=True)
     _, b = reference.info_nce(**p.tensors, **p.options, return_stats=True)
-    assert_same(a._asdict(), b._asdict(), 1e-9)
+    assert_close(a._asdict(), b._asdict(), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=80, deadline=None)
@@ -282,9 +257,9 @@ def test_linear_cross_entropy_equals_reference_for_any_options(data):
             patch.setattr(functional, "readable", lambda t: False)
         ours = run(linear_cross_entropy, tensors, upstream, **options)
         _, a = linear_cross_entropy(**tensors, **options, return_stats=True)
-    assert_same(ours, run(reference.linear_cross_entropy, tensors, upstream, **options), 1e-9)
+    assert_close(ours, run(reference.linear_cross_entropy, tensors, upstream, **options), rtol=1e-9, atol=1e-9)
     _, b = reference.linear_cross_entropy(**tensors, **options, return_stats=True)
-    assert_same(a._asdict(), b._asdict(), 1e-9)
+    assert_close(a._asdict(), b._asdict(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -328,7 +303,7 @@ def test_linear_cross_entropy_equals_torch(reduction, options):
 
     upstream = torch.linspace(1, 2, 123, dtype=DOUBLE) if reduction == "none" else 2.0
     ours = run(linear_cross_entropy, tensors, upstream, target=target, reduction=reduction)
-    assert_same(ours, run(theirs, tensors, upstream))
+    assert_close(ours, run(theirs, tensors, upstream), rtol=1e-11, atol=1e-11)
 
 
 def test_chunks_and_runs_agree_bit_for_bit(monkeypatch):
@@ -337,100 +312,6 @@ def test_chunks_and_runs_agree_bit_for_bit(monkeypatch):
     one = run(info_nce, {"query": q, "keys": k}, positive=positive, symmetric=True)
     two = run(info_nce, {"query": q, "keys": k}, positive=positive, symmetric=True)
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=4)), ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_frozen_inputs(frozen, reduction):
-    tensors = {"query": rand(5, 3), "keys": rand(8, 3), "private_negatives": rand(5, 2, 3), "scale": rand().exp()}
-    whole = run(info_nce, tensors, reduction=reduction)
-    for t, freeze in zip(tensors.values(), frozen):
-        t.requires_grad_(not freeze)
-    loss = info_nce(**tensors, reduction=reduction)
-    assert loss.requires_grad == (not all(frozen))
-    if loss.requires_grad:
-        (loss * 1.7).sum().backward()
-    for (name, t), freeze in zip(tensors.items(), frozen):
-        if freeze:
-            assert t.grad is None
-        else:
-            torch.testing.assert_close(t.grad, whole[name], rtol=1e-12, atol=1e-12)
-
-
-def test_views_and_expanded_inputs():
-    wide, tall = rand(9, 14), rand(7, 22)
-    views = {"query": wide[:, ::2], "keys": tall.t()[:11]}
-    copies = {name: t.contiguous() for name, t in views.items()}
-
-    def gradient(tensors):
-        tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-        return torch.autograd.grad(info_nce(**tensors, symmetric=True), tuple(tensors.values()))
-
-    for a, b in zip(gradient(views), gradient(copies)):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-    row = rand(1, 7).requires_grad_()
-    keys = rand(5, 7)
-    (dq,) = torch.autograd.grad(info_nce(row.expand(4, 7), keys), row)
-    (expected,) = torch.autograd.grad(reference.info_nce(row.expand(4, 7).contiguous(), keys), row)
-    torch.testing.assert_close(dq, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_retained_graph_gives_the_same_gradient_twice(reduction):
-    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
-    loss = info_nce(q, k, reduction=reduction).sum()
-    first = torch.autograd.grad(loss, (q, k), torch.tensor(3.0, dtype=DOUBLE), retain_graph=True)
-    second = torch.autograd.grad(loss, (q, k))
-    for a, b in zip(first, second):
-        torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("impl", ["stored", "reference"])
-def test_label_smoothing_passes_over_tokens_of_bias_minus_infinity(impl):
-    hidden, weight = rand(4, 8).requires_grad_(), rand(10, 8, seed=1).requires_grad_()
-    target, bias = torch.tensor([1, 2, 3, 4]), torch.zeros(10, dtype=DOUBLE)
-    bias[7:] = -torch.inf
-    loss = linear_cross_entropy(hidden, weight, target, bias=bias, label_smoothing=0.1, impl=impl)
-    expected = F.cross_entropy(hidden @ weight[:7].T, target, label_smoothing=0.1)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_gradient_penalty_is_refused_rather_than_dropped(reduction):
-    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
-    loss = info_nce(q, k, reduction=reduction).sum()
-    expected = torch.autograd.grad(loss, (q, k), retain_graph=True)
-    grads = torch.autograd.grad(loss, (q, k), create_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
-    with pytest.raises(RuntimeError, match="differentiated once; pass impl='reference'"):
-        (q.sum() + grads[0].square().sum()).backward()
-
-
-def test_a_shape_of_other_dimensions_is_told_how_many_to_pass():
-    q, k = rand(2, 5, 3), rand(8, 3)
-    with pytest.raises(ValueError, match=r"query has shape \(2, 5, 3\); reshape it: it has 2 dimension"):
-        info_nce(q, k)
-    with pytest.raises(ValueError, match="positive holds 0; there is none to choose among"):
-        info_nce(q[0], k[:0], torch.zeros(5, dtype=torch.int64))
-
-
-def test_inputs_changed_before_backward_are_noticed():
-    q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
-    loss = info_nce(q, k, reduction="none").sum()
-    with torch.no_grad():
-        k += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_inputs_are_left_alone():
-    q, k, p = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_(), rand(5, 2, 3).requires_grad_()
-    before = [t.detach().clone() for t in (q, k, p)]
-    info_nce(q, k, private_negatives=p, symmetric=True, scale=2.0).backward()
-    assert all(torch.equal(a, b) for a, b in zip((q, k, p), before))
 
 
 def test_fp16_keeps_gradients_that_its_loss_scale_will_lift():
@@ -464,60 +345,7 @@ def test_autocast_rounds_operands_like_matmul_and_nothing_else(kind):
     with torch.autocast("cpu", dtype=HALF):
         wide = run(ours, {name: t.to(DOUBLE) for name, t in zip(names, (x, w))}, **options)
     exact = run(eager, {name: t.to(DOUBLE) for name, t in zip(names, (x, w))}, **options)
-    assert_same(wide, exact)
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_no_grad(context):
-    q, k = rand(5, 3).requires_grad_(), rand(8, 3)
-    expected = info_nce(q, k)
-    with context():
-        loss = info_nce(q, k)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("impl", ["reference", "stored"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("rows", [0, 5], ids=["no rows", "all ignored"])
-def test_nothing_to_predict_costs_nothing(rows, reduction, impl):
-    hidden, weight, bias = (t.requires_grad_() for t in (rand(rows, 3), rand(7, 3), rand(7)))
-    target = torch.full((rows,), -100)
-    options = {"bias": bias, "reduction": reduction, "impl": impl, "label_smoothing": 0.1, "z_loss": 0.1}
-    loss, stats = linear_cross_entropy(hidden, weight, target, return_stats=True, **options)
-    torch.testing.assert_close(loss, torch.zeros((rows,) if reduction == "none" else (), dtype=DOUBLE))
-    assert [s.tolist() for s in stats] == [[0] * rows, [0] * rows, [-1] * rows, [-1] * rows]
-    for g in torch.autograd.grad(loss.sum(), (hidden, weight, bias)):
-        assert (g == 0).all()
-
-
-@pytest.mark.parametrize("impl", ["reference", "stored"])
-@pytest.mark.parametrize("keys", [0, 4])
-def test_no_queries(keys, impl):
-    q, k = rand(0, 3).requires_grad_(), rand(keys, 3).requires_grad_()
-    for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
-        loss, stats = info_nce(q, k, reduction=reduction, impl=impl, return_stats=True)
-        torch.testing.assert_close(loss, torch.zeros(shape, dtype=DOUBLE))
-        assert all(len(s) == 0 for s in stats)
-        assert (torch.autograd.grad(loss.sum(), k)[0] == 0).all()
-
-
-def test_ignored_rows_may_hold_anything():
-    hidden, weight, target = rand(6, 3), rand(5, 3), torch.tensor([1, 99, 2, 99, 0, 4])
-    clean = run(linear_cross_entropy, {"hidden": hidden[[0, 2, 4, 5]], "weight": weight}, target=target[[0, 2, 4, 5]])
-    hidden[[1, 3]] = torch.tensor([[math.nan], [math.inf]], dtype=DOUBLE)
-    dirty = run(linear_cross_entropy, {"hidden": hidden, "weight": weight}, target=target, ignore_index=99)
-    torch.testing.assert_close(dirty["loss"], clean["loss"])
-    torch.testing.assert_close(dirty["weight"], clean["weight"])
-    torch.testing.assert_close(dirty["hidden"][[0, 2, 4, 5]], clean["hidden"])
-    assert (dirty["hidden"][[1, 3]] == 0).all()
-
-
-def test_not_a_number_is_never_hidden():
-    q, k = rand(4, 3), rand(5, 3)
-    q[2, 0] = math.nan
-    out = run(info_nce, {"query": q, "keys": k})
-    assert all(t.isnan().any() for t in out.values())
+    assert_close(wide, exact, rtol=1e-11, atol=1e-11)
 
 
 def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
@@ -543,8 +371,8 @@ def test_two_phases_apart_equal_one_call():
     h = sum(engine.column_gradient(s, half) for s in parts)
     needs = Needs(True, True, False, False, False)
     grads = [engine.gradient(s, Statistics(one.rows, columns), half, needs, h=h) for s, one in zip(parts, stats)]
-    torch.testing.assert_close(torch.cat([g.x for g in grads]), whole["query"], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grads[0].w + grads[1].w, whole["keys"], rtol=1e-12, atol=1e-12)
+    assert_close(torch.cat([g.x for g in grads]), whole["query"], rtol=1e-12, atol=1e-12)
+    assert_close(grads[0].w + grads[1].w, whole["keys"], rtol=1e-12, atol=1e-12)
 
 
 def test_statistics_of_split_candidates_merge():
@@ -557,8 +385,8 @@ def test_statistics_of_split_candidates_merge():
         return engine.statistics(scores).rows
 
     merged, whole = rows(slice(0, 4)).merge(rows(slice(4, 10))), rows(slice(0, 10))
-    torch.testing.assert_close(merged.loss(0.1), whole.loss(0.1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-12, atol=1e-12)
+    assert_close(merged.loss(0.1), whole.loss(0.1), rtol=1e-12, atol=1e-12)
+    assert_close(merged.lse, whole.lse, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", ["stored", "auto"])
@@ -580,12 +408,12 @@ def test_named_implementation_is_the_one_that_runs(impl, monkeypatch):
 def test_cuda_error(options, shape, dtype, small_chunks):
     n, m, d = shape
     tensors = {name: t.cuda() for name, t in problem(n, m, d, dtype, d**-0.25).items()}
-    assert_within_budget(info_nce, reference.info_nce, tensors, **options)
+    assert_as_close_as_eager(info_nce, reference.info_nce, tensors, **options)
     target = torch.arange(n, device="cuda") % m
     target[::3] = -100
     tensors = {"hidden": tensors["query"], "weight": tensors["keys"]}
     options = {"reduction": options.get("reduction", "mean"), "target": target}
-    assert_within_budget(linear_cross_entropy, reference.linear_cross_entropy, tensors, **options)
+    assert_as_close_as_eager(linear_cross_entropy, reference.linear_cross_entropy, tensors, **options)
 
 
 ROWS = torch.tensor([9, 0, 3, 9, 7])
@@ -596,7 +424,7 @@ ROWS = torch.tensor([9, 0, 3, 9, 7])
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "l2"])
 def test_gather_last_hidden_error(normalize, norm, dtype):
     tensors = {"hidden": rand(2, 5, 33, dtype=dtype)} | ({"norm_weight": rand(33, dtype=dtype)} if norm else {})
-    assert_within_budget(
+    assert_as_close_as_eager(
         gather_last_hidden, reference.gather_last_hidden, tensors, upstream=rand(5, 33), rows=ROWS, normalize=normalize
     )
 

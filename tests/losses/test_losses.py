@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,11 @@ from torch import Tensor, nn
 import cosup_fast
 from cosup_fast import functional
 from cosup_fast.losses import CoSupervisionLoss, InfoNCELoss, LinearCrossEntropyLoss
+from cosup_fast.testing import randn
 
 DOUBLE = torch.float64
 
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
-    return torch.randn(shape, generator=g, dtype=DOUBLE).requires_grad_()
+rand = partial(randn, dtype=DOUBLE, requires_grad=True)
 
 
 def assert_same(ours: Tensor, theirs: Tensor, *inputs: Tensor, tolerance: float = 1e-11) -> None:
@@ -53,18 +52,11 @@ def test_replaces_info_nce_pytorch(mode, reduction):
     assert_same(a, theirs(query, positive, negatives), query, positive, negatives)
 
 
-class Lookup(nn.Module):
-    """A sentence encoder whose sentences are embeddings already."""
-
-    def forward(self, features):
-        return {"sentence_embedding": features["x"]}
-
-
 @pytest.mark.parametrize("hard", [0, 1, 3], ids=lambda n: f"{n} hard negatives")
-def test_replaces_multiple_negatives_ranking_loss(hard):
+def test_replaces_multiple_negatives_ranking_loss(hard, lookup):
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     columns = [rand(9, 6, seed=i) for i in range(2 + hard)]
-    theirs = losses.MultipleNegativesRankingLoss(Lookup(), scale=20.0)
+    theirs = losses.MultipleNegativesRankingLoss(lookup, scale=20.0)
     b = theirs.compute_loss_from_embeddings(columns, torch.empty(0))
     a = InfoNCELoss(scale=20.0, normalize=True)(columns[0], torch.cat(columns[1:]))
     assert_same(a, b, *columns)

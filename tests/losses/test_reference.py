@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,23 +12,16 @@ from info_nce import InfoNCE
 from torch import Tensor, nn
 
 from cosup_fast import reference
+from cosup_fast.testing import randn
 
 DOUBLE = torch.float64
 
-
-def rand(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
-    g = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
-    return torch.randn(*shape, generator=g, dtype=DOUBLE).requires_grad_(grad)
+assert_same = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+rand = partial(randn, dtype=DOUBLE, requires_grad=True)
 
 
 def grads(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, inputs, retain_graph=True)
-
-
-def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float = 1e-12) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def log_sum_exp(values: list[float]) -> float:
@@ -105,12 +99,12 @@ OPTIONS = {
     "query ids": {"key_ids": IDS, "query_ids": torch.tensor([4, 9, 4, 5])},
     "positive ids": {"key_ids": IDS, "positive_ids": torch.tensor([[4, -1], [7, 9], [5, 5], [-1, 7]])},
     "positive and ids": {"key_ids": IDS, "positive": SHARED, "positive_ids": torch.tensor([[4], [-1], [5], [7]])},
-    "private": {"private_negatives": rand(4, 2, 3, grad=False)},
+    "private": {"private_negatives": randn(4, 2, 3, dtype=DOUBLE)},
     "symmetric": {"symmetric": True},
     "symmetric, shared keys": {"symmetric": True, "positive": SHARED},
     "symmetric, mask": {"symmetric": True, "positive": SHARED, "key_ids": IDS, "label_smoothing": 0.1},
     "symmetric, several": {"symmetric": True, "key_ids": IDS, "duplicates": "positive", "scale": 0.3},
-    "symmetric, private": {"symmetric": True, "private_negatives": rand(4, 2, 3, grad=False), "normalize": True},
+    "symmetric, private": {"symmetric": True, "private_negatives": randn(4, 2, 3, dtype=DOUBLE), "normalize": True},
 }
 
 
@@ -177,25 +171,18 @@ def test_info_nce_equals_info_nce_pytorch(mode, reduction):
     assert_same((a, *grads((a * weight).sum(), *inputs)), (b, *grads((b * weight).sum(), *inputs)))
 
 
-class Lookup(nn.Module):
-    """A sentence encoder whose sentences are embeddings already."""
-
-    def forward(self, features):
-        return {"sentence_embedding": features["x"]}
-
-
 @pytest.mark.parametrize("hard", [0, 2], ids=lambda n: f"{n} hard negatives")
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
-def test_info_nce_equals_multiple_negatives_ranking_loss(hard, symmetric):
+def test_info_nce_equals_multiple_negatives_ranking_loss(hard, symmetric, lookup):
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     directions = ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",)
     theirs = losses.MultipleNegativesRankingLoss(
-        Lookup(), scale=20.0, directions=directions, partition_mode="per_direction"
+        lookup, scale=20.0, directions=directions, partition_mode="per_direction"
     )
     columns = [rand(9, 6, seed=i) for i in range(2 + hard)]
     b = theirs.compute_loss_from_embeddings(columns, torch.empty(0))
     a = reference.info_nce(columns[0], torch.cat(columns[1:]), scale=20.0, normalize=True, symmetric=symmetric)
-    assert_same((a, *grads(a, *columns)), (b, *grads(b, *columns)), 1e-10)
+    assert_same((a, *grads(a, *columns)), (b, *grads(b, *columns)), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -237,7 +224,7 @@ def test_gather_last_hidden_is_rms_norm_and_normalize():
     norm.weight = nn.Parameter(weight.detach().clone())
     theirs = F.normalize(norm(hidden)[[1, 0, 0, 1], [4, 0, 3, 4]], dim=-1)
     ours = reference.gather_last_hidden(hidden, rows, norm_weight=weight, eps=1e-5, normalize=True)
-    g = rand(4, 8, grad=False)
+    g = randn(4, 8, dtype=DOUBLE)
     assert_same(
         (ours, *grads((ours * g).sum(), hidden, weight)), (theirs, *grads((theirs * g).sum(), hidden, norm.weight))
     )

@@ -60,7 +60,7 @@ def _train(model, examples, corpus, output, steps=3, resume=None, total=None, se
     model.train()
     torch.manual_seed(0)
     for _ in range(steps):
-        trainer.on_metrics(trainer._step())
+        trainer.on_metrics(trainer.take_step())
     return trainer.save()
 
 

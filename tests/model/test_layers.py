@@ -106,7 +106,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(make_model, examples, corpus, t
     first.model.train()
     torch.manual_seed(0)
     for _ in range(3):
-        first._step()
+        first.take_step()
     saved = first.save()
     resumed = trainer(CoSupervisionModel.load(saved), "parts", rest)
     resumed.resume(saved)

@@ -64,7 +64,7 @@ def kernels(monkeypatch):
         calls.append(("flash-attn", {"window": window_size, "dropout": dropout_p, "softcap": softcap}))
         return by_bounds(query, key, value, cu_seqlens_q, window_size, softmax_scale)
 
-    monkeypatch.setattr(module, "_takes", lambda query, value: True)
+    monkeypatch.setattr(module, "takes_widths", lambda query, value: True)
     monkeypatch.setattr(module, "torch_varlen", lambda: torch_kernel)
     monkeypatch.setattr(module, "flash_attn_varlen", lambda: flash_kernel)
     return calls
@@ -84,7 +84,7 @@ def attend(implementation=packed_sdpa, dtype=torch.bfloat16, **options):
 def test_a_pack_is_one_call_and_what_sdpa_makes_of_it(implementation, name, window, kernels, monkeypatch):
     ours = attend(implementation, sliding_window=window)
     assert [(call, options["window"]) for call, options in kernels] == [(name, (-1 if window is None else 4, 0))]
-    monkeypatch.setattr(module, "_takes", lambda query, value: False)
+    monkeypatch.setattr(module, "takes_widths", lambda query, value: False)
     torch.testing.assert_close(ours, attend(sliding_window=window), rtol=2e-2, atol=2e-2)
     assert len(kernels) == 1
 
@@ -134,8 +134,8 @@ def test_heads_and_cards_that_the_kernels_take(capability, width, value_width, t
             self.shape = (1, 1, width)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert module._takes(OnGPU(width), OnGPU(value_width)) is taken  # pyright: ignore[reportArgumentType]
-    assert not module._takes(torch.empty(1, 1, width), torch.empty(1, 1, width))
+    assert module.takes_widths(OnGPU(width), OnGPU(value_width)) is taken  # pyright: ignore[reportArgumentType]
+    assert not module.takes_widths(torch.empty(1, 1, width), torch.empty(1, 1, width))
 
 
 def test_torchs_kernel_is_taken_by_what_its_signature_has(monkeypatch):

@@ -40,7 +40,7 @@ def config(overrides):
 def test_train_refuses_what_does_not_fit_before_a_model_is_loaded_unless_forced(
     cosup, overrides, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(fits, "_memory", lambda device: 2**20)
+    monkeypatch.setattr(fits, "memory_bytes", lambda device: 2**20)
     with monkeypatch.context() as patch:
         patch.setattr(CoSupervisionModel, "from_pretrained", None)
         status, _, err = cosup("train", *overrides)
@@ -100,7 +100,7 @@ def test_weights_are_weighed_as_they_are_trained(config):
         ({"gen_lora": {"rank": 8}, "embseq_lora": {"rank": 8, "quantize": "nf4"}}, 2.25),
     ):
         asked = PlanRequest(gen=gen, **{"gpus": 1, "sharding": "none", **fields})
-        assert fits._least(asked) == pytest.approx(billion * 1e9 * bytes_each, rel=0.01), fields
+        assert fits.least_bytes(asked) == pytest.approx(billion * 1e9 * bytes_each, rel=0.01), fields
 
 
 def test_what_is_small_beside_a_cpus_memory_costs_no_simulation(config, monkeypatch, model, examples, corpus):

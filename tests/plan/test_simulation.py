@@ -90,8 +90,8 @@ def simulated(*asked: PlanRequest) -> list[float]:
 def measured(asked: PlanRequest) -> float:
     """MiB: the most that torch's allocator held in a third step, by the profiler, the weights included."""
     torch.manual_seed(0)
-    model = simulate._make_model(asked, None)
-    batch = simulate._make_batch(asked, model)
+    model = simulate.make_fake_model(asked, None)
+    batch = simulate.make_fake_batch(asked, model)
     optimizer = LocalOptimizer(model.named_parameters(), asked.optimizer, lr=1e-5)
 
     def step():
@@ -151,11 +151,11 @@ def test_4_bit_weights_are_counted_as_bitsandbytes_keeps_them(make_folder):
         if type(module).__name__ == "Linear4bit"
         for x in (module.weight.data, module.weight.quant_state.absmax, module.weight.quant_state.state2.absmax)
     )
-    fake = simulate._make_model(request(gen=model_config(folder), gen_lora=settings.gen_lora), None)
+    fake = simulate.make_fake_model(request(gen=model_config(folder), gen_lora=settings.gen_lora), None)
     ours = sum(
         x.nbytes
         for module in fake.gen.modules()
-        if isinstance(module, simulate._FourBit)
+        if isinstance(module, simulate.FourBit)
         for x in (module.weight, module.scales)
     )
     assert ours == pytest.approx(kept, rel=0.002)
@@ -170,7 +170,7 @@ def test_the_line_through_a_few_layers_leads_to_all_of_them(depths):
         assert max(layers) <= 6
         return asdict(simulate.simulate(asked, layers=layers))
 
-    line, whole = planner._line(ask, planner._depths(asked)), simulate.simulate(asked)
+    line, whole = planner.peak_line(ask, planner.depths_of(asked)), simulate.simulate(asked)
     assert line["peak"] == pytest.approx(whole.peak, rel=0.02)
     assert (line["parameters"], line["trained"]) == (whole.parameters, whole.trained)
     assert sum(line["breakdown"].values()) == pytest.approx(line["peak"], abs=8)

@@ -22,7 +22,7 @@ from cosup_fast.plan.request import PlanRequest
 with Simulator() as simulator:
     gen = model_config("smollm2-135m") | {"num_hidden_layers": 400}
     request = PlanRequest(gen=gen, gpus=1, sharding="none")
-    print(simulator._process.pid, simulator.ask(request, layers=(1, 1))["trained"], flush=True)
+    print(simulator.process.pid, simulator.ask(request, layers=(1, 1))["trained"], flush=True)
     simulator.ask(request)
 """
 

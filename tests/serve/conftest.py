@@ -63,20 +63,9 @@ def serving():
 
 
 @pytest.fixture(scope="session")
-def retriever(make_model):
+def retriever(make_model, randomize):
     """A random model that writes [NSP] soon and closes what it begins."""
-    import torch
-
-    model = make_model(seed=3)
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(0, 0.3, generator=random)
-        head, template = model.gen.get_output_embeddings().weight, model.template
-        for token, size in ((template.nsp, 2.5), (template.context_end, 4.0), (template.eos, 2.0)):
-            head[token] *= size
-    return model
+    return randomize(make_model(seed=3), 5)
 
 
 @pytest.fixture(scope="session")

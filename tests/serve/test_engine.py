@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,7 +23,8 @@ def body(number, **changes):
 class Forwards(list):
     """The chunks of each forward so far, and a gate that lets the engine run a number of them."""
 
-    def __init__(self):
+    def __init__(self, eventually):
+        self.eventually = eventually
         self.waiting = -1  # how many had run when the engine came to the gate
         self._allowed = None
 
@@ -35,7 +35,7 @@ class Forwards(list):
         """Lets `count` more run, and waits until the engine wants another one."""
         expected = len(self) + count
         self._allowed.release(count)
-        wait_for(lambda: self.waiting == expected)
+        self.eventually(lambda: self.waiting == expected)
 
     def open(self):
         allowed, self._allowed = self._allowed, None
@@ -47,16 +47,9 @@ class Forwards(list):
             assert self._allowed.acquire(timeout=60)
 
 
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.002)
-
-
 @pytest.fixture
-def forwards(monkeypatch):
-    counted, read = Forwards(), Runner.read
+def forwards(monkeypatch, eventually):
+    counted, read = Forwards(eventually), Runner.read
 
     def counting(runner, chunks):
         counted.enter()
@@ -68,20 +61,23 @@ def forwards(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def generator(make_model, ascii_folder, passages):
-    model = make_model(gen=ascii_folder)
-    index = SequenceIndex.build(model, passages, progress=False)
-    return Generator(model, index, GenerationConfig(max_new_tokens=30), max_batch=PLACES)
+def index(make_model, ascii_folder, passages):
+    return SequenceIndex.build(make_model(gen=ascii_folder), passages, progress=False)
+
+
+@pytest.fixture(scope="module")
+def generator(make_model, ascii_folder, index):
+    return Generator(make_model(gen=ascii_folder), index, GenerationConfig(max_new_tokens=30), max_batch=PLACES)
 
 
 @pytest.fixture
-def server(serving, generator):
-    with serving(generator, generator._index, {"max_batch": PLACES}) as running:
+def server(serving, generator, index):
+    with serving(generator, index, {"max_batch": PLACES}) as running:
         yield running
 
 
 @pytest.mark.parametrize(("options", "steps"), [({"max_retrievals": 0}, 1), ({"ret_first": True}, 2)])
-def test_a_request_that_arrives_while_15_run_writes_within_two_steps(server, forwards, options, steps):
+def test_a_request_that_arrives_while_15_run_writes_within_two_steps(server, forwards, options, steps, eventually):
     """One forward reads its prompt, a second one its passage; both carry the tokens of the others."""
     long = GenerationConfig(max_new_tokens=400, max_retrievals=0)
     others = [Job(Request(f"Question {n}?", config=long), Listener(), lambda ticket: None) for n in range(15)]
@@ -100,7 +96,7 @@ def test_a_request_that_arrives_while_15_run_writes_within_two_steps(server, for
                 server.engine.submit(job)
             forwards.allow(3)  # all of them write now, and the engine is about to run the next forward
             late = pool.submit(first_words, body(99, **options))
-            wait_for(lambda: server.engine.open == PLACES)
+            eventually(lambda: server.engine.open == PLACES)
             before = len(forwards)
             forwards.allow(1 + steps)  # the one that was under way, and those that the request is given
             assert late.result(60)
@@ -112,7 +108,7 @@ def test_a_request_that_arrives_while_15_run_writes_within_two_steps(server, for
         assert sum(len(chunk.tokens) == 1 for chunk in chunks) == 15
 
 
-def test_16_clients_take_as_many_forwards_as_a_batch_of_16(server, generator, forwards):
+def test_16_clients_take_as_many_forwards_as_a_batch_of_16(server, generator, forwards, eventually):
     """Though they come one by one: the first forward waits for nobody, the second one has all of them."""
     config = GenerationConfig(max_new_tokens=30, ret_first=True, max_retrievals=1)
     offline = generator.generate_all([Request(f"Question {n}?", config=config) for n in range(PLACES)])
@@ -122,7 +118,7 @@ def test_16_clients_take_as_many_forwards_as_a_batch_of_16(server, generator, fo
     with ThreadPoolExecutor(PLACES) as pool:
         ask = {"ret_first": True, "max_retrievals": 1}
         replies = [pool.submit(server.http.post, CHAT, json=body(n, **ask)) for n in range(PLACES)]
-        wait_for(lambda: server.engine.open == PLACES)
+        eventually(lambda: server.engine.open == PLACES)
         forwards.open()
         texts = [reply.result(60).json()["choices"][0]["message"]["content"] for reply in replies]
     assert texts == [answer.text for answer in offline]
@@ -134,7 +130,7 @@ def test_a_step_wakes_the_event_loop_once(server, forwards, monkeypatch):
     woken, call = [], asyncio.BaseEventLoop.call_soon_threadsafe
 
     def counting(loop, *arguments, **options):
-        if threading.current_thread() is server.engine._thread:
+        if threading.current_thread().name == "cosup-fast engine":
             woken.append(len(forwards))
         return call(loop, *arguments, **options)
 

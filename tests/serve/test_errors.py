@@ -110,7 +110,7 @@ def test_earlier_messages_are_the_instruction(server, generator):
 
 
 def test_a_request_that_needs_too_much_memory_ends_alone(server, monkeypatch):
-    cache = server.engine._decoder.runner.cache
+    cache = server.engine.decoder.runner.cache
     reserve = type(cache).reserve
 
     def limited(self, length):
@@ -134,7 +134,7 @@ def test_a_fault_of_the_server_is_told_without_its_trace(server, monkeypatch, ca
     def broken(*args):
         raise RuntimeError("/secret/path broke")
 
-    monkeypatch.setattr(type(server.engine._decoder.runner), "logits", broken)
+    monkeypatch.setattr(type(server.engine.decoder.runner), "logits", broken)
     reply = server.http.post(CHAT, json=body())
     assert reply.status_code == 500
     error = reply.json()["error"]

@@ -31,13 +31,6 @@ def body(question="Who?", **changes):
     return {"model": "co-supervised", "messages": [{"role": "user", "content": question}]} | changes
 
 
-def eventually(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
-
-
 def test_clients_at_once_have_the_offline_answers(server, generator):
     questions = [f"Question {n}?" * (1 + n % 3) for n in range(8)]
     expected = [answer.text for answer in generator.generate_all([Request(q) for q in questions])]
@@ -131,7 +124,7 @@ def cancelled(server):
     return server.engine.metrics.registry.get_sample_value("cosup_answers_total", {"stop_reason": "cancelled"}) or 0
 
 
-def test_closed_connections_free_their_places(server, slow):
+def test_closed_connections_free_their_places(server, slow, eventually):
     before = cancelled(server)
     clients = [server.client() for _ in range(4)]
     streams = [client.chat.completions.create(**body(max_tokens=400, stream=True)) for client in clients]
@@ -142,10 +135,10 @@ def test_closed_connections_free_their_places(server, slow):
         client.close()
     eventually(lambda: server.engine.open == 0)
     assert cancelled(server) == before + 4
-    assert server.engine._decoder.free == 4
+    assert server.engine.decoder.free == 4
 
 
-def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server, slow):
+def test_a_client_that_waits_for_a_whole_answer_may_leave_too(server, slow, eventually):
     before = cancelled(server)
     with pytest.raises(httpx2.TimeoutException):
         server.http.post(CHAT, json=body(max_tokens=450, max_retrievals=0), timeout=0.3)

@@ -7,8 +7,8 @@ import torch
 
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.evaluation import Corpus, TestSet
-from cosup_fast.study.attention import _Layout, attention_by_layer
-from cosup_fast.study.handed import _replace, _replaced, _swapped
+from cosup_fast.study.attention import Layout, attention_by_layer
+from cosup_fast.study.handed import replaced, swapped, with_answer
 from cosup_fast.study.spaces import cka, look
 
 LEADS = [
@@ -35,7 +35,7 @@ TEST, LEADS_CORPUS = TestSet("rivers", ASKED), Corpus(LEADS, "leads")
 
 
 def test_a_replaced_answer_is_one_of_the_same_shape(model):
-    found = {one.original.id: one for one in _replaced(TEST, LEADS_CORPUS, model.template)}
+    found = {one.original.id: one for one in replaced(TEST, LEADS_CORPUS, model.template)}
     assert {name: one.asked.answers for name, one in found.items()} == {
         "n": ["1230 km"], "r": ["6650 km"], "a": ["Europe"], "e": ["America"],
     }  # fmt: skip
@@ -45,17 +45,17 @@ def test_a_replaced_answer_is_one_of_the_same_shape(model):
 
 
 def test_a_swapped_passage_holds_no_answer(model):
-    found = {one.original.id: one.passage.title for one in _swapped(TEST, LEADS_CORPUS, model.template)}
+    found = {one.original.id: one.passage.title for one in swapped(TEST, LEADS_CORPUS, model.template)}
     assert found == {"n": "Rhine", "r": "Amazon", "a": "Rhine", "e": "Nile"}
 
 
 def test_punctuation_after_an_answer_stays_with_the_sentence():
     example = _asked("x", "?", "New York", "p")
-    assert _replace("In New York, or (new york). York", example, "Rome") == "In Rome, or (Rome). York"
+    assert with_answer("In New York, or (new york). York", example, "Rome") == "In Rome, or (Rome). York"
 
 
 def test_the_tokens_of_a_layout_spell_what_they_should(model):
-    layout = _Layout(model, ASKED[0], LEADS[0])
+    layout = Layout(model, ASKED[0], LEADS[0])
     decode = model.template.tokenizer.decode
     assert decode([layout.ids[i] for i in layout.passage]) == "Nile :: The Nile is a river of 6650 km in Africa."
     assert decode([layout.ids[i] for i in layout.answer]).strip() == "6650 km"
@@ -76,7 +76,7 @@ def test_attention_is_that_of_transformers_own_eager_model(model):
         for i, layer in enumerate(layers)
     ]
     for example, passage in zip(ASKED[:2], LEADS[:2], strict=True):
-        layout = _Layout(model, example, passage)
+        layout = Layout(model, example, passage)
         ids = torch.tensor([layout.ids])
         with torch.no_grad():
             model.gen.base_model(input_ids=ids, use_cache=False)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from cosup_fast.files import locked
 from cosup_fast.study import StudyError, load_study, read_cell, run_study, runner
-from cosup_fast.study.runner import _check_begun
+from cosup_fast.study.runner import check_begun
 from cosup_fast.study.status import state_of
 
 # Imports once, then runs the study in forks: five are killed where they happen to be, the last one ends by itself.
@@ -215,8 +215,8 @@ def test_a_cell_begun_with_other_settings_is_not_resumed_with_new_ones(write_stu
     conditions = {"one": {"systems": ["gold"], "change": {"training.lr": 1e-3}}}
     cell = load_study(write_study(conditions=conditions, seeds=[0])).cell("one", 0)
     cell.work.mkdir(parents=True)
-    _check_begun(cell)
-    _check_begun(cell)
+    check_begun(cell)
+    check_begun(cell)
     conditions["one"]["change"] = {"training.lr": 1e-2}
     failed, _ = _run(load_study(write_study(conditions=conditions, seeds=[0])))
     assert failed == [

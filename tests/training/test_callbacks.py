@@ -140,9 +140,9 @@ def test_max_minutes_bound_the_time_that_is_left(tmp_path, monkeypatch):
     clock = 0.0
     told = RunLog(tmp_path, Console(file=io.StringIO(), width=200))
     told.start(load_config(None, ["training.max_minutes=2"]), 0, 1000)
-    assert told._left(0, 0.0) is None
-    assert told._left(1, 20.0) == 100.0
-    assert told._left(1, 130.0) == 0.0
+    assert told.seconds_left(0, 0.0) is None
+    assert told.seconds_left(1, 20.0) == 100.0
+    assert told.seconds_left(1, 130.0) == 0.0
     told.end(None)
 
 
@@ -278,9 +278,9 @@ def test_model_flop_are_those_of_the_products_that_run(make_model, examples, cor
         for op, n in counted.get_flop_counts()["Global"].items()
         if "attention" not in str(op) and "bmm" not in str(op)
     )
-    parts = [counter._gen] + ([counter._embseq] if counter._embseq else [])
+    parts = [counter.gen] + ([counter.embseq] if counter.embseq else [])
     for part in parts:
-        part._attention = 0
+        part.attention = 0
     assert counter.flop(batch) == pytest.approx(products, rel=0.02)
 
 

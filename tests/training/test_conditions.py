@@ -159,7 +159,7 @@ def test_each_part_has_its_learning_rate(make_model, gpt2_folder, examples, corp
     config = TrainingConfig(batch_size=4, steps=4, warmup=0.5, schedule="linear", weight_decay=0.0, clip=None, **rates)
     trainer = Trainer(model, config, examples, corpus, tmp_path)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert trainer._step().lr == 0.5e-3
+    assert trainer.take_step().lr == 0.5e-3
     for name, p in model.named_parameters():
         moved = float((p.detach() - before[name]).abs().max())
         part = name.partition(".")[0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cosup_fast.data.packing import PackLimits, make_batch
-from cosup_fast.training import embedding_gradient, step
+from cosup_fast.training import embedding_gradient
 from cosup_fast.training.embedding_gradient import embedding_rows
 from cosup_fast.training.step import accumulate_gradients
 
@@ -25,7 +25,7 @@ def gradients(model, batch, times=1):
 
 
 def dense(monkeypatch):
-    monkeypatch.setattr(embedding_gradient, "_embedding", lambda part: None)
+    monkeypatch.setattr(embedding_gradient, "plain_embedding", lambda part: None)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -52,7 +52,7 @@ def test_the_modules_are_as_they_were_also_after_an_error(model, examples, corpu
     embeddings = [part.get_input_embeddings() for _, part in model.parts()]
     with embedding_rows(model):
         assert all("forward" in module.__dict__ for module in embeddings)
-    monkeypatch.setattr(step, "_accumulate", lambda *args: 1 / 0)
+    monkeypatch.setattr(model, "gen_losses", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gradients(model, make_batch(examples, corpus, model.template))
     assert not any("forward" in module.__dict__ for module in embeddings)
@@ -65,9 +65,9 @@ def test_a_weight_with_hooks_and_an_embedding_that_computes_more_are_left_alone(
 
     module = model.gen.get_input_embeddings()
     handle = module.weight.register_post_accumulate_grad_hook(lambda p: None)
-    assert embedding_gradient._embedding(model.gen) is None
+    assert embedding_gradient.plain_embedding(model.gen) is None
     handle.remove()
-    assert embedding_gradient._embedding(model.gen) is module
+    assert embedding_gradient.plain_embedding(model.gen) is module
 
     class Part:
         def __init__(self, module):
@@ -77,5 +77,5 @@ def test_a_weight_with_hooks_and_an_embedding_that_computes_more_are_left_alone(
         Scaled(4, 2), nn.Embedding(4, 2, padding_idx=0), nn.Embedding(4, 2, max_norm=1.0),
         nn.Embedding(4, 2).bfloat16(), nn.Embedding(4, 2).requires_grad_(False), nn.Embedding(4, 2, device="meta"),
     ):  # fmt: skip
-        assert embedding_gradient._embedding(Part(other)) is None
-    assert embedding_gradient._embedding(Part(nn.Embedding(4, 2))) is not None
+        assert embedding_gradient.plain_embedding(Part(other)) is None
+    assert embedding_gradient.plain_embedding(Part(nn.Embedding(4, 2))) is not None

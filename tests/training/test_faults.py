@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 
 from cosup_fast.config import ConfigError
-from cosup_fast.config.training import TrainingConfig
-from cosup_fast.data.records import Segment
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, save_checkpoint, verify
 from cosup_fast.training.clipping import clip_gradients
@@ -37,26 +35,16 @@ def records(config, kind):
     return [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
 
 
-@pytest.fixture
-def make_trainer(make_model, examples, corpus, tmp_path):
-    def make(model=None, output=tmp_path, seen=None, chosen=examples, **fields):
-        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "eval_every": None, **fields})
-        record = (lambda metrics: None) if seen is None else seen.append
-        return Trainer(model or make_model(), config, chosen, corpus, output, on_metrics=record)
-
-    return make
-
-
 def during(monkeypatch, step, act):
     """Calls `act` before a step of every trainer."""
-    taken = Trainer._step
+    taken = Trainer.take_step
 
     def acting(self):
         if self.step == step:
             act()
         return taken(self)
 
-    monkeypatch.setattr(Trainer, "_step", acting)
+    monkeypatch.setattr(Trainer, "take_step", acting)
 
 
 def test_a_second_run_on_an_output_is_refused_and_changes_nothing(configure, monkeypatch):
@@ -117,14 +105,6 @@ def test_checkpoints_come_by_minutes_too(make_trainer, tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "b" / "checkpoints")] == ["step-000003"]
 
 
-@pytest.fixture
-def planted(examples):
-    """Enough examples for a window, the last of which no trained model foresees."""
-    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(12)]
-    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
-    return [*plain, examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})]
-
-
 SPIKE = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,
          "spike_window": 16, "spike_factor": 10.0, "checkpoint_every": None, "on_spike": "skip"}  # fmt: skip
 
@@ -144,7 +124,7 @@ def test_a_bad_batch_is_passed_over_and_named(make_model, make_trainer, planted,
     resumed = make_trainer(CoSupervisionModel.load(saved), tmp_path / "parts", rest, planted, **SPIKE)
     resumed.resume(saved)
     resumed.replay(as_record(m) for m in seen if m.step <= first)
-    assert resumed._skipped == 1
+    assert resumed.skipped_in_a_row == 1
     resumed.train()
     losses = [(m.step, m.ntp, m.gen_grad_norm) for m in rest if isinstance(m, StepMetrics)]
     assert losses == [(m.step, m.ntp, m.gen_grad_norm) for m in seen if isinstance(m, StepMetrics) and m.step > first]
@@ -153,7 +133,7 @@ def test_a_bad_batch_is_passed_over_and_named(make_model, make_trainer, planted,
 def test_steps_are_skipped_at_most_so_many_times_in_a_row(make_trainer, tmp_path):
     seen: list = []
     trainer = make_trainer(seen=seen, steps=9, on_spike="skip", max_skips=2)
-    trainer._step()
+    trainer.take_step()
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
@@ -167,12 +147,12 @@ def test_steps_are_skipped_at_most_so_many_times_in_a_row(make_trainer, tmp_path
 def test_a_refused_step_draws_no_random_numbers(make_model, make_trainer, gpt2_folder):
     """So that the run that is resumed from it is the one that would have been."""
     trainer = make_trainer(make_model(embseq=gpt2_folder, gen=gpt2_folder).train())
-    trainer._step()
+    trainer.take_step()
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     state = torch.get_rng_state()
     with pytest.raises(TrainingError):
-        trainer._step()
+        trainer.take_step()
     assert torch.equal(torch.get_rng_state(), state)
 
 

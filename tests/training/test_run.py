@@ -6,13 +6,14 @@ import io
 import json
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from cosup_fast.config import ConfigError, load_config
+from cosup_fast.config import ConfigError
 from cosup_fast.data.records import DataError, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import checkpoints
@@ -34,25 +35,11 @@ def write(tmp_path, passages, examples):
 
 
 @pytest.fixture
-def configure(write, llama_folder, tmp_path):
-    """A function that makes the configuration of a tiny run."""
-
-    def configure(**changes):
-        fields = {
-            "output": str(tmp_path / "run"),
-            "model.gen": llama_folder,
-            "data.corpus": str(tmp_path / "passages.jsonl"),
-            "data.train": [str(tmp_path / "train.jsonl")],
-            "data.dev": [str(tmp_path / "dev.jsonl")],
-            "training.batch_size": 2,
-            "training.steps": 4,
-            "training.eval_every": 2,
-            "training.lr": 1e-2,
-        }
-        changes = {name.replace("__", "."): value for name, value in changes.items()}
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
-
-    return configure
+def configure(configure, write, tmp_path):
+    """The same, of these data, with held-out evaluations on the way."""
+    files = {"data.corpus": str(tmp_path / "passages.jsonl"), "data.train": [str(tmp_path / "train.jsonl")]}
+    files["data.dev"] = [str(tmp_path / "dev.jsonl")]
+    return partial(configure, **files, **{"training.eval_every": 2})
 
 
 def _train(config, resume=False):
@@ -148,7 +135,7 @@ def test_the_seed_decides_the_projection(configure, gpt2_folder):
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch, keyboard):
-    step = Trainer._step
+    step = Trainer.take_step
 
     def pressed(self):
         if self.step == 2:
@@ -156,7 +143,7 @@ def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeyp
                 signal.raise_signal(signal.SIGINT)
         return step(self)
 
-    monkeypatch.setattr(Trainer, "_step", pressed)
+    monkeypatch.setattr(Trainer, "take_step", pressed)
     console = Console(file=io.StringIO(), width=200)
     config = configure(training__checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt) as interrupt:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cosup_fast.data.packing import PackLimits, make_batch
 from cosup_fast.data.records import Example, Segment
+from cosup_fast.model.backbone import norm_rows
 from cosup_fast.training.step import accumulate_gradients
 
 VARIANTS = {
@@ -191,8 +192,12 @@ def test_a_loss_without_weight_costs_nothing(alone, made, mixed, corpus, monkeyp
     model = made(alone)
     batch = make_batch(mixed, corpus, model.template, PackLimits(sequences=2), retrieval=alone == "no NTP")
     gathered = []
-    at = model._at
-    monkeypatch.setattr(model, "_at", lambda states, rows, **k: gathered.append(len(rows)) or at(states, rows, **k))
+
+    def counting(part, states, rows, *options, **more):
+        gathered.extend([len(rows)] if part is model.gen.base_model else [])
+        return norm_rows(part, states, rows, *options, **more)
+
+    monkeypatch.setattr("cosup_fast.model.model.norm_rows", counting)
     monkeypatch.setattr(model, "ntp_loss" if alone == "no NTP" else "nsp_loss", None)
     found = in_packs(model, batch)
     assert found["ntp" if alone == "no NTP" else "nsp"] == 0

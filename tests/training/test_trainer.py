@@ -9,15 +9,13 @@ import math
 import pytest
 import torch
 
-from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import Pack
-from cosup_fast.data.records import Segment
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
 from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import Diagnosis
 from cosup_fast.training.metrics import HeldOut, StepMetrics, as_record
 from cosup_fast.training.step import accumulate_gradients
-from cosup_fast.training.trainer import Trainer, TrainingError
+from cosup_fast.training.trainer import TrainingError
 
 VARIANTS = {
     "pair": {},
@@ -25,18 +23,6 @@ VARIANTS = {
     "frozen": {"freeze_embseq": True},
     "learnt temperature": {"nsp": {"learnable_temperature": True}},
 }
-
-
-@pytest.fixture
-def make_trainer(make_model, examples, corpus, tmp_path):
-    def make(model=None, output=tmp_path, seen=None, chosen=examples, callbacks=None, **fields):
-        config = TrainingConfig(**{"batch_size": 2, "lr": 1e-2, "eval_every": None, **fields})
-        record = (lambda metrics: None) if seen is None else seen.append
-        return Trainer(
-            model or make_model(), config, chosen, corpus, output, **{"on_metrics": record, **(callbacks or {})}
-        )
-
-    return make
 
 
 def _losses(seen):
@@ -96,7 +82,7 @@ def test_the_gradient_of_a_step_is_that_of_its_mean_losses(cut, make_model, make
     gradients = {}
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.__setitem__(name, p.grad.clone()))
-    metrics = trainer._step()
+    metrics = trainer.take_step()
     assert metrics.loss == pytest.approx(loss.item(), rel=1e-6)
     assert metrics.candidates == len(passages)
     for name, p in expected.named_parameters():
@@ -137,7 +123,7 @@ def test_a_step_is_that_of_torchs_adamw_and_only_matrices_decay(make_model, make
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: setattr(expected[name], "grad", p.grad.clone()))
     for _ in range(2):
-        assert trainer._step().lr == fields["lr"]
+        assert trainer.take_step().lr == fields["lr"]
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, expected[name], rtol=1e-9, atol=1e-12, msg=name)
@@ -151,7 +137,7 @@ def test_the_precision_is_that_of_both_models_products(precision, make_trainer):
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
                 module.register_forward_hook(lambda module, inputs, y: seen.add((y.dtype, module.weight.dtype)))
-    trainer._step()
+    trainer.take_step()
     assert seen == {(getattr(torch, precision), torch.float32)}
 
 
@@ -167,7 +153,7 @@ def test_a_resumed_run_gives_the_same_bits(variant, make_model, make_trainer, tm
     make_trainer(make_model(**VARIANTS[variant]), tmp_path / "whole", whole, **fields).train()
     trainer = make_trainer(make_model(**VARIANTS[variant]), tmp_path / "parts", **fields)
     for _ in range(3):
-        trainer._step()
+        trainer.take_step()
     saved = trainer.save()
     torch.manual_seed(1234)  # the generator's state comes from the checkpoint
     rest: list[StepMetrics] = []
@@ -193,13 +179,13 @@ def test_activation_checkpointing_changes_no_gradient(kind, make_trainer, tmp_pa
 
 def test_a_loss_that_is_no_number_stops_with_names_and_leaves_the_weights(make_trainer, examples):
     trainer = make_trainer(checkpoint_every=1, steps=3)
-    trainer._step()
+    trainer.take_step()
     good = trainer.save()
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     before = [p.clone() for p in trainer.model.parameters()]
     with pytest.raises(TrainingError, match=r"step 2: NTP loss nan") as error:
-        trainer._step()
+        trainer.take_step()
     assert str(good) in str(error.value)
     assert any(example.id in str(error.value) for example in examples)
     for p, q in zip(trainer.model.parameters(), before, strict=True):
@@ -247,21 +233,13 @@ def test_the_gradient_of_a_step_is_the_sum_of_those_diagnosed(make_trainer):
 def test_figures_of_a_step(make_trainer, corpus):
     trainer = make_trainer(batch_size=4, tokens_per_micro_batch=300, fixed_shapes=True, lr=1e-9)
     batch = trainer.batch(0)
-    found = trainer._step()
+    found = trainer.take_step()
     stats = trainer.model(batch).stats
     assert found.in_batch_rank == pytest.approx(float(stats.rank.double().mean()) + 1)
     assert found.in_batch_rank > 1
     assert found.useful_tokens == batch.tokens / (300 * len(batch.packs)) < 1
-    assert make_trainer()._step().useful_tokens == 1.0
+    assert make_trainer().take_step().useful_tokens == 1.0
     assert 0.1 < found.peak_memory_gib < 100
-
-
-@pytest.fixture
-def planted(examples):
-    """Enough examples for a window, the last of which no trained model foresees."""
-    plain = [examples[0].model_copy(update={"id": f"plain{i}"}) for i in range(12)]
-    noise = "".join(chr(0x4E00 + 37 * i % 5000) for i in range(60))
-    return [*plain, examples[0].model_copy(update={"id": "planted", "output": [Segment(text=noise)]})]
 
 
 def test_a_bad_example_ends_the_run_before_it_does_harm(make_model, make_trainer, planted, tmp_path):
@@ -335,17 +313,14 @@ def test_a_replayed_history_warns_of_nothing_again_and_counts(make_trainer):
     trainer = make_trainer(callbacks={"on_warning": warnings.append})
     held_out = [HeldOut(step, 1.0, 1.0, 0.1, 0.1, 0.1) for step in range(4)]
     trainer.replay(as_record(h) for h in held_out)  # flat R@5 was reported then
-    trainer._warn(trainer.monitor.evaluation(1.0, 0.1))
-    assert warnings == []
+    assert [*trainer.monitor.evaluation(1.0, 0.1), *warnings] == []
     trainer = make_trainer(callbacks={"on_warning": warnings.append})
     trainer.replay(as_record(h) for h in held_out[:3])
-    trainer._warn(trainer.monitor.evaluation(1.0, 0.1))
-    assert len(warnings) == 1
+    assert len([*trainer.monitor.evaluation(1.0, 0.1), *warnings]) == 1
     step = dict.fromkeys((f.name for f in dataclasses.fields(StepMetrics)), 0.0) | {"candidates": 4, "nsp": 300.0}
     trainer = make_trainer(callbacks={"on_warning": warnings.append})
     trainer.replay(as_record(StepMetrics(**step)) for _ in range(49))
-    trainer._warn(trainer.monitor.step(300.0, 4))
-    assert "saturated" in warnings[-1]
+    assert "saturated" in [*warnings, *trainer.monitor.step(300.0, 4)][-1]
 
 
 def test_only_the_newest_checkpoints_are_kept(make_trainer, tmp_path):

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from cosup_fast.data.convert.output import PASSAGES, Output, check_names, read, string, whole
+from cosup_fast.data.convert.output import PASSAGES, Output, check_names, identifier, read, string, whole
 from cosup_fast.data.convert.rows import read_rows
 from cosup_fast.data.records import DataError, Example, Passage, Segment, validate
 
 MAX_PARAGRAPHS = 10_000  # of one piece of evidence; no page of KILT has as many
 Gold = Literal["paragraph", "page"]
-Provenance = tuple[str, int, int]
-"""A page's id, and its first and last paragraph that count; -1 where only the page is known."""
-Answer = tuple[str, list[Provenance]]
-"""An answer and where it comes from."""
+
+
+class Source(NamedTuple):
+    """Where an answer comes from: a page, and its first and last paragraph that count."""
+
+    page: str  # Wikipedia's id, "" where KILT names the title alone
+    title: str
+    first: int  # -1 where only the page is known
+    last: int
+
+
+class Answer(NamedTuple):
+    """An output of KILT: a text, which may be empty, and all that it takes to support it."""
+
+    text: str
+    sources: list[Source]
+
+
+class Question(NamedTuple):
+    """A line of a task: an example without an output and gold ids, and what KILT says about both."""
+
+    example: Example
+    answers: list[Answer]
 
 
 def convert_kilt(
@@ -57,15 +76,15 @@ def convert_kilt(
         raise DataError("gold='page': the knowledge source says which paragraphs a page has: name it")
     check_names("kilt", (task.name for task in tasks))
     counts: Counter[str] = Counter()
-    questions: dict[Path, list[tuple[str, Example, list[Provenance], list[Answer]]]] = {}
+    questions: dict[Path, list[tuple[str, Question]]] = {}
     for task in tasks:
 
-        def question(where: str, number: int, record: dict[str, Any], task: Path = task):
-            return kilt_question(where, record, task.name.split("-")[0], f"{task.stem}:{number}")
+        def answered(where: str, _: int, record: dict[str, Any], dataset: str = dataset_of(task)) -> Question:
+            return _answered(where, read_question(where, record, dataset))
 
-        found = read(task, read_rows(task), question, counts, "questions", skip=skip_malformed, bar=progress)
-        questions[task] = [(where, *question) for where, question in found]
-    cited = {page for found in questions.values() for _, _, provenance, _ in found for page, _, _ in provenance}
+        found = read(task, read_rows(task), answered, counts, "questions", skip=skip_malformed, bar=progress)
+        questions[task] = list(found)
+    cited = {source.page for found in questions.values() for _, question in found for source in _sources(question)}
     paragraphs: dict[str, list[int]] | None = None
     with Output(folder) as output:
         if knowledge is not None:
@@ -84,16 +103,17 @@ def convert_kilt(
                     paragraphs[page] = list(passages)
         for task, found in questions.items():
             seen: set[str] = set()
-            for where, example, provenance, answers in found:
+            for where, question in found:
+                example = question.example
                 if example.id in seen:
                     raise DataError(f"{where}: id: expected a new id, found {example.id!r} again")
                 seen.add(example.id)
-                ids = _gold(provenance, paragraphs, gold)
+                ids = _gold(_sources(question), paragraphs, gold)
                 counts["without a gold passage"] += not ids
                 example = example.model_copy(update={"gold": ids})
                 if for_training:
-                    of_answers = ((text, _gold(sources, paragraphs, gold)) for text, sources in answers)
-                    grounded = next(((text, names[0]) for text, names in of_answers if names), None)
+                    of_answers = ((text, _gold(sources, paragraphs, gold)) for text, sources in question.answers)
+                    grounded = next(((text, names[0]) for text, names in of_answers if text.strip() and names), None)
                     if grounded is None:
                         counts["left out"] += 1
                         continue
@@ -104,57 +124,40 @@ def convert_kilt(
     return dict(counts)
 
 
-def kilt_question(
-    where: str, record: dict[str, Any], dataset: str, name: str
-) -> tuple[Example, list[Provenance], list[Answer]]:
-    """An example without its gold ids, where they come from, and the same for each answer."""
+def read_question(where: str, record: dict[str, Any], dataset: str) -> Question:
+    """Reads a line of a task; those of a blind test set have no answers.
+
+    Raises:
+        DataError: it has another form, naming the field.
+    """
+    name = identifier(where, record, "id")
+    if not name:
+        raise DataError(f"{where}: id: expected the id that KILT gives each question, found None")
     question = string(where, record, "input", "")
     if not question.strip():
         raise DataError(
             f"{where}: input: expected a question, found {question!r} (KILT's TriviaQA files have none before they are "
             "joined with TriviaQA's own)"
         )
-    outputs = record.get("output")
-    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs) or not outputs:
-        raise DataError(
-            f"{where}: output: expected a list of answers with provenance, found {outputs!r:.60} (KILT's test files "
-            "have none: convert a train or dev file)"
-        )
-    answers: dict[str, None] = {}
-    provenance: dict[Provenance, None] = {}
-    of_answers: list[Answer] = []
+    outputs = record.get("output") or []
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+        raise DataError(f"{where}: output: expected a list of answers with provenance, found {outputs!r:.60}")
+    answers = []
     for i, output in enumerate(outputs):
-        answer = string(where, output, "answer", "", f"output.{i}.answer")
-        if answer.strip():
-            answers[answer] = None
-        own: list[Provenance] = []
-        sources = output.get("provenance") or []
-        if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
-            raise DataError(f"{where}: output.{i}.provenance: expected a list of objects, found {sources!r:.60}")
-        for j, source in enumerate(sources):
-            field = f"output.{i}.provenance.{j}"
-            page = source.get("wikipedia_id")
-            if not isinstance(page, str | int) or isinstance(page, bool) or not str(page).strip():
-                raise DataError(f"{where}: {field}.wikipedia_id: expected a page's id, found {page!r:.60}")
-            first = whole(where, source, "start_paragraph_id", -1, field)
-            last = whole(where, source, "end_paragraph_id", first, field)
-            if last - first >= MAX_PARAGRAPHS:
-                raise DataError(
-                    f"{where}: {field}.end_paragraph_id: expected fewer than {MAX_PARAGRAPHS} paragraphs after "
-                    f"{first}, found {last}"
-                )
-            own.append((str(page), first, max(first, last)))
-        provenance |= dict.fromkeys(own)
-        if answer.strip():
-            of_answers.append((answer, own))
-    example = {
-        "id": str(record.get("id") or name),
-        "dataset": dataset,
-        "question": question,
-        "output": [],
-        "answers": list(answers),
-    }
-    return validate(where, Example, example), list(provenance), of_answers
+        text = string(where, output, "answer", "", f"output.{i}.answer")
+        found = output.get("provenance") or []
+        if not isinstance(found, list) or not all(isinstance(source, dict) for source in found):
+            raise DataError(f"{where}: output.{i}.provenance: expected a list of objects, found {found!r:.60}")
+        sources = [_source(where, source, f"output.{i}.provenance.{j}") for j, source in enumerate(found)]
+        answers.append(Answer(text, sources))
+    texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
+    example = {"id": name, "dataset": dataset, "question": question, "output": [], "answers": list(texts)}
+    return Question(validate(where, Example, example), answers)
+
+
+def dataset_of(task: Path) -> str:
+    """The data set of a task file: its name up to `-dev`, `-test`, `-train` or `-kilt`."""
+    return re.split(r"[-_](?:dev|test|train|kilt)(?![a-z])", task.stem)[0]
 
 
 def kilt_page(where: str, record: dict[str, Any]) -> tuple[str, dict[int, Passage]]:
@@ -176,9 +179,39 @@ def kilt_page(where: str, record: dict[str, Any]) -> tuple[str, dict[int, Passag
     return str(page), passages
 
 
-def _gold(provenance: Iterable[Provenance], paragraphs: dict[str, list[int]] | None, gold: Gold) -> list[str]:
+def _source(where: str, source: dict[str, Any], field: str) -> Source:
+    first = whole(where, source, "start_paragraph_id", -1, field)
+    last = whole(where, source, "end_paragraph_id", first, field)
+    if last - first >= MAX_PARAGRAPHS:
+        raise DataError(
+            f"{where}: {field}.end_paragraph_id: expected fewer than {MAX_PARAGRAPHS} paragraphs after {first}, found "
+            f"{last}"
+        )
+    page = identifier(where, source, "wikipedia_id", f"{field}.wikipedia_id")
+    return Source(page, string(where, source, "title", "", f"{field}.title"), first, max(first, last))
+
+
+def _answered(where: str, question: Question) -> Question:
+    """Refuses a question without answers, or with pages that have no id."""
+    if not question.answers:
+        raise DataError(
+            f"{where}: output: expected a list of answers with provenance, found none (KILT's test files have none: "
+            "convert a train or dev file)"
+        )
+    for i, answer in enumerate(question.answers):
+        for j, source in enumerate(answer.sources):
+            if not source.page:
+                raise DataError(f"{where}: output.{i}.provenance.{j}.wikipedia_id: expected a page's id, found None")
+    return question
+
+
+def _sources(question: Question) -> Iterator[Source]:
+    return (source for answer in question.answers for source in answer.sources)
+
+
+def _gold(sources: Iterable[Source], paragraphs: dict[str, list[int]] | None, gold: Gold) -> list[str]:
     ids: dict[str, None] = {}
-    for page, first, last in provenance:
+    for page, _, first, last in sources:
         if paragraphs is None:
             numbers: Iterable[int] = range(first, last + 1) if first >= 0 else ()
         else:

@@ -16,8 +16,8 @@ from typing import Literal
 from cosup_fast.data.prepared import bigbench
 from cosup_fast.data.prepared.questions import bare_title, decode_fever_title, page_id
 from cosup_fast.data.prepared.splits import page_roles
+from cosup_fast.data.prepared.words import occurs, tokens
 from cosup_fast.data.records import Example, Passage, read_examples, read_passages, write_jsonl
-from cosup_fast.data.text import occurs, tokens
 
 TABLE = Path(__file__).with_name("benchmarks.tsv")
 LEADS = "leads-2k"

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from cosup_fast.data.prepared.questions import VERIFY, decode_fever_title, page_id
+from cosup_fast.data.prepared.words import find_answer
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.text import find_answer
 
 Pair = tuple[Example, Passage]
 

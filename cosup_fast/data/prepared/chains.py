@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from cosup_fast.data.prepared.questions import BLANK, sentences
 from cosup_fast.data.prepared.spans import WORDS, draw
+from cosup_fast.data.prepared.words import occurs, tokens
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.text import occurs, tokens
 
 LONG = 8  # letters of a name that may be written in lower case
 MOST = 6  # uses of one passage as the second of two; without a limit half of the chains would end at a country

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from cosup_fast.data.prepared.questions import VERIFY, bare_title, sentences
 from cosup_fast.data.prepared.spans import WORDS, Span, draw, find_spans
+from cosup_fast.data.prepared.words import occurs, tokens
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.text import occurs, tokens
 
 
 def make_claims(passages: Iterable[Passage]) -> Iterator[Example]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cosup_fast.data.prepared.splits import SPLITS, Item, check_splits, read_table
+from cosup_fast.data.prepared.words import STOPWORDS, find_answer, stem, tokens
 from cosup_fast.data.records import Example, Passage, Segment, read_examples, read_passages, write_jsonl
-from cosup_fast.data.text import STOPWORDS, find_answer, stem, tokens
 
 JAR = "pyserini/resources/jars/anserini-0.14.1-fatjar.jar"
 TOPICS = {  # data set -> source split -> file of question and answers
@@ -74,7 +74,7 @@ def read_questions(wheel: Path) -> Iterator[Question]:
         for dataset, files in TOPICS.items():
             for split, name in files.items():
                 for number, line in enumerate(lines(name), 1):
-                    if parsed := _parse(line):
+                    if parsed := parse_question(line):
                         kind = "regex" if dataset == "curatedtrec" else "string"
                         yield Question(dataset, f"{split}-{number}", *parsed, kind, None)
         pages: dict[str, list[str]] = {}
@@ -193,7 +193,7 @@ def _write(examples: dict[Item, Example], out: Path) -> dict[str, list[Example]]
     return splits
 
 
-def _parse(line: str) -> tuple[str, list[str]] | None:
+def parse_question(line: str) -> tuple[str, list[str]] | None:
     """Question and answers of a line; None for the few that were quoted twice on their way into the package."""
     if line.startswith("{"):
         entry = json.loads(line)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from cosup_fast.data.prepared.questions import BLANK, bare_title, sentences
+from cosup_fast.data.prepared.words import STOPWORDS, occurs, tokens
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.text import STOPWORDS, occurs, tokens
 
 WORDS = 40  # of a lead that spans are taken from, so that a passage cut to 64 tokens still holds the answer
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from cosup_fast.data.prepared.words import tokens
 from cosup_fast.data.records import DataError, Example, Passage
-from cosup_fast.data.text import tokens
 
 SPLITS = ("train", "dev", "test-in", "test-out")
 HELD_OUT_TOPICS = frozenset({"Arts", "Physical sciences"})

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from cosup_fast.data.prepared.splits import SPLITS, check_splits, page_roles
+from cosup_fast.data.prepared.words import tokens
 from cosup_fast.data.records import Example, Passage, read_examples, read_passages, write_jsonl
-from cosup_fast.data.text import tokens
 
 AFTER = ("wiki-leads", "cloze", "questions")  # what these sets are made of, or checked against
 

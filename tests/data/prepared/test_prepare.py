@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -231,16 +230,9 @@ def start(entry, home, tmp_path):
         run.stderr.close()
 
 
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_a_run_killed_while_converting_is_resumed_without_fetching(entry, home, start, registry):
+def test_a_run_killed_while_converting_is_resumed_without_fetching(entry, home, start, registry, eventually):
     run = start(60)
-    wait_for((home / "builds").exists)
+    eventually((home / "builds").exists)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert prepare.list_prepared(home)[0].ready is False
@@ -290,9 +282,9 @@ def test_a_run_killed_while_fetching_starts_the_fetch_again(entry, home, start, 
     assert (prepare.prepare("tiny", home=home, progress=False) / "words.txt").read_text() == CONTENT
 
 
-def test_two_runs_at_once_build_once(home, start):
+def test_two_runs_at_once_build_once(home, start, eventually):
     first = start(6)  # as long as a second process may take to start
-    wait_for((home / "builds").exists)
+    eventually((home / "builds").exists)
     second = start(1)
     assert first.wait(60) == second.wait(60) == 0
     assert (home / "builds").read_text() == "build\n"

@@ -4,9 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosup_fast.data.prepared.questions import BLANK, Question, _parse, bare_title, make_cloze, sentences, short_answer
+from cosup_fast.data.prepared.questions import (
+    BLANK,
+    Question,
+    bare_title,
+    make_cloze,
+    parse_question,
+    sentences,
+    short_answer,
+)
+from cosup_fast.data.prepared.words import find_answer, tokens
 from cosup_fast.data.records import Passage
-from cosup_fast.data.text import find_answer, tokens
 
 
 def lead(title, text):
@@ -75,6 +83,6 @@ def test_the_title_is_the_answer_when_an_answer_says_so():
 
 
 def test_lines_of_sources():
-    assert _parse("who is it\t['A', \"B's\"]") == ("who is it", ["A", "B's"])
-    assert _parse('{"question": "who?", "answer": ["a|b"]}') == ("who?", ["a|b"])
-    assert _parse('"""What is """"it""""?"""\t"[""A""]"') is None
+    assert parse_question("who is it\t['A', \"B's\"]") == ("who is it", ["A", "B's"])
+    assert parse_question('{"question": "who?", "answer": ["a|b"]}') == ("who?", ["a|b"])
+    assert parse_question('"""What is """"it""""?"""\t"[""A""]"') is None

@@ -13,8 +13,8 @@ from cosup_fast.data.prepared.spans import find_spans, make_spans
 from cosup_fast.data.prepared.splits import HELD_OUT_TOPICS, Item, page_roles, read_table
 from cosup_fast.data.prepared.training import write_training
 from cosup_fast.data.prepared.trivia import read_trivia, read_trivia_table
+from cosup_fast.data.prepared.words import tokens
 from cosup_fast.data.records import DataError, Example, Passage, Segment, read_examples, write_jsonl
-from cosup_fast.data.text import tokens
 
 
 def lead(title, text, topic="Geography"):

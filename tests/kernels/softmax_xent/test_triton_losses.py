@@ -17,22 +17,30 @@ from cosup_fast.kernels.softmax_xent import chunk_torch
 from cosup_fast.kernels.softmax_xent.call import Call
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
-from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, interpret, operands, sanitize, with_gaps
+from cosup_fast.testing import (
+    LOGITS,
+    assert_close_to_fp64,
+    count,
+    interpret,
+    operands,
+    sanitize,
+    value_and_gradients,
+    with_gaps,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(75) % 37
 IDS[70:] = -1
 
 
-def run(loss, x: Tensor, w: Tensor, upstream: float = 1.7, **options):
-    leaves = {"x": x, "w": w, **{k: v for k, v in options.items() if isinstance(v, Tensor) and v.is_floating_point()}}
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
-    rest = {name: t for name, t in leaves.items() if name not in ("x", "w")}
-    value = loss(leaves["x"], leaves["w"], **{**options, **rest})
-    return {
-        "loss": value.detach(),
-        **dict(zip(leaves, torch.autograd.grad(upstream * value.sum(), (*leaves.values(),)))),
-    }
+def run(loss, x: Tensor, w: Tensor, upstream: float = 1.7, **options) -> dict[str, Tensor]:
+    leaves = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    rest = {k: v for k, v in options.items() if k not in leaves}
+
+    def by_place(x: Tensor, w: Tensor, **more) -> Tensor:
+        return loss(x, w, **more)
+
+    return value_and_gradients(by_place, {"x": x, "w": w, **leaves}, upstream, **rest)
 
 
 def compare(loss, eager, impl: str, x: Tensor, w: Tensor, well: bool = True, rounding: float = 0.0, **options) -> None:

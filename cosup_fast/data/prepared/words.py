@@ -1,4 +1,8 @@
-"""Words of a text without case, accents and punctuation: splitting, stemming, and finding an answer among them."""
+"""Words as the prepared sets were made with: splitting, stemming, and finding an answer among them.
+
+Simpler than `cosup_fast.data.answers`, the rule of metrics and mined negatives, and left as it is: another rule would
+change which passages and answers a set holds, and the sets are pinned by their digests.
+"""
 
 from __future__ import annotations
 
@@ -60,15 +64,3 @@ def _position(needle: Sequence[str], words: Sequence[str]) -> int | None:
             if word == needle[0] and list(words[i : i + n]) == needle:
                 return i
     return None
-
-
-def gap(before: str, after: str) -> str:
-    """What stands between two segments of an output where neither has white space there: a space, or nothing.
-
-    Nothing before closing punctuation, after an opening bracket, and next to scripts that put no spaces between words.
-    """
-    if not before or not after or before[-1].isspace() or after[0].isspace():
-        return ""
-    unspaced = any(unicodedata.east_asian_width(c) in "WF" or "\u0e00" <= c <= "\u0eff" for c in (before[-1], after[0]))
-    tight = after[0] in ".,;:!?%)]}\u2019\u201d\u2026" or before[-1] in "([{\u2018\u201c"
-    return "" if unspaced or tight else " "
