@@ -58,7 +58,7 @@ def test_no_changed_byte_of_a_cell_is_used(tmp_path):
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        with pytest.raises(StudyError, match="cell.json is not a result of a cell that can be read"):
+        with pytest.raises(StudyError, match=r"cell.json is not a result of a cell that can be read"):
             CellResult.load(path)
 
 
