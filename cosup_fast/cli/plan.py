@@ -32,8 +32,8 @@ def plan(
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="nodes; also reports what travels in a step")] = None,
     replicas: Annotated[
-        int, typer.Option(min=1, help="hybrid sharding: whole copies of the weights, each shared out over its ranks")
-    ] = 1,
+        int | None, typer.Option(min=1, help="hybrid sharding: instead of training.replicas, which sets it for a run")
+    ] = None,
     nvlink: Annotated[
         float | None, typer.Option(min=1, help="with --nodes: GB/s from a GPU to others of its node; default: 300")
     ] = None,
@@ -123,7 +123,7 @@ def plan(
         print(json.dumps(made.to_json() | ({} if nodes is None else {"traffic": [asdict(one) for one in traffic]})))
     else:
         title = f"{_words(gen)} tokens of Gen, {_words(embseq)} of Embseq, {packs} of each a step"
-        where = f"{gpus} GPUs" if replicas == 1 else f"{gpus} GPUs, {replicas} replicas"
+        where = f"{gpus} GPUs" if request.replicas == 1 else f"{gpus} GPUs, {request.replicas} replicas"
         show(made, f"{title}; {where}" if gpus > 1 else title)
         if cluster is not None:
             show_traffic(request, traffic, cluster)

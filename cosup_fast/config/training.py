@@ -81,6 +81,12 @@ class TrainingConfig(BaseModel):
         description="how torchrun's ranks share the work. fsdp: weights, gradients and optimizer states are sharded; "
         "ddp: each rank has all of them; none: there is one process. One process is the same with each",
     )
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="with sharding=fsdp, whole copies of the weights, each shared out over ranks / replicas: hybrid "
+        "sharding, for which the copies are usually the nodes",
+    )
     optimizer: OptimizerName = Field(
         default="adamw", description="adamw-8bit: states of bitsandbytes; adamw-8bit-torchao: of torchao"
     )
@@ -168,6 +174,11 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"training.keep_best={self.keep_best} is never evaluated under training.eval_every=null: set that to "
                 "a number of steps"
+            )
+        if self.replicas > 1 and self.sharding != "fsdp":
+            raise ValueError(
+                f"training.replicas={self.replicas} copies shards, and training.sharding={self.sharding} has none: set "
+                "training.sharding=fsdp, or omit replicas"
             )
         for wrong, field in (
             (self.clip is not None, f"training.clip={self.clip}, which needs all gradients at once: set it to null"),

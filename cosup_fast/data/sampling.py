@@ -125,7 +125,7 @@ class StepSampler:
         return self._steps[position]
 
     def _shuffle(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        generator = _generator(self.seed, epoch)
         count, steps = len(self.lengths), self.steps_per_epoch
         drawn = torch.arange(count) if self.mixture is None else self.mixture.epoch(epoch, self.seed)
         if not self.balanced:
@@ -239,7 +239,12 @@ def example_lengths(
     return lengths
 
 
+def seed_of(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that the parts decide. Every bit depends on all of them: torch reads only 32 on a CPU."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def _generator(*numbers: int) -> torch.Generator:
     """Random numbers that these numbers decide."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(seed_of(*numbers))

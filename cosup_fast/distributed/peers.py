@@ -120,11 +120,19 @@ class Peers:
                 raise PeerError(f"{purpose}: rank {name} is at {one['purpose']!r}; every rank makes the same calls")
         return found
 
-    def mesh(self, device: str) -> DeviceMesh:
-        """The ranks as a mesh of this type of device."""
-        from torch.distributed.device_mesh import DeviceMesh
+    def mesh(self, device: str, replicas: int = 1) -> DeviceMesh:
+        """The ranks as a mesh of this type of device.
 
-        return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
+        Args:
+            device: "cpu" or "cuda".
+            replicas: R > 1, a divisor of the number of ranks, gives a mesh (replicas, shards) of R rows of consecutive
+                ranks, which a launcher starts on the same node. It is for the default group alone.
+        """
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+        if replicas == 1:
+            return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
+        return init_device_mesh(device, (replicas, self.size // replicas), mesh_dim_names=("replicas", "shards"))
 
     @contextmanager
     def reporting(self, purpose: str) -> Iterator[None]:

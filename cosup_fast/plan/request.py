@@ -52,13 +52,13 @@ class PlanRequest(BaseModel):
         return self.nsp_weight > 0
 
     @classmethod
-    def of(cls, config: RunConfig, *, gpus: int, replicas: int = 1, **packs: Any) -> Self:
+    def of(cls, config: RunConfig, *, gpus: int, replicas: int | None = None, **packs: Any) -> Self:
         """The request of a run on so many GPUs.
 
         Args:
             config: the run; its models are looked up by `model_config`.
             gpus: processes, each with one; with training.sharding=none just one.
-            replicas: copies of the weights, each sharded over gpus / replicas processes; needs training.sharding=fsdp.
+            replicas: instead of training.replicas.
             packs: the fields above that say how large packs are and how many a step has.
 
         Raises:
@@ -72,6 +72,7 @@ class PlanRequest(BaseModel):
             )
         if training.optimizer_in_backward and gpus > 1:
             raise ValueError(f"training.optimizer_in_backward=true is a run on one GPU, not on {gpus}: set it to false")
+        replicas = training.replicas if replicas is None else replicas
         if replicas > 1 and training.sharding != "fsdp":
             raise ValueError(
                 f"replicas is {replicas} and training.sharding={training.sharding}: only training.sharding=fsdp has "

@@ -132,7 +132,7 @@ class CheckpointWriter:
             problem = self._prepare(final, folder, model)
         self._agree(final, problem)
         random = {f"random/{name}": x for name, x in random_state(model.device).items()}
-        states = save_states(optimizer, self.rank, self.ranks)
+        states = save_states(optimizer, self.rank)
         reshard(model)  # a pass without a backward one, as of a frozen Embseq, leaves some of its weights whole
         weights = copied_weights(model, self.rank, self.ranks)
         every = self._gathered({"step": step, "parameters": states.parameters})
@@ -346,12 +346,14 @@ def load_trainer_state(
         raise CheckpointError(f"{folder} has no state of a trainer that can be read ({error}): {REMEDY}") from None
     saved = [SavedStates(x, parameters) for x, parameters in zip(read, description["ranks"], strict=True)]
     try:
-        again = load_states(optimizer, saved, rank, ranks)
+        again = load_states(optimizer, saved, rank)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+    same = "8-bit optimizer states were quantized again" if again else "weights and optimizer states are the same"
     if len(saved) != ranks:
-        same = "8-bit optimizer states were quantized again" if again else "weights and optimizer states are the same"
         warn(f"continuing with {ranks} ranks what {len(saved)} began: {same}, sums are rounded in another order")
+    elif again:
+        warn(f"the weights are shared out otherwise than before: {same}")
     if rank < len(read):
         random = {name.removeprefix("random/"): read[rank][name] for name in read[rank] if name.startswith("random/")}
         set_random_state(random, model.device)

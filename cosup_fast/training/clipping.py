@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from cosup_fast.distributed import Peers
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.training.sharding import local
+from cosup_fast.training.sharding import copies, local
 
 
 def clip_gradients(
@@ -36,10 +36,11 @@ def clip_gradients(
 
 
 def _norm(model: CoSupervisionModel, gradients: list[Tensor], peers: Peers | None) -> Tensor:
-    """The norm of gradients; a sharded one has its parts on all ranks."""
+    """The norm of gradients; a sharded one has its parts on all ranks, once in every replica."""
     norm = nn.utils.get_total_norm([local(g) for g in gradients if not isinstance(g, DTensor)])
     norm = norm.to(model.device)
     if not model.sharded or peers is None:
         return norm
-    parts = nn.utils.get_total_norm([local(g) for g in gradients if isinstance(g, DTensor)])
-    return (peers.sum(parts.to(norm).square()) + norm.square()).sqrt()
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    parts = nn.utils.get_total_norm([local(g) for g in sharded]).to(norm).square()
+    return (peers.sum(parts) / (copies(sharded[0]) if sharded else 1) + norm.square()).sqrt()

@@ -24,7 +24,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, GenPack
 from cosup_fast.distributed import Peers
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.ranks import reduce_gradients
-from cosup_fast.training.sharding import local
+from cosup_fast.training.sharding import copies, local
 from cosup_fast.training.step import autocast, rows
 
 
@@ -138,8 +138,8 @@ class _Passes:
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for x, y in zip(a, b, strict=True):
             if x is not None and y is not None:
-                x, y = local(x), local(y)
-                total += torch.sum(x * y.to(torch.promote_types(y.dtype, torch.float32)), dtype=torch.float64)
+                same, x, y = copies(x), local(x), local(y)
+                total += torch.sum(x * y.to(torch.promote_types(y.dtype, torch.float32)), dtype=torch.float64) / same
         return float(self.peers.sum(total) if self.peers is not None and self.model.sharded else total)
 
     def _query(self, part: GenPack, i: int) -> Tensor:

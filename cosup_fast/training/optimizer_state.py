@@ -1,8 +1,8 @@
 """Optimizer states as plain tensors and numbers, for checkpoints: of the same ranks bit for bit, of others resharded.
 
-A weight (n, ...) is shared out by rows: rank r of R holds ceil(n / R) of them from r ceil(n / R) on. States are saved
-as each rank has them. Read by other ranks, those in 32 or 16 bits are cut again and stay what they are; those in 8 bits
-are blocks of 256 elements of a shard, so they are dequantized, cut, and quantized again.
+A weight is shared out by rows (see `sharding.Share`). States are saved as each rank of the first replica has them. Read
+by other ranks, those in 32 or 16 bits are cut again and stay what they are; those in 8 bits are blocks of 256 elements
+of a shard, so they are dequantized, cut, and quantized again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cosup_fast.training.adamw import Parts, dequantize
 from cosup_fast.training.optimizers import LocalOptimizer
+from cosup_fast.training.sharding import Share
 
 
 class SavedStates(NamedTuple):
@@ -24,19 +26,19 @@ class SavedStates(NamedTuple):
     parameters: dict[str, dict[str, Any]]
 
 
-def save_states(optimizer: LocalOptimizer, rank: int, ranks: int) -> SavedStates:
-    """Copies of this rank's states in the CPU's memory; of what is not sharded, rank 0 has them all."""
+def save_states(optimizer: LocalOptimizer, rank: int) -> SavedStates:
+    """Copies of this rank's states in the CPU's memory; what several ranks have is saved by the first of them."""
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, dict[str, Any]] = {}
     for name, state in optimizer.states().items():
-        p, whole = optimizer.locals[name], optimizer.parameters[name]
-        sharded = p is not whole
-        if not sharded and rank > 0:
+        p = optimizer.locals[name]
+        row, replica = _share(optimizer, name, rank)
+        if replica > 0:
             continue
         parameters[name] = {
             "step": float(state["step"]),
             "shape": list(p.shape),
-            "row": min(rank * -(-whole.shape[0] // ranks), whole.shape[0]) if sharded else 0,
+            "row": row,
         }
         for key in optimizer.kind.moments:
             for part, x in optimizer.kind.unpack(state, key).items():
@@ -45,13 +47,13 @@ def save_states(optimizer: LocalOptimizer, rank: int, ranks: int) -> SavedStates
 
 
 @torch.no_grad()
-def load_states(optimizer: LocalOptimizer, saved: Sequence[SavedStates], rank: int, ranks: int) -> bool:
+def load_states(optimizer: LocalOptimizer, saved: Sequence[SavedStates], rank: int) -> bool:
     """Puts saved states into an optimizer that has taken no step; returns whether 8-bit ones were quantized again.
 
     Args:
         optimizer: as it was, of these ranks.
         saved: what every rank of then saved, in order.
-        rank, ranks: those of now.
+        rank: the one of now.
 
     Raises:
         ValueError: states of other parameters.
@@ -68,20 +70,24 @@ def load_states(optimizer: LocalOptimizer, saved: Sequence[SavedStates], rank: i
         having = [one for one in saved if name in one.parameters]
         if not having or inner is None:
             continue
-        whole = optimizer.parameters[name]
-        row = min(rank * -(-whole.shape[0] // ranks), whole.shape[0]) if p is not whole else 0
+        row, _ = _share(optimizer, name, rank)
         same = next((one for one in having if _is(one.parameters[name], row, p)), None)
         state: dict[str, Any] = {"step": kind.count(having[0].parameters[name]["step"], p)}
         for key in kind.moments:
             if same is not None:
                 parts = {part: x.to(p.device, copy=True) for part, x in _parts(same, name, key).items()}
             else:
-                dense = _rows([_dense(optimizer, one, name, key) for one in having], having, name, row, p)
+                dense = _rows([densified(optimizer, one, name, key) for one in having], having, name, row, p)
                 parts = kind.pack(dense, key, p)
                 requantized |= "codes" in parts
             kind.put(inner, state, key, parts, p)
         inner.state[p] = state
     return requantized
+
+
+def _share(optimizer: LocalOptimizer, name: str, rank: int) -> Share:
+    whole = optimizer.parameters[name]
+    return Share.of(whole) if isinstance(whole, DTensor) else Share(row=0, replica=rank)
 
 
 def _is(saved: dict[str, Any], row: int, p: Tensor) -> bool:
@@ -94,7 +100,7 @@ def _parts(saved: SavedStates, name: str, key: str) -> Parts:
     return {part: x for part, x in found.items() if x is not None}
 
 
-def _dense(optimizer: LocalOptimizer, saved: SavedStates, name: str, key: str) -> Tensor:
+def densified(optimizer: LocalOptimizer, saved: SavedStates, name: str, key: str) -> Tensor:
     """A shard's moment in fp32, in the shard's shape."""
     shape, parts = saved.parameters[name]["shape"], _parts(saved, name, key)
     if "values" in parts:

@@ -63,7 +63,10 @@ class LocalOptimizer:
             return self.kind.make(made, lr, betas)
 
         stepped = [n for n, p in self.locals.items() if p.numel()]
-        self.inner = [make([n]) for n in stepped] if in_backward else [make(stepped)]
+        # Ranks draw more or fewer random numbers for their shards; what all have whole is rounded apart from these.
+        whole = [n for n in stepped if self.locals[n] is self.parameters[n]]
+        apart = [[n] for n in stepped] if in_backward else [whole, [n for n in stepped if n not in whole]]
+        self.inner = [make(names) for names in apart if names]
         self.in_backward = in_backward
         if in_backward:
             for n, optimizer in zip(stepped, self.inner, strict=True):
@@ -79,15 +82,24 @@ class LocalOptimizer:
                 else:
                     group["lr"] = rate
 
-    def step(self) -> None:
-        """Steps with the gradients that the parameters have; nothing where each took its step in the backward pass."""
+    def step(self, seed: int | None = None) -> None:
+        """Steps with the gradients that the parameters have; nothing where each took its step in the backward pass.
+
+        Args:
+            seed: of the random numbers by which bf16 weights are rounded; another one for each step, and the same on
+                all ranks, whose copies of a weight would drift apart otherwise. None: torch's, as they come.
+        """
         if self.in_backward:
             return
         for name, p in self.locals.items():
             gradient = self.parameters[name].grad
             p.grad = None if gradient is None else local(gradient)
-        for optimizer in self.inner:
-            optimizer.step()
+        seeded = self.kind.rounded and seed is not None
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seeded):
+            for optimizer in self.inner:
+                if seeded:
+                    torch.manual_seed(seed)
+                optimizer.step()
         for name, p in self.locals.items():
             if p is not self.parameters[name]:
                 p.grad = None

@@ -29,10 +29,16 @@ def training_ranks(config: TrainingConfig) -> Iterator[Peers | None]:
     """The processes that torchrun started, or that are joined already; None where this is the only one.
 
     Raises:
-        ValueError: more ranks than examples in a step, or than GPUs; one GPU named for several ranks.
+        ValueError: more ranks than examples in a step, or than GPUs; one GPU named for several ranks; replicas that do
+            not divide the ranks.
         PeerError: a rank did not come.
     """
     size = world_size()
+    if size % config.replicas:
+        raise ValueError(
+            f"training.replicas={config.replicas} needs a multiple of as many ranks, and torchrun --nproc-per-node "
+            f"started {size}: choose a divisor of that"
+        )
     if size == 1:
         yield None
         return

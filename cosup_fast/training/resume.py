@@ -21,6 +21,7 @@ RESUMABLE = {
     "training.checkpoint_every", "training.checkpoint_minutes", "training.keep_checkpoints", "training.keep_best",
     "training.patience", "training.device", "output", "training.diagnose_every", "training.spike_factor",
     "training.spike_window", "training.on_spike", "training.max_skips", "training.rank_timeout", "training.sharding",
+    "training.replicas",
     "training.lr", "training.embseq_lr", "training.temperature_lr", "training.schedule", "training.min_lr",
     "training.lr_decay", "training.clip", "training.weight_decay", "data.allow_leaks", "data.checksum",
     "training.report_to", "training.peak_tflops",

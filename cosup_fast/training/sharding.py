@@ -13,10 +13,11 @@ Source: Zhao et al. 2023, arXiv 2304.11277; the unit is a parameter here (FSDP2)
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,8 @@ def shard(model: CoSupervisionModel, mesh: DeviceMesh, *, precision: str) -> Non
     Args:
         model: loaded on the first rank, whose weights and buffers go to all others; on any device, "meta" too where it
             is not the first: the shards go to the mesh's.
-        mesh: of all ranks: (shards,), or (replicas, shards), named, for hybrid sharding: each row has a whole copy, and
-            gradients are summed over rows too. `clip_gradients` and checkpoints know the first form alone.
+        mesh: of all ranks: (shards,), or (replicas, shards), named, for hybrid sharding (see `Peers.mesh`): each row
+            has a whole copy, and gradients are summed over rows too.
         precision: "bfloat16" gathers and multiplies bf16 weights and keeps the sharded ones as they are.
 
     Raises:
@@ -138,6 +139,36 @@ def passes_in_step(model: CoSupervisionModel, peers: Peers | None) -> Iterator[N
 def local(t: Tensor) -> Tensor:
     """This rank's part of a tensor: the same memory."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def copies(t: Tensor) -> int:
+    """How many ranks have the same part of a sharded tensor: the replicas of hybrid sharding."""
+    if not isinstance(t, DTensor):
+        return 1
+    sizes = (t.device_mesh.size(i) for i, placement in enumerate(t.placements) if placement.is_replicate())
+    return math.prod(sizes)
+
+
+class Share(NamedTuple):
+    """Which part of a sharded tensor a rank has."""
+
+    row: int
+    """Of the whole tensor, where the part begins."""
+    replica: int
+    """Of those that have the same part, which one this rank is."""
+
+    @classmethod
+    def of(cls, t: DTensor) -> Self:
+        """That of this rank; a tensor (n, ...) over S ranks has ceil(n / S) rows on each, and fewer on the last."""
+        here = t.device_mesh.get_coordinate()
+        assert here is not None
+        row = replica = 0
+        for dimension, (placement, i) in enumerate(zip(t.placements, here, strict=True)):
+            if placement.is_shard():
+                row = min(i * -(-t.shape[0] // t.device_mesh.size(dimension)), t.shape[0])
+            else:
+                replica = i
+        return cls(row, replica)
 
 
 def unsharded_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

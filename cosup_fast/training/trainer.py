@@ -22,7 +22,7 @@ from torch import Tensor
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
-from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths
+from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths, seed_of
 from cosup_fast.distributed import Peers
 from cosup_fast.errors import CosupError
 from cosup_fast.losses import CoSupervisionOutput
@@ -146,7 +146,7 @@ class Trainer:
             model.compile_layers(fixed_shapes=config.fixed_shapes)
         if config.sharding == "fsdp" and peers is not None:
             agree_on_norms(model, peers)
-            shard(model, peers.mesh(device.type), precision=config.precision)
+            shard(model, peers.mesh(device.type, config.replicas), precision=config.precision)
         check_rates(model, config)
         self.optimizer = LocalOptimizer(
             model.named_parameters(),
@@ -262,7 +262,7 @@ class Trainer:
 
     def _seed(self) -> None:
         """Random numbers of dropout, other ones on every rank."""
-        torch.manual_seed(self.config.seed + (self.rank << 32))
+        torch.manual_seed(seed_of("dropout", self.config.seed, self.rank))
 
     def _stop(self, interrupted: threading.Event, *, late: bool = False) -> bool:
         """Whether this rank, or any other, was interrupted or is late."""
@@ -340,7 +340,7 @@ class Trainer:
                 random,
                 {"ntp": ntp, "nsp": nsp, "gen_grad_norm": gen_norm, "embseq_grad_norm": embseq_norm},
             )
-        self.optimizer.step()
+        self.optimizer.step(seed=seed_of("rounding", config.seed, self.step))
         self.optimizer.zero_grad()
         self.guard.accept(*watched)
         self.step += 1

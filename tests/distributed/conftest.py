@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import runpy
 import socket
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cosup_fast.data.records import Example, Segment
+from tests.distributed.variants import VARIANTS
 
 SIZE = 8
 
@@ -93,3 +97,27 @@ def make_world() -> Iterator[Any]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(scope="module")
+def settings(llama_folder, gpt2_folder):
+    """A function that writes the settings of a variant as text."""
+
+    def write(variant: str, dtype: str = "float64") -> str:
+        model = {"gen": llama_folder, "dtype": dtype, **VARIANTS[variant].get("model", {})}
+        model = {key: gpt2_folder if value == "gpt2" else value for key, value in model.items()}
+        return json.dumps({**VARIANTS[variant], "model": model})
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def step_examples(examples, passages):
+    """Passages asked for on several ranks, hard negatives, further gold ones, an example without [NSP]."""
+    three = [Segment(text=f"{i}.", passage=name) for i, name in enumerate(("nile", "euclid", "paris"))]
+    return [
+        *examples,
+        Example(id="silent", question="What?", output=[Segment(text="Nothing is looked up here.")]),
+        Example(id="three", question="Which?", output=three, gold=["nile", "rome"], negatives=["seine", "go"]),
+        examples[0].model_copy(update={"id": "again"}),
+    ]

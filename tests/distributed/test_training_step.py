@@ -10,48 +10,13 @@ import torch
 from cosup_fast.config import load_config
 from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.packing import PackLimits, make_batch
-from cosup_fast.data.records import Example, Segment
 from cosup_fast.data.template import TextConfig
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.held_out import HeldOutEvaluator
+from tests.distributed.variants import VARIANTS
 
-VARIANTS = {
-    "pair": {},
-    "shared": {"model": {"shared": True}},
-    "projected, learnt temperature": {"model": {"embseq": "gpt2"}, "nsp": {"learnable_temperature": True}},
-    "frozen": {"model": {"freeze_embseq": True}},
-    "symmetric": {"nsp": {"symmetric": True, "label_smoothing": 0.1}},
-    "no NSP": {"nsp": {"weight": 0.0}},
-    "no NTP": {"ntp": {"weight": 0.0}},
-    "adapters": {"model": {"gen_lora": {"rank": 4}, "embseq_lora": {"rank": 2}}},
-    "adapters of Gen": {"model": {"gen_lora": {"rank": 4, "targets": ["q_proj", "down_proj"]}}},
-}
 ONE_PACK, PACKS = PackLimits(), PackLimits(300, 2)
-
-
-@pytest.fixture(scope="module")
-def settings(llama_folder, gpt2_folder):
-    """A function that writes the settings of a variant as text."""
-
-    def write(variant: str) -> str:
-        model = {"gen": llama_folder, "dtype": "float64", **VARIANTS[variant].get("model", {})}
-        model = {key: gpt2_folder if value == "gpt2" else value for key, value in model.items()}
-        return json.dumps({**VARIANTS[variant], "model": model})
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def step_examples(examples, passages):
-    """Passages asked for on several ranks, hard negatives, further gold ones, an example without [NSP]."""
-    three = [Segment(text=f"{i}.", passage=name) for i, name in enumerate(("nile", "euclid", "paris"))]
-    return [
-        *examples,
-        Example(id="silent", question="What?", output=[Segment(text="Nothing is looked up here.")]),
-        Example(id="three", question="Which?", output=three, gold=["nile", "rome"], negatives=["seine", "go"]),
-        examples[0].model_copy(update={"id": "again"}),
-    ]
 
 
 def load(settings: str) -> CoSupervisionModel:

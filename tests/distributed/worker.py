@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,6 +170,12 @@ def shards(peers: Peers, settings: str) -> Any:
     return model
 
 
+def no_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, **options: Any) -> dict:
     """The gradients of a step that ranks share, their losses, and what is counted."""
     from cosup_fast.data.packing import PackLimits, make_batch
@@ -179,9 +186,7 @@ def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limi
     model = shards(peers, settings) if sharded else co_supervised(settings)
     if sharded:
         model.enable_activation_checkpointing(options.pop("recompute", "none"))
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        no_dropout(model)
         model.train()  # activations are recomputed in training alone
     model.criterion.nsp.key_grad = options.pop("key_grad", "global")
     model.zero_grad(set_to_none=True)
@@ -208,6 +213,32 @@ def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict,
     model.criterion.nsp.key_grad = "global"
     batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
     return diagnose(model, batch, 7, precision="float32", peers=peers)
+
+
+def trained(
+    size: int, rank: int, settings: str, examples: list, corpus: dict, output: Path, resumed: Path | None, **fields: Any
+) -> tuple[list, dict, float]:
+    """What a run records of its steps, its last weights, and the random number that dropout would draw next."""
+    from cosup_fast.config.training import TrainingConfig
+    from cosup_fast.model import CoSupervisionModel
+    from cosup_fast.training.trainer import Trainer
+
+    peers, config = (Peers(groups[size]) if size > 1 else None), TrainingConfig(**fields)
+    device = "meta" if rank and config.sharding == "fsdp" else "cpu"
+    if resumed is None:
+        model = co_supervised.__wrapped__(settings, device)
+    else:
+        model = CoSupervisionModel.load(resumed, device=device, merge=False)
+    no_dropout(model)
+    records: list = []
+    options = {"peers": peers, "device": torch.device("cpu"), "on_metrics": records.append}
+    trainer = Trainer(model, config, examples, corpus, output, **options)
+    if resumed is not None:
+        trainer.resume(resumed)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which takes longer than all else
+        trainer.train()
+    weights = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
+    return [vars(one) for one in records], weights, float(torch.rand(()))
 
 
 def same_run(size: int, part: dict) -> str:
