@@ -79,6 +79,12 @@ def test_not_found(text, answer):
     assert not contains_answer(text, [answer])
 
 
+def test_answers_that_touch_or_overlap_are_one_span():
+    example = Example(id="x", question="?", output=[], answers=["東", "京", "the Rhône Glacier", "glacier ice", "ice"])
+    text = "東京, the Rhône Glacier ice; ice"
+    assert [text[start:end] for start, end in answer_spans(text, example)] == ["東京", "Rhône Glacier ice", "ice"]
+
+
 def test_words_stand_where_they_say():
     text = "The U.S.A. (1,000 km²) — 東京; Jose\u0301's C#."
     assert [text[word.start : word.end] for word in words(text)] == [

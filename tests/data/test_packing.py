@@ -246,6 +246,15 @@ def test_the_same_text_under_another_id_is_encoded_once(make_model, corpus):
     assert batch.positive_ids is None
 
 
+def test_the_same_text_under_another_title_is_another_passage(model, corpus):
+    other = corpus["paris"].model_copy(update={"id": "other", "title": "Lutetia"})
+    batch = make_batch([ask("a", "paris"), ask("b", "other")], {**corpus, "other": other}, model.template)
+    encoded = encoded_passages(batch)
+    asked = [encoded[row] for row in batch.positive]
+    assert sorted(asked) == sorted(model.template.sequence(passage) for passage in (corpus["paris"], other))
+    assert batch.positive_ids is None
+
+
 def test_golds_that_another_example_asks_for_are_positives(model, corpus):
     twin = corpus["seine"].model_copy(update={"id": "twin"})
     examples = [

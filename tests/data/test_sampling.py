@@ -132,6 +132,16 @@ def test_an_epoch_of_one_seed_is_not_one_of_the_next(balanced):
     assert sorted(i for step in second for i in step) == list(range(40))
 
 
+def test_a_mixture_deals_out_the_lengths_of_what_it_draws():
+    sampler = StepSampler([10] * 20 + [1000] * 20, 4, 0, mixture=Mixture([0] * 20 + [1] * 20, [1, 3]))
+    for step in range(2 * sampler.steps_per_epoch):
+        assert sum(sampler.lengths[sampler[step]]) == 10 + 3 * 1000
+
+
+def test_of_equal_remainders_the_first_set_gets_the_draw():
+    assert Mixture([1, 0, 1], [1, 1]).draws == [2, 1]
+
+
 @st.composite
 def mixtures(draw):
     """The set of every example in any order, and a weight for each set."""

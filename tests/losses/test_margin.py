@@ -64,6 +64,27 @@ def test_a_margin_that_leaves_nothing_is_refused():
     InfoNCELoss(margin=0.0)(torch.eye(4), torch.eye(4))
 
 
+def test_a_query_with_one_key_loses_nothing_to_a_margin():
+    x, w = operands(1, 1, 8)
+    assert info_nce(x, w, margin=1e3) == 0
+    x, w = operands(2, 2, 8)
+    assert info_nce(x, w, margin=1e3, key_ids=torch.zeros(2, dtype=torch.int64)) == 0  # both keys are one passage
+
+
+@pytest.mark.parametrize("impl", ["rows", "recomputed", "fused"])
+def test_the_limit_of_bf16_scores_is_as_exact_as_they_are(impl):
+    """Keys a little above and a little below the positive's score of about 32, where bf16 has a step of 0.25."""
+    pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    x = (4 * operands(16, 16, 64)[0]).bfloat16()
+    largest = torch.nn.functional.one_hot(x.abs().argmax(1), 64).bfloat16()
+    w = 2 * x
+    w = torch.cat([w, w * (1 + largest / 128), w * (1 - largest / 128)])
+    exact = reference.info_nce(x.double(), w.double(), margin=0.0, reduction="none")
+    with sanitize():
+        ours = info_nce(x, w, margin=0.0, reduction="none", impl=impl)
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-3)
+
+
 def test_bad_margins():
     x, w = operands(6, 9, 8)
     ids = {"key_ids": torch.arange(9), "positive_ids": torch.arange(6)[:, None]}
