@@ -306,6 +306,16 @@ def test_a_private_copy_of_the_positive_neither_ranks_above_it_nor_is_the_best(i
     assert (above.rank.tolist(), above.top1.tolist()) == ([1] * 3, [4] * 3)
 
 
+@pytest.mark.parametrize("impl", ["reference", *KERNELS, "stored"])
+def test_of_equal_keys_the_first_is_the_best_whatever_tiles_they_are_in(impl):
+    x, w = torch.eye(3, 16), torch.zeros(600, 16)
+    for first, row in ((70, 0), (5, 1), (300, 2)):
+        w[[first, 410 + row, 590 + row]] = x[row]
+    with sanitize():
+        _, stats = info_nce(x, w, positive=torch.tensor([1, 2, 300]), impl=impl, return_stats=True)
+    assert (stats.rank.tolist(), stats.top1.tolist()) == ([3, 3, 0], [70, 5, 300])
+
+
 @pytest.mark.parametrize("budget", ["2**29", "1"], ids=["one chunk", "four chunks"])
 @pytest.mark.parametrize("impl", KERNELS[:2])
 def test_a_symmetric_loss_is_three_products(impl, budget, monkeypatch):
