@@ -230,11 +230,17 @@ def test_what_a_kernel_cannot_do_is_refused():
             linear_cross_entropy(x.float(), w.float(), torch.arange(4), softcap=1.0, impl="fused")
 
 
+@pytest.mark.parametrize("contested", [False, True])
 @pytest.mark.parametrize("impl", ["rows", "recomputed"])
-def test_one_key_that_answers_many_queries_in_fp16(impl):
-    """Its column weighs as much as all of its queries, and must not leave fp16's range when gradients are scaled."""
+def test_one_key_that_answers_many_queries_in_fp16(impl, contested):
+    """Its column weighs as much as all of its queries, and must not leave fp16's range when gradients are scaled.
+
+    Contested: a query that it does not answer has all of its column's probability.
+    """
     x, w = operands(64, 64, 32, dtype=torch.float16)
     target = torch.zeros(64, dtype=torch.int64)
+    if contested:
+        target[-1], x[-1] = 1, w[0]
     exact = run(reference.info_nce, x.double(), w.double(), positive=target, symmetric=True)
     with interpret():
         ours = run(info_nce, x, w, impl=impl, positive=target, symmetric=True)
