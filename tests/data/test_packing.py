@@ -98,6 +98,18 @@ def test_packs_are_few_and_even(lengths):
     assert len(counts) == -(-len(lengths) // 7)
 
 
+def test_packs_that_are_full_are_made_even_too():
+    """First-fit decreasing alone would have put the two longest together."""
+    assert plan_packs([3, 3, 2, 2, 1, 1], PackLimits(6)) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_packs_of_each_model_are_as_many_on_every_rank(model, corpus):
+    examples = [ask(str(i), "paris") for i in range(4)]
+    for rank in range(2):
+        batch = make_batch(examples, corpus, model.template, PackLimits(sequences=1), rank=rank, ranks=2, even=True)
+        assert (len(batch.gen), len(batch.passages)) == (2, 1)
+
+
 def test_a_batch_is_its_sequences_end_to_end_the_longest_first(model, examples, corpus):
     batch = make_batch(examples, corpus, model.template)
     sequences = [model.template.gen_sequence(example, corpus) for example in examples]

@@ -86,6 +86,8 @@ def test_hard_negatives_are_counted_and_checked(model, examples, corpus):
     more = sum(len(model.template.sequence(known[name])) for name in hard.negatives)
     (alone,), (together,) = (example_lengths([e], known, model.template) for e in (plain, hard))
     assert together == alone + more
+    for drawn, read in ((1, more // 2), (2, more), (5, more)):
+        assert example_lengths([hard], known, model.template, negatives=drawn) == [alone + read]
     with pytest.raises(ValueError, match=r"passage 'long' has \d+ tokens, more than the 200 of a micro-batch"):
         example_lengths([hard], known, model.template, PackLimits(200))
 
