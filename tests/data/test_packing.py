@@ -103,6 +103,10 @@ def test_packs_that_are_full_are_made_even_too():
     assert plan_packs([3, 3, 2, 2, 1, 1], PackLimits(6)) == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_the_longest_is_handed_out_first():
+    assert share_out([1, 1, 1, 9, 1, 1], 2) == [[3], [0, 1, 2, 4, 5]]
+
+
 def test_packs_of_each_model_are_as_many_on_every_rank(model, corpus):
     examples = [ask(str(i), "paris") for i in range(4)]
     for rank in range(2):
