@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from cosup_fast.data.records import Passage
+from cosup_fast.data.template import gap
 from cosup_fast.generation import GenerationConfig, Retrieve
 from cosup_fast.model import CoSupervisionModel
 
@@ -90,9 +91,9 @@ def plain_decode(
         token = forced.get(len(answer.generated), int(logits.argmax()))
         answer.generated.append(token)
         if token in (template.nsp, template.context_end):
-            answer.text += template.decode(answer.generated[segment:-1])
+            answer.text = _joined(answer.text, template.decode(answer.generated[segment:-1]))
             segment = len(answer.generated)
-        written = answer.text + template.decode(answer.generated[segment:])
+        written = _joined(answer.text, template.decode(answer.generated[segment:]))
         stops = [at for stop in config.stop if (at := written.find(stop)) >= 0]
         if token == template.eos:
             answer.stop, answer.text = "end", written
@@ -125,3 +126,7 @@ def plain_decode(
             answer.context += [*passage, template.context_start]
             answer.inserted += len(passage) + 1
             inside, kept = True, None
+
+
+def _joined(written: str, segment: str) -> str:
+    return written + gap(written, segment) + segment

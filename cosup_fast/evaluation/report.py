@@ -1,6 +1,6 @@
 """The report of an evaluation: what happened to every question, and the metrics of every data set with intervals.
 
-`report.json` holds a `Report` whole: settings, metrics, questions.
+`report.json` holds a `Report` whole, with a checksum: settings, metrics, questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cosup_fast.evaluation.inputs import IN_DOMAIN, OUT_OF_DOMAIN
 from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.scoring import Titles
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, Suite
-from cosup_fast.files import read_object, replace_file
+from cosup_fast.files import read_checked, write_checked
 from cosup_fast.generation import Answer
 from cosup_fast.terminal import FigureTable
 
@@ -178,20 +178,19 @@ class Report(_Part):
         """Writes `report.json` into a folder; it appears whole. `html.write_html` writes the page to read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(folder / REPORT) as file:
-            file.write(self.model_dump_json(indent=1) + "\n")
+        write_checked(folder / REPORT, self.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a report that `save` wrote: the file, or its folder.
+        """Reads a report that `save` wrote: the file, or its folder; an earlier version's has no checksum.
 
         Raises:
-            ValueError: there is none, it is damaged, or of another format version.
+            ValueError: there is none, it is damaged, was changed, or of another format version.
         """
         path = Path(path)
         path = path / REPORT if path.is_dir() else path
         try:
-            data = read_object(path, ["format", "format_version", "settings"])
+            data = read_checked(path, ["format", "format_version", "settings"])
             if data["format"] != FORMAT or data["format_version"] not in READABLE:
                 raise ValueError(
                     f"format {data['format']!r} version {data['format_version']!r}, this release reads {FORMAT_VERSION}"

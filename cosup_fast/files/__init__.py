@@ -1,5 +1,6 @@
-"""Files that are whole or absent, manifests by which damage is noticed, journals of long work, locks."""
+"""Files that are whole or absent, manifests and checksums by which damage is noticed, journals of long work, locks."""
 
+from cosup_fast.files.checked import read_checked, write_checked
 from cosup_fast.files.journal import Journal
 from cosup_fast.files.manifest import check_manifest, described, write_manifest
 from cosup_fast.files.whole import (
@@ -38,6 +39,7 @@ __all__ = [
     "locked",
     "naming",
     "open_new",
+    "read_checked",
     "read_object",
     "remove_unfinished",
     "remove_unwritten",
@@ -47,5 +49,6 @@ __all__ = [
     "sha256",
     "sync",
     "usual_mode",
+    "write_checked",
     "write_manifest",
 ]

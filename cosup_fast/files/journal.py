@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from cosup_fast.files.checked import check_checksum, with_checksum
 from cosup_fast.files.whole import fcntl, naming, sync
 
 SYNC_SECONDS = 1.0
@@ -119,8 +119,7 @@ class Journal:
 
 def entry_line(entry: dict[str, Any]) -> bytes:
     """An entry as the journal keeps it, its CRC-32 as the last field."""
-    text = json.dumps(entry, ensure_ascii=False).encode()[:-1]
-    return text + _ending(text) + b"\n"
+    return with_checksum(json.dumps(entry, ensure_ascii=False).encode()) + b"\n"
 
 
 def _entry(line: bytes) -> dict[str, Any]:
@@ -129,17 +128,8 @@ def _entry(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the line is not as it was written.
     """
-    text, ending = line[:-_ENDING], line[-_ENDING:]
-    if ending != _ending(text):
-        raise ValueError("its checksum does not agree, or it has none")
+    check_checksum(line)
     return json.loads(line)
-
-
-def _ending(text: bytes) -> bytes:
-    return b', "crc32": "%08x"}' % zlib.crc32(text)
-
-
-_ENDING = len(_ending(b""))
 
 
 def _difference(theirs: Any, ours: Any, name: str = "settings") -> str:

@@ -45,14 +45,29 @@ def read_object(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, or holds anything else; the message begins with its path.
     """
+    return parse_object(path, read_bytes(path), fields)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ValueError: the file cannot be read; the message begins with its path.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_object(path: Path, text: bytes, fields: Iterable[str] = ()) -> dict[str, Any]:
+    """`read_object` of a file whose content is known."""
+    try:
+        found = json.loads(text.decode())
     except RecursionError:
         raise ValueError(f"{path} is damaged: its JSON is nested too deep") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: it is not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
     if not isinstance(found, dict):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from cosup_fast.data.template import gap
+
 if TYPE_CHECKING:
     from cosup_fast.data.template import Template
 
@@ -66,6 +68,8 @@ class Answer(_Result):
 
 class Transcript:
     """Tokens to segments, and to text as soon as it is certain.
+
+    Segments are joined as in training (`gap`): where Gen wrote no space between two, the later one begins with one.
 
     Args:
         template: decodes the tokens.
@@ -148,7 +152,8 @@ class Transcript:
     def _append(self, piece: str) -> bool:
         self._known, self._new = (self._new, []) if piece else ([*self._known, *self._new], [])
         searched = max(0, len(self._text) - max(map(len, self._stop), default=0))
-        self._text += piece
+        begins = self._starts[-1][0] == len(self._text)
+        self._text += gap(self._text, piece) + piece if begins else piece
         found = [at for stop in self._stop if (at := self._text.find(stop, searched)) >= 0]
         if found:
             self._text = self._text[: min(found)]

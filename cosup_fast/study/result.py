@@ -1,4 +1,4 @@
-"""The result of a cell: one JSON file of ids and numbers, written whole or not at all.
+"""The result of a cell: one JSON file of ids and numbers with a checksum, written whole or not at all.
 
 Per question there is one value a metric, in the order of the set's ids. Values that are all 0 or 1 are a text of the
 same length (`"0110-"`, `-` where the metric is not defined), others a list rounded to four digits.
@@ -14,7 +14,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from cosup_fast.config import RunConfig
-from cosup_fast.files import read_object, replace_file
+from cosup_fast.files import read_checked, write_checked
 from cosup_fast.study.config import Cell, Evaluation, StudyError, decisive
 
 FORMAT = "cosup-fast study cell"
@@ -72,18 +72,17 @@ class CellResult(_Part):
     def save(self, path: Path) -> None:
         """Writes the file; it appears whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(path) as file:
-            file.write(json.dumps(self.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False) + "\n")
+        write_checked(path, json.dumps(self.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a file that `save` wrote.
+        """Reads a file that `save` wrote; one of an earlier version has no checksum, and is read as it is.
 
         Raises:
-            StudyError: it is damaged or of another format version.
+            StudyError: it is damaged, or was changed, or is of another format version.
         """
         try:
-            data = read_object(path, ["format", "format_version"])
+            data = read_checked(path, ["format", "format_version"])
             if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"format {data['format']!r} version {data['format_version']}, not {FORMAT_VERSION}")
             found = cls.model_validate(data)

@@ -6,7 +6,7 @@ import pytest
 
 from cosup_fast.config.model import NSPConfig
 from cosup_fast.config.training import TrainingConfig
-from cosup_fast.training.schedule import Schedule
+from cosup_fast.training.schedule import Schedule, share_or_steps
 
 SHAPES = ["constant", "linear", "cosine"]
 
@@ -26,6 +26,10 @@ def test_warmup_rises_to_one_and_constant_stays(warmup):
     factors = _factors(100, warmup=warmup)
     assert factors[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert factors[9:] == [1.0] * 91
+
+
+def test_below_one_is_a_share_and_one_is_a_step():
+    assert [share_or_steps(value, 200) for value in (0.0, 0.5, 0.999, 1.0, 30.0)] == [0, 100, 200, 1, 30]
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5)])
@@ -79,9 +83,10 @@ def test_a_run_that_is_extended_neither_jumps_nor_warms_up_again(shape, stopped,
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_run_that_is_extended_in_its_warm_up_keeps_its_length(shape):
+@pytest.mark.parametrize("stopped", [5, 10])
+def test_a_run_that_is_extended_in_its_warm_up_keeps_its_length(shape, stopped):
     before, asked = (_schedule(total, warmup=0.1, schedule=shape) for total in (100, 500))
-    extended = before.continued(asked, 5)
+    extended = before.continued(asked, stopped)
     assert [extended.factor(step) for step in range(10)] == [before.factor(step) for step in range(10)]
     assert extended.factor(10) == 1.0
 

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosup_fast.data.answers import Pattern, answer_spans, contains_answer, holds_answer, normal_words, words
+from cosup_fast.data.answers import (
+    PATTERN_TRIES,
+    Pattern,
+    answer_spans,
+    contains_answer,
+    holds_answer,
+    normal_words,
+    words,
+)
 from cosup_fast.data.records import Example
 
 FOUND = {
@@ -79,6 +87,12 @@ def test_not_found(text, answer):
     assert not contains_answer(text, [answer])
 
 
+def test_answers_that_touch_or_overlap_are_one_span():
+    example = Example(id="x", question="?", output=[], answers=["東", "京", "the Rhône Glacier", "glacier ice", "ice"])
+    text = "東京, the Rhône Glacier ice; ice"
+    assert [text[start:end] for start, end in answer_spans(text, example)] == ["東京", "Rhône Glacier ice", "ice"]
+
+
 def test_words_stand_where_they_say():
     text = "The U.S.A. (1,000 km²) — 東京; Jose\u0301's C#."
     assert [text[word.start : word.end] for word in words(text)] == [
@@ -109,7 +123,9 @@ def test_a_pattern_that_takes_too_long_is_neither_and_is_given_up(monkeypatch):
     monkeypatch.setattr("cosup_fast.data.answers.PATTERN_SECONDS", 0.05)
     pattern, slow = Pattern("(a|a)+$"), "a" * 60 + "b"
     started = time.monotonic()
-    assert [pattern.search(slow) for _ in range(200)] == [None] * 200
+    with pytest.warns(UserWarning, match="nested repetitions") as told:
+        assert [pattern.search(slow) for _ in range(200)] == [None] * 200
+    assert len(told) == PATTERN_TRIES
     assert time.monotonic() - started < 5
     example = Example(id="x", question="?", output=[], answers=["(b|b)+$"], answer_type="regex")
     assert holds_answer("b" * 60 + "a", example, undecided=True)

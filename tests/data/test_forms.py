@@ -195,6 +195,16 @@ def test_bytes_that_are_not_utf_8_are_named_by_line(tmp_path):
             list(read_rows(tmp_path / name))
 
 
+@pytest.mark.parametrize(("name", "between"), [("x.csv", ","), ("x.tsv", "\t"), ("x.jsonl", ""), ("x.json", "")])
+def test_a_byte_order_mark_is_not_part_of_a_name(name, between, tmp_path):
+    record = {"anchor": "é", "positive": "\ufeffb"}
+    text = json.dumps([record] if name.endswith("json") else record, ensure_ascii=False)
+    if between:
+        text = "\n".join(map(between.join, (record.keys(), record.values())))
+    (tmp_path / name).write_text(text + "\n", encoding="utf-8-sig")
+    assert [row.record for row in read_rows(tmp_path / name)] == [record]
+
+
 def test_a_list_is_read_in_pieces(tmp_path, monkeypatch):
     """Objects that are larger than a piece, and pieces that end inside a character, change nothing."""
     records = [{"text": "é囲" * n, "n": n} for n in (0, 1, 7, 40, 3)]

@@ -98,6 +98,22 @@ def test_packs_are_few_and_even(lengths):
     assert len(counts) == -(-len(lengths) // 7)
 
 
+def test_packs_that_are_full_are_made_even_too():
+    """First-fit decreasing alone would have put the two longest together."""
+    assert plan_packs([3, 3, 2, 2, 1, 1], PackLimits(6)) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_the_longest_is_handed_out_first():
+    assert share_out([1, 1, 1, 9, 1, 1], 2) == [[3], [0, 1, 2, 4, 5]]
+
+
+def test_packs_of_each_model_are_as_many_on_every_rank(model, corpus):
+    examples = [ask(str(i), "paris") for i in range(4)]
+    for rank in range(2):
+        batch = make_batch(examples, corpus, model.template, PackLimits(sequences=1), rank=rank, ranks=2, even=True)
+        assert (len(batch.gen), len(batch.passages)) == (2, 1)
+
+
 def test_a_batch_is_its_sequences_end_to_end_the_longest_first(model, examples, corpus):
     batch = make_batch(examples, corpus, model.template)
     sequences = [model.template.gen_sequence(example, corpus) for example in examples]
@@ -243,6 +259,15 @@ def test_the_same_text_under_another_id_is_encoded_once(make_model, corpus):
     assert sorted(encoded) == sorted(model.template.sequence(corpus[name]) for name in ("paris", "rome", "long"))
     asked = ["paris", "long", "long", "paris", "rome"]  # the longer example comes first
     assert [encoded[row] for row in batch.positive] == [model.template.sequence(corpus[name]) for name in asked]
+    assert batch.positive_ids is None
+
+
+def test_the_same_text_under_another_title_is_another_passage(model, corpus):
+    other = corpus["paris"].model_copy(update={"id": "other", "title": "Lutetia"})
+    batch = make_batch([ask("a", "paris"), ask("b", "other")], {**corpus, "other": other}, model.template)
+    encoded = encoded_passages(batch)
+    asked = [encoded[row] for row in batch.positive]
+    assert sorted(asked) == sorted(model.template.sequence(passage) for passage in (corpus["paris"], other))
     assert batch.positive_ids is None
 
 

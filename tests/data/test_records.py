@@ -161,3 +161,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         write_jsonl(path, failing())
     assert read_passages(path) == [old]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_not_given_as_gold_is_that_of_the_sets_or_else_what_is_cited():
+    output = [Segment(text="a", passage="p"), Segment(text="b", passage="q"), Segment(text="c", passage="p")]
+    sets = [["x", "y"], ["y"]]
+    assert Example(id="e", question="?", output=output).gold == ["p", "q"]
+    assert Example(id="e", question="?", output=output, gold_sets=sets).gold == ["x", "y"]
+    assert Example(id="e", question="?", output=output, gold_sets=sets, gold=["y", "x", "z"]).gold == ["y", "x", "z"]

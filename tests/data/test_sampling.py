@@ -86,6 +86,8 @@ def test_hard_negatives_are_counted_and_checked(model, examples, corpus):
     more = sum(len(model.template.sequence(known[name])) for name in hard.negatives)
     (alone,), (together,) = (example_lengths([e], known, model.template) for e in (plain, hard))
     assert together == alone + more
+    for drawn, read in ((1, more // 2), (2, more), (5, more)):
+        assert example_lengths([hard], known, model.template, negatives=drawn) == [alone + read]
     with pytest.raises(ValueError, match=r"passage 'long' has \d+ tokens, more than the 200 of a micro-batch"):
         example_lengths([hard], known, model.template, PackLimits(200))
 
@@ -130,6 +132,16 @@ def test_an_epoch_of_one_seed_is_not_one_of_the_next(balanced):
     second = [one[one.steps_per_epoch + i] for i in range(one.steps_per_epoch)]
     assert second != [other[i] for i in range(other.steps_per_epoch)]
     assert sorted(i for step in second for i in step) == list(range(40))
+
+
+def test_a_mixture_deals_out_the_lengths_of_what_it_draws():
+    sampler = StepSampler([10] * 20 + [1000] * 20, 4, 0, mixture=Mixture([0] * 20 + [1] * 20, [1, 3]))
+    for step in range(2 * sampler.steps_per_epoch):
+        assert sum(sampler.lengths[sampler[step]]) == 10 + 3 * 1000
+
+
+def test_of_equal_remainders_the_first_set_gets_the_draw():
+    assert Mixture([1, 0, 1], [1, 1]).draws == [2, 1]
 
 
 @st.composite

@@ -213,6 +213,8 @@ def test_what_exceeds_the_positions_is_refused(model, corpus, examples):
         Template(TextConfig(), tokenizer, max_length=length - 1).gen_sequence(examples[0], corpus)
     with pytest.raises(ValueError, match=r"'long' has \d+ tokens, more than the 9 positions of Embseq"):
         Template(TextConfig(), tokenizer, embseq_max_length=9).sequence(corpus["long"])
+    whole = model.template.sequence(corpus["long"])
+    assert Template(TextConfig(), tokenizer, embseq_max_length=len(whole)).sequence(corpus["long"]) == whole
 
 
 @pytest.mark.parametrize(

@@ -191,3 +191,22 @@ def test_a_report_without_its_settings_is_refused(answer_of, tmp_path):
     report.model_copy(update={"settings": {"system": "x", "judge": None}}).save(tmp_path)
     with pytest.raises(ValueError, match="its settings lack checkpoint, fluency, generation"):
         Report.load(tmp_path)
+
+
+def test_no_changed_byte_of_a_report_is_used(answer_of, tmp_path):
+    report = make_report(answer_of, correct=(True,))
+    report.save(tmp_path)
+    assert Report.load(tmp_path) == report
+    path = tmp_path / "report.json"
+    whole = path.read_bytes()
+    for place in {*range(0, len(whole), 5), *range(len(whole) - 24, len(whole))}:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"report.json is not a report that can be read"):
+            Report.load(path)
+
+
+def test_a_report_without_a_checksum_is_read(answer_of, tmp_path):
+    report = make_report(answer_of)
+    path = tmp_path / "report.json"
+    path.write_text(report.model_dump_json(indent=1))
+    assert Report.load(path) == report

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import socket
@@ -133,6 +134,11 @@ ASIDE = {
 """What else may be named where a file is damaged, such as another one that no longer agrees with it."""
 
 
+def _without_checksum(content: bytes) -> bytes:
+    """A file of one object without the checksum that would refuse every change."""
+    return re.sub(rb', "crc32": "\w+"}\n\Z', b"}\n", content) if content.count(b'"crc32"') == 1 else content
+
+
 def _without_manifest(place: Path, path: str) -> None:
     """Takes the checksums away that would refuse every change of a checkpoint."""
     checkpoint = place / "/".join(path.split("/")[:3])
@@ -147,11 +153,13 @@ def test_a_damaged_file_is_named_in_a_line(name, cosup, scratch, damaged):
     count, commands = READERS[name]
     dice = random.Random(f"{SEED} {name}")
     wrong, place = [], scratch()
-    original = (place / name).read_bytes()
+    original = _without_checksum((place / name).read_bytes())
     for number in range(max(1, round(count * SIZE))):
         place = scratch()
         command = dice.choice(commands)
-        path, content = place / name, damaged(place / name, dice)
+        path = place / name
+        path.write_bytes(original)
+        content = damaged(path, dice)
         if content == original:
             continue
         path.write_bytes(content)

@@ -4,11 +4,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cosup_fast.data.template import gap
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.generation.answer import Transcript
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 parts = st.lists(st.tuples(texts, st.sampled_from([None, "paris", "go"])), max_size=4)
+sentences = st.text("aÉя7 .", min_size=1, max_size=6).filter(lambda text: text[0] != ".")
+
+
+def joined(parts):
+    """The texts of segments with the space that each lacks before it."""
+    written, texts = "", []
+    for text, _ in parts:
+        texts.append(gap(written, text) + text)
+        written += texts[-1]
+    return texts
 
 
 def write(template, parts, stop=(), pieces=None, on_segment=None):
@@ -34,11 +45,34 @@ def write(template, parts, stop=(), pieces=None, on_segment=None):
 def test_pieces_and_segments_are_the_text(model, parts):
     stopped, pieces, segments = write(model.template, parts)
     assert not stopped
-    assert "".join(pieces) == "".join(text for text, _ in parts) == "".join(s.text for s in segments)
+    assert "".join(pieces) == "".join(joined(parts)) == "".join(s.text for s in segments)
     assert all(pieces)
-    grounded = [(text, passage) for text, passage in parts if passage is not None]
+    grounded = [(text, passage) for text, (_, passage) in zip(joined(parts), parts, strict=True) if passage is not None]
     assert [(s.text, s.passage) for s in segments if s.passage is not None] == grounded
     assert all(segment.text for segment in segments if segment.passage is None)
+
+
+@given(parts=st.lists(st.tuples(sentences, st.sampled_from([None, "paris", "go"])), min_size=2, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_segments_do_not_run_together(model, parts):
+    told = []
+    _, pieces, segments = write(model.template, parts, on_segment=lambda *span: told.append(span))
+    text, end = "".join(pieces), 0
+    for segment, (written, _) in zip(segments, parts, strict=True):
+        start, end = end, end + len(segment.text)
+        assert segment.text in (written, " " + written)
+        assert start == 0 or text[start - 1].isspace() or text[start].isspace()
+        assert not segment.text.startswith("  ") or written.startswith("  ")
+        if segment.passage is not None:
+            assert told.pop(0) == (start, end, segment.passage)
+    assert not told
+
+
+def test_what_gen_wrote_together_is_not_torn(model):
+    parts = [("Paris (", None), ("France", "paris"), (") lies", None), ("", "go"), (" here", None), (".", "go")]
+    _, pieces, segments = write(model.template, parts)
+    assert "".join(pieces) == "Paris (France) lies here."
+    assert [segment.text for segment in segments] == [text for text, _ in parts]
 
 
 @given(parts=parts, stop=st.lists(st.text("ab \n碁", min_size=1, max_size=3), min_size=1, max_size=2), data=st.data())
@@ -46,7 +80,7 @@ def test_pieces_and_segments_are_the_text(model, parts):
 def test_a_stop_text_ends_the_answer_before_it(model, parts, stop, data):
     inserted = [(text + data.draw(st.sampled_from(["", *stop, *(s[:-1] for s in stop)])), p) for text, p in parts]
     stopped, pieces, segments = write(model.template, inserted, tuple(stop))
-    whole = "".join(text for text, _ in inserted)
+    whole = "".join(joined(inserted))
     found = [at for s in stop if (at := whole.find(s)) >= 0]
     assert stopped == bool(found)
     # Written token by token the text ends at the first stop that is complete, before which another may have begun.
@@ -72,10 +106,10 @@ def test_what_may_be_a_stop_is_held_back(model):
 
 
 def test_a_stop_text_across_segments(model):
-    stopped, pieces, segments = write(model.template, [("free en", None), ("d of", "go"), ("more", None)], ("end",))
+    stopped, pieces, segments = write(model.template, [("free en", None), (" d of", "go"), ("more", None)], ("n d",))
     assert stopped
-    assert [(s.text, s.passage) for s in segments] == [("free ", None)]
-    assert "".join(pieces) == "free "
+    assert [(s.text, s.passage) for s in segments] == [("free e", None)]
+    assert "".join(pieces) == "free e"
 
 
 def test_an_empty_stop_is_refused():
@@ -102,13 +136,13 @@ def test_a_grounded_segment_is_told_once_its_text_has_been_sent(model, parts, st
 
 
 def test_a_segment_whose_end_is_held_back_waits(model):
-    for following, expected in (("y", [(0, 2, "go")]), ("b", [(0, 1, "go")])):  # the stop text does not come, or does
+    for following, expected in ((" y", [(0, 2, "go")]), (" b", [(0, 1, "go")])):  # the stop text does not come, or does
         pieces: list[str] = []
         told: list[tuple[int, int, str, str]] = []
 
         def on_segment(start, end, passage, pieces=pieces, told=told):
             told.append((start, end, passage, "".join(pieces)))
 
-        write(model.template, [("xa", "go"), (following, None)], ("ab",), pieces, on_segment)
+        write(model.template, [("xa", "go"), (following, None)], ("a b",), pieces, on_segment)
         assert [one[:3] for one in told] == expected
         assert all(end <= len(sent) for _, end, _, sent in told)

@@ -87,6 +87,16 @@ def test_the_choice_is_that_of_a_plain_loop(model, index, examples, options):
         assert after.model_copy(update={"negatives": before.negatives}) == before
 
 
+def test_a_score_at_the_ceiling_is_not_above_it(model, index, examples, monkeypatch):
+    query = torch.eye(index.embeddings.shape[1])[:1]  # its scores are the first numbers of the embeddings, exactly
+    first = {passage.id: float(e[0]) for passage, e in zip(index.passages, index.embeddings)}
+    monkeypatch.setattr(mining, "embed_queries", lambda *given: (query, [(0, "paris")]))
+    monkeypatch.setattr(MiningConfig, "ceiling", lambda self, positive: torch.full_like(positive, first["oslo"]))
+    (mined,) = mine(model, index, examples[:1], MiningConfig(margin=0, per_example=50), progress=False).examples
+    assert mined.negatives[0] == "oslo"
+    assert all(first[name] <= first["oslo"] for name in mined.negatives)
+
+
 def test_what_answers_is_no_negative(model, index, examples):
     mined = mine(model, index, examples, MiningConfig(per_example=50), progress=False)
     first, second, third, fourth = (set(example.negatives) for example in mined.examples)

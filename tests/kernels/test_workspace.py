@@ -41,7 +41,16 @@ def test_nothing_beyond_the_budget_is_kept(monkeypatch):
     gradients(0, 128)
     monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "4096")
     gradients(0, 16)
-    assert sum(map(len, workspace.kept_buffers)) <= 4096
+    assert [len(buffer) for buffer in workspace.kept_buffers] == [16 * 16 * 4]  # what was kept before is above it
+
+
+def test_of_two_buffers_the_larger_one_is_kept():
+    for sizes in ((4096, 8192), (8192, 4096)):
+        release_workspace()
+        buffers = [workspace.take(size) for size in sizes]
+        for buffer in buffers:
+            workspace.give_back(buffer)
+        assert [len(buffer) for buffer in workspace.kept_buffers] == [8192]
 
 
 def test_results_do_not_live_in_the_workspace():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +64,40 @@ def test_a_margin_that_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match="margin leaves a query no candidate but its positive"):
         info_nce(x, w, margin=1e3)
     InfoNCELoss(margin=0.0)(torch.eye(4), torch.eye(4))
+
+
+def test_a_query_with_one_key_loses_nothing_to_a_margin():
+    x, w = operands(1, 1, 8)
+    assert info_nce(x, w, margin=1e3) == 0
+    x, w = operands(2, 2, 8)
+    assert info_nce(x, w, margin=1e3, key_ids=torch.zeros(2, dtype=torch.int64)) == 0  # both keys are one passage
+
+
+@pytest.mark.parametrize("impl", ["reference", "stored", "rows", "recomputed", "fused"])
+def test_a_key_at_the_limit_is_not_above_it(impl):
+    """Whole numbers, whose products every implementation has exactly: each key is there twice, each private one too."""
+    if impl not in ("reference", "stored"):
+        pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    x, w = torch.eye(3, 16), torch.eye(3, 16).repeat(2, 1)
+    with sanitize():
+        loss = info_nce(x, w, private_negatives=w[:3, None], margin=0.0, reduction="none", impl=impl)
+        none = info_nce(x, w, private_negatives=w[:3, None], margin=0.5, reduction="none", impl=impl)
+    torch.testing.assert_close(loss, torch.full((3,), math.log(3 * math.e + 4) - 1))
+    torch.testing.assert_close(none, torch.full((3,), math.log(math.e + 4) - 1))
+
+
+@pytest.mark.parametrize("impl", ["rows", "recomputed", "fused"])
+def test_the_limit_of_bf16_scores_is_as_exact_as_they_are(impl):
+    """Keys a little above and a little below the positive's score of about 32, where bf16 has a step of 0.25."""
+    pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    x = (4 * operands(16, 16, 64)[0]).bfloat16()
+    largest = torch.nn.functional.one_hot(x.abs().argmax(1), 64).bfloat16()
+    w = 2 * x
+    w = torch.cat([w, w * (1 + largest / 128), w * (1 - largest / 128)])
+    exact = reference.info_nce(x.double(), w.double(), margin=0.0, reduction="none")
+    with sanitize():
+        ours = info_nce(x, w, margin=0.0, reduction="none", impl=impl)
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-3)
 
 
 def test_bad_margins():

@@ -14,6 +14,7 @@ from cosup_fast.config import ConfigError, config_of, load_config
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import Example, Segment, write_jsonl
 from cosup_fast.model import CoSupervisionModel
+from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint
 from cosup_fast.training.initial import inherit
 from cosup_fast.training.log import read_metrics
@@ -282,6 +283,13 @@ def test_the_best_checkpoint_is_kept_and_meant_by_the_runs_folder(metric, best, 
     assert found.name == f"step-00000{best}"
     assert chosen_checkpoint(tmp_path) == found
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [found.name, "step-000005"]
+
+
+@pytest.mark.parametrize("metric", ["ntp", "recall_at_5"])
+def test_of_equal_evaluations_the_first_is_the_best_and_patience_counts_the_rest(metric):
+    best = Best(metric, patience=2)
+    assert [best.update({"step": step, metric: 0.5}) for step in range(3)] == [True, False, False]
+    assert (best.step, best.exhausted) == (0, True)
 
 
 def test_patience_ends_a_run_and_a_resumed_one_counts_on(keep, tmp_path):

@@ -144,6 +144,20 @@ def test_bfloat16_reaches_every_weight(made, examples, corpus):
         assert torch.nn.functional.cosine_similarity(ours[name].flatten(), b.flatten(), dim=0) > 0.9, name
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nsp_has_the_precision_of_the_step(precision, made, examples, corpus, monkeypatch):
+    model, seen = made("pair", "float32"), []
+    loss = model.nsp_loss
+
+    def watched(*args, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args, **options)
+
+    monkeypatch.setattr(model, "nsp_loss", watched)
+    in_packs(model, make_batch(examples, corpus, model.template), precision=precision)
+    assert seen == [precision == "bfloat16"]
+
+
 @pytest.fixture
 def forwards(made):
     """A function that runs a step and says, for Gen and Embseq, which forwards had a graph, in order."""

@@ -192,6 +192,16 @@ def test_a_loss_that_is_no_number_stops_with_names_and_leaves_the_weights(make_t
         assert torch.equal(p, q) or q.isnan().any()
 
 
+def test_of_the_examples_of_a_refused_step_one_whose_loss_is_no_number_is_the_worst(make_trainer, monkeypatch):
+    losses = {"first": 2.0, "broken": math.nan, "last": 3.0}
+    monkeypatch.setattr("cosup_fast.training.trainer.ntp_of_each", lambda *given: losses)
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.model.gen.lm_head.weight[5] = math.nan
+    with pytest.raises(TrainingError, match=r"the highest NTP loss alone has broken \(nan\)"):
+        trainer._step()
+
+
 def test_clipping_takes_embseqs_gradient_into_account(make_trainer, corpus):
     """The published code clips Gen alone; a step in which Embseq's gradient is the larger one shows it."""
     trainer = make_trainer(clip=0.5, lr=1e-9)

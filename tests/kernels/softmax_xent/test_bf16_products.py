@@ -110,3 +110,33 @@ def test_private_negatives_are_scored_as_exactly_as_shared_ones(spread):
     assert loss.item() == pytest.approx(right.item(), rel=1e-3)
     for ours, truth in zip(grads, rights):
         assert (ours.double() - truth).norm() < 0.02 * truth.norm()
+
+
+def test_a_positive_far_below_the_rest_keeps_its_logit():
+    """It is a row dot in fp32 in any case; the others are near 20, too large for rounded products."""
+    x, w = operands(40, 72, 64, "normal", HALF)
+    x, w = 8 * x, w.clone()
+    x[:, 0], w[:, 0] = 16, 0
+    w[:40, 0] = -24
+    assert (x.float() @ w.float().T)[:, 40:].max() > 10
+    exact = reference.info_nce(x.double(), w.double(), reduction="none")
+    assert exact.min() > 350
+    assert (info_nce(x, w, reduction="none") - exact).abs().max() < 5e-4
+
+
+def test_the_gradient_of_a_bias_is_not_rounded_to_bf16():
+    x, w = operands(512, 40, 64, "normal", HALF)
+    bias, target = torch.zeros(40, requires_grad=True), torch.zeros(512, dtype=torch.int64)
+    (ours,) = torch.autograd.grad(linear_cross_entropy(x, w, target, bias=bias), bias)
+    wide = bias.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(reference.linear_cross_entropy(x.double(), w.double(), target, bias=wide), wide)
+    assert (ours - exact)[1:].norm() < 2.0**-12 * exact[1:].norm()
+
+
+def test_a_bias_counts_where_a_target_is_ranked():
+    x, w = operands(40, 72, 64, "normal", HALF)
+    bias = torch.zeros(72)
+    bias[0] = 10
+    _, stats = linear_cross_entropy(x, w, torch.zeros(40, dtype=torch.int64), bias=bias, return_stats=True)
+    assert (stats.rank == 0).all()
+    assert (stats.top1 == 0).all()

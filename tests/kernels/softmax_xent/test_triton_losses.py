@@ -162,9 +162,10 @@ def test_a_probability_near_one_keeps_its_gradient(impl, dtype):
     torch.testing.assert_close(ours, exact, rtol=1.5 * torch.finfo(dtype).eps + 2.0**-10, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", KERNELS)
-def test_all_rows_ignored(impl):
-    x, w = operands(9, 40, 16)
+def test_all_rows_ignored(impl, dtype):
+    x, w = operands(9, 40, 16, dtype=dtype)
     leaves = x.requires_grad_(), w.requires_grad_(), torch.randn(40).requires_grad_()
     with sanitize():
         for ignoring in (True, False):
@@ -237,11 +238,17 @@ def test_what_a_kernel_cannot_do_is_refused():
             linear_cross_entropy(x.float(), w.float(), torch.arange(4), softcap=1.0, impl="fused")
 
 
+@pytest.mark.parametrize("contested", [False, True])
 @pytest.mark.parametrize("impl", ["rows", "recomputed"])
-def test_one_key_that_answers_many_queries_in_fp16(impl):
-    """Its column weighs as much as all of its queries, and must not leave fp16's range when gradients are scaled."""
+def test_one_key_that_answers_many_queries_in_fp16(impl, contested):
+    """Its column weighs as much as all of its queries, and must not leave fp16's range when gradients are scaled.
+
+    Contested: a query that it does not answer has all of its column's probability.
+    """
     x, w = operands(64, 64, 32, dtype=torch.float16)
     target = torch.zeros(64, dtype=torch.int64)
+    if contested:
+        target[-1], x[-1] = 1, w[0]
     exact = run(reference.info_nce, x.double(), w.double(), positive=target, symmetric=True)
     with interpret():
         ours = run(info_nce, x, w, impl=impl, positive=target, symmetric=True)
@@ -299,6 +306,28 @@ def test_a_copy_of_the_positive_does_not_rank_above_it(impl, dtype, monkeypatch)
         _, ours = info_nce(x, w, impl=impl, return_stats=True)
     assert (eager.rank == 0).all()
     assert torch.equal(ours.rank, eager.rank)
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS, "stored"])
+def test_a_private_copy_of_the_positive_neither_ranks_above_it_nor_is_the_best(impl):
+    """Whole numbers, whose products every implementation has exactly."""
+    x, w = torch.eye(3, 16), torch.eye(4, 16)
+    copies = torch.stack([w[:3], -w[:3]], dim=1)
+    with sanitize():
+        _, stats = info_nce(x, w, private_negatives=copies, impl=impl, return_stats=True)
+        _, above = info_nce(x, w, private_negatives=2 * copies, impl=impl, return_stats=True)
+    assert (stats.rank.tolist(), stats.top1.tolist()) == ([0] * 3, [0, 1, 2])
+    assert (above.rank.tolist(), above.top1.tolist()) == ([1] * 3, [4] * 3)
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS, "stored"])
+def test_of_equal_keys_the_first_is_the_best_whatever_tiles_they_are_in(impl):
+    x, w = torch.eye(3, 16), torch.zeros(600, 16)
+    for first, row in ((70, 0), (5, 1), (300, 2)):
+        w[[first, 410 + row, 590 + row]] = x[row]
+    with sanitize():
+        _, stats = info_nce(x, w, positive=torch.tensor([1, 2, 300]), impl=impl, return_stats=True)
+    assert (stats.rank.tolist(), stats.top1.tolist()) == ([3, 3, 0], [70, 5, 300])
 
 
 @pytest.mark.parametrize("budget", ["2**29", "1"], ids=["one chunk", "four chunks"])
