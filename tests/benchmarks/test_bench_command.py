@@ -75,6 +75,7 @@ def test_time_writes_a_folder(command, small_copy, tmp_path, capsys):
     assert "stale" not in files(output)
 
 
+@pytest.mark.slow
 def test_count_writes_a_folder(command, tmp_path):
     output = tmp_path / "count"
     assert command("count", "--shape", "48x48x32", "--provider", "ours", "--output", str(output)) == 0

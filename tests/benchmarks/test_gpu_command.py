@@ -157,6 +157,7 @@ def rehearse(output: Path, *arguments: str) -> dict[str, dict]:
     return results
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_one_task_of_each_kind(tmp_path):
     names = ["limits", "loss-info-nce-8192x8192x1024-bf16", "step-llama2-7b", "generation-batch-1"]
     results = rehearse(tmp_path / "out", "--minutes", "8", *(word for name in names for word in ("--task", name)))
