@@ -36,7 +36,7 @@ from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.run import run_training
 
 QUESTIONS, ANSWERED, POOL = 400, 128, 800
-WRITTEN = {"questions": 646, "spans": 600, "chains": 200}
+WRITTEN = {"questions": 646, "spans": 400, "chains": 400}
 """Training examples with their output, by prepared set."""
 PAIRS = {"questions": 1292, "spans": 1500, "cloze": 1500}
 """Those that are only asked for their passage; more than a set has are asked twice."""

@@ -306,7 +306,7 @@ def _fluent(
 ) -> list[float | None]:
     if model is None:
         return [None for _ in answers]
-    texts = [" ".join(segment.text.strip() for segment in answer.segments) for answer in answers]
+    texts = [answer.text.strip() for answer in answers]
     names = [f"{question.key} {_digest(text)}" for question, text in zip(questions, texts, strict=True)]
     nats = _in_chunks(
         "Fluency", names, lambda rows: iter(model.nats_per_token([texts[i] for i in rows])), path,

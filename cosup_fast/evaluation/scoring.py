@@ -63,7 +63,7 @@ def titles(example: Example, answer: Answer, corpus: Corpus | None) -> Titles:
         return Titles()
     gold = [corpus.by_id[name].title for name in corpus.found(example.gold)]
     given = [found.best.title for found in answer.retrievals]
-    written = normalize(" ".join(segment.text for segment in answer.segments))
+    written = normalize(answer.text)
     known = bool(example.answers or example.answer_sets)
     return Titles(
         answer_is_gold=any(is_answer(title, example) for title in gold) if known and gold else None,
@@ -130,7 +130,7 @@ def correctness_scores(example: Example, answer: Answer) -> dict[str, float]:
     Short forms (`exact_match`, `f1`) judge the first grounded segment, or the whole text where nothing is grounded; a
     pattern has no F1.
     """
-    text = " ".join(segment.text for segment in answer.segments)
+    text = answer.text
     first = next((segment.text for segment in answer.segments if segment.passage is not None), text)
     scores: dict[str, float] = {}
     if example.answer_sets:

@@ -216,7 +216,7 @@ def _column(rows: Sequence[QuestionRecord], metric: str) -> Any:
 
 def _facts(test: TestSet, questions: Questions) -> SetFacts:
     corpus = questions.corpus_of(test)
-    nothing = Answer.model_construct(segments=(), retrievals=())
+    nothing = Answer.model_construct(text="", segments=(), retrievals=())
     chance = [chances(example, corpus) for example in test.examples]
     names = dict.fromkeys(name for one in chance for name in one)
     return SetFacts(

@@ -86,21 +86,17 @@ def followed(
         if scored:
             found[source] = {
                 "follows_passage": {r.key: float(_follows_passage(name, one, r)) for one, r in scored},
-                "follows_memory": {r.key: float(holds_answer(_written(r), one.original)) for one, r in scored},
+                "follows_memory": {r.key: float(holds_answer(r.answer.text, one.original)) for one, r in scored},
             }
     return found
 
 
 def _follows_passage(name: str, one: Handed, record: QuestionRecord) -> bool:
     if name == REPLACED:
-        return holds_answer(_written(record), one.asked)
+        return holds_answer(record.answer.text, one.asked)
     first = next((s.text for s in record.answer.segments if s.passage is not None and s.text.strip()), "")
     read = f" {normalize(f'{one.passage.title} {one.passage.text}')} "
     return bool(normalize(first)) and f" {normalize(first)} " in read
-
-
-def _written(record: QuestionRecord) -> str:
-    return " ".join(segment.text for segment in record.answer.segments)
 
 
 def swapped(test: TestSet, corpus: Corpus, template: Template) -> Iterator[Handed]:

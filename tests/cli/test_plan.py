@@ -27,6 +27,7 @@ def deep(tmp_path):
     return str(tmp_path / "config.json")
 
 
+@pytest.mark.slow
 def test_a_plan_tells_peak_breakdown_verdict_and_advice(cosup, deep, capsys):
     status, out, _ = cosup("plan", f"model.gen={deep}", "--gpu-memory", 24, "--json", *SMALL_PACKS)
     found = json.loads(out)

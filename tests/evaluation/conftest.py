@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cosup_fast.data.packing import make_batch
+from cosup_fast.data.template import gap
 from cosup_fast.evaluation import IndexRetriever, System
 from cosup_fast.generation import Answer, AnswerSegment, Candidate, Retrieval
 from cosup_fast.index import SequenceIndex
@@ -16,8 +17,11 @@ def answer_of():
     """A function that makes an answer of (text, passage or None) and the ids retrieved, each before `go`."""
 
     def make(*segments: tuple[str, str | None], retrieved: tuple[str, ...] = ()) -> Answer:
+        text = ""
+        for piece, _ in segments:
+            text += gap(text, piece) + piece
         return Answer(
-            text="".join(text for text, _ in segments),
+            text=text,
             segments=tuple(AnswerSegment(text=text, passage=passage) for text, passage in segments),
             retrievals=tuple(
                 Retrieval(

@@ -144,7 +144,13 @@ def test_a_killed_run_goes_on_with_the_same_bits(start, overrides, tmp_path):
     check(start, overrides, tmp_path, kills=2, ranks=1)
 
 
-@pytest.mark.parametrize("adapters", [{}, {"model.gen_lora.rank": 4, "model.gen_lora.dropout": 0.1}], ids=["", "LoRA"])
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param({}, id="whole"),
+        pytest.param({"model.gen_lora.rank": 4, "model.gen_lora.dropout": 0.1}, id="LoRA", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(adapters, start, overrides, tmp_path):
     check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp", **adapters})
 
@@ -153,7 +159,7 @@ def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(adapte
     ("sharding", "loss"),
     [
         ("fsdp", signal.SIGKILL),
-        ("ddp", signal.SIGKILL),
+        pytest.param("ddp", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("fsdp", signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )

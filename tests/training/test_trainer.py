@@ -199,7 +199,7 @@ def test_of_the_examples_of_a_refused_step_one_whose_loss_is_no_number_is_the_wo
     with torch.no_grad():
         trainer.model.gen.lm_head.weight[5] = math.nan
     with pytest.raises(TrainingError, match=r"the highest NTP loss alone has broken \(nan\)"):
-        trainer._step()
+        trainer.take_step()
 
 
 def test_clipping_takes_embseqs_gradient_into_account(make_trainer, corpus):
