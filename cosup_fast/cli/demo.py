@@ -77,7 +77,8 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
 
     console.rule("2/4  co-supervised training")
     before = _ranked(output, "before training", lambda: _bench(_untrained(config)), OURS, questions, corpus)
-    run_training(config, resume=True, console=console)
+    if not (output / "evaluation").is_dir():  # else its minutes are over, and answers of this checkpoint were begun
+        run_training(config, resume=True, console=console)
     trained = CoSupervisionModel.load(chosen_checkpoint(Path(config.output)))
     if config.training.precision == "bfloat16":  # as its products ran in training, and twice as fast
         trained = trained.to(torch.bfloat16)
