@@ -79,7 +79,8 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     before = _ranked(output, "before training", lambda: _bench(_untrained(config)), OURS, questions, corpus)
     if not (output / "evaluation").is_dir():  # else its minutes are over, and answers of this checkpoint were begun
         run_training(config, resume=True, console=console)
-    trained = CoSupervisionModel.load(chosen_checkpoint(Path(config.output)))
+    checkpoint = chosen_checkpoint(Path(config.output))
+    trained = CoSupervisionModel.load(checkpoint)
     if config.training.precision == "bfloat16":  # as its products ran in training, and twice as fast
         trained = trained.to(torch.bfloat16)
 
@@ -103,7 +104,8 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         print_answer(console, record.example.question, record.answer)
         console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
     _show_two_retrievals(console, bench, config, corpus)
-    index = bench.index("", corpus)
+    # Of the weights as they are saved, with which it is going to be opened.
+    index = _bench(CoSupervisionModel.load(checkpoint)).index("", corpus)
     assert isinstance(index, SequenceIndex)  # the bench made it
     index.save(Path(config.output) / "index")
     console.print(
