@@ -120,8 +120,8 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
 def training_examples() -> list[Example]:
     """What the minutes of the demo are spent on: few examples with their output, many pairs of question and passage.
 
-    A pair trains retrieval alone: Gen reads the question and no passage, a quarter of the tokens. To read and to copy
-    is learned from some hundred examples, to find takes thousands.
+    A pair trains retrieval alone: Gen reads the question and no passage, and both models half as many tokens. To read
+    and to copy is learned from some hundred examples, to find takes thousands.
     """
     draw = random.Random(0)
     passages = {passage.id for passage in load_corpus("wiki-leads")}

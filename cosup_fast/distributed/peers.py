@@ -126,12 +126,17 @@ class Peers:
         Args:
             device: "cpu" or "cuda".
             replicas: R > 1, a divisor of the number of ranks, gives a mesh (replicas, shards) of R rows of consecutive
-                ranks, which a launcher starts on the same node. It is for the default group alone.
+                ranks, which a launcher starts on the same node.
+
+        Raises:
+            ValueError: replicas where these are only some of the ranks that were started.
         """
         from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
         if replicas == 1:
             return DeviceMesh.from_group(cast(ProcessGroup, self.group), device)
+        if self.size != (started := dist.get_world_size()):
+            raise ValueError(f"replicas is {replicas} and the group has {self.size} of {started} ranks: give it all")
         return init_device_mesh(device, (replicas, self.size // replicas), mesh_dim_names=("replicas", "shards"))
 
     @contextmanager

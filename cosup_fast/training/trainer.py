@@ -119,7 +119,7 @@ class Trainer:
         self._saved_step = self._evaluated_step = -1
         self._saved_at = time.monotonic()
         self._written = self._due = False
-        self.skipped_in_a_row = 0  # steps in a row
+        self.skipped_in_a_row = 0  # steps
         self.schedule = self.asked = Schedule.of(config, model.nsp, len(examples))
         self.contrasts = model.nsp.weight > 0
         if lengths is None:

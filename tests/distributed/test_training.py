@@ -48,6 +48,12 @@ def test_replicas_of_shards_train_as_one_process(train, tmp_path):
         assert_same(rank, alone, records=3)
 
 
+def test_replicas_are_of_all_ranks(small_world):
+    assert small_world.run("mesh", [2, 2, 2, 2]) == ["(2, 2)"] * 4
+    (told, *_) = small_world.run("mesh", [2, 2])
+    assert told == "replicas is 2 and the group has 2 of 4 ranks: give it all"
+
+
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_bf16_weights_are_rounded_alike_on_every_rank_where_dropout_differs(sharding, train):
     pytest.importorskip("torchao")

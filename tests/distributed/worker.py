@@ -265,6 +265,14 @@ def held_out(size: int, rank: int, settings: str, examples: list, corpus: dict, 
     return found, sum(tokens)
 
 
+def mesh(size: int, replicas: int) -> str:
+    """What is said of so many replicas."""
+    try:
+        return str(Peers(groups[size]).mesh("cpu", replicas).shape)
+    except ValueError as error:
+        return str(error)
+
+
 def primitives(size: int, part: Tensor) -> dict:
     ranks = Peers(groups[size])
     counts = ranks.counts(len(part))
