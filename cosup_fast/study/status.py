@@ -12,7 +12,7 @@ from cosup_fast.terminal import FigureTable
 
 
 def status_table(study: Study, only: str | None = None) -> FigureTable:
-    """Each cell (those that `only` selects) with its state, seconds, progress and the time left of its present stage."""
+    """The cells that `only` selects, each with its state, seconds, progress and the time left of its present stage."""
     cells = select(study, only)
     table = FigureTable("cell", "state", "time", "progress", "left", names=2, caption=_caption(study, only))
     for cell in cells:
