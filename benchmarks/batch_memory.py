@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks import machine, peak, report
+from benchmarks import machine, memory, report
 from benchmarks.material import Material
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
@@ -58,7 +58,7 @@ def measure(setting: Setting, sizes: list[int], *, say: Callable[[str], None] = 
     for size in sizes:
         say(f"a batch of {size}")
         command = [sys.executable, "-m", "benchmarks.batch_memory", json.dumps(asdict(setting)), str(size)]
-        done = subprocess.run(command, cwd=peak.ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise RuntimeError(f"a batch of {size}: {last}")
@@ -102,7 +102,7 @@ def here(setting: Setting, size: int) -> Row:
         assert isinstance(metrics, StepMetrics)
         assert metrics.nsp is not None
         seconds = time.perf_counter() - begin
-    return Row(size, **counts, nsp=metrics.nsp, peak_bytes=peak.status("VmHWM"), seconds=seconds)
+    return Row(size, **counts, nsp=metrics.nsp, peak_bytes=memory.status("VmHWM"), seconds=seconds)
 
 
 def page(rows: list[Row], setting: Setting, command: str) -> str:

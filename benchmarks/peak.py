@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.check import free, step
+from benchmarks.memory import status
 from benchmarks.providers import every
 from cosup_fast.functional import release_workspace
 
@@ -59,11 +60,6 @@ def here(case: Case, provider: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     step(loss, inputs)
     return max(status("VmHWM") - before - case.gradient_bytes, 0)
-
-
-def status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from benchmarks import machine, peak, report
+from benchmarks import machine, memory, report
 from benchmarks.counting import OperationCounter
 from benchmarks.material import Material
 from benchmarks.recipe import OURS, VARIANTS, step
@@ -179,7 +179,7 @@ def measure(
 def peak_of(setting: Setting, name: str, timeout: float = 1800) -> int:
     """Bytes that a step adds beside weights and gradients, from a process of its own."""
     command = [sys.executable, "-m", "benchmarks.train_step", json.dumps(asdict(setting)), name]
-    done = subprocess.run(command, cwd=peak.ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False, timeout=timeout)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
     return int(done.stdout.split()[-1])
@@ -192,10 +192,10 @@ def peak_here(setting: Setting, name: str) -> int:
     run = bench.contender(name, 1)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = peak.status("VmRSS")
+    before = memory.status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run()
-    return max(peak.status("VmHWM") - before, 0)
+    return max(memory.status("VmHWM") - before, 0)
 
 
 def step_report(rows: list[Row], setting: Setting, command: str) -> str:
