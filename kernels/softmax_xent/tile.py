@@ -228,12 +228,14 @@ def logits(
             b_z = restored(b_z, b_own, m_pos, key_ids, o_n, M)
         elif held:
             b_z = restored(b_z, b_own[:, None], targets(b_z, o_m, o_n, N, target), key_ids, o_n, M)
-    if BY_COLUMN and (i_m + 1) * b_a.shape[0] > N:
-        b_z = tl.where((o_m < N)[:, None], b_z, -float("inf"))
     # Columns past the end have no key, and a bias of -inf.
     UNMASKED: tl.constexpr = key_ids is None and (bias is None or softcap is not None)
-    if UNMASKED and (i_n + 1) * b_a.shape[1] > M:
-        b_z = tl.where((o_n < M)[None, :], b_z, -float("inf"))
+    if UNMASKED or BY_COLUMN:
+        edge = (i_n + 1) * b_a.shape[1] > M
+        if BY_COLUMN:
+            edge = edge | ((i_m + 1) * b_a.shape[0] > N)
+        if edge:  # of both axes: on sm_90 a mask of columns alone makes the epilogue a fifth longer
+            b_z = tl.where((o_m < N)[:, None] & (o_n < M)[None, :], b_z, -float("inf"))
     return b_z
 
 
