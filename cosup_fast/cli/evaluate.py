@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cosup_fast.cli.common import Checkpoint, err, generation_config, interruptible, load_model, out, say
 from cosup_fast.cli.options import with_options
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.kinds import forms
 
 
-class EvaluateOptions(BaseModel):
+class EvaluateOptions(Strict):
     """What is evaluated, on what, and how; what is not given of the writing is as the run's configuration says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     examples: list[str] = Field(
         default=[], description="a JSONL file of examples or of KILT, or a prepared set; repeat it for several"

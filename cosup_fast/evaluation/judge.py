@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import regex
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from cosup_fast.data.answers import ARTICLES, words
 from cosup_fast.data.records import Passage
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.pretrained import load_pretrained
 
@@ -63,10 +63,8 @@ _CLAUSE = regex.compile(r"[,;:]\s|\b(?:but|although|though|while|whereas)\b")
 _SENTENCE = regex.compile(r"(?<=[.!?。！？])(?<!\b\p{Lu}\.)\s+(?=[\p{Lu}\p{N}\"“])|(?<=[。！？])|\n+|;\s")
 
 
-class Verdict(BaseModel):
+class Verdict(Strict):
     """What a judge says of one claim."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     entailed: bool
     score: float  # between 0 and 1

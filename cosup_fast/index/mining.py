@@ -26,12 +26,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.progress import track
 from torch import Tensor
 
 from cosup_fast.data.answers import answer_patterns, holds_answer
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.strict import Section
 from cosup_fast.files import Journal
 from cosup_fast.index import NonparametricIndex, Origin, embed_queries
 from cosup_fast.model import CoSupervisionModel
@@ -41,10 +42,8 @@ BLOCK = 256
 """Examples that are embedded, searched and recorded together."""
 
 
-class MiningConfig(BaseModel):
+class MiningConfig(Section):
     """Which of the passages that a query finds become hard negatives."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     depth: int = Field(default=100, ge=1, description="passages looked at for each query")
     per_example: int = Field(default=4, ge=1, description="negatives mined for each example, at most")

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
+from cosup_fast.data.strict import first_problem
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.files import naming, read_object, usual_mode
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
@@ -253,9 +254,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         _Description.model_validate(description)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged: {field}: {first['msg']}, found {first['input']!r:.60}") from None
+        raise ValueError(f"{path} is damaged: {first_problem(error)}") from None
     return description
 
 

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
-from cosup_fast.config.reading import flat, read_yaml
+from cosup_fast.config.reading import read_yaml
 from cosup_fast.data.records import nearest
+from cosup_fast.data.strict import Strict
 from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.kinds import split_name
+from cosup_fast.files.fields import flat
 from cosup_fast.study.handed import HANDED
 from cosup_fast.study.probes import check_probe
 
@@ -49,11 +51,7 @@ class StudyError(CosupError, ValueError):
     """A study that cannot be run or reported; the message names the cell or the field, and the remedy."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StudySet(_Part):
+class StudySet(Strict):
     """A test set; a name alone is a prepared one, `NAME/test` with the corpus that belongs to it."""
 
     name: str
@@ -71,14 +69,14 @@ class StudySet(_Part):
         return value
 
 
-class Pair(_Part):
+class Pair(Strict):
     """Two conditions as one system: Gen of the first writes, the second retrieves for it."""
 
     writer: str
     retriever: str
 
 
-class Condition(_Part):
+class Condition(Strict):
     """What is trained, and as which systems it is evaluated."""
 
     what: str = Field(default="", description="a line for the report")
@@ -116,14 +114,14 @@ class Condition(_Part):
         return self
 
 
-class Tuning(_Part):
+class Tuning(Strict):
     """How long the trials of `Condition.tune` are, and their seed, which no cell has."""
 
     steps: int = Field(default=60, ge=1)
     seed: int = 1000
 
 
-class Comparison(_Part):
+class Comparison(Strict):
     """A difference that comes first in the report; arms are written `condition/system`."""
 
     title: str
@@ -132,7 +130,7 @@ class Comparison(_Part):
     before: str
 
 
-class Evaluation(_Part):
+class Evaluation(Strict):
     """How every cell is evaluated; how Gen writes is in `base.generation`."""
 
     questions: int | None = Field(
@@ -150,7 +148,7 @@ class Evaluation(_Part):
     judge: str = Field(default="lexical", description="judge of grounding, as `cosup-fast evaluate --judge` takes it")
 
 
-class Study(_Part):
+class Study(Strict):
     """A whole study."""
 
     output: str = Field(description="folder of the cells' results and the report")

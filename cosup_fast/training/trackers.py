@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosup_fast.config.reading import flat
 from cosup_fast.files import read_object, replace_file
+from cosup_fast.files.fields import flat
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.metrics import Metrics, as_record
 
