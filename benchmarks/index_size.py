@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peak import status
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import TextConfig
 from cosup_fast.files import sha256
@@ -89,8 +90,7 @@ def here(name: str, count: int, width: int) -> dict[str, float]:
     index.search(queries, K)
     times.append(time.perf_counter())
     written, opened, first, again = np.diff(times).tolist()
-    (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return {"write": written, "open": opened, "first": first, "again": again, "peak": int(peak.split()[1]) * 1024}
+    return {"write": written, "open": opened, "first": first, "again": again, "peak": status("VmHWM")}
 
 
 def main() -> None:

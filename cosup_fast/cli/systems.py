@@ -1,4 +1,4 @@
-"""What `cosup-fast evaluate` and `compare` do between their options and a report."""
+"""What `cosup-fast evaluate` does between its options and a report."""
 
 from __future__ import annotations
 
@@ -81,15 +81,12 @@ def _untrained(checkpoint: Path) -> CoSupervisionModel:
     Raises:
         ValueError: nothing says how it began.
     """
-    import torch
-
-    from cosup_fast.model import CoSupervisionModel
+    from cosup_fast.training.initial import new_model
 
     run = config_of(checkpoint)
     if run is None:
         raise ValueError(f"--system untrained: {checkpoint} belongs to no run, whose config.yaml says how it began")
-    torch.manual_seed(run.training.seed)
-    return CoSupervisionModel.from_pretrained(run.model, run.text, run.nsp).eval()
+    return new_model(run).eval()
 
 
 def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:

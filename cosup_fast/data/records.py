@@ -74,6 +74,11 @@ class Passage(_Record):
     text: Text
     topic: String = ""
 
+    @property
+    def content(self) -> tuple[str, str]:
+        """What is read of it: passages of different ids may be alike."""
+        return self.title, self.text
+
 
 class Segment(_Record):
     """A stretch of Gen's output: grounded on `passage` (an id), or free text when that is None."""

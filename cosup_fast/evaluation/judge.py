@@ -277,7 +277,7 @@ def _key(normal: str) -> str:
         return f"#{float(number):g}" if number.count(".") <= 1 else f"#{number}"
     if normal in _NUMBER_WORDS:
         return f"#{_NUMBER_WORDS[normal]}"
-    return _stemmer().stem(normal)
+    return stemmer().stem(normal)
 
 
 def _is_number(key: str) -> bool:
@@ -309,5 +309,5 @@ def _verbatim(claim: str, text: str) -> bool:
 
 
 @cache
-def _stemmer() -> Any:
+def stemmer() -> Any:
     return require("nltk.stem.porter", "nltk").PorterStemmer()

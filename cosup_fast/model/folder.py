@@ -8,6 +8,7 @@ cosup.json           the template, the geometry of NSP, and where the weights un
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -256,6 +257,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         raise ValueError(f"{path} is damaged: {first_problem(error)}") from None
     return description
+
+
+def weights_digest(model: nn.Module, about: str = "") -> str:
+    """SHA-256 of every weight with its name, and of what else decides what a model computes."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def heads_of(model: Stored) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from cosup_fast.study.random_weights import random_weights
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
 from cosup_fast.study.spaces import SPACES_FILE, SpaceLog
 from cosup_fast.training.checkpoint import chosen_checkpoint, verify
+from cosup_fast.training.initial import new_model
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import run_training
 
@@ -157,8 +158,7 @@ def _model(cell: Cell) -> CoSupervisionModel:
         verify(checkpoint)
         model = CoSupervisionModel.load(checkpoint, device=device, attention=run.model.attention)
     else:
-        torch.manual_seed(cell.seed)
-        model = CoSupervisionModel.from_pretrained(run.model, run.text, run.nsp, device=device)
+        model = new_model(run, device)
     return model.to(getattr(torch, cell.study.evaluation.dtype)).eval()
 
 
