@@ -122,7 +122,7 @@ def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
     """Ctrl-C or SIGTERM inside ends the command with status 130, and says how far the work came.
 
     Args:
-        otherwise: what is said where the work itself says nothing.
+        otherwise: the message where the interruption itself has none.
         then: how to continue.
     """
     try:

@@ -1,4 +1,4 @@
-"""`cosup-fast serve`: an OpenAI-compatible API with evidence, and a page to watch answers come about."""
+"""`cosup-fast serve`: an OpenAI-compatible API with evidence, and a page that shows answers as they are written."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def serve(
         ctx_truncate=ctx_truncate,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    listening = listen(config)  # before the model is loaded: a port that is taken is said at once
+    listening = listen(config)  # before the model is loaded, so that a port in use is reported at once
     model = load_model(checkpoint, device)
     searched = index_of(checkpoint, index, model, allow_stale) if generation.max_retrievals else None
     offered = offer(model, searched, system or ())

@@ -13,7 +13,7 @@ Recompute = Literal["none", "full", "selective"]
 
 
 class LoRAConfig(Section):
-    """Adapters of one model; rank 0 is none, and all of its weights are trained."""
+    """Adapters of one model; with rank 0 there are none, and all of its weights are trained."""
 
     rank: int = Field(
         default=0, ge=0, description="rank of the adapters A and B; 0: no adapters, all weights are trained"

@@ -45,7 +45,7 @@ def read_yaml(text: str) -> Any:
             loader.dispose()
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep, or contains itself") from None
-    except (ValueError, OverflowError) as error:  # a date that is none, a number without end
+    except (ValueError, OverflowError) as error:  # a date that does not exist, a number too long to read
         raise yaml.YAMLError(str(error)) from None
 
 

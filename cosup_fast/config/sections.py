@@ -33,7 +33,7 @@ class DataConfig(Section):
     negatives: int | None = Field(
         default=None,
         ge=0,
-        description="hard negatives of an example that a step reads, drawn anew for every step; null: all of them",
+        description="hard negatives of an example that a step reads, drawn again for every step; null: all of them",
     )
     long_examples: Literal["error", "skip"] = Field(
         default="error",

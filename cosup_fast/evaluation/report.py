@@ -182,7 +182,7 @@ class Report(Strict):
         """Reads a report that `save` wrote: the file, or its folder; an earlier version's has no checksum.
 
         Raises:
-            ValueError: there is none, it is damaged, was changed, or of another format version.
+            ValueError: it is missing, damaged, altered, or of another format version.
         """
         path = Path(path)
         path = path / REPORT if path.is_dir() else path

@@ -83,7 +83,7 @@ class Transcript:
         self._template = template
         self._on_text = on_text
         self._on_segment = on_segment
-        self._told = 0  # how many of `_starts` are behind the segments passed on
+        self._told = 0  # how many of `_starts` belong to the segments passed on
         self._stop = stop
         self._text = ""
         self._sent = 0

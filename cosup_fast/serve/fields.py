@@ -20,7 +20,7 @@ _Method = Field(default=None, description="as in the configuration of a run; def
 
 
 class Fields(Strict):
-    """A request that names no field in vain: what is not supported is refused.
+    """A request's fields: one that is not supported is refused, never ignored.
 
     `neutral` lists fields of OpenAI's API that are not supported, with the values that ask for nothing: clients send
     them, and they change nothing. `null` asks for nothing in any field.
@@ -50,7 +50,7 @@ class Writing(Fields):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stop: String | Annotated[list[String], Field(max_length=16)] | None = Field(
-        default=None, description="texts that end the answer; they are no part of it"
+        default=None, description="texts that end the answer and are not part of it"
     )
     max_retrievals: int | None = Field(default=None, ge=0, le=64, description="0 answers without passages")
     ret_first: bool | None = Field(default=None, description="retrieve before the first word")

@@ -181,7 +181,7 @@ class Study(Strict):
         named = [self.main or "", *(arm for one in self.decisive for arm in (one.after, one.before))]
         for arm in filter(None, named):
             if arm not in self.arms:
-                raise ValueError(f"arm {arm!r} is none of this study{nearest(arm, self.arms)}: {', '.join(self.arms)}")
+                raise ValueError(f"arm {arm!r} is not in this study{nearest(arm, self.arms)}: {', '.join(self.arms)}")
         for name, condition in self.conditions.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"conditions: {name!r} names files: use a-z, 0-9, '.', '_' and '-'")
@@ -201,7 +201,7 @@ class Study(Strict):
                         f"{nearest(part, [n for n, c in self.conditions.items() if c.pair is None])}"
                     )
                 if missing := set(seeds) - set(self.seeds_of(part)):
-                    raise ValueError(f"conditions.{name}: seed {min(missing)} is none of {part!r}, which it is made of")
+                    raise ValueError(f"conditions.{name}: {part!r}, which it is made of, has no seed {min(missing)}")
         return self
 
     @property
@@ -395,7 +395,7 @@ def prepared_set(name: str) -> dict[str, Any]:
     """The fields of a test set that `cosup-fast data prepare` makes.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no cell has that name.
     """
     from cosup_fast.data.prepared.benchmarks import BENCHMARKS
 

@@ -20,7 +20,7 @@ class Progress:
 
     Args:
         folder: the cell's work.
-        commit: of the code that goes on with it; kept with the commits before.
+        commit: of the code that works on it now; kept with the earlier ones.
     """
 
     def __init__(self, folder: Path, commit: str):
@@ -72,7 +72,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a cell's file says; nothing where there is none, or none that a cell has written."""
+    """What a cell's file says; nothing where it is missing or was not written by a cell."""
     try:
         found = read_object(folder / FILE)
     except ValueError:

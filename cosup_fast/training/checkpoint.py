@@ -317,7 +317,7 @@ def load_trainer_state(
         folder: the checkpoint.
         model, optimizer: as the run was started.
         rank, ranks: of this process, and how many there are now.
-        warn: told of what is no longer the same to the bit.
+        warn: called with what is no longer the same to the bit.
 
     Returns:
         The step, and the schedule that was saved with it, if any was.

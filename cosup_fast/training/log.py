@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 LINES_EVERY = 60.0
-"""Seconds, or ten steps, after which a step is told in a line where there is no terminal."""
+"""Seconds, or ten steps, between the lines about steps where there is no terminal."""
 
 
 class RunLog(Callback):

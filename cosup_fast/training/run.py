@@ -80,7 +80,7 @@ def run_training(
         resume: resume from the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
         console: where progress goes; standard error by default.
-        callbacks: hear of the run and may refuse that it begins (see `Callback`), as `cosup-fast train` does with
+        callbacks: follow the run and may refuse to begin it (see `Callback`), as `cosup-fast train` does with
             `plan.fits.FitsIntoMemory`; every rank is given the same.
 
     Raises:

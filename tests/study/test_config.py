@@ -61,13 +61,13 @@ ONE = {"systems": ["gold"]}
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, "seeds": [4]}}},
-            "conditions.both: seed 4 is none of 'one'",
+            "conditions.both: 'one', which it is made of, has no seed 4",
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, **ONE}}},
             "a pair trains nothing and is one system",
         ),
-        ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is none of this study, did you mean 'ntp/gold'"),
+        ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is not in this study, did you mean 'ntp/gold'"),
         ({"sets": []}, "is evaluated and sets=\\[\\] has nothing to ask"),
         ({"set": []}, "set: Extra inputs are not permitted"),
     ],
