@@ -85,7 +85,7 @@ def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
 
 
-def generation_config(checkpoint: Path, index: str | None, **options: object) -> GenerationConfig:
+def generation_config(checkpoint: Path, *, index: str | None = None, **options: object) -> GenerationConfig:
     """The `generation` section of the run that a checkpoint is of, with the options that were given.
 
     Raises:

@@ -62,7 +62,7 @@ def generate(
     asked = read_questions(questions or [], file or [])
     config = generation_config(
         checkpoint,
-        index,
+        index=index,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,

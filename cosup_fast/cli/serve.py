@@ -89,7 +89,7 @@ def serve(
     )
     generation = generation_config(
         checkpoint,
-        index,
+        index=index,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,

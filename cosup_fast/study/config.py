@@ -33,7 +33,6 @@ from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.kinds import split_name
 from cosup_fast.files.fields import flat
 from cosup_fast.study.handed import HANDED
-from cosup_fast.study.probes import check_probe
 
 RANKS = "ranks"
 """A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
@@ -84,7 +83,9 @@ class Condition(Strict):
     systems: tuple[str, ...] = Field(
         default=(), description="as `cosup-fast evaluate --system` takes them, and `ranks`"
     )
-    probes: tuple[str, ...] = Field(default=(), description="further looks at the trained model; see `probes`")
+    probes: tuple[Literal["attention", "spaces"], ...] = Field(
+        default=(), description="further looks: at attention in the trained model, at both spaces while it is trained"
+    )
     seeds: tuple[int, ...] | None = Field(default=None, description="null: those of the study")
     train: bool = Field(default=True, description="false: evaluated as it is before training")
     random_embseq: bool = Field(default=False, description="Embseq starts from random weights of its architecture")
@@ -109,8 +110,6 @@ class Condition(Strict):
         for system in self.systems:
             if system not in OWN:
                 split_name(system)
-        for probe in self.probes:
-            check_probe(probe)
         return self
 
 
@@ -395,7 +394,7 @@ def prepared_set(name: str) -> dict[str, Any]:
     """The fields of a test set that `cosup-fast data prepare` makes.
 
     Raises:
-        ValueError: no cell has that name.
+        ValueError: no prepared set has that name.
     """
     from cosup_fast.data.prepared.benchmarks import BENCHMARKS
 

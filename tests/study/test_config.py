@@ -47,7 +47,10 @@ ONE = {"systems": ["gold"]}
         ({"conditions": {"one": {}}}, r"systems=\[\]: name at least one system"),
         ({"conditions": {"one": {"systems": ["gold", "gold"]}}}, "systems: 'gold' is named twice"),
         ({"conditions": {"one": {"systems": ["glod"]}}}, "'glod' is unknown, did you mean 'gold'"),
-        ({"conditions": {"one": {**ONE, "probes": ["atention"]}}}, "'atention' is unknown, did you mean 'attention'"),
+        (
+            {"conditions": {"one": {**ONE, "probes": ["atention"]}}},
+            "probes.0: Input should be 'attention' or 'spaces', found 'atention'",
+        ),
         ({"conditions": {"one": {**ONE, "change": {"nsp.wait": 1}}}}, "condition 'one': unknown field 'nsp.wait'"),
         ({"conditions": {"one": {**ONE, "change": {"training.lr": -1}}}}, "condition 'one': training.lr"),
         ({"conditions": {"one": {**ONE, "seeds": [1000]}}}, "1000 is tuning.seed"),
