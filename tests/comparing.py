@@ -31,6 +31,13 @@ def run_exactly(loss: Callable[..., Tensor], x: Tensor, w: Tensor, **options) ->
     return run(loss, x.double(), w.double(), **{**options, **wide})
 
 
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Asserts that tensors of the same names differ by at most so much of the largest entry."""
+    assert ours.keys() == expected.keys()
+    for name, b in expected.items():
+        assert (ours[name] - b).abs().max() <= tolerance * b.abs().max() + 1e-12, name
+
+
 def compare(
     ours: dict[str, Tensor], eager: Callable, x: Tensor, w: Tensor, *, atol: float, well: bool = True, **options
 ) -> None:
