@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,27 +22,10 @@ from tests.training.runs import records, train
 
 
 @pytest.fixture(scope="module")
-def configure(data_folder, llama_folder, tmp_path_factory):
-    """A function that makes the overrides of a tiny run."""
-
-    def configure(output, **changes):
-        fields = {
-            "output": str(output),
-            "data.corpus": str(data_folder / "passages.jsonl"),
-            "data.train": [str(data_folder / "examples.jsonl")],
-            "data.dev": [str(data_folder / "examples.jsonl")],
-            "data.allow_leaks": True,
-            "training.batch_size": 2,
-            "training.steps": 2,
-            "training.eval_every": 1,
-            "training.lr": 1e-2,
-        }
-        given = {name.replace("__", "."): value for name, value in changes.items()}
-        if "model.init_from" not in given:
-            fields["model.gen"] = llama_folder
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **given}.items()])
-
-    return configure
+def configure(tiny_run, data_folder):
+    """A function that makes the configuration of a run of two steps, evaluated on what it is trained on."""
+    held_out = {"data.dev": [str(data_folder / "examples.jsonl")], "data.allow_leaks": True}
+    return partial(tiny_run, **held_out, **{"training.steps": 2, "training.eval_every": 1})
 
 
 @pytest.fixture(scope="module")
