@@ -15,7 +15,7 @@ from cosup_fast.data.records import Example, Segment, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint
-from cosup_fast.training.initial import inherit
+from cosup_fast.training.initial import inherit, new_model
 from cosup_fast.training.metrics import HeldOut, as_record
 from cosup_fast.training.trainer import Trainer
 from tests.training.runs import records, train
@@ -178,6 +178,12 @@ class TestStageTwo:
         learnt = load_file(there / "heads.safetensors")["criterion.nsp.log_scale"]
         assert written.nsp.temperature == pytest.approx(math.exp(-float(learnt)))
         assert written.nsp.temperature != 0.05
+
+    def test_untrained_it_is_the_first_run(self, first, configure, tmp_path):
+        """As `evaluate --system untrained` has it."""
+        untrained = new_model(inherit(configure(tmp_path / "x", model__init_from=str(first))))
+        trained = CoSupervisionModel.load(checkpoints(first / "checkpoints")[-1])
+        assert all(map(torch.equal, untrained.parameters(), trained.parameters()))
 
     def test_it_resumes_also_when_the_first_run_is_gone(self, first, configure, tmp_path):
         fields = {"model__init_from": str(tmp_path / "first"), "training__eval_every": None}
