@@ -77,6 +77,7 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
     _check_retrieves(options)
     folder = command.output_folder(options.output, checkpoint, options.system)
     config = generation_config(checkpoint, **options.writing)
+    where = choose_device(options.device, "--device")
     opened = command.open_system(
         options.system,
         checkpoint,
@@ -85,6 +86,7 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
         corpus=options.corpus,
         seed=options.seed,
         allow_stale=options.allow_stale,
+        device=where,
     )
     tests = evaluation.load_test_sets(
         options.examples or ["questions/test-in", "questions/test-out"],
@@ -95,7 +97,6 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
         seed=options.seed,
         allow_missing_gold=options.allow_missing_gold,
     )
-    where = choose_device(options.device, "--device")
     judge = evaluation.load_judge(options.judge, device=where)
     perplexed = command.fluency_model(options.fluency, checkpoint)
     if options.overwrite:
