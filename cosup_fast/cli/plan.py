@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cosup_fast.data.packing import PackLimits
     from cosup_fast.plan.planner import MemoryPlan
     from cosup_fast.plan.request import PlanRequest
-    from cosup_fast.plan.scaling import Cluster, Traffic
+    from cosup_fast.plan.scaling import Cluster, StepWeights, Traffic
 
 
 def plan(
@@ -118,7 +118,7 @@ def plan(
     with interruptible("no plan was made"), err.status("simulating a step"):
         made = make_plan(request, gpu_memory, quick=quick)
     cluster = None if nodes is None else Cluster(per_node, nvlink or 300.0, network or 25.0)
-    traffic = [] if cluster is None else step_traffic(request, cluster)
+    traffic = [] if cluster is None else step_traffic(request, made.weights, cluster)
     if as_json:
         print(json.dumps(made.to_json() | ({} if nodes is None else {"traffic": [asdict(one) for one in traffic]})))
     else:
@@ -126,7 +126,7 @@ def plan(
         where = f"{gpus} GPUs" if request.replicas == 1 else f"{gpus} GPUs, {request.replicas} replicas"
         show(made, f"{title}; {where}" if gpus > 1 else title)
         if cluster is not None:
-            show_traffic(request, traffic, cluster)
+            show_traffic(request, made.weights, traffic, cluster)
     if not made.fits:
         raise typer.Exit(1)
 
@@ -158,7 +158,7 @@ def show(made: MemoryPlan, title: str) -> None:
         )
 
 
-def show_traffic(request: PlanRequest, traffic: list[Traffic], cluster: Cluster) -> None:
+def show_traffic(request: PlanRequest, weights: StepWeights, traffic: list[Traffic], cluster: Cluster) -> None:
     """Prints what travels in a step, and from how many passages on that is more."""
     from cosup_fast.plan.scaling import keys_for_memory, keys_for_share, keys_of_step
 
@@ -171,7 +171,7 @@ def show_traffic(request: PlanRequest, traffic: list[Traffic], cluster: Cluster)
     out.print(table)
     say("a model's prediction, not measured: links at their full rate, nothing hidden behind computation")
     if traffic and request.has_embseq:
-        one, ten = keys_for_share(request, 0.01), keys_for_share(request, 0.1)
+        one, ten = (keys_for_share(request, weights, share) for share in (0.01, 0.1))
         say(f"embeddings of {keys_of_step(request):,} passages; with gradients they send 1% of what weights and their")
         say(f"  gradients send at {one:,} passages, 10% at {ten:,}; gathered on every GPU they take 8 GiB at")
         say(f"  {keys_for_memory(request, 8):,}: beyond that they would have to go round in a ring")

@@ -21,6 +21,7 @@ from typing import Any, Self
 from cosup_fast.errors import CosupError
 from cosup_fast.plan.configs import decoder
 from cosup_fast.plan.request import PlanRequest
+from cosup_fast.plan.scaling import PassWeights, StepWeights
 from cosup_fast.plan.time import StepTime, estimate_step
 
 GIB = 2**30
@@ -59,6 +60,8 @@ class MemoryPlan:
     """Times that the sequences of every pack fit, or nearly so many; None where not asked for or not even once."""
     advice: tuple[Switch, ...]
     step_time: StepTime | None
+    weights: StepWeights
+    """What a step sends of its models, see `scaling.step_traffic`."""
 
     def to_json(self) -> dict[str, Any]:
         """As `cosup-fast plan --json` prints it."""
@@ -199,6 +202,9 @@ def _plan(
         largest_batch=largest,
         advice=tuple(advice),
         step_time=estimate_step(request),
+        weights=StepWeights(
+            tuple(PassWeights(**one) for one in answer["weights"]["passes"]), answer["weights"]["whole"]
+        ),
     )
 
 
@@ -226,6 +232,13 @@ def peak_line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[in
         "breakdown": {kind: at(lambda one, kind=kind: one["breakdown"].get(kind, 0)) for kind in sorted(kinds)},
         "parameters": at(lambda one: one["parameters"]),
         "trained": at(lambda one: one["trained"]),
+        "weights": {
+            "passes": [
+                {name: at(lambda one, i=i, name=name: one["weights"]["passes"][i][name]) for name in part}
+                for i, part in enumerate(base["weights"]["passes"])
+            ],
+            "whole": at(lambda one: one["weights"]["whole"]),
+        },
     }
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cosup_fast.config.model import LoRAConfig, Recompute
 from cosup_fast.config.training import OptimizerName, Sharding
-from cosup_fast.plan.configs import model_config
+from cosup_fast.plan.configs import decoder, model_config
 
 if TYPE_CHECKING:
     from cosup_fast.config import RunConfig
@@ -35,6 +35,7 @@ class PlanRequest(BaseModel):
     optimizer_in_backward: bool = False
     clip: bool = True
     sharding: Sharding = "fsdp"
+    key_grad: Literal["global", "local"] = "global"
     gpus: int = Field(default=8, ge=1)
     replicas: int = Field(default=1, ge=1, description="whole copies of the sharded weights (hybrid sharding)")
     device: str = "cuda"
@@ -50,6 +51,11 @@ class PlanRequest(BaseModel):
     def has_embseq(self) -> bool:
         """Whether passages are embedded, by a second model or by Gen."""
         return self.nsp_weight > 0
+
+    @property
+    def projects(self) -> bool:
+        """Whether a learned projection takes embeddings of passages to the width of Gen."""
+        return self.embseq is not None and decoder(self.embseq).hidden_size != decoder(self.gen).hidden_size
 
     @classmethod
     def of(cls, config: RunConfig, *, gpus: int, replicas: int | None = None, **packs: Any) -> Self:
@@ -96,4 +102,4 @@ class PlanRequest(BaseModel):
 
 
 _OF_MODEL = ("shared", "freeze_embseq", "gen_lora", "embseq_lora", "dtype")
-_OF_TRAINING = ("precision", "activation_checkpointing", "optimizer", "optimizer_in_backward", "sharding")
+_OF_TRAINING = ("precision", "activation_checkpointing", "optimizer", "optimizer_in_backward", "sharding", "key_grad")

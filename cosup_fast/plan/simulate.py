@@ -38,6 +38,8 @@ from cosup_fast.model.attention import PACKED_SDPA
 from cosup_fast.model.loading import keep_layers
 from cosup_fast.plan.memory import LiveMemory, phase
 from cosup_fast.plan.request import PlanRequest
+from cosup_fast.plan.scaling import StepWeights
+from cosup_fast.plan.weights import count_step_weights
 from cosup_fast.training.adamw import optimizer_class
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.sharding import local, shard, unsharded_parameters
@@ -53,6 +55,7 @@ class Simulated:
     breakdown: dict[str, int]
     parameters: int  # of both models, trained or not
     trained: int
+    weights: StepWeights
 
 
 class _Template:
@@ -92,6 +95,7 @@ def simulate(request: PlanRequest, *, layers: tuple[int, int] | None = None) -> 
         stack.enter_context(_patched(request))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = make_fake_model(request, layers)
+        weights = count_step_weights(model, request)
         if mesh is not None:
             shard(model, mesh, precision=request.precision)
         batch = make_fake_batch(request, model)
@@ -131,7 +135,8 @@ def simulate(request: PlanRequest, *, layers: tuple[int, int] | None = None) -> 
         peak = memory.peak
         count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Simulated(peak.total, peak.phase, {str(kind): size for kind, size in peak.kinds.items()}, count, trained)
+        kinds = {str(kind): size for kind, size in peak.kinds.items()}
+        return Simulated(peak.total, peak.phase, kinds, count, trained, weights)
 
 
 def make_fake_model(request: PlanRequest, layers: tuple[int, int] | None) -> CoSupervisionModel:

@@ -11,10 +11,11 @@ from cosup_fast.study.progress import read_progress, time_left
 from cosup_fast.terminal import FigureTable
 
 
-def status_table(study: Study) -> FigureTable:
-    """Every cell with its state, seconds, progress and the time left of its present stage."""
-    table = FigureTable("cell", "state", "time", "progress", "left", names=2, caption=_caption(study))
-    for cell in study.cells.values():
+def status_table(study: Study, only: str | None = None) -> FigureTable:
+    """The cells that `only` selects, each with its state, seconds, progress and the time left of its present stage."""
+    cells = select(study, only)
+    table = FigureTable("cell", "state", "time", "progress", "left", names=2, caption=_caption(study, only))
+    for cell in cells:
         progress = read_progress(cell.work)
         state = state_of(cell)
         spent = sum(progress.get("seconds", {}).values())
@@ -76,7 +77,8 @@ def _seconds(cell: Cell) -> float | None:
         return None
 
 
-def _caption(study: Study) -> str:
-    finished = sum(cell.result.is_file() for cell in study.cells.values())
-    left = time_left_of(study)
-    return f"{finished} of {len(study.cells)} finished" + (f", about {duration(left)} left" if left else "")
+def _caption(study: Study, only: str | None) -> str:
+    cells = select(study, only)
+    finished = sum(cell.result.is_file() for cell in cells)
+    left = time_left_of(study, only)
+    return f"{finished} of {len(cells)} finished" + (f", about {duration(left)} left" if left else "")

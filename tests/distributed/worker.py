@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosup_fast import functional, losses
@@ -160,13 +164,13 @@ def co_supervised(settings: str, device: str = "cpu") -> Any:
     return CoSupervisionModel.from_pretrained(parts, text, nsp, ntp=ntp, device=device).eval()
 
 
-def shards(peers: Peers, settings: str) -> Any:
+def shards(peers: Peers, settings: str, replicas: int = 1) -> Any:
     """The same, its weights read by the first rank and shared out."""
     from cosup_fast.training.sharding import agree_on_norms, shard
 
     model = co_supervised.__wrapped__(settings, "cpu" if peers.rank == 0 else "meta")
     agree_on_norms(model, peers)
-    shard(model, peers.mesh("cpu"), precision="float32")
+    shard(model, peers.mesh("cpu", replicas), precision="float32")
     return model
 
 
@@ -198,6 +202,42 @@ def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limi
     counts = {"packs": len(batch.gen), "passages": batch.key_ids.tolist(), "tokens": batch.tokens, "step": batch.step}
     hits = 0 if out.stats is None else int((out.stats.rank == 0).sum())
     return {"gradients": gradients | losses, "hits": hits, **counts}
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Counts the bytes of floating-point tensors in collectives: of the larger side, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it comes back as what it does to local tensors
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.is_floating_point()]
+            self.found[func.__name__.split(".")[0]] += max((x.nbytes for x in tensors), default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def sent(
+    size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, sharded: bool, replicas: int
+) -> dict[str, Any]:
+    """The bytes of a second step's collectives, and its packs."""
+    from cosup_fast.data.packing import PackLimits, make_batch
+    from cosup_fast.training.ranks import reduce_gradients
+    from cosup_fast.training.step import accumulate_gradients
+
+    peers = Peers(groups[size])
+    model = shards(peers, settings, replicas) if sharded else co_supervised.__wrapped__(settings)
+    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        with CollectiveBytes() as counted:
+            accumulate_gradients(model, batch, group=peers)
+            reduce_gradients(model, peers)
+    packs = {"gen_packs": len(batch.gen), "embseq_packs": len(batch.passages)}
+    return {"bytes": dict(counted.found), "passages": len(batch.key_ids), **packs}
 
 
 def whole(t: Tensor) -> Tensor:

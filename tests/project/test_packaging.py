@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -136,11 +137,11 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 @pytest.mark.slow
 def test_losses_import_in_the_time_of_torch():
     def seconds(module: str) -> float:
-        return float(python(f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"))
+        """Of the CPU, which a cold disk or a busy neighbour does not lengthen much."""
+        return float(python(f"import time; t = time.process_time(); import {module}; print(time.process_time() - t)"))
 
-    # The fastest of several is what neither a cold disk nor a neighbour has slowed.
-    pairs = [(seconds("torch"), seconds("cosup_fast.losses")) for _ in range(7)]
-    torch_alone, ours = (min(column) for column in zip(*pairs))
+    pairs = [(seconds("torch"), seconds("cosup_fast.losses")) for _ in range(5)]
+    torch_alone, ours = (statistics.median(column) for column in zip(*pairs))
     assert ours < 1.3 * torch_alone
 
 

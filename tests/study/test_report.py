@@ -154,6 +154,11 @@ def test_the_commands_show_and_report(filled, cosup, tmp_path):
     assert status == 0
     assert re.search(r"both-seed1\s+│ waiting", out)
     assert "5 of 6 finished, about 60 s left" in out
+    status, out, _ = cosup("study", path, "--status", "--only", "ntp-*")
+    assert status == 0
+    assert "ntp-seed0" in out
+    assert "both-seed1" not in out
+    assert "2 of 2 finished" in out
     status, out, _ = cosup("study", path, "--report")
     assert status == 0
     assert "+37.5 [" in out
@@ -162,6 +167,12 @@ def test_the_commands_show_and_report(filled, cosup, tmp_path):
     status, _, err = cosup("study", path, "--report", "--output", tmp_path / "elsewhere")
     assert status == 1
     assert "no cell of the study is finished" in err
+    status, _, err = cosup("study", path, "--report", "--only", "ntp-*")
+    assert status == 1
+    assert "a report covers every finished cell" in err
+    status, _, err = cosup("study", path, "--report", "--status")
+    assert status == 1
+    assert "give one of them" in err
 
 
 def test_trials_are_listed_with_the_best_of_each_condition(write_study):
