@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import peak, report
+from benchmarks import memory, report
 from benchmarks.material import Material
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
@@ -56,7 +56,7 @@ def measure(setting: Setting, sizes: list[int], *, say: Callable[[str], None] = 
     rows = []
     for size in sizes:
         say(f"a batch of {size}")
-        found = peak.alone("benchmarks.batch_memory", json.dumps(asdict(setting)), str(size), timeout=86400)
+        found = memory.alone("benchmarks.batch_memory", json.dumps(asdict(setting)), str(size), timeout=86400)
         rows.append(Row(**json.loads(found)))
     return rows
 
@@ -97,7 +97,7 @@ def here(setting: Setting, size: int) -> Row:
         assert isinstance(metrics, StepMetrics)
         assert metrics.nsp is not None
         seconds = time.perf_counter() - begin
-    return Row(size, **counts, nsp=metrics.nsp, peak_bytes=peak.status("VmHWM"), seconds=seconds)
+    return Row(size, **counts, nsp=metrics.nsp, peak_bytes=memory.status("VmHWM"), seconds=seconds)
 
 
 def page(rows: list[Row], setting: Setting, command: str) -> str:

@@ -201,7 +201,7 @@ def measure(server: Server, size: Size, rounds: int) -> list[tuple[str, str]]:
 
 def resident() -> float:
     """MiB of this process in memory."""
-    from benchmarks.peak import status
+    from benchmarks.memory import status
 
     return status("VmRSS") / 2**20
 

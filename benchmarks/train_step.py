@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from benchmarks import peak, report
+from benchmarks import memory, report
 from benchmarks.counting import OperationCounter
 from benchmarks.material import Material
 from benchmarks.recipe import OURS, VARIANTS, step
@@ -175,14 +175,14 @@ def measure(
 
 def peak_of(setting: Setting, name: str, timeout: float = 1800) -> int:
     """Bytes that a step adds beside weights and gradients, from a process of its own."""
-    return int(peak.alone("benchmarks.train_step", json.dumps(asdict(setting)), name, timeout=timeout))
+    return int(memory.alone("benchmarks.train_step", json.dumps(asdict(setting)), name, timeout=timeout))
 
 
 def peak_here(setting: Setting, name: str) -> int:
     """The same in this process, which should do nothing else."""
     bench = setting.bench()
     bench.contender(name, 0)()  # gradients are there from now on, and what a first call sets up
-    return peak.added(bench.contender(name, 1))
+    return memory.added(bench.contender(name, 1))
 
 
 def step_report(rows: list[Row], setting: Setting, command: str) -> str:

@@ -36,12 +36,13 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None  # registers of a thread; None leaves them to ptxas
+    programs: int = 1  # on a multiprocessor at once, where the grid is that of a persistent kernel
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "constexprs", dict(self.constexprs))
 
     def __hash__(self) -> int:
-        return hash((frozenset(self.constexprs.items()), self.num_warps, self.num_stages, self.maxnreg))
+        return hash((frozenset(self.constexprs.items()), self.num_warps, self.num_stages, self.maxnreg, self.programs))
 
     @property
     def options(self) -> dict[str, int]:

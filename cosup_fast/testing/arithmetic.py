@@ -160,6 +160,8 @@ def correct(replace: Replace) -> None:
         return cast_impl(self, wide, dst_type)
 
     def fma_right(self, x, y, z):
+        if z.dtype.scalar == tl.float32:  # in fp64 the product is whole, as in an fma
+            return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32), tl.float32)
         return _narrow(_wide(x) * _wide(y) + _wide(z)) if is_bf16(z) else fma(self, x, y, z)
 
     def inline_assembly(self, text, constraints, values, types, is_pure, pack):

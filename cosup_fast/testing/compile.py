@@ -15,8 +15,8 @@ A kernel module declares what it ships as plain data, so that it needs nothing o
     ]
 
 `{dtype}` runs through `dtypes`, block shapes may name constexprs, ":16" marks an integer that is a multiple of 16;
-pointers are taken as 16-byte aligned. `targets` defaults to all, `spills` (bytes) to 0. `name` tells configurations of
-one kernel apart.
+pointers are taken as 16-byte aligned. `targets` defaults to all, `spills` (bytes) to 0, `programs` of a multiprocessor
+to 1. `name` tells configurations of one kernel apart.
 
     python -m cosup_fast.testing.compile [module ...] [--target sm_90 ...] [--jobs 8] [--format table|markdown|json]
 """
@@ -34,7 +34,6 @@ import json
 import multiprocessing
 import pkgutil
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
+
+from cosup_fast.testing.sass import disassemble, instruction_counts
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Target:
     arch: int | str
     shared: int
     """Bytes of shared memory (LDS) one program may use."""
+    threads: int
+    """Of a multiprocessor."""
     gate: bool
     """A kernel that fails here fails the matrix; elsewhere it is reported."""
     tensor_core: str
@@ -66,15 +69,16 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 163 * 1024, True, "HMMA"),
-    "sm_86": Target("cuda", 86, 99 * 1024, True, "HMMA"),
-    "sm_89": Target("cuda", 89, 99 * 1024, True, "HMMA"),
-    "sm_90": Target("cuda", 90, 227 * 1024, True, "HGMMA"),
-    "sm_100": Target("cuda", 100, 227 * 1024, True, "tcgen05"),
-    "sm_120": Target("cuda", 120, 99 * 1024, True, "HMMA"),
-    "gfx942": Target("hip", "gfx942", 64 * 1024, False, "MFMA"),
+    "sm_80": Target("cuda", 80, 163 * 1024, 2048, True, "HMMA"),
+    "sm_86": Target("cuda", 86, 99 * 1024, 1536, True, "HMMA"),
+    "sm_89": Target("cuda", 89, 99 * 1024, 1536, True, "HMMA"),
+    "sm_90": Target("cuda", 90, 227 * 1024, 2048, True, "HGMMA"),
+    "sm_100": Target("cuda", 100, 227 * 1024, 2048, True, "tcgen05"),
+    "sm_120": Target("cuda", 120, 99 * 1024, 1536, True, "HMMA"),
+    "gfx942": Target("hip", "gfx942", 64 * 1024, 2048, False, "MFMA"),
 }
-"""Shared memory per block from the CUDA C++ Programming Guide's table of technical specifications, and CDNA3's ISA."""
+"""Shared memory of a block and threads of a multiprocessor from the CUDA C++ Programming Guide's table of technical
+specifications, and CDNA3's ISA."""
 
 COUNTED = {
     "HMMA": r"\b[HO]MMA\b",
@@ -99,6 +103,8 @@ class CompileCase:
     targets: Iterable[str] = tuple(TARGETS)
     tensor_cores: bool = False
     spills: int = 0
+    programs: int = 1
+    """That are launched for each multiprocessor, and have to fit there at once."""
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -144,11 +150,13 @@ class Compiled:
     spills: int = 0
     shared: int = 0
     shared_limit: int = 0
+    programs: int | None = None
+    """That a multiprocessor has room for at once, on NVIDIA."""
     instructions: dict[str, int] = field(default_factory=dict)
     sass: int | None = None
     """Instructions of the whole kernel, on NVIDIA."""
     epilogue: int | None = None
-    """Of these, those outside the innermost loops that hold tensor-core instructions."""
+    """The fewest of these from a tile's last tensor-core instruction to the next tile's first; see `sass`."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -183,6 +191,8 @@ def compile_case(case: CompileCase | Mapping[str, Any], dtype: str, target: str)
         made.problems.append(f"{made.spills} bytes spilled, {case.spills} allowed")
     if made.shared > goal.shared:
         made.problems.append(f"{made.shared} bytes of shared memory, {goal.shared} available")
+    if made.programs is not None and made.programs < case.programs > 1:
+        made.problems.append(f"{made.programs} programs fit on a multiprocessor, {case.programs} are launched")
     if case.tensor_cores and dtype in ("bf16", "fp16") and goal.tensor_core not in made.instructions:
         made.problems.append(f"no tensor-core instruction {goal.tensor_core}")
     return made
@@ -213,9 +223,10 @@ def compile_source(source: Any, name: str, dtype: str, target: str, options: dic
     made.seconds = time.perf_counter() - start
     made.shared = binary.metadata.shared
     if goal.backend == "cuda":
-        assembly = _disassemble(binary.asm["cubin"])
+        assembly = disassemble(binary.asm["cubin"])
         made.registers, made.spills = _ptxas_figures(log.getvalue())
-        made.sass, made.epilogue = _instruction_counts(assembly, COUNTED[goal.tensor_core])
+        made.programs = _programs(goal, made, binary.metadata)
+        made.sass, made.epilogue = instruction_counts(assembly, COUNTED[goal.tensor_core])
     else:
         assembly = binary.asm["amdgcn"]
         made.registers, made.spills = _amd_figures(assembly)
@@ -231,24 +242,15 @@ def _ptxas_figures(log: str) -> tuple[int, int]:
     return max(registers), sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
-def _instruction_counts(assembly: str, core: str) -> tuple[int, int | None]:
-    """Instructions of a kernel, and those outside the innermost loops that hold one like `core`, if there are any."""
-    lines, labels = [], {}
-    for line in assembly.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
-            lines.append(line)
-    loops = []
-    for end, line in enumerate(lines):
-        # Conditional: what waits out of line jumps back without a condition, and closes no loop.
-        goal = re.search(r"@.*\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        start = labels.get(goal[1], end + 1) if goal else end + 1
-        if start <= end and any(re.search(core, one) for one in lines[start : end + 1]):
-            loops.append(range(start, end + 1))
-    inner = [a for a in loops if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in loops)]
-    within = {i for loop in inner for i in loop}
-    return len(lines), len(lines) - len(within) if within else None
+def _programs(target: Target, made: Compiled, metadata: Any) -> int:
+    """How many programs a multiprocessor has registers, shared memory, threads and tensor memory for."""
+    warps = metadata.num_warps
+    # Registers are given to a warp in 256s; a program takes a KiB of shared memory beside its own.
+    by_registers = 65536 // (warps * (-(-32 * made.registers // 256) * 256))
+    by_shared = (target.shared + 1024) // (made.shared + 1024)
+    by_threads = target.threads // (32 * warps)
+    by_tensor_memory = 512 // max(1, getattr(metadata, "tmem_size", None) or 1)
+    return min(by_registers, by_shared, by_threads, by_tensor_memory)
 
 
 def _amd_figures(assembly: str) -> tuple[int, int]:
@@ -256,21 +258,6 @@ def _amd_figures(assembly: str) -> tuple[int, int]:
         return max((int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
 
     return figure("vgpr_count"), 4 * (figure("vgpr_spill_count") + figure("sgpr_spill_count"))
-
-
-def _disassemble(cubin: bytes) -> str:
-    """SASS of a cubin, by the nvdisasm that Triton ships."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        raise RuntimeError(f"nvdisasm failed: {done.stderr.strip()}")
-    return done.stdout
 
 
 def _listed(modules: str | ModuleType | Iterable[str | ModuleType]) -> list[str | ModuleType]:
@@ -347,7 +334,7 @@ def _watched(results: Iterable[Compiled], total: int) -> Iterator[Compiled]:
 
 
 COLUMNS = (
-    "kernel", "dtype", "target", "registers", "spilled", "shared", "of", "SASS", "outside the loop", "instructions",
+    "kernel", "dtype", "target", "registers", "spilled", "shared", "of", "SASS", "epilogue", "programs", "instructions",
     "seconds", "verdict",
 )  # fmt: skip
 
@@ -357,7 +344,7 @@ def rows(results: Iterable[Compiled]) -> list[tuple[str, ...]]:
     for r in results:
         instructions = ", ".join(f"{number} {name}" for name, number in r.instructions.items())
         verdict = "ok" if r.ok else ("FAIL: " if r.gate else "reported: ") + "; ".join(r.problems)
-        figures = (r.registers, r.spills, r.shared, r.shared_limit, r.sass, r.epilogue)
+        figures = (r.registers, r.spills, r.shared, r.shared_limit, r.sass, r.epilogue, r.programs)
         texts = ("-" if n is None else f"{n:,}" for n in figures)
         out.append((r.kernel, r.dtype, r.target, *texts, instructions, f"{r.seconds:.1f}", verdict))
     return out
@@ -365,7 +352,7 @@ def rows(results: Iterable[Compiled]) -> list[tuple[str, ...]]:
 
 def markdown(results: Iterable[Compiled]) -> str:
     """A Markdown table of results."""
-    lines = [COLUMNS, ("---",) * 3 + ("--:",) * 6 + ("---", "--:", "---"), *rows(results)]
+    lines = [COLUMNS, ("---",) * 3 + ("--:",) * 7 + ("---", "--:", "---"), *rows(results)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

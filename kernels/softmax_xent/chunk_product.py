@@ -23,7 +23,7 @@ from .scores import Scores, Softmax, Statistics
 
 DESCRIPTORS = (*shipped.DESCRIPTORS, "interpreter")
 INTERPRETER_PROGRAMS = 3
-"""Programs of a persistent kernel in Triton's interpreter; a GPU runs one on each multiprocessor."""
+"""Programs of a persistent kernel in Triton's interpreter; a GPU has those of `programs`."""
 
 
 class _ProductChunk(TritonChunk):
@@ -66,7 +66,7 @@ class _ProductChunk(TritonChunk):
             out = None if out is None else _descriptor(out, tile["BM"], tile["BN"] // tile["PARTS"])
         tiles = triton.cdiv(self.n, tile["BM"]) * triton.cdiv(self.m, tile["BN"])
         self.launch(
-            kernel, min(tiles, programs(self.x.device)), configuration,
+            kernel, min(tiles, configuration.programs * programs(self.x.device)), configuration,
             x=x, w=w, out=out, D=self.x.shape[1], **strides, TMA=tma, PRECISION=_precision(), SMOOTHING=self.smooth,
             **self.shape, **self.scoring, **self.masks, **arguments,
         )  # fmt: skip
@@ -208,7 +208,7 @@ def _descriptor(t: Tensor, rows: int, columns: int) -> Any:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs a persistent kernel has."""
+    """How many programs a persistent kernel has, if a multiprocessor runs one at a time."""
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,7 +11,7 @@ Each tile of scores leaves partial softmaxes of its rows (and columns), which a 
 same bits on every run. Products accumulate in fp32; fp32 operands multiply in IEEE fp32 unless torch's own switch,
 torch.backends.cuda.matmul.fp32_precision, allows TF32.
 
-Legend: n rows of a chunk, M candidates, D width; T tiles along an axis, F fields of a partial, see `logit_tile`.
+Legend: n rows of a chunk, M candidates, D width; T tiles along an axis, F fields of a partial, see `tile`.
 """
 
 # triton.cdiv is typed as if it returned a constexpr.

@@ -21,9 +21,9 @@ from . import kernels_rows as rows
 
 
 def _tiles(
-    m: int, n: int, k: int, warps: int, stages: int, parts: int = 1, maxnreg: int | None = None
+    m: int, n: int, k: int, warps: int, stages: int, parts: int = 1, maxnreg: int | None = None, programs: int = 1
 ) -> Configuration:
-    return Configuration({"BM": m, "BN": n, "BK": k, "PARTS": parts, "GROUP": 8}, warps, stages, maxnreg)
+    return Configuration({"BM": m, "BN": n, "BK": k, "PARTS": parts, "GROUP": 8}, warps, stages, maxnreg, programs)
 
 
 _INTERPRETER = {"interpreter": Configuration({"BM": 32, "BN": 32, "BK": 32, "PARTS": 2, "GROUP": 2})}
@@ -54,7 +54,7 @@ SINGLE_SEVERAL = {**dict.fromkeys(PLAIN, _tiles(64, 64, 32, 8, 3, parts=2)), **_
 
 _PLAIN_CANDIDATES = [
     _tiles(128, 128, 64, 8, 3, parts=2),
-    _tiles(128, 128, 64, 4, 4, parts=2),
+    _tiles(128, 128, 64, 4, 3, parts=4, programs=2),
     _tiles(128, 256, 64, 8, 3, parts=8),
     _tiles(256, 128, 64, 8, 3, parts=4),
 ]
@@ -165,7 +165,8 @@ def _product_case(kernel: Any, name: str, options: Set[str], target: str, dtypes
     if name.startswith("everything"):
         types["scale"] = "*fp32"
     constexprs = {"TMA": tma, "PRECISION": "ieee"} | ({} if stored else {"out": None})
-    return _case(kernel, name, options, configuration, [target], types, constexprs, dtypes=dtypes, tensor_cores=half)
+    fields = {"dtypes": dtypes, "tensor_cores": half, "programs": configuration.programs}
+    return _case(kernel, name, options, configuration, [target], types, constexprs, **fields)
 
 
 def _product_cases(target: str) -> Iterator[dict[str, Any]]:

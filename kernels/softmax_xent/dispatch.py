@@ -36,8 +36,10 @@ BALANCE = {2: 256, 4: 16, 8: 8}
 """FLOP in the time of a byte, by bytes of an operand: between those of A100 (156, 10, 10) and H100 (295, 20, 20)."""
 FP32_RATE = 0.5
 """Of a library's: without tensor cores a tile of 64 x 64 x 32 reads shared memory for half of its time."""
-EPILOGUE = 2
-"""Bytes in the time of one score's epilogue: 22 instructions an element, which nothing hides behind another tile."""
+EPILOGUE = 1
+"""Bytes in the time of one score's epilogue: 8 instructions an element, which nothing hides behind another tile."""
+TANH = 3
+"""The same of a softcap: some 30 instructions more."""
 
 
 def chunks_of(impl: str) -> type[Chunk]:
@@ -140,5 +142,6 @@ def _plan(impl: str, reason: str, s: Scores, at_once: bool, gradients: int) -> P
     operands = round(len(parts) * size * m * d * (1 + again + (gradients > 0)))
     own = round((1 + again) * n * m) * kind.multiplies
     slowed = flops + (own * 2 * d * (1 / FP32_RATE - 1) if size == 4 else 0)
-    cost = round(slowed / BALANCE[size]) + EPILOGUE * own + moved + operands
+    epilogue = EPILOGUE + TANH * (s.softcap is not None)
+    cost = round(slowed / BALANCE[size]) + epilogue * own + moved + operands
     return Plan(impl, reason, products, flops, moved, held, len(parts), rows, cost, kind)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .tile import (
     VARIES,
+    holds_target,
     logit_gradient,
     logits,
     part_of,
@@ -47,8 +48,9 @@ def scores_fwd_kernel(
     tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(M, BN)
     for i_t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_at(i_t, tiles_m, tiles_n, GROUP)
-        b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
         o_m = i_m * BM + tl.arange(0, BM)
+        held = holds_target(target, o_m, N, i_n * BN, BN, SEVERAL)
+        b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
         for i_p in tl.static_range(PARTS):
             i_c = i_n * PARTS + i_p
             o_n = i_c * BC + tl.arange(0, BC)
@@ -57,15 +59,16 @@ def scores_fwd_kernel(
                 b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
             )
             b_z = logits(
-                b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE
-            )
-            if positive is not None:
-                store_positive(b_z, m_pos, positive, target, o_m, i_c, N, BC)
-            if ranks is not None:
-                store_ranks(b_z, m_pos, ranks, reference, i_c, o_m, N, BC)
+                b_s, i_m, i_c, o_m, o_n, N, M, m_pos, held, scale, bias, softcap, target, key_ids, query_ids, limit,
+                SEVERAL, DUPLICATES_ARE_POSITIVE, columns is not None,
+            )  # fmt: skip
+            if positive is not None and held:
+                store_positive(b_z, positive, target, o_m, o_n, i_c, N)
             if columns is not None:
                 store_softmax(b_z, m_pos, columns, i_m, o_n, M, 0, SEVERAL, SMOOTHING)
-            b_e = store_softmax(b_z, m_pos, rows, i_c, o_m, N, 1, SEVERAL, SMOOTHING)
+            b_e, b_max = store_softmax(b_z, m_pos, rows, i_c, o_m, N, 1, SEVERAL, SMOOTHING)
+            if ranks is not None:
+                store_ranks(b_z, b_max, m_pos, held, ranks, reference, target, o_m, o_n, i_c, N, M, SEVERAL)
             if out is not None:
                 store_tile(out, stride_out, b_e, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
@@ -104,8 +107,9 @@ def gradient_tile(
 ):  # fmt: skip
     """Multiplies one tile and stores its gradient."""
     BC: tl.constexpr = BN // PARTS
-    b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
     o_m = i_m * BM + tl.arange(0, BM)
+    held = holds_target(target, o_m, N, i_n * BN, BN, SEVERAL)
+    b_a = product_tile(x, w, i_m, i_n, N, M, D, stride_x, stride_w, BM, BN, BK, TMA, PRECISION)
     for i_p in tl.static_range(PARTS):
         i_c = i_n * PARTS + i_p
         o_n = i_c * BC + tl.arange(0, BC)
@@ -114,9 +118,10 @@ def gradient_tile(
             b_s, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
         )
         b_z = logits(
-            b_s, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE
-        )
-        b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
+            b_s, i_m, i_c, o_m, o_n, N, M, m_pos, held, scale, bias, softcap, target, key_ids, query_ids, limit,
+            SEVERAL, DUPLICATES_ARE_POSITIVE, False,
+        )  # fmt: skip
+        b_d = logit_gradient(b_z, m_pos, held, rows, columns, target, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
         store_tile(out, stride_out, b_d, i_m, i_c, o_m, o_n, N, M, BM, BC, TMA)
 
 

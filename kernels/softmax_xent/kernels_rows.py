@@ -3,7 +3,7 @@
 Each tile of a chunk is read, turned and written once. Partials of tiles are merged by a kernel of their own, so that
 one row can be the work of many programs and still every element has one owner.
 
-Legend: N rows, M candidates; tiles of (BM, BN) scores, T columns of tiles; F fields of a partial, see `logit_tile`.
+Legend: N rows, M candidates; tiles of (BM, BN) scores, T columns of tiles; F fields of a partial, see `tile`.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    LOG2E,
     VARIES,
     candidates,
+    exp_between,
+    exponent_between,
     finite,
     in_memory,
     logit_gradient,
@@ -51,7 +54,7 @@ def merge_fwd_kernel(
             b_part = tl.load(p, mask=m, other=-float("inf"))
             b_top = tl.maximum(b_max, tl.max(b_part, 0))
             b_shift = finite(b_top)
-            b_new = tl.load(p + N, mask=m, other=0.0) * tl.exp(b_part - b_shift[None, :])
+            b_new = tl.load(p + N, mask=m, other=0.0) * exp_between(b_part, b_shift[None, :])
             b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(b_new, 0)
             b_max = b_top
         p_out = out + tl.cast(N, tl.int64) * i_f + o_r
@@ -127,13 +130,13 @@ def stored_bwd_logits_kernel(
     b_pos_max = tl.load(p_row + 2 * row, mask=m_m, other=0.0)
     b_t = tl.load(p_row + 3 * row, mask=m_m, other=0.0)
     b_max = tl.load(p_part, mask=m_m, other=-float("inf"))
-    b_rest = b_p * tl.exp(b_max - b_shift)
+    b_rest = b_p * exp_between(b_max, b_shift)
     m_pos = positives(
         b_e, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
     if SEVERAL:
         b_own = tl.load(p_part + 2 * row, mask=m_m, other=-float("inf"))
-        b_pos = b_p * tl.exp(b_own - b_shift) - b_t * tl.exp(b_own - finite(b_pos_max))
+        b_pos = b_p * exp_between(b_own, b_shift) - b_t * exp_between(b_own, finite(b_pos_max))
         b_d = b_e * tl.where(m_pos, b_pos[:, None], b_rest[:, None])
     else:
         b_pos = b_p * tl.exp(b_pos_max - b_shift) - b_t
@@ -142,8 +145,8 @@ def stored_bwd_logits_kernel(
             column = tl.cast(M, tl.int64)
             b_column = finite(tl.load(columns + o_n, mask=m_n, other=0.0))
             b_weight = tl.load(columns + column + o_n, mask=m_n, other=0.0)
-            b_lift = tl.minimum(finite(b_max)[:, None] - b_column[None, :], HIGHEST)
-            b_each = b_each + tl.exp(b_lift) * b_weight[None, :]
+            b_lift = tl.minimum(exponent_between(finite(b_max)[:, None], b_column[None, :]), HIGHEST * LOG2E)
+            b_each = b_each + tl.exp2(b_lift) * b_weight[None, :]
             p_own = columns + tl.load(target + o_m, mask=m_m, other=0)
             b_above = b_pos_max - tl.load(p_own, mask=m_m, other=0.0)
             b_apart = b_pos_max - tl.load(p_own + 2 * column, mask=m_m, other=0.0)
@@ -207,9 +210,12 @@ def rows_fwd_kernel(
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
-    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE)
+    b_z = logits(
+        b_a, i_m, i_n, o_m, o_n, N, M, m_pos, True, scale, bias, softcap, target, key_ids, query_ids, limit,
+        SEVERAL, DUPLICATES_ARE_POSITIVE, columns is not None,
+    )  # fmt: skip
     if positive is not None:
-        store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN)
+        store_positive(b_z, positive, target, o_m, o_n, i_n, N)
     if columns is not None:
         store_softmax(b_z, m_pos, columns, i_m, o_n, M, 0, SEVERAL, SMOOTHING)
     store_softmax(b_z, m_pos, rows, i_n, o_m, N, 1, SEVERAL, SMOOTHING)
@@ -231,8 +237,12 @@ def ranks_fwd_kernel(
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
-    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE)
-    store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN)
+    b_z = logits(
+        b_a, i_m, i_n, o_m, o_n, N, M, m_pos, True, scale, bias, softcap, target, key_ids, query_ids, limit,
+        SEVERAL, DUPLICATES_ARE_POSITIVE, False,
+    )  # fmt: skip
+    b_max = tl.max(b_z, 1)
+    store_ranks(b_z, b_max, m_pos, True, ranks, reference, target, o_m, o_n, i_n, N, M, SEVERAL)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -252,6 +262,9 @@ def rows_bwd_logits_kernel(
     m_pos = positives(
         b_a, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P, SEVERAL, DUPLICATES_ARE_POSITIVE
     )
-    b_z = logits(b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE)
-    b_d = logit_gradient(b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
+    b_z = logits(
+        b_a, i_m, i_n, o_m, o_n, N, M, m_pos, True, scale, bias, softcap, target, key_ids, query_ids, limit,
+        SEVERAL, DUPLICATES_ARE_POSITIVE, False,
+    )  # fmt: skip
+    b_d = logit_gradient(b_z, m_pos, True, rows, columns, target, o_m, o_n, N, M, softcap, SEVERAL, SMOOTHING)
     tl.store(out + o_m.to(tl.int64)[:, None] * stride_out + o_n[None, :], b_d.to(out.dtype.element_ty), mask=m)

@@ -9,6 +9,8 @@ above. reduction="none" learns the rows' weights in backward: it keeps the stati
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -252,14 +254,30 @@ _forward.register_autograd(_compiled_backward, setup_context=_setup_context)
 
 
 def _times(saved: Sequence[Tensor | None], g: Tensor, mine: bool) -> list[Tensor | None]:
-    """Gradients times an upstream scalar: in place if `mine` alone, and not at all where it is seen to be 1."""
-    if mine:
-        return list(saved) if _is_one(g) else [None if t is None else t.mul_(g) for t in saved]
-    return [None if t is None else t * g for t in saved]
+    """Gradients times an upstream scalar: in place if `mine` alone, and then without a pass over them where it is 1."""
+    if not mine:
+        return [None if t is None else t * g for t in saved]
+    if _is_one(g):
+        return list(saved)
+    return [None if t is None else _scale(t, g) for t in saved]
+
+
+def _scale(t: Tensor, g: Tensor) -> Tensor:
+    """t *= g."""
+    if g.device.type == "cuda" and _has_triton():
+        from ..scaling import scale_
+
+        return scale_(t, g)
+    return t.mul_(g)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _is_one(g: Tensor) -> bool:
-    """Whether a scalar is 1, where looking costs nothing."""
+    """Whether a scalar is 1, where looking costs nothing: a GPU looks for itself, see `scale_`."""
     return g.device.type == "cpu" and g.item() == 1
 
 

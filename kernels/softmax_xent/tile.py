@@ -24,6 +24,7 @@ from triton.language.extra import libdevice
 
 VARIES = ("N", "M", "P", "query_ids", "positive_ids", "limit")
 """Arguments whose values and alignment vary from chunk to chunk and step to step; see `launch`."""
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -104,6 +105,28 @@ def finite(b):
 
 
 @triton.jit
+def exp_above(b_z, b_shift):
+    """2^(z log2 e - r) with r = b_shift log2 e, rounded: exp(z - b_shift) by one fma and one ex2.
+
+    The rounding of r, up to 1e-4 at scores near 1,800, is common to all that is above one shift: `exp_between`
+    takes it back.
+    """
+    return tl.exp2(tl.fma(b_z, LOG2E, -(b_shift * LOG2E)))
+
+
+@triton.jit
+def exp_between(b_part, b_shift):
+    """What turns `exp_above` b_part into exponentials above b_shift, and takes back the rounding of the former."""
+    return tl.exp2(exponent_between(b_part, b_shift))
+
+
+@triton.jit
+def exponent_between(b_part, b_shift):
+    """Its binary logarithm."""
+    return tl.fma(-b_shift, LOG2E, b_part * LOG2E)
+
+
+@triton.jit
 def scored(b_a, scale, b_bias, softcap):
     """Logits of products; b_bias broadcasts against them."""
     if scale.dtype.is_ptr():
@@ -118,15 +141,32 @@ def scored(b_a, scale, b_bias, softcap):
 
 
 @triton.jit
-def positives(
-    b, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P,
-    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr,
-):  # fmt: skip
-    """Which of a tile's candidates are positives of its rows; b is any tile of fp32 that lies as the scores do."""
+def holds_target(target, o_m, N, first, WIDTH: tl.constexpr, SEVERAL: tl.constexpr):
+    """Whether one of the columns `first` to `first + WIDTH` is the target of a row; True if rows have SEVERAL."""
+    held = True
+    if not SEVERAL:
+        b_target = tl.load(target + o_m, mask=o_m < N, other=-1)
+        held = tl.max(((b_target >= first) & (b_target < first + WIDTH)).to(tl.int32), 0) != 0
+    return held
+
+
+@triton.jit
+def targets(b, o_m, o_n, N, target):
+    """Which of a tile's candidates are the targets of its rows; b is any tile of fp32 that lies as the scores do."""
     # None so far. Made of b, the mask stays in registers; made of o_m and o_n, it moves through shared memory.
     m_pos = b > float("inf")
     if target is not None:
         m_pos |= tl.load(target + o_m, mask=o_m < N, other=-1)[:, None] == o_n[None, :]
+    return m_pos
+
+
+@triton.jit
+def positives(
+    b, o_m, o_n, N, M, target, key_ids, query_ids, positive_ids, P,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """The same of their positives."""
+    m_pos = targets(b, o_m, o_n, N, target)
     if SEVERAL:
         b_key = tl.load(key_ids + o_n, mask=o_n < M, other=-1)
         if DUPLICATES_ARE_POSITIVE:
@@ -153,27 +193,66 @@ def candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIV
 
 @triton.jit
 def logits(
-    b_a, o_m, o_n, N, M, m_pos, scale, bias, softcap, key_ids, query_ids, limit, DUPLICATES_ARE_POSITIVE: tl.constexpr
+    b_a, i_m, i_n, o_m, o_n, N, M, m_pos, held, scale, bias, softcap, target, key_ids, query_ids, limit,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """z of a tile of products; a score above its row's `limit` that is no positive's is no candidate's."""
+    """z of a tile of products; a score above its row's `limit` that is no positive's is no candidate's.
+
+    What only some tiles need, those at an end of the matrix or with a target, is in branches that the others skip:
+    `held` says whether this one may hold a target. m_pos counts where rows have SEVERAL positives, else `target`. Rows
+    past the end have scores, which matter only to softmaxes BY_COLUMN.
+    """
     if bias is not None:
-        b_z = scored(b_a, scale, tl.load(bias + o_n, mask=o_n < M, other=0.0)[None, :], softcap)
+        b_z = scored(b_a, scale, tl.load(bias + o_n, mask=o_n < M, other=-float("inf"))[None, :], softcap)
     else:
         b_z = scored(b_a, scale, None, softcap)
-    m = candidates(o_m, o_n, N, M, m_pos, key_ids, query_ids, DUPLICATES_ARE_POSITIVE)
+    BY_ID: tl.constexpr = query_ids is not None and not DUPLICATES_ARE_POSITIVE
+    RESTORED: tl.constexpr = BY_ID or limit is not None
+    if RESTORED:
+        if SEVERAL:
+            b_own = b_z
+        else:  # one logit of a row, not all of the tile's, waits for the masks
+            b_own = tl.zeros((b_z.shape[0],), dtype=tl.float32)
+            if held:
+                b_own = tl.sum(tl.where(targets(b_z, o_m, o_n, N, target), b_z, 0.0), 1)
     if limit is not None:
-        m = m & (m_pos | (b_z <= tl.load(limit + o_m, mask=o_m < N, other=0.0)[:, None]))
-    return tl.where(m, b_z, -float("inf"))
+        b_z = tl.where(b_z <= tl.load(limit + o_m, mask=o_m < N, other=0.0)[:, None], b_z, -float("inf"))
+    if key_ids is not None:
+        b_key = tl.load(key_ids + o_n, mask=o_n < M, other=-1)
+        m = (b_key >= 0)[None, :]
+        if BY_ID:
+            m = m & (tl.load(query_ids + o_m, mask=o_m < N, other=-2)[:, None] != b_key[None, :])
+        b_z = tl.where(m, b_z, -float("inf"))
+    if RESTORED:
+        if SEVERAL:
+            b_z = restored(b_z, b_own, m_pos, key_ids, o_n, M)
+        elif held:
+            b_z = restored(b_z, b_own[:, None], targets(b_z, o_m, o_n, N, target), key_ids, o_n, M)
+    if BY_COLUMN and (i_m + 1) * b_a.shape[0] > N:
+        b_z = tl.where((o_m < N)[:, None], b_z, -float("inf"))
+    # Columns past the end have no key, and a bias of -inf.
+    UNMASKED: tl.constexpr = key_ids is None and (bias is None or softcap is not None)
+    if UNMASKED and (i_n + 1) * b_a.shape[1] > M:
+        b_z = tl.where((o_n < M)[None, :], b_z, -float("inf"))
+    return b_z
+
+
+@triton.jit
+def restored(b_z, b_own, m_pos, key_ids, o_n, M):
+    """b_z, and b_own where a candidate is a positive and no padding."""
+    if key_ids is not None:
+        m_pos = m_pos & (tl.load(key_ids + o_n, mask=o_n < M, other=-1) >= 0)[None, :]
+    return tl.where(m_pos, b_own, b_z)
 
 
 @triton.jit
 def store_softmax(
     b_z, m_pos, parts, i_t, o, size, AXIS: tl.constexpr, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr
 ):  # fmt: skip
-    """Stores the softmax of a tile over one axis as partial i_t, and returns its exponentials.
+    """Stores the softmax of a tile over one axis as partial i_t, and returns its exponentials and maxima.
 
-    They are above the maximum; where there can be several positives, theirs are above the positives' own maximum, so
-    that a positive far below the rest is not lost.
+    They are `exp_above` the maximum; where there can be several positives, theirs are above the positives' own maximum,
+    so that a positive far below the rest is not lost.
     """
     F: tl.constexpr = 2 + 2 * SEVERAL + 2 * SMOOTHING
     m = o < size
@@ -183,72 +262,100 @@ def store_softmax(
     if SEVERAL:
         b_pos_max = tl.max(tl.where(m_pos, b_z, -float("inf")), AXIS)
         b_apart = tl.expand_dims(finite(b_pos_max), AXIS)
-        b_e = tl.exp(b_z - tl.where(m_pos, b_apart, tl.expand_dims(b_shift, AXIS)))
+        b_e = exp_above(b_z, tl.where(m_pos, b_apart, tl.expand_dims(b_shift, AXIS)))
         b_pos_sum = tl.sum(tl.where(m_pos, b_e, 0.0), AXIS)
-        b_sum = tl.sum(tl.where(m_pos, 0.0, b_e), AXIS) + b_pos_sum * tl.exp(b_pos_max - b_shift)
+        b_sum = tl.sum(tl.where(m_pos, 0.0, b_e), AXIS)
+        b_sum += b_pos_sum * exp_between(b_pos_max, b_shift) / exp_between(b_shift, b_shift)
         tl.store(p + 2 * tl.cast(size, tl.int64), b_pos_max, mask=m)
         tl.store(p + 3 * tl.cast(size, tl.int64), b_pos_sum, mask=m)
     else:
-        b_e = tl.exp(b_z - tl.expand_dims(b_shift, AXIS))
+        b_e = exp_above(b_z, tl.expand_dims(b_shift, AXIS))
         b_sum = tl.sum(b_e, AXIS)
     tl.store(p, b_max, mask=m)
     tl.store(p + size, b_sum, mask=m)
     if SMOOTHING:
         tl.store(p + (F - 2) * tl.cast(size, tl.int64), tl.sum(finite(b_z), AXIS), mask=m)
         tl.store(p + (F - 1) * tl.cast(size, tl.int64), tl.sum((b_z > -float("inf")).to(tl.float32), AXIS), mask=m)
-    return b_e
+    return b_e, b_max
 
 
 @triton.jit
-def store_positive(b_z, m_pos, positive, target, o_m, i_n, N, BN: tl.constexpr):
-    """Stores the logit of a row's one positive from the tile that holds it."""
+def store_positive(b_z, positive, target, o_m, o_n, i_n, N):
+    """Stores the logits of rows whose target is in a tile."""
+    BN: tl.constexpr = b_z.shape[1]
     b_target = tl.load(target + o_m, mask=o_m < N, other=-1)
     first = i_n * BN
     m = (o_m < N) & (b_target >= first) & (b_target < first + BN)
-    tl.store(positive + o_m, tl.sum(tl.where(m_pos, b_z, 0.0), 1), mask=m)
+    tl.store(positive + o_m, tl.sum(tl.where(targets(b_z, o_m, o_n, N, target), b_z, 0.0), 1), mask=m)
 
 
 @triton.jit
-def store_ranks(b_z, m_pos, ranks, reference, i_n, o_m, N, BN: tl.constexpr):
+def store_ranks(b_z, b_max, m_pos, held, ranks, reference, target, o_m, o_n, i_n, N, M, SEVERAL: tl.constexpr):
     """Stores in ranks (T, 2, N) how many other candidates of a tile lie above the positive, and which one is best."""
     p = ranks + tl.cast(i_n, tl.int64) * 2 * N + o_m
-    b_ref = tl.load(reference + o_m, mask=o_m < N, other=0.0)
-    tl.store(p, tl.sum(((b_z > b_ref[:, None]) & (m_pos == 0)).to(tl.int32), 1), mask=o_m < N)
-    tl.store(p + N, tl.argmax(b_z, 1) + i_n * BN, mask=o_m < N)
+    m_above = b_z > tl.load(reference + o_m, mask=o_m < N, other=0.0)[:, None]
+    b_above = tl.sum(m_above.to(tl.int32), 1)
+    if SEVERAL:
+        b_above -= tl.sum((m_above & m_pos).to(tl.int32), 1)
+    elif held:
+        b_above -= tl.sum((m_above & targets(b_z, o_m, o_n, N, target)).to(tl.int32), 1)
+    tl.store(p, b_above, mask=o_m < N)
+    # The first of equal ones, and where all are NaN some candidate.
+    b_best = tl.min(tl.where(b_z == b_max[:, None], o_n[None, :], M - 1), 1)
+    tl.store(p + N, b_best, mask=o_m < N)
 
 
 @triton.jit
-def softmax_gradient(
-    b_z, m_pos, weights, o, size, AXIS: tl.constexpr, EXACT: tl.constexpr, SMOOTHING: tl.constexpr
-):  # fmt: skip
-    """The part of dz of one axis: p, t and the uniform by the `weights` (5, size) of `weights_bwd_kernel`.
-
-    EXACT: the one positive has t = 1, whatever its logit was rounded to.
-    """
+def softmax_gradient(b_z, weights, o, size, AXIS: tl.constexpr, SMOOTHING: tl.constexpr):
+    """The part of dz of one axis but for the positives': p and the uniform by `weights` (5, size)."""
     m = o < size
     p = weights + o
-    size = tl.cast(size, tl.int64)
-    b_max = tl.expand_dims(finite(tl.load(p, mask=m, other=0.0)), AXIS)
-    b_d = tl.exp(b_z - b_max) * tl.expand_dims(tl.load(p + size, mask=m, other=0.0), AXIS)
-    b_t = tl.expand_dims(tl.load(p + 3 * size, mask=m, other=0.0), AXIS)
-    if EXACT:
-        b_d = tl.where(m_pos, b_d - b_t, b_d)
-    else:
-        b_pos_max = tl.expand_dims(finite(tl.load(p + 2 * size, mask=m, other=0.0)), AXIS)
-        b_d = tl.where(m_pos, b_d - tl.exp(b_z - b_pos_max) * b_t, b_d)
+    b_max = finite(tl.load(p, mask=m, other=0.0))
+    b_p = tl.load(p + size, mask=m, other=0.0) * exp_between(b_max, b_max)
+    b_d = exp_above(b_z, tl.expand_dims(b_max, AXIS)) * tl.expand_dims(b_p, AXIS)
     if SMOOTHING:
-        b_d -= tl.where(b_z > -float("inf"), tl.expand_dims(tl.load(p + 4 * size, mask=m, other=0.0), AXIS), 0.0)
+        b_uniform = tl.load(p + 4 * tl.cast(size, tl.int64), mask=m, other=0.0)
+        b_d -= tl.where(b_z > -float("inf"), tl.expand_dims(b_uniform, AXIS), 0.0)
     return b_d
 
 
 @triton.jit
+def positive_gradient(b_z, weights, o, size, AXIS: tl.constexpr, EXACT: tl.constexpr):
+    """What a positive's dz is less for one axis, by `weights` (5, size) of `weights_bwd_kernel`.
+
+    EXACT: the one positive has t = 1, whatever its logit was rounded to.
+    """
+    m = o < size
+    p = weights + 2 * tl.cast(size, tl.int64) + o
+    b_t = tl.load(p + size, mask=m, other=0.0)
+    b_d = tl.expand_dims(b_t, AXIS)
+    if not EXACT:
+        b_max = finite(tl.load(p, mask=m, other=0.0))
+        b_d = exp_above(b_z, tl.expand_dims(b_max, AXIS)) * (b_d * tl.expand_dims(exp_between(b_max, b_max), AXIS))
+    return b_d
+
+
+@triton.jit
+def less_positives(b_d, b_z, m_pos, rows, columns, o_m, o_n, N, M, SEVERAL: tl.constexpr):
+    """dz of a tile, given that of all as if they were no positives."""
+    b_t = positive_gradient(b_z, rows, o_m, N, 1, not SEVERAL)
+    if columns is not None:
+        b_t = b_t + positive_gradient(b_z, columns, o_n, M, 0, False)
+    return tl.where(m_pos, b_d - b_t, b_d)
+
+
+@triton.jit
 def logit_gradient(
-    b_z, m_pos, rows, columns, o_m, o_n, N, M, softcap, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr
+    b_z, m_pos, held, rows, columns, target, o_m, o_n, N, M, softcap, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr
 ):  # fmt: skip
     """s dL/da of a tile of logits."""
-    b_d = softmax_gradient(b_z, m_pos, rows, o_m, N, 1, not SEVERAL, SMOOTHING)
+    b_d = softmax_gradient(b_z, rows, o_m, N, 1, SMOOTHING)
     if columns is not None:
-        b_d += softmax_gradient(b_z, m_pos, columns, o_n, M, 0, False, SMOOTHING)
+        b_d += softmax_gradient(b_z, columns, o_n, M, 0, SMOOTHING)
+    if SEVERAL:
+        b_d = less_positives(b_d, b_z, m_pos, rows, columns, o_m, o_n, N, M, True)
+    elif held:
+        b_d = less_positives(b_d, b_z, targets(b_z, o_m, o_n, N, target), rows, columns, o_m, o_n, N, M, False)
     if softcap is not None:
         b_u = finite(b_z) / softcap
         b_d *= 1 - b_u * b_u

@@ -94,7 +94,15 @@ def test_a_missing_tensor_core_is_found(target):
 def test_too_much_shared_memory_is_found():
     made = compile_case(WIDE, "bf16", "sm_80")
     assert made.shared > made.shared_limit == 163 * 1024
+    assert made.programs == 0
     assert f"{made.shared} bytes of shared memory, 166912 available" in made.problems
+
+
+def test_programs_that_do_not_fit_on_a_multiprocessor_are_reported():
+    made = compile_case({**WITHOUT_DOT, "tensor_cores": False, "programs": 17}, "bf16", "sm_80")
+    assert made.programs is not None
+    assert 0 < made.programs < 17
+    assert made.problems == [f"{made.programs} programs fit on a multiprocessor, 17 are launched"]
 
 
 def test_what_does_not_compile_is_reported():
