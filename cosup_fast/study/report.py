@@ -134,20 +134,17 @@ def make_report(study: Study, *, allow_mixed_commits: bool = False) -> StudyRepo
 
     Raises:
         StudyError: no cell is finished, one disagrees with the study, or the cells are of several commits and
-            `allow_mixed_commits` is false.
+            `allow_mixed_commits` is false; trials have a table of their own and may be of another commit.
     """
     found = {name: read_cell(cell) for name, cell in study.cells.items()}
     cells = [cell for cell in found.values() if cell is not None]
     if not cells:
         raise StudyError(f"no cell of the study is finished in {study.results}: run it first, or name its --output")
-    commits = {commit: cell.name for cell in reversed(cells) for commit in cell.commits}
-    if len(commits) > 1 and not allow_mixed_commits:
-        told = ", ".join(f"{commit} ({name})" for commit, name in commits.items())
-        raise StudyError(
-            f"the cells were made by several commits: {told}. Remove those of the other commit and run them again, or "
-            "add --allow-mixed-commits where the changes between touch no figure"
-        )
-    table = _Table(study, [cell for cell in cells if cell.trial is None])
+    trials, trained = [c for c in cells if c.trial is not None], [c for c in cells if c.trial is None]
+    if not allow_mixed_commits:
+        _check_commits(trials)
+        _check_commits(trained)
+    table = _Table(study, trained)
     return StudyReport(
         title=study.title,
         missing=[name for name, cell in found.items() if cell is None],
@@ -165,13 +162,24 @@ def make_report(study: Study, *, allow_mixed_commits: bool = False) -> StudyRepo
         ],
         chance=table.chance(),
         sets=table.rows(),
-        curves=_by_condition(cells, lambda cell: cell.curves if cell.curves.get("held-out") else None),
-        trials=_trials(cells),
-        probes=_by_condition(cells, lambda cell: cell.probes or None),
+        curves=_by_condition(trained, lambda cell: cell.curves if cell.curves.get("held-out") else None),
+        trials=_trials(trials),
+        probes=_by_condition(trained, lambda cell: cell.probes or None),
         cells=[
             CellRow(name=c.name, steps=c.steps, seconds=c.seconds, commits=c.commits, machine=c.machine) for c in cells
         ],
     )
+
+
+def _check_commits(cells: Sequence[CellResult]) -> None:
+    """Refuses results of several commits in one table."""
+    commits = {commit: cell.name for cell in reversed(cells) for commit in cell.commits}
+    if len(commits) > 1:
+        told = ", ".join(f"{commit} ({name})" for commit, name in commits.items())
+        raise StudyError(
+            f"the cells were made by several commits: {told}. Remove those of the other commit and run them again, or "
+            "add --allow-mixed-commits where the changes between touch no figure"
+        )
 
 
 def points(interval: Interval) -> str:
@@ -295,8 +303,6 @@ def _metric(name: str, facts: SetFacts, scores: SetScores) -> dict[str, float]:
 def _trials(cells: Sequence[CellResult]) -> list[Trial]:
     rows = []
     for cell in cells:
-        if cell.trial is None:
-            continue
         held_out = cell.curves["held-out"]
         last = {name: column[-1] for name, column in held_out.items() if column}
         run = cell.identity["run"]
@@ -314,7 +320,7 @@ def _trials(cells: Sequence[CellResult]) -> list[Trial]:
 def _by_condition(cells: Sequence[CellResult], what: Any) -> dict[str, dict[int, Any]]:
     found: dict[str, dict[int, Any]] = {}
     for cell in cells:
-        if cell.trial is None and (value := what(cell)) is not None:
+        if (value := what(cell)) is not None:
             found.setdefault(cell.condition, {})[cell.seed] = value
     return found
 
