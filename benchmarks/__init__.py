@@ -18,5 +18,6 @@ speed.py        the same as pytest-benchmark entry points
 
 Beside them, run as a file: generation.py (the batched decoder beside plain_decoder.py), serving.py (the server beside
 that decoder, asked by serving_clients.py), index_build.py (packs beside padded batches), index_size.py (time and memory
-of an index of a given size) and pilot.py (the defaults).
+of an index of a given size), corpus_size.py (of a training corpus) and judges.py (how well judges of grounding separate
+VitaminC's labels).
 """

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from benchmarks import machine, memory, report
+from benchmarks import memory, report
 from benchmarks.material import Material
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.packing import make_batch
@@ -57,12 +56,8 @@ def measure(setting: Setting, sizes: list[int], *, say: Callable[[str], None] = 
     rows = []
     for size in sizes:
         say(f"a batch of {size}")
-        command = [sys.executable, "-m", "benchmarks.batch_memory", json.dumps(asdict(setting)), str(size)]
-        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise RuntimeError(f"a batch of {size}: {last}")
-        rows.append(Row(**json.loads(done.stdout.splitlines()[-1])))
+        found = memory.alone("benchmarks.batch_memory", json.dumps(asdict(setting)), str(size), timeout=86400)
+        rows.append(Row(**json.loads(found)))
     return rows
 
 
@@ -113,14 +108,7 @@ def page(rows: list[Row], setting: Setting, command: str) -> str:
         for row in rows
     ]  # fmt: skip
     header = "examples | queries | passages | micro-batches | peak resident set | x the first | NSP | seconds"
-    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
-    title = "Memory of a step by the size of its NSP batch"
-    return f"# {title}\n\n{machine.line()}\n\n    {command}\n\n{fields}\n\n{report.table(header, lines)}\n"
-
-
-def records(rows: list[Row]) -> list[dict[str, Any]]:
-    """Lines of a CSV."""
-    return [asdict(row) for row in rows]
+    return report.page("Memory of a step by the size of its NSP batch", setting, command, report.table(header, lines))
 
 
 if __name__ == "__main__":

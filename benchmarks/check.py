@@ -78,6 +78,11 @@ def refusal(case: Case, found: Errors, eager: Errors) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in a line of a table."""
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:300]
+
+
 def free(inputs: Inputs) -> None:
     """Drops the gradients of an earlier step."""
     inputs.x.grad = inputs.w.grad = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,13 @@ Output = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch; default: as torch chooses")]
+# Of the benchmarks of whole training steps:
+Model = Annotated[str, typer.Option(help="the model that is Gen and Embseq")]
+Layers = Annotated[int | None, typer.Option(min=1, help="keep so many of each model")]
+Examples = Annotated[list[str] | None, typer.Option(help="sets of examples")]
+PassageTokens = Annotated[int, typer.Option(min=1, help="longest passage")]
+Precision = Annotated[str, typer.Option(help="precision of products: float32 or bfloat16")]
+StepThreads = Annotated[int, typer.Option(min=1, help="threads of torch")]
 
 
 def main(arguments: list[str] | None = None, name: str = "python -m benchmarks") -> None:
@@ -93,6 +101,25 @@ def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def _begin(output: Path | None, name: str, overwrite: bool, device: str = "cpu") -> tuple[Path, str]:
+    """The folder to write, refused before anything is measured for it; the command, and how busy the machine is."""
+    folder = output or report.ROOT / machine.folder(device) / name
+    report.writable(folder, overwrite)
+    program = "cosup-fast" if sys.argv[1:2] == ["bench"] else "python -m benchmarks"
+    return folder, f"{program} {shlex.join(sys.argv[1:])}\n\nLoad of the machine before (1 minute): {machine.load()}"
+
+
+def _publish(folder: Path, text: str, files: dict[str, str] | None = None, *, overwrite: bool) -> None:
+    """Prints a report, and writes it with the tables that belong to it."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    report.write(folder, {"README.md": text, **(files or {})}, overwrite)
+    err.print(f"written: {folder}", soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _session(
     question: str,
     what: list[Case],
@@ -107,12 +134,7 @@ def _session(
     what = [case for case in what if any(case.loss in one.losses for one in providers)]
     if not what:
         raise ValueError(f"none of {', '.join(one.name for one in providers)} has such a loss; see `list`")
-    folder = output or report.ROOT / machine.folder(what[0].device) / question
-    report.writable(folder, overwrite)
-    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}"
-    if sys.argv[1:2] == ["bench"]:
-        command = f"cosup-fast {shlex.join(sys.argv[1:])}"
-    command += f"\n\nLoad of the machine before (1 minute): {machine.load()}"
+    folder, command = _begin(output, question, overwrite, what[0].device)
     rows: list[run.Row] = []
     with err.status("starting") as status:
         for i, case in enumerate(what):
@@ -121,7 +143,7 @@ def _session(
                 text = f"[{i + 1}/{len(what)}] {text}"
                 status.update(text.replace("[", r"\["))
                 if not err.is_terminal:
-                    print(text, file=sys.stderr, flush=True)
+                    _say(text)
 
             new = measure(case, say)
             rows += new
@@ -232,13 +254,9 @@ def host_command(
     overwrite: Overwrite = False,
 ) -> None:
     """How much does a tiny loss cost on the CPU, forward and backward, beside dense PyTorch?"""
-    folder = output or report.ROOT / machine.folder() / "host"
-    report.writable(folder, overwrite)
-    command = f"python -m benchmarks {shlex.join(sys.argv[1:])} (load before: {machine.load()})"
+    folder, command = _begin(output, "host", overwrite)
     text = host.describe(host.every(rounds, seconds), command) + f"\n\n{machine.line()}\n"
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-    report.write(folder, {"README.md": text}, overwrite)
-    err.print(f"written: {folder}", soft_wrap=True)
+    _publish(folder, text, overwrite=overwrite)
 
 
 @app.command("gate", epilog="Example: python -m benchmarks gate --update")
@@ -277,16 +295,16 @@ def train_step_command(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="examples of a step, or with --cache of a micro-batch")] = 8,
     factor: Annotated[int, typer.Option(min=2, help="micro-batches of --cache")] = 16,
-    model: Annotated[str, typer.Option(help="the model that is Gen and Embseq")] = "smollm2-135m",
-    layers: Annotated[int | None, typer.Option(min=1, help="keep so many of each model")] = None,
-    examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
+    model: Model = "smollm2-135m",
+    layers: Layers = None,
+    examples: Examples = None,
     corpus: str = "wiki-leads",
-    passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = 512,
+    passage_tokens: PassageTokens = 512,
     checkpointing: Annotated[bool, typer.Option(help="activation checkpointing, as published")] = True,
     measure: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(train_step.MEASURES)}; repeat for several; default: all")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 2,
+    threads: StepThreads = 2,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -300,37 +318,31 @@ def train_step_command(
         model, layers, corpus, tuple(examples or train_step.Setting.examples), passage_tokens, checkpointing, threads,
         batch_size, factor,
     )  # fmt: skip
-    folder = output or report.ROOT / machine.folder() / ("grad-cache" if cache else "train-step")
-    report.writable(folder, overwrite)
-    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}\n\nLoad of the machine before: {machine.load()}"
+    folder, command = _begin(output, "grad-cache" if cache else "train-step", overwrite)
     rows = train_step.measure(
         setting,
         names,
         rounds,
         measure or train_step.MEASURES,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=_say,
     )
     text = (train_step.cache_report if cache else train_step.step_report)(rows, setting, command)
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-    report.write(folder, {"README.md": text, "rounds.csv": report.csv_text(train_step.records(rows))}, overwrite)
-    err.print(f"written: {folder}", soft_wrap=True)
+    _publish(folder, text, {"rounds.csv": report.csv_text(train_step.records(rows))}, overwrite=overwrite)
 
 
 @app.command("versions", epilog="Example: python -m benchmarks versions ../cosup-fast-0.1 --rounds 5")
 def versions_command(
     other: Annotated[Path, typer.Argument(help="a checkout of the other version", exists=True, file_okay=False)],
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    model: Annotated[str, typer.Option(help="the model that is Gen and Embseq")] = versions.Setting.model,
+    model: Model = versions.Setting.model,
     layers: Annotated[int | None, typer.Option(min=1, help="keep so many of Gen's")] = None,
     embseq_layers: Annotated[int, typer.Option(min=1, help="keep so many of Embseq's")] = 6,
-    examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
+    examples: Examples = None,
     corpus: str = versions.Setting.corpus,
-    passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = versions.Setting.passage_tokens,
+    passage_tokens: PassageTokens = versions.Setting.passage_tokens,
     batch_size: Annotated[int, typer.Option(min=1, help="examples of a step")] = versions.Setting.batch_size,
-    precision: Annotated[
-        str, typer.Option(help="precision of products: float32 or bfloat16")
-    ] = versions.Setting.precision,
-    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 2,
+    precision: Precision = versions.Setting.precision,
+    threads: StepThreads = 2,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -339,20 +351,16 @@ def versions_command(
         model, layers, embseq_layers, corpus, tuple(examples or versions.Setting.examples), passage_tokens, batch_size,
         precision, threads,
     )  # fmt: skip
-    folder = output or report.ROOT / machine.folder() / "versions"
-    report.writable(folder, overwrite)
-    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}\n\nLoad of the machine before: {machine.load()}"
+    folder, command = _begin(output, "versions", overwrite)
     said: list[str] = []
 
     def say(text: str) -> None:
         said.append(f"    {text}")
-        print(text, file=sys.stderr, flush=True)
+        _say(text)
 
     found = versions.measure(setting, [other.resolve(), machine.ROOT], rounds, say)
     text = versions.versions_report(found, setting, "\n".join(said), command)
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-    report.write(folder, {"README.md": text}, overwrite)
-    err.print(f"written: {folder}", soft_wrap=True)
+    _publish(folder, text, overwrite=overwrite)
 
 
 @app.command(
@@ -363,17 +371,15 @@ def versions_command(
 def batch_memory_command(
     size: Annotated[list[int], typer.Option(min=1, help="examples of a step; repeat the option for several")],
     limit_gib: Annotated[float | None, typer.Option(help="exit status 1 where a peak is above it")] = None,
-    model: Annotated[str, typer.Option(help="the model that is Gen and Embseq")] = batch_memory.Setting.model,
-    layers: Annotated[int | None, typer.Option(min=1, help="keep so many of each model")] = None,
-    examples: Annotated[list[str] | None, typer.Option(help="sets of examples")] = None,
+    model: Model = batch_memory.Setting.model,
+    layers: Layers = None,
+    examples: Examples = None,
     corpus: str = batch_memory.Setting.corpus,
-    passage_tokens: Annotated[int, typer.Option(min=1, help="longest passage")] = batch_memory.Setting.passage_tokens,
+    passage_tokens: PassageTokens = batch_memory.Setting.passage_tokens,
     tokens_per_micro_batch: Annotated[int, typer.Option(min=1)] = batch_memory.Setting.tokens_per_micro_batch,
-    precision: Annotated[
-        str, typer.Option(help="precision of products: float32 or bfloat16")
-    ] = batch_memory.Setting.precision,
+    precision: Precision = batch_memory.Setting.precision,
     checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
-    threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 2,
+    threads: StepThreads = 2,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -382,14 +388,10 @@ def batch_memory_command(
         model, layers, corpus, tuple(examples or batch_memory.Setting.examples), passage_tokens, checkpointing, threads,
         tokens_per_micro_batch, precision,  # type: ignore[arg-type]  # the configuration says which there are
     )  # fmt: skip
-    folder = output or report.ROOT / machine.folder() / "batch-memory"
-    report.writable(folder, overwrite)
-    command = f"python -m benchmarks {shlex.join(sys.argv[1:])}\n\nLoad of the machine before: {machine.load()}"
-    rows = batch_memory.measure(setting, size, say=lambda text: print(text, file=sys.stderr, flush=True))
+    folder, command = _begin(output, "batch-memory", overwrite)
+    rows = batch_memory.measure(setting, size, say=_say)
     text = batch_memory.page(rows, setting, command)
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-    report.write(folder, {"README.md": text, "sizes.csv": report.csv_text(batch_memory.records(rows))}, overwrite)
-    err.print(f"written: {folder}", soft_wrap=True)
+    _publish(folder, text, {"sizes.csv": report.csv_text([asdict(row) for row in rows])}, overwrite=overwrite)
     if limit_gib is not None and (most := max(row.peak_bytes for row in rows)) > limit_gib * 2**30:
         raise ValueError(f"the peak is {report.size(most)}, above --limit-gib {limit_gib:g}")
 

@@ -14,6 +14,7 @@ from benchmarks.cases import LOSSES, Case
 from benchmarks.counting import Counts, count, count_kernels
 from benchmarks.machine import version
 from benchmarks.providers import ours
+from cosup_fast.files import replace_file
 from cosup_fast.kernels.softmax_xent import chunk_torch
 
 PATH = Path(__file__).with_name("exact.json")
@@ -114,6 +115,5 @@ def load() -> tuple[dict[str, str], Figures]:
 
 def update(figures: Figures) -> None:
     content = {"versions": versions(), "figures": figures}
-    new = PATH.with_name(PATH.name + ".writing")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(new, PATH)
+    with replace_file(PATH) as file:
+        file.write(json.dumps(content, indent=1) + "\n")

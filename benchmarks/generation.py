@@ -95,9 +95,9 @@ class Result:
         return median(plain / mine for plain, mine in zip(self.seconds[PLAIN], self.seconds[name], strict=True))
 
 
-def schedule(model: CoSupervisionModel, case: Case) -> dict[int, int]:
-    """Two retrievals, a sixth and a half of the way; each grounds a third of the output."""
-    nsp, end, n = model.template.nsp, model.template.context_end, case.generated
+def schedule(model: CoSupervisionModel, n: int) -> dict[int, int]:
+    """Of `n` tokens of output: two retrievals, a sixth and a half of the way; each grounds a third of the output."""
+    nsp, end = model.template.nsp, model.template.context_end
     return {n // 6: nsp, n // 6 + n // 3: end, n // 2 + 2: nsp, n // 2 + 2 + n // 3: end}
 
 
@@ -114,6 +114,20 @@ def passages_of(model: CoSupervisionModel, corpus: Sequence[Passage], tokens: in
     return made
 
 
+def by_random_vectors(
+    model: CoSupervisionModel, passages: Sequence[Passage]
+) -> Callable[[Tensor, int], list[tuple[Passage, float]]]:
+    """Retrieval by inner product with a vector that is drawn for each passage."""
+    vectors = torch.randn(len(passages), model.width, generator=torch.Generator().manual_seed(0))
+    vectors = torch.nn.functional.normalize(vectors, dim=-1).to(model.device)
+
+    def retrieve(query: Tensor, k: int) -> list[tuple[Passage, float]]:
+        scores, rows = (vectors @ query.float()).topk(k)
+        return [(passages[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
+
+    return retrieve
+
+
 def measure(
     name: str, rounds: int, say: Callable[[str], None], gen: str = "smollm2-135m", corpus: str = "wiki-leads"
 ) -> Result:
@@ -123,15 +137,9 @@ def measure(
     model = CoSupervisionModel.from_pretrained(ModelConfig(gen=gen, shared=True, dtype=case.dtype), text)  # type: ignore[arg-type]
     model.eval()
     passages = passages_of(model, load_corpus(corpus), case.passage_tokens)
-    random = torch.Generator().manual_seed(0)
-    vectors = torch.nn.functional.normalize(torch.randn(len(passages), model.width, generator=random), dim=-1)
-
-    def retrieve(query: Tensor, k: int) -> list[tuple[Passage, float]]:
-        scores, rows = (vectors @ query.float()).topk(k)
-        return [(passages[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
-
+    retrieve = by_random_vectors(model, passages)
     config = GenerationConfig(max_new_tokens=case.generated, ctx_truncate=case.truncate)
-    forced = schedule(model, case)
+    forced = schedule(model, case.generated)
     questions = [
         f"{'Please tell me, ' * (i % 4)}what is {passages[i % len(passages)].title}?" for i in range(case.requests)
     ]

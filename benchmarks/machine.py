@@ -13,12 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = (
-    "kernels",
-    "cosup_fast",
-    "benchmarks/*.py",
-    ":!benchmarks/pilot.py",
-)
+MEASURED = ("kernels", "cosup_fast", "benchmarks/*.py")
 
 
 def processor() -> str:

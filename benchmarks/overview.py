@@ -6,13 +6,12 @@ Each bar is the time of a loss, forward and backward, over that of its three bar
 from __future__ import annotations
 
 import csv
-import io
 import sys
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.report import png
 from cosup_fast.files import check_writable
 
 NAME = "times.png"
@@ -38,7 +37,6 @@ def draw(folder: Path) -> bytes:
     providers = sorted(panels["fp32"], key=lambda name: max(panels["fp32"][name].values()))
     shapes = sorted({shape for panel in panels.values() for ratios in panel.values() for shape in ratios})
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     width = 0.8 / len(shapes)
     for axis, (dtype, panel) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for i, shape in enumerate(shapes):
@@ -54,9 +52,7 @@ def draw(folder: Path) -> bytes:
         axis.set_yticks(range(len(providers)), providers)
     figure.axes[0].invert_yaxis()
     figure.axes[-1].legend(fontsize=7)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=110, format="png", metadata={"Software": None})
-    return image.getvalue()
+    return png(figure)
 
 
 def main(arguments: list[str]) -> None:

@@ -6,22 +6,17 @@ memory to the system. That includes what libraries allocate inside an operation.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks.cases import Case
 from benchmarks.check import free, step
-from benchmarks.memory import status
+from benchmarks.memory import added, alone
 from benchmarks.providers import every
 from cosup_fast.functional import release_workspace
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure(case: Case, provider: str, timeout: float = 3600) -> int:
@@ -32,14 +27,7 @@ def measure(case: Case, provider: str, timeout: float = 3600) -> int:
     """
     arguments = json.dumps([case.loss, case.n, case.m, case.d, case.dtype, case.device, provider])
     # OMP_WAIT_POLICY and the like come from the caller, and so does the number of threads.
-    command = [sys.executable, "-m", "benchmarks.peak", str(torch.get_num_threads()), arguments]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"took longer than {timeout:.0f} s") from None
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return int(done.stdout.split()[-1])
+    return int(alone("benchmarks.peak", str(torch.get_num_threads()), arguments, timeout=timeout))
 
 
 def here(case: Case, provider: str) -> int:
@@ -55,11 +43,7 @@ def here(case: Case, provider: str) -> int:
         before = torch.cuda.memory_allocated()
         step(loss, inputs)
         return max(torch.cuda.max_memory_allocated() - before - case.gradient_bytes, 0)
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    step(loss, inputs)
-    return max(status("VmHWM") - before - case.gradient_bytes, 0)
+    return max(added(lambda: step(loss, inputs)) - case.gradient_bytes, 0)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import shutil
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import machine
+from cosup_fast.files import FolderKind, replace_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent / "results"
+REPORT = FolderKind("a report", "README.md", files=("*",))
 
 
 def writable(folder: Path, overwrite: bool) -> None:
@@ -20,24 +25,11 @@ def writable(folder: Path, overwrite: bool) -> None:
 
 
 def write(folder: Path, files: dict[str, str | bytes], overwrite: bool = False) -> None:
-    """Writes a folder beside its place and moves it there when it is complete."""
+    """Writes a folder whole or not at all; with `overwrite` it may replace an earlier report."""
     writable(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
-    try:
+    with replace_folder(folder, REPORT) as new:
         for name, content in files.items():
-            path = new / name
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        new.chmod(0o755)
-        if folder.exists():
-            old = new.with_name(new.name + ".old")
-            os.rename(folder, old)
-            os.rename(new, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            (new / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -55,6 +47,12 @@ def table(header: str, rows: list[list[str]]) -> str:
     names = header.split(" | ")
     lines = [f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def page(title: str, setting: Any, command: str, *parts: str) -> str:
+    """Markdown: the machine, the command and the fields of a setting (a dataclass), then the parts."""
+    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
+    return "\n\n".join([f"# {title}", machine.line(), f"    {command}", fields, *parts]) + "\n"
 
 
 def size(value: int | None) -> str:
@@ -76,11 +74,9 @@ def log_log(
     title: str, panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, dashed: tuple[str, ...] = ()
 ) -> bytes:
     """A PNG of lines over logarithmic axes, one panel beside the other; lines named in `dashed` are limits."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (panel, lines) in zip(axes, panels.items()):
@@ -93,6 +89,11 @@ def log_log(
     axes[0].set_ylabel(y)
     axes[-1].legend(fontsize=7)
     figure.suptitle(title)
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as an image; the version of matplotlib is not written into it."""
     image = io.BytesIO()
     figure.savefig(image, dpi=110, format="png", metadata={"Software": None})
     return image.getvalue()

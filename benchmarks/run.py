@@ -13,7 +13,7 @@ import torch
 from benchmarks import machine, peak, report
 from benchmarks.binaries import TARGET, Binary
 from benchmarks.cases import Case
-from benchmarks.check import Errors, Loss, Truth, errors, free, refusal, step, truth
+from benchmarks.check import Errors, Loss, Truth, errors, first_line, free, refusal, step, truth
 from benchmarks.counting import Counts, count, count_kernels
 from benchmarks.providers import Provider
 from benchmarks.timing import COPY, COPY_BYTES, MIN_ROUNDS, SLOW, Spread, Step, interleave, limits, ratios
@@ -119,10 +119,6 @@ def examine(
             fit.pop(provider.name, None)
         free(inputs)
     return rows, fit
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def time_case(case: Case, providers: list[Provider], *, rounds: int, seconds: float, say: Say) -> list[Row]:

@@ -201,10 +201,9 @@ def measure(server: Server, size: Size, rounds: int) -> list[tuple[str, str]]:
 
 def resident() -> float:
     """MiB of this process in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmRSS")
+    from benchmarks.memory import status
+
+    return status("VmRSS") / 2**20
 
 
 def spread(values: list[float]) -> str:

@@ -11,16 +11,13 @@ of its own. Products: FLOPs of every matrix product, attention included, counted
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from benchmarks import machine, memory, report
+from benchmarks import memory, report
 from benchmarks.counting import OperationCounter
 from benchmarks.material import Material
 from benchmarks.recipe import OURS, VARIANTS, step
@@ -178,24 +175,14 @@ def measure(
 
 def peak_of(setting: Setting, name: str, timeout: float = 1800) -> int:
     """Bytes that a step adds beside weights and gradients, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.train_step", json.dumps(asdict(setting)), name]
-    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False, timeout=timeout)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return int(done.stdout.split()[-1])
+    return int(memory.alone("benchmarks.train_step", json.dumps(asdict(setting)), name, timeout=timeout))
 
 
 def peak_here(setting: Setting, name: str) -> int:
     """The same in this process, which should do nothing else."""
     bench = setting.bench()
     bench.contender(name, 0)()  # gradients are there from now on, and what a first call sets up
-    run = bench.contender(name, 1)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = memory.status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    return max(memory.status("VmHWM") - before, 0)
+    return memory.added(bench.contender(name, 1))
 
 
 def step_report(rows: list[Row], setting: Setting, command: str) -> str:
@@ -216,7 +203,7 @@ def step_report(rows: list[Row], setting: Setting, command: str) -> str:
     ]
     against = f"x {first.name} (quartiles)"
     header = f"variant | examples/s | {against} | activations | share | TFLOP of products | share | loss error"
-    return _page("The training step", report.table(header, lines), setting, command)
+    return report.page("The training step", setting, command, report.table(header, lines))
 
 
 def cache_report(rows: list[Row], setting: Setting, command: str) -> str:
@@ -237,16 +224,11 @@ def cache_report(rows: list[Row], setting: Setting, command: str) -> str:
         for row in rows
     ]
     header = "step | examples | ms/example | x plain (quartiles) | activations | x one | GFLOP/example | x plain"
-    return _page("Negatives of a whole step", report.table(header, lines), setting, command)
+    return report.page("Negatives of a whole step", setting, command, report.table(header, lines))
 
 
 def _share(value: int | None, whole: int | None) -> str:
     return f"{value / whole:.3f}" if value and whole else "-"
-
-
-def _page(title: str, table: str, setting: Setting, command: str) -> str:
-    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
-    return f"# {title}\n\n{machine.line()}\n\n    {command}\n\n{fields}\n\n{table}\n"
 
 
 def _ratio(values: list[float]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, report
+from benchmarks import report
 from benchmarks.timing import Spread
 
 _HEAD = "from __future__ import annotations\nimport sys\n"
@@ -104,11 +104,7 @@ def versions_report(found: list[list[dict[str, float]]], setting: Setting, said:
             [what, f"{spread.median:.2f}", f"{spread.q1:.2f} to {spread.q3:.2f}", " ".join(f"{x:.2f}" for x in ratios)]
         )
     table = report.table("time | times as fast | quartiles | rounds", lines)
-    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
-    return (
-        f"# The training step against that of another version\n\n{machine.line()}\n\n    {command}\n\n{fields}\n\n"
-        f"{table}\n\n{said}\n"
-    )
+    return report.page("The training step against that of another version", setting, command, table, said)
 
 
 def _work() -> None:

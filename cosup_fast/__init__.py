@@ -5,8 +5,9 @@ The public names are imported on first use: importing the package imports neithe
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from cosup_fast.lazy import attach
 
 if TYPE_CHECKING:
     __version__: str
@@ -14,18 +15,6 @@ if TYPE_CHECKING:
     from cosup_fast.errors import CosupError
     from cosup_fast.functional import Stats, gather_last_hidden, info_nce, linear_cross_entropy
     from cosup_fast.losses import CoSupervisionLoss, CoSupervisionOutput, InfoNCELoss, LinearCrossEntropyLoss
-
-_HOME = {
-    "CosupError": "errors",
-    "Stats": "functional",
-    "gather_last_hidden": "functional",
-    "info_nce": "functional",
-    "linear_cross_entropy": "functional",
-    "CoSupervisionLoss": "losses",
-    "CoSupervisionOutput": "losses",
-    "InfoNCELoss": "losses",
-    "LinearCrossEntropyLoss": "losses",
-}
 
 __all__ = [
     "CoSupervisionLoss",
@@ -39,16 +28,18 @@ __all__ = [
     "linear_cross_entropy",
 ]
 
+_get, __dir__ = attach(
+    __name__,
+    {
+        "errors": ("CosupError",),
+        "functional": ("Stats", "gather_last_hidden", "info_nce", "linear_cross_entropy"),
+        "losses": ("CoSupervisionLoss", "CoSupervisionOutput", "InfoNCELoss", "LinearCrossEntropyLoss"),
+    },
+)
+
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        value = _version()
-    elif name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    return _version() if name == "__version__" else _get(name)
 
 
 def _version() -> str:
@@ -59,7 +50,3 @@ def _version() -> str:
         return version("cosup-fast")
     except PackageNotFoundError:  # a source tree on the path that was never installed
         return "0+unknown"
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

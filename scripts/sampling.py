@@ -1,6 +1,6 @@
 """How the study's sample was drawn: which questions of each test set, and which passages they are searched among.
 
-    python scripts/sampling.py --check     compares the committed table with one drawn anew
+    python scripts/sampling.py --check     compares the committed table with one drawn again
     python scripts/sampling.py --write     writes it (it is drawn once: every result depends on it)
 
 At most 200 questions of a set, in turn of its groups (labels, relations), in the order of a hash of their ids. A
@@ -129,7 +129,7 @@ def main() -> None:
     """Checks or writes the table."""
     parser = argparse.ArgumentParser(prog="python scripts/sampling.py", description="Checks or writes the sample.")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="compare the committed table with one drawn anew")
+    action.add_argument("--check", action="store_true", help="compare the committed table with one drawn again")
     action.add_argument("--write", action="store_true", help="write the table")
     arguments = parser.parse_args()
     for name in NEEDED:

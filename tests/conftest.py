@@ -85,6 +85,17 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture(scope="session")
+def mixed() -> list[Example]:
+    """Examples with none, one, two and three [NSP], some with a further gold passage."""
+    three = [Segment(text=f"{i}.", passage=name) for i, name in enumerate(("nile", "euclid", "paris"))]
+    return [
+        *EXAMPLES,
+        Example(id="silent", question="What?", output=[Segment(text="Nothing is looked up here.")]),
+        Example(id="three", question="Which?", output=three, gold=["nile", "rome"]),
+    ]
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
     """passages.jsonl and examples.jsonl."""
     folder = tmp_path_factory.mktemp("data")

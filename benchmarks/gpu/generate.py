@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.generation import TextOnly, by_random_vectors, schedule
 from benchmarks.gpu.limits import synchronize
 from benchmarks.gpu.session import Setting
 from benchmarks.gpu.steps import TINY
@@ -18,7 +18,7 @@ from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.config.model import NSPConfig
 from cosup_fast.data.records import Passage
 from cosup_fast.data.template import Template, TextConfig, add_special_tokens
-from cosup_fast.generation import Decoder, Grammar, Request, State
+from cosup_fast.generation import Decoder, Request
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.attention import choose_attention
 from cosup_fast.plan.configs import model_config
@@ -26,28 +26,13 @@ from cosup_fast.plan.configs import model_config
 PASSAGES = 1000
 
 
-class _TextOnly(Grammar):
-    """Text everywhere: where [NSP] and [Ce] stand is forced."""
-
-    def restrict(self, logits: Tensor, states: list[State], may_retrieve: list[bool]) -> Tensor:  # pyright: ignore
-        logits[:, self._columns] = -torch.inf
-        return logits
-
-
 def measure(batch: int, setting: Setting, seconds: float) -> dict[str, Any]:
     """Tokens that are written a second by so many requests at once, two retrievals each, greedily in bf16."""
     generated, words = setting.size(120, 12), setting.size(100, 3)
     model = make_model(setting)
     passages = [Passage(id=f"p{i}", title=f"Passage {i}", text="word " * words) for i in range(PASSAGES)]
-    vectors = torch.nn.functional.normalize(torch.randn(PASSAGES, model.width, device=setting.device), dim=-1)
-
-    def retrieve(query: Tensor, k: int) -> list[tuple[Passage, float]]:
-        scores, rows = (vectors @ query.float()).topk(k)
-        return [(passages[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
-
-    nsp, end, n = model.template.nsp, model.template.context_end, generated
-    forced = {n // 6: nsp, n // 6 + n // 3: end, n // 2 + 2: nsp, n // 2 + 2 + n // 3: end}
-    grammar = _TextOnly(model.template, model.vocabulary, model.device)
+    retrieve, forced = by_random_vectors(model, passages), schedule(model, generated)
+    grammar = TextOnly(model.template, model.vocabulary, model.device)
     config = GenerationConfig(max_new_tokens=generated)
 
     def once() -> tuple[float, int]:
@@ -81,7 +66,7 @@ def make_model(setting: Setting) -> CoSupervisionModel:
         **setting.size(model_config("smollm2-135m"), {**TINY, "max_position_embeddings": 512})
     )
     device, dtype = torch.device(setting.device), setting.size(torch.bfloat16, torch.float32)
-    template, _ = Template(TextConfig(), tokenizer := make_tokenizer()), None
+    template = Template(TextConfig(), tokenizer := make_tokenizer())
     with device:
         gen = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=choose_attention("auto", device)

@@ -13,12 +13,11 @@ import torch
 
 from benchmarks.gpu.session import Setting
 from benchmarks.machine import version
+from benchmarks.timing import seconds_of
+from cosup_fast.training.utilization import known_peak
 
 PACKAGES = ("torch", "triton", "transformers", "pydantic", "numpy", "flash-attn", "torchao", "bitsandbytes",
             "liger-kernel", "cut-cross-entropy", "quack-kernels", "inf-cl", "sentence-transformers")  # fmt: skip
-PEAK_BF16 = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12,
-             "L40S": 362e12}  # fmt: skip
-"""FLOP/s of dense bf16 by a part of the device's name, from NVIDIA's data sheets."""
 
 
 def measure(setting: Setting, seconds: float) -> dict[str, Any]:
@@ -71,22 +70,8 @@ def rates(setting: Setting) -> dict[str, Any]:
 
 def best(run: Callable[[], Any], setting: Setting, rounds: int = 15) -> float:
     """The median seconds of a call after a warm-up."""
-    times = [time_once(run, setting) for _ in range(rounds + 3)]
+    times = [seconds_of(run, 1, setting.device) for _ in range(rounds + 3)]
     return median(times[3:])
-
-
-def time_once(run: Callable[[], Any], setting: Setting) -> float:
-    """Seconds until the device has done what a call asks."""
-    if setting.device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 def synchronize(setting: Setting) -> None:
@@ -96,7 +81,5 @@ def synchronize(setting: Setting) -> None:
 
 def peak(setting: Setting) -> float | None:
     """FLOP/s of dense bf16 products by the data sheet, where this GPU's is known."""
-    if setting.device != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((rate for part, rate in PEAK_BF16.items() if part in name), None)
+    known = known_peak(torch.cuda.get_device_name()) if setting.device == "cuda" else None
+    return None if known is None else known * 1e12

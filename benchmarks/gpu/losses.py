@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, Case
-from benchmarks.check import Loss, errors, free, refusal, step, truth
-from benchmarks.gpu.session import AbsentError, Setting, first_line
+from benchmarks.check import Loss, errors, first_line, free, refusal, step, truth
+from benchmarks.gpu.session import AbsentError, Setting
 from benchmarks.providers import Provider, every
 from benchmarks.timing import PRODUCTS, Spread, Step, interleave, limits, ratios
 from cosup_fast.functional import explain

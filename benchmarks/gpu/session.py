@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
+from benchmarks.check import first_line
 from cosup_fast.files import replace_file
 
 STARTING = 60.0
@@ -232,11 +233,6 @@ def perform(task: Task, setting: Setting, seconds: float) -> tuple[Result, bool]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return result, usable
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}".partition("\n")[0][:300]
 
 
 def _context_is_sound(setting: Setting) -> bool:

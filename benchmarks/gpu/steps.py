@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from benchmarks.check import first_line
 from benchmarks.gpu.limits import peak, synchronize
-from benchmarks.gpu.session import AbsentError, Setting, first_line
+from benchmarks.gpu.session import AbsentError, Setting
 from benchmarks.timing import Spread
 from cosup_fast.config import load_config
 from cosup_fast.config.model import NSPConfig

@@ -14,12 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cosup_fast.data.records import DataError, String, Text
+from cosup_fast.data.records import DataError, String, Text, parse, validate
 from cosup_fast.files import naming, open_new
 from cosup_fast.generation.answer import Answer
 from cosup_fast.generation.generator import Generator
@@ -43,7 +43,7 @@ def read_questions(arguments: Sequence[str], files: Sequence[str]) -> list[Quest
         DataError: a file that cannot be read, or a line that is not a question.
         ValueError: no question at all.
     """
-    questions = [_question("the question", {"question": text}) for text in arguments]
+    questions = [validate("the question", Question, {"question": text}) for text in arguments]
     for name in files:
         try:
             text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
@@ -55,13 +55,10 @@ def read_questions(arguments: Sequence[str], files: Sequence[str]) -> list[Quest
             if not line.strip():
                 continue
             where = f"{name}:{number}"
-            if not name.endswith(".jsonl"):
-                questions.append(_question(where, {"question": line.strip()}))
-                continue
-            try:
-                questions.append(_question(where, json.loads(line)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{where}: expected one JSON object, found {line[:60]!r} ({error})") from None
+            if name.endswith(".jsonl"):
+                questions.append(parse(where, line.encode(errors="surrogateescape"), Question))
+            else:
+                questions.append(validate(where, Question, {"question": line.strip()}))
     if not questions:
         empty = f": {', '.join(files)} holds none" if files else ""
         raise ValueError(f"no question was given{empty}: name one or more, or a file with --file")
@@ -225,15 +222,6 @@ def _print_retrievals(console: Console, answer: Answer) -> None:
         console.print(
             f"  [dim]retrieved ({retrieval.best.score:.3f})[/] {escape(retrieval.best.title)}", highlight=False
         )
-
-
-def _question(where: str, data: object) -> Question:
-    try:
-        return Question.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "the line"
-        raise DataError(f"{where}: {field}: {first['msg']}, found {str(first['input'])[:60]!r}") from None
 
 
 def _progress(console: Console, disable: bool) -> Progress:

@@ -117,7 +117,7 @@ app.command(
 def run() -> None:
     """Runs the command line; user errors become a message on standard error and exit status 1.
 
-    Ctrl-C and SIGTERM end any command alike, with status 130.
+    Ctrl-C and SIGTERM end any command with status 130.
     """
     hush()
     for stream in (sys.stdout, sys.stderr):
@@ -137,7 +137,7 @@ def run() -> None:
 
 
 def _line(error: Exception) -> str:
-    """What a user is told of an error, whoever caused it."""
+    """An error's message for the user."""
     from cosup_fast.distributed.peers import PeerError
 
     if isinstance(error, ValueError | ImportError | PeerError):

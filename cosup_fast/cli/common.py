@@ -85,14 +85,26 @@ def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
 
 
-def generation_config(checkpoint: Path, **options: object) -> GenerationConfig:
-    """The `generation` section of the run that a checkpoint is of, with the options that were given."""
+def generation_config(checkpoint: Path, *, index: str | None = None, **options: object) -> GenerationConfig:
+    """The `generation` section of the run that a checkpoint is of, with the options that were given.
+
+    Raises:
+        ValueError: an option has no such value, or an index was given that is never searched.
+    """
     from cosup_fast.config import config_of
     from cosup_fast.generation import GenerationConfig
 
     run = config_of(checkpoint)
     base = run.generation if run else GenerationConfig()
-    return base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
+    config = base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
+    if index is not None and not config.max_retrievals:
+        raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
+    return config
+
+
+def no_passages(query: object, k: int) -> list:
+    """The index of a Gen that may not retrieve, which nothing searches."""
+    raise AssertionError("max_retrievals=0 bans [NSP]")
 
 
 def run_config(arguments: list[str]) -> RunConfig:
@@ -110,7 +122,7 @@ def interruptible(otherwise: str = "", then: str = "") -> Iterator[None]:
     """Ctrl-C or SIGTERM inside ends the command with status 130, and says how far the work came.
 
     Args:
-        otherwise: what is said where the work itself says nothing.
+        otherwise: the message where the interruption itself has none.
         then: how to continue.
     """
     try:

@@ -33,6 +33,7 @@ from cosup_fast.index import SequenceIndex
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.terminal import FigureTable
 from cosup_fast.training.checkpoint import chosen_checkpoint
+from cosup_fast.training.initial import new_model
 from cosup_fast.training.run import run_training
 
 QUESTIONS, ANSWERED, POOL = 400, 128, 800
@@ -76,7 +77,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     )
 
     console.rule("2/4  co-supervised training")
-    before = _ranked(output, "before training", lambda: _bench(_untrained(config)), OURS, questions, corpus)
+    before = _ranked(output, "before training", lambda: Workbench(new_model(config).eval()), OURS, questions, corpus)
     if not (output / "evaluation").is_dir():  # else its minutes are over, and answers of this checkpoint were begun
         run_training(config, resume=True, console=console)
     checkpoint = chosen_checkpoint(Path(config.output))
@@ -85,7 +86,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         trained = trained.to(torch.bfloat16)
 
     console.rule("3/4  the same Gen with other passages")
-    bench = _bench(trained)
+    bench = Workbench(trained.eval())
     reports, recalls = {}, {"before training": before}
     for name in SYSTEMS:
         if name in ("dense:minilm", OURS):
@@ -105,7 +106,7 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
     _show_two_retrievals(console, bench, config, corpus)
     # Of the weights as they are saved, with which it is going to be opened.
-    index = _bench(CoSupervisionModel.load(checkpoint)).index("", corpus)
+    index = Workbench(CoSupervisionModel.load(checkpoint).eval()).index("", corpus)
     assert isinstance(index, SequenceIndex)  # the bench made it
     index.save(Path(config.output) / "index")
     console.print(
@@ -197,15 +198,6 @@ def _mean(values: Values) -> str:
 
 def _percent(recalls: Mapping[str, Values]) -> tuple[str, str]:
     return _mean(recalls["recall@1"]), _mean(recalls["recall@5"])
-
-
-def _untrained(config: RunConfig) -> CoSupervisionModel:
-    torch.manual_seed(config.training.seed)
-    return CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp)
-
-
-def _bench(model: CoSupervisionModel) -> Workbench:
-    return Workbench(model.eval())
 
 
 def _ranked(

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cosup_fast.cli.common import Checkpoint, err, generation_config, interruptible, load_model, out, say
 from cosup_fast.cli.options import with_options
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.kinds import forms
 
 
-class EvaluateOptions(BaseModel):
+class EvaluateOptions(Strict):
     """What is evaluated, on what, and how; what is not given of the writing is as the run's configuration says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     examples: list[str] = Field(
         default=[], description="a JSONL file of examples or of KILT, or a prepared set; repeat it for several"
@@ -78,6 +77,7 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
     _check_retrieves(options)
     folder = command.output_folder(options.output, checkpoint, options.system)
     config = generation_config(checkpoint, **options.writing)
+    where = choose_device(options.device, "--device")
     opened = command.open_system(
         options.system,
         checkpoint,
@@ -86,6 +86,7 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
         corpus=options.corpus,
         seed=options.seed,
         allow_stale=options.allow_stale,
+        device=where,
     )
     tests = evaluation.load_test_sets(
         options.examples or ["questions/test-in", "questions/test-out"],
@@ -96,7 +97,6 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
         seed=options.seed,
         allow_missing_gold=options.allow_missing_gold,
     )
-    where = choose_device(options.device, "--device")
     judge = evaluation.load_judge(options.judge, device=where)
     perplexed = command.fluency_model(options.fluency, checkpoint)
     if options.overwrite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,11 +17,9 @@ from cosup_fast.cli.common import (
     generation_config,
     interruptible,
     load_model,
+    no_passages,
     out,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def generate(
@@ -64,6 +62,7 @@ def generate(
     asked = read_questions(questions or [], file or [])
     config = generation_config(
         checkpoint,
+        index=index,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,
@@ -76,8 +75,6 @@ def generate(
     )
     if top_p is not None and config.temperature == 0:
         raise ValueError(f"--top-p {top_p} samples, and --temperature 0 does not: give a temperature above 0")
-    if index is not None and not config.max_retrievals:
-        raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
     if output is not None:
         check_regular(output)
         if output.resolve() in [Path(name).resolve() for name in file or () if name != "-"]:
@@ -85,7 +82,7 @@ def generate(
     with held(output, "generate") if output is not None else nullcontext():
         model = load_model(checkpoint, device)
         folder = index or checkpoint / "index"
-        searched = load_index(folder, model, allow_stale=allow_stale) if config.max_retrievals else _no_passages
+        searched = load_index(folder, model, allow_stale=allow_stale) if config.max_retrievals else no_passages
         generator = Generator(model, searched, config, max_batch=min(batch, len(asked)))
         with interruptible():
             failed = answer_questions(generator, asked, out=out, err=err, as_json=as_json, output=output)
@@ -93,8 +90,3 @@ def generate(
         err.print(f"answers: {output} ({len(asked)} questions)", markup=False, highlight=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _no_passages(query: Tensor, k: int) -> list:
-    """The index of answers without passages, which nothing asks."""
-    raise AssertionError("max_retrievals=0 bans [NSP]")

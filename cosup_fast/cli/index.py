@@ -101,7 +101,7 @@ def index_add(
     """Embed passages with the checkpoint that built the index, and append them."""
     from cosup_fast.distributed import joined_ranks
     from cosup_fast.index import Options
-    from cosup_fast.index.stores import add_to_index, load_index
+    from cosup_fast.index.stores import load_index
 
     with joined_ranks(timeout=rank_timeout), interruptible("nothing was embedded so far"):
         model = load_model(checkpoint, device)
@@ -110,7 +110,7 @@ def index_add(
         options = Options(
             batch_tokens=batch_tokens, precision=loaded.precision, restart=restart, rank_timeout=rank_timeout
         )
-        add_to_index(loaded, model, corpus, checkpoint, options)
+        loaded.add(model, corpus, options=options, work=checkpoint)
     say_once(f"added {len(loaded) - before} passages: {loaded.name} ({len(loaded)} passages)")
 
 

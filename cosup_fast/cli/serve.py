@@ -1,4 +1,4 @@
-"""`cosup-fast serve`: an OpenAI-compatible API with evidence, and a page to watch answers come about."""
+"""`cosup-fast serve`: an OpenAI-compatible API with evidence, and a page that shows answers as they are written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosup_fast.cli.common import Checkpoint, Device, IndexName, Stale, err, generation_config, load_model, say
+from cosup_fast.cli.common import (
+    Checkpoint,
+    Device,
+    IndexName,
+    Stale,
+    err,
+    generation_config,
+    load_model,
+    no_passages,
+    say,
+)
 
 if TYPE_CHECKING:
     from cosup_fast.index import NonparametricIndex
@@ -79,19 +89,18 @@ def serve(
     )
     generation = generation_config(
         checkpoint,
+        index=index,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,
         ctx_truncate=ctx_truncate,
     )
-    if index is not None and not generation.max_retrievals:
-        raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    listening = listen(config)  # before the model is loaded: a port that is taken is said at once
+    listening = listen(config)  # before the model is loaded, so that a port in use is reported at once
     model = load_model(checkpoint, device)
     searched = index_of(checkpoint, index, model, allow_stale) if generation.max_retrievals else None
     offered = offer(model, searched, system or ())
-    generator = Generator(model, _nothing if searched is None else searched, generation, max_batch=batch)
+    generator = Generator(model, no_passages if searched is None else searched, generation, max_batch=batch)
     app = create_app(generator, searched, offered, generation, config)
     if not config.local:
         guard = "anyone who reaches it" if config.api_key is None else "whoever has the key"
@@ -113,8 +122,3 @@ def index_of(checkpoint: Path, given: str | None, model: CoSupervisionModel, all
         say(f"no index at {folder}: building it from {run.data.corpus}, once")
         build_index(model, run.data.corpus, folder, checkpoint)
     return load_index(folder, model, allow_stale=allow_stale)
-
-
-def _nothing(query: object, k: int) -> list:
-    """The index of a server without one, which nothing asks."""
-    raise AssertionError("max_retrievals=0 bans [NSP]")

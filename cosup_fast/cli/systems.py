@@ -1,4 +1,4 @@
-"""What `cosup-fast evaluate` and `compare` do between their options and a report."""
+"""What `cosup-fast evaluate` does between its options and a report."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from cosup_fast.evaluation.workbench import Workbench
 from cosup_fast.files import FolderKind, check_replaceable
 
 if TYPE_CHECKING:
+    import torch
+
     from cosup_fast.model import CoSupervisionModel
 
 
@@ -34,6 +36,7 @@ def open_system(
     corpus: str | None = None,
     seed: int = 0,
     allow_stale: bool = False,
+    device: torch.device | str = "cpu",
 ) -> System:
     """The system that `--system` names.
 
@@ -45,6 +48,7 @@ def open_system(
         corpus: the passages to search or to hand over; by default those of the index, or of the checkpoint's run.
         seed: of `random`, and of an untrained model.
         allow_stale: take an index that another checkpoint made.
+        device: of an untrained model.
 
     Raises:
         ValueError: what `split_name` or the retriever refuses; an index or a corpus that this system does not read.
@@ -57,7 +61,7 @@ def open_system(
         raise ValueError(f"--system {name} reads no index: leave out --index {index}")
     if index and corpus:
         raise ValueError(f"--index {index} holds its own passages: leave out --corpus {corpus}")
-    model = _untrained(checkpoint) if kind.name == "untrained" else load_model(checkpoint)
+    model = _untrained(checkpoint, device) if kind.name == "untrained" else load_model(checkpoint)
     bench = Workbench(model, load=load_model, seed=seed)
     run = argument if kind.name == "pair" else ""
     sources = {"checkpoint": str(checkpoint)} | ({"retriever": run} if run else {})
@@ -75,21 +79,18 @@ def open_system(
     return replace(bench.system(name, () if searched is None else searched), sources=sources)
 
 
-def _untrained(checkpoint: Path) -> CoSupervisionModel:
+def _untrained(checkpoint: Path, device: torch.device | str) -> CoSupervisionModel:
     """What the run of a checkpoint began as.
 
     Raises:
         ValueError: nothing says how it began.
     """
-    import torch
-
-    from cosup_fast.model import CoSupervisionModel
+    from cosup_fast.training.initial import new_model
 
     run = config_of(checkpoint)
     if run is None:
         raise ValueError(f"--system untrained: {checkpoint} belongs to no run, whose config.yaml says how it began")
-    torch.manual_seed(run.training.seed)
-    return CoSupervisionModel.from_pretrained(run.model, run.text, run.nsp).eval()
+    return new_model(run, device).eval()
 
 
 def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:

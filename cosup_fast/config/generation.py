@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from cosup_fast.data.strict import Section
 
 
-class GenerationConfig(BaseModel):
+class GenerationConfig(Section):
     """How Gen writes, and how often it may retrieve."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_new_tokens: int = Field(
         default=256, ge=1, description="most tokens that Gen chooses; inserted passages do not count"

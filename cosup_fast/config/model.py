@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from cosup_fast.data.strict import Section
 
 Attention = Literal["auto", "packed_sdpa", "flash_attention_2"]
 Recompute = Literal["none", "full", "selective"]
 
 
-class LoRAConfig(BaseModel):
-    """Adapters of one model; rank 0 is none, and all of its weights are trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class LoRAConfig(Section):
+    """Adapters of one model; with rank 0 there are none, and all of its weights are trained."""
 
     rank: int = Field(
         default=0, ge=0, description="rank of the adapters A and B; 0: no adapters, all weights are trained"
@@ -30,10 +30,8 @@ class LoRAConfig(BaseModel):
     )
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """Which two models, and how much of them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     init_from: str | None = Field(
         default=None,
@@ -91,10 +89,8 @@ class ModelConfig(BaseModel):
         return self
 
 
-class NTPConfig(BaseModel):
+class NTPConfig(Section):
     """The next-token-prediction loss: its weight in the sum."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     weight: float = Field(
         default=1.0,
@@ -103,10 +99,8 @@ class NTPConfig(BaseModel):
     )
 
 
-class NSPConfig(BaseModel):
+class NSPConfig(Section):
     """The next-sequence-prediction loss: its weight in the sum and the geometry of its space."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     weight: float = Field(
         default=1.0,

@@ -45,7 +45,7 @@ def read_yaml(text: str) -> Any:
             loader.dispose()
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep, or contains itself") from None
-    except (ValueError, OverflowError) as error:  # a date that is none, a number without end
+    except (ValueError, OverflowError) as error:  # a date that does not exist, a number too long to read
         raise yaml.YAMLError(str(error)) from None
 
 
@@ -62,11 +62,3 @@ def _unfolded(node: yaml.Node, known: dict[int, int]) -> int:
         )
         known[id(node)] = 1 + sum(_unfolded(child, known) for child in children)
     return known[id(node)]
-
-
-def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as fields with dotted names, which may stand at any depth themselves."""
-    fields: dict[str, Any] = {}
-    for name, value in section.items():
-        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return fields

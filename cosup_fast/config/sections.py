@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cosup_fast.config.generation import GenerationConfig
 from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.config.training import TrainingConfig
+from cosup_fast.data.strict import Section
 from cosup_fast.data.template import TextConfig
 
 Weight = Annotated[float, Field(gt=0)]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """What is trained on and what is held out. Each name is a prepared set, a JSONL file, `hf:owner/name:split`, or
     published data in their own form, such as `tevatron:train.jsonl` (docs/data.md)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     corpus: str = Field(default="wiki-leads", description="the passages")
     checksum: bool = Field(
@@ -34,7 +33,7 @@ class DataConfig(BaseModel):
     negatives: int | None = Field(
         default=None,
         ge=0,
-        description="hard negatives of an example that a step reads, drawn anew for every step; null: all of them",
+        description="hard negatives of an example that a step reads, drawn again for every step; null: all of them",
     )
     long_examples: Literal["error", "skip"] = Field(
         default="error",
@@ -66,10 +65,8 @@ class DataConfig(BaseModel):
         return self
 
 
-class Sections(BaseModel):
+class Sections(Section):
     """Everything that decides a run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     output: str = Field(
         default="runs/cosup", description="folder for checkpoints, metrics, plots and this configuration"

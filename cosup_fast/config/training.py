@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cosup_fast.config.model import Recompute, whole_steps
 from cosup_fast.data.packing import PackLimits
+from cosup_fast.data.strict import Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -18,10 +19,8 @@ Sharding = Literal["none", "ddp", "fsdp"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Section):
     """The optimisation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int = Field(default=3, ge=1, description="passes over the training set, unless steps is given")
     steps: int | None = Field(default=None, ge=1, description="stop after so many steps, whatever the epochs")

@@ -230,12 +230,12 @@ def make_batch(
     of_content: dict[tuple[str, str], int] = {}  # two ids may stand for the same text
     askers: list[set[int]] = []
     for asker, passage in named:
-        if _content(passage) not in of_content:
+        if passage.content not in of_content:
             tokens = tuple(template.sequence(passage))
             check_fits(f"passage {passage.id!r}", len(tokens), limits)
-            of_content[_content(passage)] = of_tokens.setdefault(tokens, len(of_tokens))
+            of_content[passage.content] = of_tokens.setdefault(tokens, len(of_tokens))
             askers += [set() for _ in range(len(of_tokens) - len(askers))]
-        askers[of_content[_content(passage)]].add(asker)
+        askers[of_content[passage.content]].add(asker)
     distinct = list(of_tokens)
     lengths = [len(tokens) for tokens in distinct]
     plans = [_plan(share, lengths, limits) for share in share_out(lengths, ranks, askers)]
@@ -243,8 +243,8 @@ def make_batch(
 
     def further(member: int) -> list[int]:
         """Rows of the passages that answer an example without being asked for."""
-        gold = {of_content.get(_content(corpus[name])) for name in examples[member].gold if name in corpus}
-        asked = {of_content[_content(corpus[name])] for name in sequences[member].query_passages}
+        gold = {of_content.get(corpus[name].content) for name in examples[member].gold if name in corpus}
+        asked = {of_content[corpus[name].content] for name in sequences[member].query_passages}
         return sorted(row_of[found] for found in gold - asked if found is not None)
 
     rows = [[further(member) for member in order] for order in orders]
@@ -265,7 +265,7 @@ def make_batch(
     return CoSupervisionBatch(
         gen=tuple(gen),
         passages=tuple(passages),
-        positive=_int64([row_of[of_content[_content(passage)]] for passage in own]),
+        positive=_int64([row_of[of_content[passage.content]] for passage in own]),
         key_ids=_int64([content_id(distinct[member]) for pack in plans[rank] for member in pack]),
         positive_ids=_int64(ids).view(len(ids), most) if most else None,
         step=StepCounts(
@@ -331,10 +331,6 @@ def check_fits(what: str, length: int, limits: PackLimits) -> None:
             f"{what} has {length} tokens, more than the {limits.tokens} of a micro-batch: raise "
             "training.tokens_per_micro_batch, or shorten it (text.max_passage_tokens, text.long_passages=truncate)"
         )
-
-
-def _content(passage: Passage) -> tuple[str, str]:
-    return passage.title, passage.text
 
 
 def content_id(tokens: Sequence[int]) -> int:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from cosup_fast.data.strict import Strict
 from cosup_fast.errors import CosupError
 from cosup_fast.files import replace_file
 
@@ -49,9 +50,7 @@ String = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[String, AfterValidator(_nonblank)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Record(Strict):
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
@@ -74,6 +73,11 @@ class Passage(_Record):
     title: String
     text: Text
     topic: String = ""
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What is read of it: passages of different ids may be alike."""
+        return self.title, self.text
 
 
 class Segment(_Record):
@@ -150,6 +154,7 @@ class Example(_Record):
         return self.cited or tuple(self.gold[:1])
 
 
+M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", Passage, Example)
 
 
@@ -201,7 +206,7 @@ def to_line(record: BaseModel) -> str:
     return json.dumps(record.model_dump(exclude_defaults=True), ensure_ascii=False) + "\n"
 
 
-def validate(where: str, kind: type[R], data: Any) -> R:
+def validate(where: str, kind: type[M], data: Any) -> M:
     """The record that `data` describes, or a `DataError` that begins with `where`."""
     try:
         return kind.model_validate(data)
@@ -209,7 +214,7 @@ def validate(where: str, kind: type[R], data: Any) -> R:
         raise DataError(f"{where}: {_describe(error)}") from None
 
 
-def parse(where: str, line: bytes, kind: type[R]) -> R:
+def parse(where: str, line: bytes, kind: type[M]) -> M:
     """The record in one line of a JSONL file, or a `DataError` that begins with `where`."""
     return validate(where, kind, parse_object(where, line))
 

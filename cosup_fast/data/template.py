@@ -16,9 +16,10 @@ from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.strict import Strict
 from cosup_fast.errors import CosupError
 
 if TYPE_CHECKING:
@@ -36,10 +37,8 @@ DESCRIPTIONS = {
 }
 
 
-class TextConfig(BaseModel):
+class TextConfig(Strict):
     """The text template and its limits; stored with every checkpoint and stamped on every index."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: str = Field(
         default="{instruction}## Input:\n\n{question}## Output:\n\n",

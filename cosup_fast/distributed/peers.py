@@ -141,7 +141,7 @@ class Peers:
 
     @contextmanager
     def reporting(self, purpose: str) -> Iterator[None]:
-        """Tells the others, at their next meeting, of an error inside; they would wait for this rank in vain."""
+        """Reports an error inside to the others at their next meeting, where they would wait until they time out."""
         try:
             yield
         except PeerError:

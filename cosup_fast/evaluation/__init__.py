@@ -8,8 +8,9 @@ section 4.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cosup_fast.lazy import attach
 
 if TYPE_CHECKING:
     from cosup_fast.evaluation.comparison import compare
@@ -28,36 +29,6 @@ if TYPE_CHECKING:
     from cosup_fast.evaluation.systems import System
     from cosup_fast.evaluation.text_retrievers import BM25Retriever, DenseRetriever
     from cosup_fast.evaluation.workbench import Workbench
-
-_HOME = {
-    "SYSTEMS": "kinds",
-    "BM25Retriever": "text_retrievers",
-    "Corpus": "corpus",
-    "DenseRetriever": "text_retrievers",
-    "Estimate": "estimates",
-    "FluencyModel": "fluency",
-    "GoldRetriever": "retrievers",
-    "IndexRetriever": "retrievers",
-    "Judge": "judge",
-    "LexicalJudge": "judge",
-    "LikelihoodJudge": "likelihood",
-    "NLIJudge": "judge",
-    "PairRetriever": "retrievers",
-    "QuestionRecord": "report",
-    "RandomRetriever": "retrievers",
-    "Report": "report",
-    "System": "systems",
-    "TestSet": "inputs",
-    "Verdict": "judge",
-    "Workbench": "workbench",
-    "bootstrap_mean": "estimates",
-    "compare": "comparison",
-    "evaluate": "run",
-    "load_judge": "judges",
-    "load_test_sets": "inputs",
-    "paired_gain": "estimates",
-    "retrieval_ranks": "ranks",
-}
 
 __all__ = [
     "SYSTEMS",
@@ -89,14 +60,24 @@ __all__ = [
     "retrieval_ranks",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "comparison": ("compare",),
+        "corpus": ("Corpus",),
+        "estimates": ("Estimate", "bootstrap_mean", "paired_gain"),
+        "fluency": ("FluencyModel",),
+        "inputs": ("TestSet", "load_test_sets"),
+        "judge": ("Judge", "LexicalJudge", "NLIJudge", "Verdict"),
+        "judges": ("load_judge",),
+        "kinds": ("SYSTEMS",),
+        "likelihood": ("LikelihoodJudge",),
+        "ranks": ("retrieval_ranks",),
+        "report": ("QuestionRecord", "Report"),
+        "retrievers": ("GoldRetriever", "IndexRetriever", "PairRetriever", "RandomRetriever"),
+        "run": ("evaluate",),
+        "systems": ("System",),
+        "text_retrievers": ("BM25Retriever", "DenseRetriever"),
+        "workbench": ("Workbench",),
+    },
+)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
-
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.estimates import Estimate, Gain, compare_values
 from cosup_fast.evaluation.report import Report, figure
 from cosup_fast.evaluation.suites import METRICS, SUMMARY, check_metrics
 from cosup_fast.terminal import FigureTable
 
 
-class ComparedMetric(BaseModel):
+class ComparedMetric(Strict):
     """One metric on the questions that both runs have it for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     metric: str
     dataset: str  # empty: all questions
@@ -24,10 +21,8 @@ class ComparedMetric(BaseModel):
     gain: Gain  # of perplexities: both geometric means, and their ratio as gain
 
 
-class Comparison(BaseModel):
+class Comparison(Strict):
     """A paired comparison; differences of shares are after - before."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     before: str
     after: str

@@ -10,18 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.metrics import require
 
 RESAMPLES = 2000
 PERMUTATIONS = 9999
 
 
-class Estimate(BaseModel):
+class Estimate(Strict):
     """A mean with its 95% bootstrap interval; no interval from fewer than two values."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mean: float
     low: float | None
@@ -29,10 +27,8 @@ class Estimate(BaseModel):
     count: int  # values that the mean is taken over
 
 
-class Gain(BaseModel):
+class Gain(Strict):
     """The mean difference between two runs on the same questions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     before: float
     after: float

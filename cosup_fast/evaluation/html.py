@@ -26,8 +26,8 @@ ANSWERS = 8
 """Most gold answers shown for a question: TriviaQA has dozens of spellings."""
 
 
-def render(report: Report) -> str:
-    """The HTML of a report.
+def page_template(path: Path) -> Any:
+    """A jinja2 template of a page, which escapes every value and refuses unknown names.
 
     Raises:
         ImportError: jinja2 is not installed.
@@ -36,10 +36,18 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def render(report: Report) -> str:
+    """The HTML of a report.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
     retrieval = {part.dataset: part.retrieval for part in report.datasets}
     columns = [name for name in METRICS if any(name in part.metrics for part in report.datasets)]
-    return template.render(
+    return page_template(Path(__file__).parent / "report.html").render(
         report=report,
         columns=columns,
         extra=[name for name in ("grounded", "perplexity") if name in columns],

@@ -35,7 +35,7 @@ class TestSet:
         corpus: the name of the corpus that they search, where a system has several.
     """
 
-    __test__ = False  # no class of tests, whatever pytest thinks
+    __test__ = False  # its name begins as pytest's test classes do
 
     source: str
     examples: Sequence[Example]

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import regex
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from cosup_fast.data.answers import ARTICLES, words
 from cosup_fast.data.records import Passage
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.pretrained import load_pretrained
 
@@ -63,10 +63,8 @@ _CLAUSE = regex.compile(r"[,;:]\s|\b(?:but|although|though|while|whereas)\b")
 _SENTENCE = regex.compile(r"(?<=[.!?。！？])(?<!\b\p{Lu}\.)\s+(?=[\p{Lu}\p{N}\"“])|(?<=[。！？])|\n+|;\s")
 
 
-class Verdict(BaseModel):
+class Verdict(Strict):
     """What a judge says of one claim."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     entailed: bool
     score: float  # between 0 and 1
@@ -279,7 +277,7 @@ def _key(normal: str) -> str:
         return f"#{float(number):g}" if number.count(".") <= 1 else f"#{number}"
     if normal in _NUMBER_WORDS:
         return f"#{_NUMBER_WORDS[normal]}"
-    return _stemmer().stem(normal)
+    return stemmer().stem(normal)
 
 
 def _is_number(key: str) -> bool:
@@ -311,5 +309,5 @@ def _verbatim(claim: str, text: str) -> bool:
 
 
 @cache
-def _stemmer() -> Any:
+def stemmer() -> Any:
     return require("nltk.stem.porter", "nltk").PorterStemmer()

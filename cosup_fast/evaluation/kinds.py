@@ -1,4 +1,4 @@
-"""The table of systems: how each is named, what Gen is given, what that needs, and how its retriever is made.
+"""The table of systems: how each is named, what Gen is given, and what that needs.
 
 Error text, the help of `cosup-fast evaluate` and the table in docs/evaluation.md come from here. Nothing heavy is
 imported, so that help answers at once.
@@ -6,26 +6,10 @@ imported, so that help answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
 from cosup_fast.data.records import nearest
-
-if TYPE_CHECKING:
-    from cosup_fast.evaluation.corpus import Corpus
-    from cosup_fast.evaluation.retrievers import Retriever
-
-
-class Bench(Protocol):
-    """What makes retrievers, a `Workbench`."""
-
-    def own(self, corpus: Corpus) -> Retriever: ...
-    def pair(self, run: str, corpus: Corpus) -> Retriever: ...
-    def gold(self, corpus: Corpus) -> Retriever: ...
-    def random(self, corpus: Corpus) -> Retriever: ...
-    def bm25(self, corpus: Corpus) -> Retriever: ...
-    def dense(self, name: str, corpus: Corpus) -> Retriever: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +20,6 @@ class Kind:
         name: what `--system` calls it.
         retrieves: what Gen is given, for help and docs.
         reads: what has to be there besides the checkpoint.
-        open: makes its retriever over a corpus, given a workbench and what follows the colon.
         argument: what follows the colon, if anything does.
         default: that argument when it is left out; without a default it is required.
     """
@@ -44,7 +27,6 @@ class Kind:
     name: str
     retrieves: str
     reads: Literal["index", "corpus", ""]
-    open: Callable[[Bench, str, Corpus], Retriever] | None
     argument: str = ""
     default: str = ""
 
@@ -57,32 +39,16 @@ class Kind:
 SYSTEMS = {
     kind.name: kind
     for kind in (
-        Kind(
-            "co-supervised",
-            "what Gen's own queries find in the index of its Embseq",
-            "index",
-            lambda bench, _, corpus: bench.own(corpus),
-        ),
-        Kind("closed-book", "nothing", "", None),
-        Kind("gold", "the gold passages, in order", "corpus", lambda bench, _, corpus: bench.gold(corpus)),
-        Kind(
-            "random",
-            "passages drawn by `--seed`",
-            "corpus",
-            lambda bench, _, corpus: bench.random(corpus),
-        ),
-        Kind(
-            "bm25",
-            "what BM25 (bm25s) finds with the question and the text written so far",
-            "corpus",
-            lambda bench, _, corpus: bench.bm25(corpus),
-        ),
+        Kind("co-supervised", "what Gen's own queries find in the index of its Embseq", "index"),
+        Kind("closed-book", "nothing", ""),
+        Kind("gold", "the gold passages, in order", "corpus"),
+        Kind("random", "passages drawn by `--seed`", "corpus"),
+        Kind("bm25", "what BM25 (bm25s) finds with the question and the text written so far", "corpus"),
         Kind(
             "dense",
             "what a sentence-transformers model finds with the question and the text written so far; `dense:minilm` "
             "is prepared by `cosup-fast data prepare minilm`",
             "corpus",
-            lambda bench, name, corpus: bench.dense(name, corpus),
             argument="NAME",
             default="minilm",
         ),
@@ -90,15 +56,9 @@ SYSTEMS = {
             "pair",
             "what another run finds: its Gen reads the same text and makes the query, its Embseq made the index",
             "index",
-            lambda bench, run, corpus: bench.pair(run, corpus),
             argument="RUN",
         ),
-        Kind(
-            "untrained",
-            "what the run's model finds before training, which writes, too",
-            "corpus",
-            lambda bench, _, corpus: bench.own(corpus),
-        ),
+        Kind("untrained", "what the run's model finds before training, which writes, too", "corpus"),
     )
 }
 """Every system, by what its name begins with."""

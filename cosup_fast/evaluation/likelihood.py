@@ -68,7 +68,7 @@ class LikelihoodJudge:
         claims = [f" {claim.strip()}" for _, claim in pairs]
         after = self._log_likelihoods(list(zip(given, claims, strict=True)))
         alone = self._log_likelihoods([("Claim:", claim) for claim in claims])
-        # A claim that is certain by itself is none whose surprise could be removed.
+        # A claim that is certain by itself has no surprise to remove.
         return [1 - x / y if y < 0 else 0.0 for x, y in zip(after, alone, strict=True)]
 
     @torch.inference_mode()

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.strict import Strict, first_problem
 from cosup_fast.evaluation.estimates import Estimate, bootstrap_mean, macro_average
 from cosup_fast.evaluation.inputs import IN_DOMAIN, OUT_OF_DOMAIN
 from cosup_fast.evaluation.judge import Verdict
@@ -29,11 +30,7 @@ READABLE = (1, 2)  # 1 lacks chance, titles and the name of the corpus
 REPORT = "report.json"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class QuestionRecord(_Part):
+class QuestionRecord(Strict):
     """What happened to one question."""
 
     key: str  # data set and id
@@ -41,7 +38,7 @@ class QuestionRecord(_Part):
     corpus: str = ""  # the name of what was searched
     example: Example
     ranks: tuple[int | None, ...]  # of the first gold passage for each teacher-forced [NSP], from 1; None: not found
-    chance: dict[str, float] = {}  # what each recall would be if the passages were ranked at random
+    chance: dict[str, float] = Field(default={})  # what each recall would be if the passages were ranked at random
     titles: Titles = Titles()
     answer: Answer
     evidence: dict[str, Passage]  # the passages that Gen was given
@@ -49,7 +46,7 @@ class QuestionRecord(_Part):
     scores: dict[str, float]  # the metrics of the suite that are defined for it, and `retrieval` and `correctness`
 
 
-class DatasetReport(_Part):
+class DatasetReport(Strict):
     """The metrics of one data set in one domain."""
 
     dataset: str
@@ -58,17 +55,17 @@ class DatasetReport(_Part):
     retrieval: str  # which metric stands for retrieval
     correctness: str
     metrics: dict[str, Estimate]
-    chance: dict[str, float] = {}  # of the recalls
+    chance: dict[str, float] = Field(default={})  # of the recalls
 
 
-class Report(_Part):
+class Report(Strict):
     """Everything that was measured."""
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     settings: dict[str, Any]
     overall: dict[str, Estimate]  # means over all questions
-    chance: dict[str, float] = {}  # of the recalls, over all questions
+    chance: dict[str, float] = Field(default={})  # of the recalls, over all questions
     averages: dict[str, dict[str, Estimate]]  # `SUMMARY`, means over data sets: of all, and of those in each domain
     datasets: tuple[DatasetReport, ...]
     questions: tuple[QuestionRecord, ...]
@@ -185,7 +182,7 @@ class Report(_Part):
         """Reads a report that `save` wrote: the file, or its folder; an earlier version's has no checksum.
 
         Raises:
-            ValueError: there is none, it is damaged, was changed, or of another format version.
+            ValueError: it is missing, damaged, altered, or of another format version.
         """
         path = Path(path)
         path = path / REPORT if path.is_dir() else path
@@ -207,9 +204,10 @@ class Report(_Part):
                         raise ValueError(f"{record.key}: {name}={value}")
             return found
         except (ValueError, TypeError) as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
             raise ValueError(
-                f"{path} is not a report that can be read ({_first_line(error)}): expected what `cosup-fast "
-                f"evaluate` wrote, such as RUN/evaluation/co-supervised, or its {REPORT}"
+                f"{path} is not a report that can be read ({problem}): expected what `cosup-fast evaluate` wrote, such "
+                f"as RUN/evaluation/co-supervised, or its {REPORT}"
             ) from None
 
 
@@ -264,10 +262,3 @@ def _averages(groups: Sequence[Sequence[QuestionRecord]]) -> dict[str, Estimate]
         if values := [part for part in values if part]:
             found[name] = macro_average(values)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r:.60}"

@@ -221,7 +221,7 @@ def _answer(journal: Journal, name: str, question: Question) -> Answer:
     """What a journal holds of a question.
 
     Raises:
-        ValueError: it is no answer, or one with a passage that is not in the corpus.
+        ValueError: it is not an answer, or names a passage that is not in the corpus.
     """
     try:
         answer = Answer.model_validate(journal.done[name])

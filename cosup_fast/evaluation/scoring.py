@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from cosup_fast.data.answers import answer_patterns, contains_answer, holds_answer, matches
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.judge import Verdict
 from cosup_fast.evaluation.metrics import (
@@ -35,22 +35,18 @@ DEPTH = 100
 """How far down a ranked list gold passages are looked for."""
 
 
-class Ranked(BaseModel):
+class Ranked(Strict):
     """The ranked list of one teacher-forced [NSP] against its gold passages."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int | None  # of the first gold passage, from 1; None when it is not among the first `DEPTH`
     scores: dict[str, float]
 
 
-class Titles(BaseModel):
+class Titles(Strict):
     """How a question's answer and the titles of passages go together; None where that is not known.
 
     A model that always writes the title of what it retrieved is right where the answer is that title, and nowhere else.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     answer_is_gold: bool | None = None  # a gold answer is the title of a gold passage
     answer_is_retrieved: bool | None = None  # a gold answer is the title of a passage that Gen was given

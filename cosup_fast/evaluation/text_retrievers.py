@@ -5,7 +5,6 @@ The query is the question and what Gen has written so far.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -20,11 +19,13 @@ from cosup_fast.data.answers import normal_words
 from cosup_fast.data.records import Example, Passage, Segment
 from cosup_fast.data.template import passage_text
 from cosup_fast.evaluation.corpus import Corpus
+from cosup_fast.evaluation.judge import stemmer
 from cosup_fast.evaluation.metrics import require
 from cosup_fast.evaluation.ranks import asked
 from cosup_fast.evaluation.retrievers import Ranking, Request
 from cosup_fast.evaluation.scoring import DEPTH
 from cosup_fast.generation.request import Found
+from cosup_fast.model.folder import weights_digest
 
 K1, B = 1.2, 0.75
 """Of BM25: how fast repetitions of a word saturate, and how much long passages are discounted."""
@@ -221,11 +222,7 @@ def _check_no_pickles(folder: Path, name: str) -> None:
 @cache
 def encoder_digest(name: str, device: str) -> str:
     """A digest of the weights of a `sentence_encoder`."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(sentence_encoder(name, device).state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_digest(sentence_encoder(name, device))
 
 
 def _so_far(example: Example, written: Sequence[Segment]) -> str:
@@ -246,9 +243,4 @@ def stems(text: str) -> list[str]:
 
 @cache
 def _stem(word: str) -> str:
-    return _stemmer().stem(word)
-
-
-@cache
-def _stemmer() -> Any:
-    return require("nltk.stem.porter", "nltk").PorterStemmer()
+    return stemmer().stem(word)

@@ -76,9 +76,8 @@ class Workbench:
             ValueError: there is no such system, or its retriever cannot be opened.
         """
         kind, argument = split_name(name)
-        open_ = kind.open
         named = {} if isinstance(corpora, Corpus) else {corpus.name: corpus for corpus in corpora}
-        if open_ is None:
+        if not kind.reads:
             return System(
                 name,
                 self.model,
@@ -90,7 +89,7 @@ class Workbench:
         def retriever(corpus: Corpus) -> Retriever:
             key = full, corpus.name, corpus.digest
             if key not in self._retrievers:
-                self._retrievers[key] = open_(self, argument, corpus)
+                self._retrievers[key] = OPEN[kind.name](self, argument, corpus)
             return self._retrievers[key]
 
         if isinstance(corpora, Corpus):
@@ -115,11 +114,11 @@ class Workbench:
         return self._searchers[run]
 
     def add_searcher(self, run: str, model: CoSupervisionModel) -> None:
-        """Makes a model that is loaded already the one that `pair:RUN` names."""
+        """Gives a model that is already loaded, as the one that `pair:RUN` names."""
         self._searchers[run] = model
 
     def add_index(self, run: str, corpus: Corpus, index: NonparametricIndex) -> None:
-        """Makes an index that exists already that of a run, empty for the model itself, over a corpus."""
+        """Gives an index that already exists, as that of a run over a corpus; an empty name is the model itself."""
         self._indexes[run, corpus.digest] = index
 
     def index(self, run: str, corpus: Corpus) -> NonparametricIndex:
@@ -138,27 +137,24 @@ class Workbench:
             self._origins[run] = Origin.of(self.searcher(run))  # which reads all weights: once is enough
         return self._origins[run]
 
-    def own(self, corpus: Corpus) -> IndexRetriever:
-        """What the model's own queries find."""
+    def _own(self, _: str, corpus: Corpus) -> Retriever:
         return IndexRetriever(self.model, self.index("", corpus), corpus)
 
-    def pair(self, run: str, corpus: Corpus) -> PairRetriever:
-        """What the model of another run finds."""
+    def _pair(self, run: str, corpus: Corpus) -> Retriever:
         return PairRetriever(self.searcher(run), self.index(run, corpus), corpus)
 
-    def gold(self, corpus: Corpus) -> GoldRetriever:
-        """The gold passages."""
-        return GoldRetriever(corpus)
-
-    def random(self, corpus: Corpus) -> RandomRetriever:
-        """Passages drawn by the seed."""
-        return RandomRetriever(corpus, self.seed)
-
-    def bm25(self, corpus: Corpus) -> BM25Retriever:
-        """What BM25 finds."""
-        return BM25Retriever(corpus)
-
-    def dense(self, name: str, corpus: Corpus) -> DenseRetriever:
-        """What a sentence-transformers model finds."""
+    def _dense(self, name: str, corpus: Corpus) -> Retriever:
         template = self.model.template.config.passage
         return DenseRetriever(name, corpus, template, device=self.model.device, progress=self._progress)
+
+
+OPEN: dict[str, Callable[[Workbench, str, Corpus], Retriever]] = {
+    "co-supervised": Workbench._own,
+    "gold": lambda bench, _, corpus: GoldRetriever(corpus),
+    "random": lambda bench, _, corpus: RandomRetriever(corpus, bench.seed),
+    "bm25": lambda bench, _, corpus: BM25Retriever(corpus),
+    "dense": Workbench._dense,
+    "pair": Workbench._pair,
+    "untrained": Workbench._own,
+}
+"""How each system that retrieves opens its retriever: given a workbench, what follows the colon, and a corpus."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's folder tells of a checkpoint.
+    """What a run's folder says about a checkpoint.
 
     Args:
         name: a title for the model.

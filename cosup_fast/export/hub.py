@@ -42,7 +42,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         private: of a repository that is made; one that exists stays as it is.
 
     Raises:
-        ValueError: the folder is no export, or what `check_push` refuses, or the hub does.
+        ValueError: the folder is not an export, or `check_push` or the hub refuses it.
     """
     folder = Path(folder)
     check_push(repo)

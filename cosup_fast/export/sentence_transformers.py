@@ -51,10 +51,10 @@ def export(model: CoSupervisionModel, folder: str | Path, kind: Kind, facts: Run
         model: the checkpoint.
         folder: where.
         kind: `retriever`, `query`, `embseq` or `gen`.
-        facts: what the model card tells besides the model itself.
+        facts: what the model card says besides the model itself.
 
     Raises:
-        ValueError: the folder holds something else, `kind` is none of these, or a tokenizer or the template cannot be
+        ValueError: the folder holds something else, `kind` is unknown, or a tokenizer or the template cannot be
             said in a `tokenizer.json`.
     """
     if kind not in get_args(Kind):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from cosup_fast.files.checked import check_checksum, with_checksum
+from cosup_fast.files.fields import differences, short
 from cosup_fast.files.whole import fcntl, naming, sync
 
 SYNC_SECONDS = 1.0
@@ -107,11 +108,13 @@ class Journal:
                 raise ValueError(
                     f"{self.path}:{number} is damaged ({error}): remove the line, or the file to start over"
                 ) from None
-            if number == 1 and (name := _difference(theirs, json.loads(json.dumps(settings)))):
-                if restart:
-                    return 0
+            changed = differences(theirs, json.loads(json.dumps(settings))) if number == 1 else {}
+            if changed and restart:
+                return 0
+            for name, (before, now) in changed.items():
                 raise ValueError(
-                    f"{self.path} holds work with another {name}: give another --output, or --overwrite to start over"
+                    f"{self.path} holds work with another {name} ({short(before)}, now {short(now)}): give another "
+                    "--output, or --overwrite to start over"
                 )
             whole += len(line) + 1
         return whole
@@ -130,18 +133,3 @@ def _entry(line: bytes) -> dict[str, Any]:
     """
     check_checksum(line)
     return json.loads(line)
-
-
-def _difference(theirs: Any, ours: Any, name: str = "settings") -> str:
-    """The dotted name of the first value that differs, with both values; nothing when they agree."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in {**ours, **theirs}:
-            if found := _difference(theirs.get(key), ours.get(key), f"{name}.{key}".removeprefix("settings.")):
-                return found
-        return ""
-    return "" if theirs == ours else f"{name} ({_short(theirs)}, now {_short(ours)})"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

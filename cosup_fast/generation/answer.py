@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from cosup_fast.data.strict import Strict
 from cosup_fast.data.template import gap
 
 if TYPE_CHECKING:
@@ -15,18 +14,14 @@ if TYPE_CHECKING:
 StopReason = Literal["end", "stop", "max_new_tokens", "context_length", "cancelled", "error"]
 
 
-class _Result(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class AnswerSegment(_Result):
+class AnswerSegment(Strict):
     """A stretch of the answer: grounded on `passage` (an id), or free text when that is None."""
 
     text: str
     passage: str | None = None
 
 
-class Candidate(_Result):
+class Candidate(Strict):
     """A passage with its score: the inner product of query and sequence embedding."""
 
     passage: str
@@ -34,7 +29,7 @@ class Candidate(_Result):
     score: float
 
 
-class Retrieval(_Result):
+class Retrieval(Strict):
     """One [NSP]: the passages found, best first; the first one was taken."""
 
     candidates: tuple[Candidate, ...]
@@ -45,7 +40,7 @@ class Retrieval(_Result):
         return self.candidates[0]
 
 
-class Answer(_Result):
+class Answer(Strict):
     """What Gen wrote.
 
     `stop_reason` is `end` (Gen closed its output), `stop` (one of `GenerationConfig.stop` appeared), `max_new_tokens`,
@@ -88,7 +83,7 @@ class Transcript:
         self._template = template
         self._on_text = on_text
         self._on_segment = on_segment
-        self._told = 0  # how many of `_starts` are behind the segments passed on
+        self._told = 0  # how many of `_starts` belong to the segments passed on
         self._stop = stop
         self._text = ""
         self._sent = 0

@@ -42,7 +42,7 @@ class Ticket:
     def __init__(self, request: Request, listener: Listener):
         self.request = request
         self.answer: Answer | None = None
-        self.exception: Exception | None = None  # what `answer.error` tells of
+        self.exception: Exception | None = None  # the cause of `answer.error`
         self.timeline: list[tuple[Phase, float]] = []  # phases and when they began, by `time.perf_counter`
         self._listener = listener
         self._cancelled = False
@@ -119,7 +119,7 @@ class Decoder:
             request: the question.
             on_text: called with each new piece of the answer's text; the pieces together are `Answer.text`. What it
                 raises ends this request.
-            listener: hears of text, passages and grounded segments, in place of `on_text`.
+            listener: called with text, passages and grounded segments, in place of `on_text`.
 
         Raises:
             ValueError: both `on_text` and `listener`.

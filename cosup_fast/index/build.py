@@ -99,13 +99,13 @@ class Build:
     """Shards being made in a folder, alone or with other ranks.
 
     Args:
-        work: the folder; what an earlier process left there is taken up.
+        work: the folder; what an earlier process finished there is reused.
         model: embeds.
         corpus: the passages.
         origin: `Origin.of(model)`.
         known: the rows that have one of these ids already, among those that the shards will be added to.
         options: how.
-        context: what else the shards are for; a build of another context is not taken up.
+        context: what else the shards are for; a build of another context is not resumed.
 
     Raises:
         ValueError: an unfinished build of something else is in `work`, or another process works there.

@@ -25,9 +25,10 @@ from contextlib import closing
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cosup_fast.data.records import Passage
+from cosup_fast.data.strict import Strict
 from cosup_fast.errors import CosupError
 from cosup_fast.index.embed import Precision
 from cosup_fast.index.origin import Origin
@@ -103,10 +104,8 @@ class Place(NamedTuple):
         return f"{PREFIX}{self.uri}#{self.collection}"
 
 
-class StoreStamp(BaseModel):
+class StoreStamp(Strict):
     """What a collection holds, and what made it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = STORE_VERSION
     generation: int = 0  # counts the changes since the index was built

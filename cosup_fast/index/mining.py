@@ -26,12 +26,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.progress import track
 from torch import Tensor
 
 from cosup_fast.data.answers import answer_patterns, holds_answer
 from cosup_fast.data.records import Example, Passage
+from cosup_fast.data.strict import Section
 from cosup_fast.files import Journal
 from cosup_fast.index import NonparametricIndex, Origin, embed_queries
 from cosup_fast.model import CoSupervisionModel
@@ -41,10 +42,8 @@ BLOCK = 256
 """Examples that are embedded, searched and recorded together."""
 
 
-class MiningConfig(BaseModel):
+class MiningConfig(Section):
     """Which of the passages that a query finds become hard negatives."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     depth: int = Field(default=100, ge=1, description="passages looked at for each query")
     per_example: int = Field(default=4, ge=1, description="negatives mined for each example, at most")
@@ -172,7 +171,7 @@ class _Miner:
             example = examples[number]
             chosen: dict[tuple[str, str], str] = {}
             for passage in filter(None, chain.from_iterable(zip_longest(*candidates))):
-                chosen.setdefault(_content(passage), passage.id)
+                chosen.setdefault(passage.content, passage.id)
                 if len(chosen) == self.config.per_example:
                     break
             found[example.id] = {"negatives": list(chosen.values()), "passed_over": dict(reasons[number])}
@@ -182,27 +181,23 @@ class _Miner:
         self, example: Example, ranked: list[tuple[float, int]], ceiling: float, passed_over: Counter[str]
     ) -> Iterator[Passage]:
         """The passages of one query that may be negatives, best first; reads no further than it is asked."""
-        gold = {_content(self.corpus[name]) for name in (*example.gold, *example.cited)}
-        given = {_content(self.corpus[name]) for name in example.negatives}
+        gold = {self.corpus[name].content for name in (*example.gold, *example.cited)}
+        given = {self.corpus[name].content for name in example.negatives}
         for score, row in ranked[self.config.skip_top :]:
             passage = self.index.passages[row]
-            if _content(passage) in gold:
+            if passage.content in gold:
                 passed_over["gold"] += 1
             elif score > ceiling:
                 passed_over["score"] += 1
             elif bears_answer(passage, example):
                 passed_over["answer"] += 1
-            elif _content(passage) not in given:
+            elif passage.content not in given:
                 yield passage
 
 
 def bears_answer(passage: Passage, example: Example) -> bool:
     """Whether one of an example's answers is in a passage's title or text; a pattern that takes too long does."""
     return holds_answer(f"{passage.title}\n{passage.text}", example, undecided=True)
-
-
-def _content(passage: Passage) -> tuple[str, str]:
-    return passage.title, passage.text
 
 
 def _check(examples: Iterable[Example]) -> dict[str, str]:
@@ -214,6 +209,5 @@ def _check(examples: Iterable[Example]) -> dict[str, str]:
             raise ValueError(f"example id {example.id!r} occurs more than once: ids must be unique")
         seen.add(example.id)
         named |= dict.fromkeys((*example.gold, *example.cited, *example.negatives), example.id)
-        if example.answer_type == "regex":
-            answer_patterns(example)
+        answer_patterns(example)  # which refuses what does not compile
     return named

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from cosup_fast.data.strict import Strict, first_problem
 from cosup_fast.data.template import TextConfig
 from cosup_fast.files import FolderKind, read_object, replace_file
 from cosup_fast.index.embed import Precision
@@ -18,10 +19,8 @@ FORMAT_VERSION = 2
 STAMP = "index.json"
 
 
-class Origin(BaseModel):
+class Origin(Strict):
     """What decides the embeddings of an index."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: TextConfig
     similarity: str
@@ -53,10 +52,8 @@ INDEX = FolderKind(
 )
 
 
-class Approximate(BaseModel):
+class Approximate(Strict):
     """The approximate FAISS index beside the embeddings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     factory: str
     parameters: str
@@ -64,10 +61,8 @@ class Approximate(BaseModel):
     sha256: str
 
 
-class Stamp(BaseModel):
+class Stamp(Strict):
     """The `index.json` of an index; what it does not name is not part of the index."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
     generation: int  # counts the changes since the index was built
@@ -101,11 +96,7 @@ class Stamp(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"]))
-            raise ValueError(
-                f"{path} is damaged, build the index again: {field}: {first['msg']}, found {first['input']!r:.60}"
-            ) from None
+            raise ValueError(f"{path} is damaged, build the index again: {first_problem(error)}") from None
 
     def write(self, folder: Path) -> None:
         """Puts the stamp in place: from then on the index is what it says."""

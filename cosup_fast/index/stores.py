@@ -98,14 +98,3 @@ def build_index(
     from cosup_fast.index.milvus import MilvusIndex
 
     return MilvusIndex.build(model, corpus, str(name), work, factory=factory, parameters=parameters, options=options)
-
-
-def add_to_index(
-    index: NonparametricIndex,
-    model: CoSupervisionModel,
-    corpus: str | Path | Sequence[Passage],
-    work: Path,
-    options: Options,
-) -> None:
-    """Embeds passages and appends them; see `build_index` for `work`."""
-    index.add(model, corpus, options=options, work=work)

@@ -102,7 +102,7 @@ def check_packs(backbone: Any, name: str, device: torch.device) -> Tensor:
     expected = alone(backbone, probe(device))[0]
     try:
         with recorded_windows() as windows:
-            behind = packed(_BEFORE, _PROBE)
+            after = packed(_BEFORE, _PROBE)
         lost = {window for window in windows.asked - windows.applied if window is not None}
         if lost and min(lost) < positions(backbone.config):
             raise ValueError(f"its layers see {min(lost)} tokens through a mask alone, and packs have no mask")
@@ -110,7 +110,7 @@ def check_packs(backbone: Any, name: str, device: torch.device) -> Tensor:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise unpackable(name, backbone.config._attn_implementation, error) from error
-    if not agree(behind, expected, backbone.dtype):
+    if not agree(after, expected, backbone.dtype):
         raise ValueError(
             f"{name} ({type(backbone).__name__}) mixes the sequences of a pack, through recurrent or convolutional "
             "layers or an attention of its own that takes no packs: choose another model"

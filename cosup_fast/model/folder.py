@@ -8,6 +8,7 @@ cosup.json           the template, the geometry of NSP, and where the weights un
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig
+from cosup_fast.data.strict import first_problem
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.files import naming, read_object, usual_mode
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
@@ -253,10 +255,17 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         _Description.model_validate(description)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged: {field}: {first['msg']}, found {first['input']!r:.60}") from None
+        raise ValueError(f"{path} is damaged: {first_problem(error)}") from None
     return description
+
+
+def weights_digest(model: nn.Module, about: str = "") -> str:
+    """SHA-256 of every weight with its name, and of what else decides what a model computes."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def heads_of(model: Stored) -> dict[str, Tensor]:

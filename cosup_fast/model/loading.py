@@ -51,7 +51,7 @@ class Base(BaseModel):
             folder: with the adapters, named gen or embseq.
 
         Raises:
-            ValueError: there are no weights, or others than those that the adapters were trained over.
+            ValueError: the weights are missing, or are not those that the adapters were trained over.
         """
         variable = f"COSUP_BASE_{folder.name.upper()}"
         base = self.model_copy(update={"name": os.environ.get(variable) or self.name})

@@ -10,7 +10,6 @@ Shapes: T tokens of a pack, S sequences in it, N queries, M passages, D Gen's wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,7 +28,16 @@ from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model.adapters import add_adapters, has_adapters, load_adapters, merge_adapters, unwrapped
 from cosup_fast.model.backbone import FinalNorm, find_final_norm, norm_rows, run_pack
 from cosup_fast.model.criterion import make_criterion
-from cosup_fast.model.folder import HEADS, Changes, check_heads, heads_of, load_parts, save_folder, whole_weights
+from cosup_fast.model.folder import (
+    HEADS,
+    Changes,
+    check_heads,
+    heads_of,
+    load_parts,
+    save_folder,
+    weights_digest,
+    whole_weights,
+)
 from cosup_fast.model.layers import compile_layers, recompute_activations
 from cosup_fast.model.linear import linear
 from cosup_fast.model.loading import (
@@ -385,11 +393,7 @@ class CoSupervisionModel(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the weights, the template and the geometry: what decides every query and every embedding."""
         about = json.dumps([self.template.config.model_dump(), self.nsp.similarity], sort_keys=True)
-        digest = hashlib.sha256(about.encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return weights_digest(self, about)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode; a frozen Embseq stays in evaluation mode, so that dropout does not move it."""

@@ -48,7 +48,7 @@ def read_config(name: str | Path) -> Any:
         name: a prepared name, a local folder or a Hugging Face name.
 
     Raises:
-        ValueError: there is none, it is damaged, or transformers knows the architecture only by code of the model's.
+        ValueError: it is missing or damaged, or transformers knows its architecture only through code that it brings.
     """
     config = _read(AutoConfig, name, "configuration")
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -64,7 +64,7 @@ def read_tokenizer(name: str | Path, **options: Any) -> Any:
     """The tokenizer of a model; `options` are those of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: there is none, it is damaged, or it is code of the model's.
+        ValueError: it is missing or damaged, or is code that the model brings.
     """
     return _read(AutoTokenizer, name, "tokenizer", **options)
 
@@ -138,7 +138,7 @@ def _read(factory: Any, name: str | Path, what: str, **options: Any) -> Any:
 
 @contextmanager
 def _named(what: str, name: str | Path) -> Iterator[None]:
-    """Says which model it was, whatever transformers and the libraries under it make of a damaged file.
+    """Names the model in whatever error transformers and the libraries under it raise for a damaged file.
 
     Raises:
         ValueError: in place of any error but that of memory, and of packages that are missing.

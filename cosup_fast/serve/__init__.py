@@ -1,6 +1,6 @@
 """An OpenAI-compatible server that cites its evidence, and a page that shows how an answer comes about.
 
-settings.py    what a server is told when it starts
+settings.py    the options of a server
 engine.py      one thread that owns the decoder; requests join its running batch
 stream.py      what becomes of a request, as events on an asyncio loop
 systems.py     the models offered: the co-supervised one, closed-book, other retrievers

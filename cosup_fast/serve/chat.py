@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from cosup_fast.generation import Answer
 from cosup_fast.serve.errors import ApiError
 from cosup_fast.serve.evidence import Cited, Phase, SearchResult, phases
-from cosup_fast.serve.fields import Messages, Strict, Writing
+from cosup_fast.serve.fields import Fields, Messages, Writing
 from cosup_fast.serve.service import EventStream, Served, sse, while_connected
 from cosup_fast.serve.stream import Ended, Evidence, Grounded, Stream, Text
 
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1", tags=["answers"])
 FINISH = {"end": "stop", "stop": "stop", "max_new_tokens": "length", "context_length": "length"}
 
 
-class StreamOptions(Strict):
+class StreamOptions(Fields):
     """What a stream holds besides the answer."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}

@@ -42,7 +42,7 @@ class Job:
 
     Args:
         request: what to answer.
-        listener: hears of it, in the engine's thread.
+        listener: called with what happens to it, in the engine's thread.
         on_end: called once, in the engine's thread, with the ticket of the ended request.
     """
 

@@ -65,7 +65,7 @@ class ApiError(CosupError, HTTPException):
 
 
 def internal(request_id: str) -> ApiError:
-    """What a client is told of a fault of the server; the log has the rest under the same id."""
+    """What a client sees of a fault of the server; the log has the rest under the same id."""
     return ApiError(500, f"the server failed to answer; its log explains request {request_id}", code="internal_error")
 
 

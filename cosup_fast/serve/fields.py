@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from cosup_fast.data.records import String
+from cosup_fast.data.strict import Strict
 from cosup_fast.generation import GenerationConfig
 from cosup_fast.serve.errors import ApiError
 
@@ -17,25 +19,13 @@ MAX_CANDIDATES = 100
 _Method = Field(default=None, description="as in the configuration of a run; default: as the server was started")
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("expected Unicode text, found half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-
-
-class Strict(BaseModel):
-    """A request that names no field in vain: what is not supported is refused.
+class Fields(Strict):
+    """A request's fields: one that is not supported is refused, never ignored.
 
     `neutral` lists fields of OpenAI's API that are not supported, with the values that ask for nothing: clients send
     them, and they change nothing. `null` asks for nothing in any field.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
@@ -51,16 +41,16 @@ class Strict(BaseModel):
         }
 
 
-class Writing(Strict):
+class Writing(Fields):
     """How to write, shared by chat completions and responses."""
 
-    model: Text = Field(description="one of GET /v1/models")
+    model: String = Field(description="one of GET /v1/models")
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the likeliest token")
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
-        default=None, description="texts that end the answer; they are no part of it"
+    stop: String | Annotated[list[String], Field(max_length=16)] | None = Field(
+        default=None, description="texts that end the answer and are not part of it"
     )
     max_retrievals: int | None = Field(default=None, ge=0, le=64, description="0 answers without passages")
     ret_first: bool | None = Field(default=None, description="retrieve before the first word")
@@ -104,26 +94,26 @@ class Writing(Strict):
             raise ApiError(400, f"{param}: {message}", param=param, code="invalid_value") from None
 
 
-class TextPart(Strict):
+class TextPart(Fields):
     """A part of a message's content."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"logprobs": ([],)}
 
     type: Literal["text", "input_text", "output_text"]
-    text: Text
-    annotations: list[Any] = []
+    text: String
+    annotations: list[Any] = Field(default=[])
     """Of an answer that a client sends back; the text says what it says without them."""
 
 
-class Message(Strict):
+class Message(Fields):
     """A message; the last one is the question, those before it are its instruction."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"type": ("message",), "status": ("completed", "incomplete")}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
-    id: Text | None = None
-    annotations: list[Any] = []
+    content: String | Annotated[list[TextPart], Field(min_length=1)]
+    id: String | None = None
+    annotations: list[Any] = Field(default=[])
 
     @model_validator(mode="after")
     def _answers_alone_have_annotations(self) -> Self:

@@ -15,13 +15,13 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from cosup_fast.data.records import Passage
+from cosup_fast.data.records import Passage, String
 from cosup_fast.generation import PromptError
 from cosup_fast.index import NonparametricIndex, embed_passages
 from cosup_fast.serve.engine import StoppedError
 from cosup_fast.serve.errors import ApiError
 from cosup_fast.serve.evidence import SearchResult, results
-from cosup_fast.serve.fields import Strict, Text
+from cosup_fast.serve.fields import Fields
 from cosup_fast.serve.service import Served, Service, while_connected
 
 router = APIRouter(tags=["passages"])
@@ -29,11 +29,11 @@ R = TypeVar("R")
 _AT_ONCE = 8  # passages embedded between two steps of the requests that run
 
 
-class SearchRequest(Strict):
+class SearchRequest(Fields):
     """A search as Gen makes it when it writes [NSP] first."""
 
-    query: Text = Field(min_length=1)
-    instruction: Text = ""
+    query: String = Field(min_length=1)
+    instruction: String = ""
     k: int = Field(default=5, ge=1, le=100)
 
 
@@ -44,20 +44,20 @@ class SearchResponse(BaseModel):
     search_results: list[SearchResult]
 
 
-class TitledText(Strict):
+class TitledText(Fields):
     """A passage with a title, an extension of OpenAI's API."""
 
-    title: Text = ""
-    text: Text = Field(min_length=1)
+    title: String = ""
+    text: String = Field(min_length=1)
 
 
-Input = Annotated[Text, Field(min_length=1)] | TitledText
+Input = Annotated[String, Field(min_length=1)] | TitledText
 
 
-class EmbeddingsRequest(Strict):
+class EmbeddingsRequest(Fields):
     """Passages to embed with Embseq."""
 
-    model: Text
+    model: String
     input: Input | Annotated[list[Input], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1, description="only the width of the model")

@@ -11,10 +11,11 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
+from cosup_fast.data.records import String
 from cosup_fast.generation import Answer
 from cosup_fast.serve.errors import ApiError
 from cosup_fast.serve.evidence import Cited, Phase, SearchResult, phases
-from cosup_fast.serve.fields import Message, Messages, Text, Writing
+from cosup_fast.serve.fields import Message, Messages, Writing
 from cosup_fast.serve.service import EventStream, Served, sse, while_connected
 from cosup_fast.serve.stream import Ended, Event, Evidence, Grounded, Stream
 from cosup_fast.serve.stream import Text as Piece
@@ -37,8 +38,8 @@ class ResponsesRequest(Writing):
         "text": ({"format": {"type": "text"}},),
     }
 
-    input: Annotated[Text, Field(min_length=1)] | Messages
-    instructions: Text | None = None
+    input: Annotated[String, Field(min_length=1)] | Messages
+    instructions: String | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, description="most tokens that Gen chooses")
 
     @property

@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""The options of a server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import ipaddress
 import re
 from string import Formatter
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator
+
+from cosup_fast.data.strict import Strict
 
 
-class ServeConfig(BaseModel):
+class ServeConfig(Strict):
     """Where a server listens, what it lets in, and how much it does at once."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", description="address to listen on; the default is reachable locally only")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")

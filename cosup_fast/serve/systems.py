@@ -83,6 +83,6 @@ def offer(
 
 
 def unknown(name: str, offered: Iterable[str]) -> str:
-    """What a client is told that asks for another model."""
+    """The error for a client that asks for another model."""
     names = list(offered)
     return f"the model {name[:80]!r} does not exist{nearest(name, names)}: this server has {', '.join(names)}"

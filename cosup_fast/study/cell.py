@@ -30,15 +30,16 @@ from cosup_fast.evaluation import (
 from cosup_fast.evaluation.progress import OnProgress
 from cosup_fast.evaluation.scoring import DEPTH, chances, rank_scores, titles
 from cosup_fast.generation import Answer
+from cosup_fast.study.attention import attention_by_layer
 from cosup_fast.study.config import RANKS, Cell
 from cosup_fast.study.handed import HANDED, followed
-from cosup_fast.study.probes import AFTERWARDS, SPACES
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import machine, versions
 from cosup_fast.study.random_weights import random_weights
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
 from cosup_fast.study.spaces import SPACES_FILE, SpaceLog
 from cosup_fast.training.checkpoint import chosen_checkpoint, verify
+from cosup_fast.training.initial import new_model
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import run_training
 
@@ -94,7 +95,7 @@ def train(cell: Cell, progress: Progress, console: Console) -> Path:
     if cell.settings.random_embseq:
         name, folder = cell.random_embseq
         random_weights(name, folder, layers=cell.run.model.embseq_layers)
-    callbacks = [SpaceLog(cell.work / SPACES_FILE, cell.run)] if SPACES in cell.settings.probes else []
+    callbacks = [SpaceLog(cell.work / SPACES_FILE, cell.run)] if "spaces" in cell.settings.probes else []
     with progress.stage("training"), _watched(output / "metrics.jsonl", cell, progress):
         run_training(cell.run, resume=True, console=console, callbacks=callbacks)
     return chosen_checkpoint(output)
@@ -110,11 +111,11 @@ def _looked_at(cell: Cell, questions: Questions, progress: Progress, console: Co
         with progress.stage(name):
             systems[name] = _system(name, cell, bench, questions, judge, _of_stages(progress))
     probes = {}
-    for name in cell.settings.probes:
-        if name in AFTERWARDS:
-            console.print(f"{cell.name}: {name}", markup=False)
-            with progress.stage(name):
-                probes[name] = AFTERWARDS[name](bench.model, questions.tests, questions.corpora)
+    if "attention" in cell.settings.probes:
+        console.print(f"{cell.name}: attention", markup=False)
+        with progress.stage("attention"):
+            corpora = {corpus.name: corpus for corpus in questions.corpora}
+            probes["attention"] = attention_by_layer(bench.model, questions.tests, corpora)
     return {"systems": systems, "probes": probes}
 
 
@@ -157,8 +158,7 @@ def _model(cell: Cell) -> CoSupervisionModel:
         verify(checkpoint)
         model = CoSupervisionModel.load(checkpoint, device=device, attention=run.model.attention)
     else:
-        torch.manual_seed(cell.seed)
-        model = CoSupervisionModel.from_pretrained(run.model, run.text, run.nsp, device=device)
+        model = new_model(run, device)
     return model.to(getattr(torch, cell.study.evaluation.dtype)).eval()
 
 

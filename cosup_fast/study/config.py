@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cosup_fast.config import ConfigError, RunConfig, explain, load_config
-from cosup_fast.config.reading import flat, read_yaml
+from cosup_fast.config.reading import read_yaml
 from cosup_fast.data.records import nearest
+from cosup_fast.data.strict import Strict
 from cosup_fast.errors import CosupError
 from cosup_fast.evaluation.kinds import split_name
+from cosup_fast.files.fields import flat
 from cosup_fast.study.handed import HANDED
-from cosup_fast.study.probes import check_probe
 
 RANKS = "ranks"
 """A system of studies alone: teacher-forced ranks of the gold passages under the cell's own model, nothing written."""
@@ -49,11 +50,7 @@ class StudyError(CosupError, ValueError):
     """A study that cannot be run or reported; the message names the cell or the field, and the remedy."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StudySet(_Part):
+class StudySet(Strict):
     """A test set; a name alone is a prepared one, `NAME/test` with the corpus that belongs to it."""
 
     name: str
@@ -71,14 +68,14 @@ class StudySet(_Part):
         return value
 
 
-class Pair(_Part):
+class Pair(Strict):
     """Two conditions as one system: Gen of the first writes, the second retrieves for it."""
 
     writer: str
     retriever: str
 
 
-class Condition(_Part):
+class Condition(Strict):
     """What is trained, and as which systems it is evaluated."""
 
     what: str = Field(default="", description="a line for the report")
@@ -86,7 +83,9 @@ class Condition(_Part):
     systems: tuple[str, ...] = Field(
         default=(), description="as `cosup-fast evaluate --system` takes them, and `ranks`"
     )
-    probes: tuple[str, ...] = Field(default=(), description="further looks at the trained model; see `probes`")
+    probes: tuple[Literal["attention", "spaces"], ...] = Field(
+        default=(), description="further looks: at attention in the trained model, at both spaces while it is trained"
+    )
     seeds: tuple[int, ...] | None = Field(default=None, description="null: those of the study")
     train: bool = Field(default=True, description="false: evaluated as it is before training")
     random_embseq: bool = Field(default=False, description="Embseq starts from random weights of its architecture")
@@ -111,19 +110,17 @@ class Condition(_Part):
         for system in self.systems:
             if system not in OWN:
                 split_name(system)
-        for probe in self.probes:
-            check_probe(probe)
         return self
 
 
-class Tuning(_Part):
+class Tuning(Strict):
     """How long the trials of `Condition.tune` are, and their seed, which no cell has."""
 
     steps: int = Field(default=60, ge=1)
     seed: int = 1000
 
 
-class Comparison(_Part):
+class Comparison(Strict):
     """A difference that comes first in the report; arms are written `condition/system`."""
 
     title: str
@@ -132,7 +129,7 @@ class Comparison(_Part):
     before: str
 
 
-class Evaluation(_Part):
+class Evaluation(Strict):
     """How every cell is evaluated; how Gen writes is in `base.generation`."""
 
     questions: int | None = Field(
@@ -150,7 +147,7 @@ class Evaluation(_Part):
     judge: str = Field(default="lexical", description="judge of grounding, as `cosup-fast evaluate --judge` takes it")
 
 
-class Study(_Part):
+class Study(Strict):
     """A whole study."""
 
     output: str = Field(description="folder of the cells' results and the report")
@@ -183,7 +180,7 @@ class Study(_Part):
         named = [self.main or "", *(arm for one in self.decisive for arm in (one.after, one.before))]
         for arm in filter(None, named):
             if arm not in self.arms:
-                raise ValueError(f"arm {arm!r} is none of this study{nearest(arm, self.arms)}: {', '.join(self.arms)}")
+                raise ValueError(f"arm {arm!r} is not in this study{nearest(arm, self.arms)}: {', '.join(self.arms)}")
         for name, condition in self.conditions.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"conditions: {name!r} names files: use a-z, 0-9, '.', '_' and '-'")
@@ -203,7 +200,7 @@ class Study(_Part):
                         f"{nearest(part, [n for n, c in self.conditions.items() if c.pair is None])}"
                     )
                 if missing := set(seeds) - set(self.seeds_of(part)):
-                    raise ValueError(f"conditions.{name}: seed {min(missing)} is none of {part!r}, which it is made of")
+                    raise ValueError(f"conditions.{name}: {part!r}, which it is made of, has no seed {min(missing)}")
         return self
 
     @property
@@ -397,7 +394,7 @@ def prepared_set(name: str) -> dict[str, Any]:
     """The fields of a test set that `cosup-fast data prepare` makes.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no prepared set has that name.
     """
     from cosup_fast.data.prepared.benchmarks import BENCHMARKS
 

@@ -19,7 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+
+from cosup_fast.data.strict import Strict
 
 DRAWS = 4000
 
@@ -28,10 +29,8 @@ Values = Mapping[int, Mapping[str, float]]
 """Of one condition on one test set: by seed, the metric of every question for which it is defined."""
 
 
-class Interval(BaseModel):
+class Interval(Strict):
     """A mean, or a difference of means, with its 95% interval."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mean: float
     low: float

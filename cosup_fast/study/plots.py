@@ -105,8 +105,8 @@ def attention(report: StudyReport) -> str | None:
 def panelled(names: Sequence[str], draw: Callable[[Any, str], None]) -> str:
     """A grid of axes, each drawn by `draw(axes, name)`."""
     rows = -(-len(names) // _COLUMNS)
-    plt = _pyplot()
-    figure, grid = plt.subplots(rows, _COLUMNS, figsize=(11, 3.4 * rows), layout="constrained", squeeze=False)
+    figure = _figure(3.4 * rows)
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         axes.grid(alpha=0.3)
         draw(axes, name)
@@ -117,13 +117,13 @@ def panelled(names: Sequence[str], draw: Callable[[Any, str], None]) -> str:
 
 def _forest(differences: Sequence[Difference], labels: Sequence[str]) -> str:
     """Differences with their intervals, a line for each scope."""
-    plt = _pyplot()
     lines = [
         (f"{label}\n{METRICS[one.metric]}, {scope}" if scope == ALL else scope, interval, scope == ALL)
         for one, label in zip(differences, labels, strict=True)
         for scope, interval in one.scopes.items()
     ]
-    figure, axes = plt.subplots(figsize=(11, 1 + 0.32 * len(lines)), layout="constrained")
+    figure = _figure(1 + 0.32 * len(lines))
+    axes = figure.subplots()
     for place, (_, interval, main) in enumerate(lines):
         color = "C0" if main else "0.45"
         axes.plot([100 * interval.low, 100 * interval.high], [-place] * 2, color=color, linewidth=3 if main else 1.5)
@@ -142,21 +142,17 @@ def _known(of_seed: Mapping[str, Any], kind: str, name: str) -> tuple[list[float
     return ([s for s, _ in pairs], [v for _, v in pairs]) if pairs else None
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(11, height), layout="constrained")
 
 
 def _svg(figure: Figure) -> str:
     """The figure as an element to put into a page, the same on every machine."""
-    import matplotlib
+    from matplotlib import rc_context
 
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "cosup-fast", "svg.fonttype": "none"}):
+    with rc_context({"svg.hashsalt": "cosup-fast", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    _pyplot().close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]

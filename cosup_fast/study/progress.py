@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cosup_fast.data.strict import Strict
 from cosup_fast.files import read_object, replace_file
 
 FILE = "progress.json"
 _EVERY = 2.0  # seconds between writes
+
+
+class _Progress(Strict):
+    """What the file holds."""
+
+    stage: str
+    done: int
+    total: int
+    done_before: int
+    elapsed: float
+    updated: float
+    seconds: dict[str, float]
+    commits: list[str]
 
 
 class Progress:
@@ -20,7 +33,7 @@ class Progress:
 
     Args:
         folder: the cell's work.
-        commit: of the code that goes on with it; kept with the commits before.
+        commit: of the code that works on it now; kept with the earlier ones.
     """
 
     def __init__(self, folder: Path, commit: str):
@@ -56,37 +69,25 @@ class Progress:
         self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._booked
         self._booked = self._written = now
         with replace_file(self.path) as file:
-            json.dump(
-                {
-                    "stage": self._stage,
-                    "done": self._done,
-                    "total": self._total,
-                    "done_before": max(0, self._done_before),
-                    "elapsed": now - self._began,
-                    "updated": time.time(),
-                    "seconds": self.seconds,
-                    "commits": self.commits,
-                },
-                file,
+            state = _Progress(
+                stage=self._stage,
+                done=self._done,
+                total=self._total,
+                done_before=max(0, self._done_before),
+                elapsed=now - self._began,
+                updated=time.time(),
+                seconds=self.seconds,
+                commits=self.commits,
             )
+            file.write(state.model_dump_json())
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a cell's file says; nothing where there is none, or none that a cell has written."""
+    """What a cell's file says; nothing where it is missing or was not written by a cell."""
     try:
-        found = read_object(folder / FILE)
+        return _Progress.model_validate(read_object(folder / FILE)).model_dump()
     except ValueError:
         return {}
-    numbers = (found.get(name) for name in ("done", "total", "done_before", "elapsed", "updated"))
-    times, commits = found.get("seconds"), found.get("commits")
-    whole = (
-        all(isinstance(value, int | float) for value in numbers)
-        and isinstance(found.get("stage"), str)
-        and isinstance(times, dict)
-        and all(isinstance(value, int | float) for value in times.values())
-        and isinstance(commits, list)
-    )
-    return found if whole else {}
 
 
 def time_left(progress: dict[str, Any]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosup_fast.evaluation.metrics import require
+from cosup_fast.evaluation.html import page_template
 from cosup_fast.files import replace_file
 from cosup_fast.study.plots import plots
 from cosup_fast.study.report import ALL, DOMAINS, METRICS, Arm, Difference, StudyReport, percent, points
@@ -63,11 +63,7 @@ def html(report: StudyReport) -> str:
     Raises:
         ImportError: jinja2 is not installed.
     """
-    jinja2 = require("jinja2", "jinja2")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    template = page_template(Path(__file__).parent / "report.html")
     return template.render(title=report.title or "Study", sections=list(sections(report)), plots=plots(report))
 
 

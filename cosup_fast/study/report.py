@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from cosup_fast.data.strict import Strict
 from cosup_fast.study.config import Study, StudyError
 from cosup_fast.study.estimates import Interval, Values, average, difference
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, by_id, read_cell, unpack
@@ -34,11 +33,7 @@ METRICS = {
 """All of them shares. The two on titles are correctness on a part of the questions."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Difference(_Part):
+class Difference(Strict):
     """A metric of one arm minus that of another."""
 
     title: str
@@ -50,7 +45,7 @@ class Difference(_Part):
     """Over all sets, of each seed that both have."""
 
 
-class Arm(_Part):
+class Arm(Strict):
     """A condition as a system, with its figures in every scope."""
 
     name: str
@@ -59,7 +54,7 @@ class Arm(_Part):
     figures: dict[str, dict[str, Interval]]
 
 
-class SetRow(_Part):
+class SetRow(Strict):
     """A test set."""
 
     name: str
@@ -73,7 +68,7 @@ class SetRow(_Part):
     """Which metrics its retrieval and its correctness are."""
 
 
-class Trial(_Part):
+class Trial(Strict):
     """A short run of the tuning; its loss is the sum of the held-out losses that its condition trains."""
 
     condition: str
@@ -83,7 +78,7 @@ class Trial(_Part):
     best: bool
 
 
-class CellRow(_Part):
+class CellRow(Strict):
     """A finished cell."""
 
     name: str
@@ -93,7 +88,7 @@ class CellRow(_Part):
     machine: str
 
 
-class StudyReport(_Part):
+class StudyReport(Strict):
     """Everything, JSON values."""
 
     title: str

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
-
 from cosup_fast.config import RunConfig
+from cosup_fast.data.strict import Strict
 from cosup_fast.files import read_checked, write_checked
+from cosup_fast.files.fields import differences, short
 from cosup_fast.study.config import Cell, Evaluation, StudyError, decisive
 
 FORMAT = "cosup-fast study cell"
@@ -24,11 +24,7 @@ Packed = str | list[float | None]
 Value = float | None
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SetFacts(_Part):
+class SetFacts(Strict):
     """What a test set is, whatever answers it."""
 
     domain: str
@@ -39,7 +35,7 @@ class SetFacts(_Part):
     chance: dict[str, float]  # what each recall is when passages are ranked at random
 
 
-class SetScores(_Part):
+class SetScores(Strict):
     """What one system got on one set."""
 
     retrieval: str  # the metric that `scores["retrieval"]` is
@@ -48,7 +44,7 @@ class SetScores(_Part):
     scores: dict[str, Packed]
 
 
-class CellResult(_Part):
+class CellResult(Strict):
     """Everything that a cell found out."""
 
     format: str = FORMAT
@@ -122,10 +118,9 @@ def read_cell(cell: Cell) -> CellResult | None:
     if not cell.result.is_file():
         return None
     found = CellResult.load(cell.result)
-    if difference := first_difference(completed(found.identity), cell.identity):
-        field, then, now = difference
+    for field, (then, now) in differences(completed(found.identity), cell.identity).items():
         raise StudyError(
-            f"cell {cell.name}: {cell.result} was made with {field}={_short(then)}, the study now says {_short(now)}: "
+            f"cell {cell.name}: {cell.result} was made with {field}={short(then)}, the study now says {short(now)}: "
             "restore the configuration, remove the file so that the cell runs again, or name another --output"
         )
     return found
@@ -144,19 +139,6 @@ def _filled(value: Any, default: Any) -> Any:
     if not (isinstance(value, dict) and isinstance(default, dict)):
         return value
     return default | {name: _filled(one, default.get(name)) for name, one in value.items()}
-
-
-def first_difference(then: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two JSON values differ, with both values; None where they are alike."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for name in [*now, *(name for name in then if name not in now)]:
-            inner = f"{field}.{name}".lstrip(".")
-            if name not in then or name not in now:
-                return inner, then.get(name), now.get(name)
-            if found := first_difference(then[name], now[name], inner):
-                return found
-        return None
-    return None if then == now else (field, then, now)
 
 
 def pack(values: Sequence[Value]) -> Packed:
@@ -197,8 +179,3 @@ def curves(records: Sequence[Mapping[str, Any]], *, points: int = 120) -> dict[s
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

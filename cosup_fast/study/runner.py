@@ -16,11 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from cosup_fast.files import locked, read_object, remove_unwritten, replace_file
+from cosup_fast.files.fields import differences
 from cosup_fast.study.cell import Questions, make_cell, train
 from cosup_fast.study.config import Cell, Study, StudyError, select
 from cosup_fast.study.progress import Progress
 from cosup_fast.study.provenance import commit
-from cosup_fast.study.result import completed, first_difference, read_cell
+from cosup_fast.study.result import completed, read_cell
 from cosup_fast.study.sets import load_sets
 from cosup_fast.study.status import duration, time_left_of
 from cosup_fast.training.checkpoint import checkpoints
@@ -107,7 +108,7 @@ def prune(study: Study, console: Console) -> None:
 
 
 def check_begun(cell: Cell) -> None:
-    """Refuses to go on with a run that was begun with other settings: some of them a resumed run would just take on.
+    """Refuses to resume a run that was begun with other settings: some of them it would adopt without a word.
 
     Raises:
         StudyError: naming the first field that differs.
@@ -116,8 +117,7 @@ def check_begun(cell: Cell) -> None:
     if now is None:  # a pair has no run of its own
         return
     if path.is_file():
-        if difference := first_difference(completed({"run": read_object(path)})["run"], now):
-            field, then, wanted = difference
+        for field, (then, wanted) in differences(completed({"run": read_object(path)})["run"], now).items():
             raise StudyError(
                 f"cell {cell.name} was begun with {field}={then}, the study now says {wanted}: restore it, or remove "
                 f"{cell.work} to begin again"

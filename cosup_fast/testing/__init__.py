@@ -5,8 +5,9 @@ The names are imported on first use: importing this package imports neither torc
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from cosup_fast.lazy import attach
 
 if TYPE_CHECKING:
     from cosup_fast.testing.compile import CompileCase, Compiled, collect, compile_case, compile_matrix
@@ -17,33 +18,6 @@ if TYPE_CHECKING:
     from cosup_fast.testing.rehearsal import Rehearsal, Specialization, rehearse
     from cosup_fast.testing.sanitizer import Finding, Sanitizer, SanitizerError, sanitize
     from cosup_fast.testing.tolerance import assert_close_to_fp64
-
-_HOME = {
-    "CompileCase": "compile",
-    "Compiled": "compile",
-    "collect": "compile",
-    "compile_case": "compile",
-    "compile_matrix": "compile",
-    "Counts": "counters",
-    "count": "counters",
-    "value_and_gradients": "gradients",
-    "LOGITS": "inputs",
-    "ODD_SHAPES": "inputs",
-    "Shape": "inputs",
-    "logits": "inputs",
-    "operands": "inputs",
-    "randn": "inputs",
-    "with_gaps": "inputs",
-    "interpret": "interpreter",
-    "Rehearsal": "rehearsal",
-    "Specialization": "rehearsal",
-    "rehearse": "rehearsal",
-    "Finding": "sanitizer",
-    "Sanitizer": "sanitizer",
-    "SanitizerError": "sanitizer",
-    "sanitize": "sanitizer",
-    "assert_close_to_fp64": "tolerance",
-}
 
 __all__ = [
     "LOGITS",
@@ -74,20 +48,25 @@ __all__ = [
 
 NEEDS_TRITON = "Triton is not installed (its wheels are for Linux): pip install triton"
 
+_get, __dir__ = attach(
+    __name__,
+    {
+        "compile": ("CompileCase", "Compiled", "collect", "compile_case", "compile_matrix"),
+        "counters": ("Counts", "count"),
+        "gradients": ("value_and_gradients",),
+        "inputs": ("LOGITS", "ODD_SHAPES", "Shape", "logits", "operands", "randn", "with_gaps"),
+        "interpreter": ("interpret",),
+        "rehearsal": ("Rehearsal", "Specialization", "rehearse"),
+        "sanitizer": ("Finding", "Sanitizer", "SanitizerError", "sanitize"),
+        "tolerance": ("assert_close_to_fp64",),
+    },
+)
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+        return _get(name)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise ModuleNotFoundError(f"cosup_fast.testing.{name}: {NEEDS_TRITON}", name="triton") from error
-    value = getattr(module, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -114,7 +114,7 @@ def dot(a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any)
     return _narrow(z) if is_bf16(d) else TensorHandle(z.astype(d.data.dtype), d.dtype.scalar)
 
 
-def mend(replace: Replace) -> None:
+def correct(replace: Replace) -> None:
     """Replaces what is wrong for bf16 or for NaN in Triton's interpreter, and adds what is missing."""
     builder = InterpreterBuilder
     binary_op, unary_op, ternary_op = builder.binary_op, builder.unary_op, builder.ternary_op

@@ -280,7 +280,7 @@ def _poison(dtype: np.dtype) -> Any:
     return dtype.kind == "b" or (0x7FC0 if dtype == np.uint16 else np.iinfo(dtype).max // 2)
 
 
-def _mend_memory(patches: Patches) -> None:
+def _correct_memory(patches: Patches) -> None:
     builder = InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     atomic_rmw, atomic_cas = builder.create_atomic_rmw, builder.create_atomic_cas
@@ -381,8 +381,8 @@ def interpret(*, programs: Programs = "all") -> Iterator[None]:
     _sessions.append(_Session(programs))
     with triton.knobs.runtime.scope():
         try:
-            arithmetic.mend(patches.set)
-            _mend_memory(patches)
+            arithmetic.correct(patches.set)
+            _correct_memory(patches)
             _announce(patches)
             for function in (jit.JITFunction, InterpretedFunction):
                 patches.set(function, "run", _run)

@@ -1,4 +1,4 @@
-"""What a program hears of a run, and may say to it: the methods of `Callback`, which do nothing by default."""
+"""How a program follows a run, and may stop it: the methods of `Callback`, which do nothing by default."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Callback:
     def end(self, error: BaseException | None) -> None:
         """When the run ends, with what ended it if it did not reach its end: also Ctrl-C, a `KeyboardInterrupt`.
 
-        Every callback whose `start` was called hears of it.
+        It is called for every callback whose `start` was.
         """
 
 
@@ -93,7 +93,7 @@ class Together(Callback):
 
 
 def _ending(callback: Callback) -> Callable[..., None]:
-    """Tells a callback of the end, and suppresses nothing whatever it returns."""
+    """Calls a callback's `end`, whose return value suppresses no error."""
 
     def end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         callback.end(error)

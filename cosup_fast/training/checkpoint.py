@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -49,6 +48,7 @@ from cosup_fast.model.folder import copied_weights, save_folder
 from cosup_fast.training.optimizer_state import SavedStates, load_states, save_states
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.sharding import reshard
+from cosup_fast.training.step import random_state, set_random_state
 
 MANIFEST = "manifest.json"
 CHECKPOINT = FolderKind("a checkpoint", "cosup.json", frozenset({"format_version", "shared"}), ("*",))
@@ -300,19 +300,6 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> None:
         raise CheckpointError(f"{error}: {REMEDY}") from None
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the random number generators that training draws from, by name."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Goes back to what `random_state` said."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def load_trainer_state(
     folder: Path,
     model: CoSupervisionModel,
@@ -330,7 +317,7 @@ def load_trainer_state(
         folder: the checkpoint.
         model, optimizer: as the run was started.
         rank, ranks: of this process, and how many there are now.
-        warn: told of what is no longer the same to the bit.
+        warn: called with what is no longer the same to the bit.
 
     Returns:
         The step, and the schedule that was saved with it, if any was.

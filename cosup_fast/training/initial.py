@@ -1,4 +1,4 @@
-"""What a run takes over from the checkpoint that it starts from (`model.init_from`).
+"""What a run begins with: pretrained models, or what it takes over from a checkpoint (`model.init_from`).
 
 The weights decide most of `model`: both models, their layers, dtype and adapters. What is not given of `model`, `text`,
 `ntp` and `nsp` is as the checkpoint was trained with it, the temperature as it was learnt.
@@ -10,13 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cosup_fast.config import ConfigError, RunConfig, config_of, explain
 from cosup_fast.config.model import ModelConfig
-from cosup_fast.model.folder import read_description
+from cosup_fast.model import CoSupervisionModel
+from cosup_fast.model.folder import Changes, read_description
 from cosup_fast.model.loading import Base
 from cosup_fast.training.checkpoint import chosen_checkpoint
 
@@ -78,6 +80,23 @@ def initial_checkpoint(config: RunConfig) -> Path:
         return chosen_checkpoint(Path(config.model.init_from))
     except ValueError as error:
         raise ConfigError(f"model.init_from={config.model.init_from!r}: {error}") from None
+
+
+def new_model(config: RunConfig, device: torch.device | str = "cpu") -> CoSupervisionModel:
+    """The models before the first step: pretrained ones, or those of the checkpoint that the run starts from.
+
+    What is new in them is drawn by the run's seed.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    torch.manual_seed(config.training.seed)
+    if config.model.init_from is None:
+        return CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, ntp=config.ntp, device=device)
+    changes = Changes(config.text, config.nsp, config.ntp, config.models.freeze_embseq)
+    return CoSupervisionModel.load(
+        initial_checkpoint(config), device=device, attention=config.model.attention, merge=False, changes=changes
+    )
 
 
 def as_in(folder: Path, config: RunConfig) -> RunConfig:

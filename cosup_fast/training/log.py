@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 LINES_EVERY = 60.0
-"""Seconds, or ten steps, after which a step is told in a line where there is no terminal."""
+"""Seconds, or ten steps, between the lines about steps where there is no terminal."""
 
 
 class RunLog(Callback):
@@ -183,10 +183,7 @@ def records_until(step: int, path: Path) -> list[dict[str, Any]]:
 
 def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws losses and retrieval accuracy over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     def curve(axes: Axes, kind: str, name: str, *style: str, **options: Any) -> None:
         """Draws one figure over the steps; what a run does not compute has no curve."""
@@ -194,7 +191,8 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), *style, **options)
 
-    figure, (losses, retrieval) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, retrieval = figure.subplots(1, 2)
     for name, color in (("ntp", "tab:blue"), ("nsp", "tab:orange")):
         curve(losses, "step", name, color=color, alpha=0.5, label=name.upper())
         curve(losses, "held-out", name, "o-", color=color, label=f"{name.upper()} held out")
@@ -208,4 +206,3 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cosup_fast.config import ConfigError, RunConfig, load_config
-from cosup_fast.config.reading import flat
 from cosup_fast.data.records import DataError
 from cosup_fast.distributed import Peers
 from cosup_fast.files import read_object
+from cosup_fast.files.fields import differences
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
@@ -70,13 +70,6 @@ def changes(saved: RunConfig, config: RunConfig, *, told: bool = False) -> dict[
     """The fields that differ, by dotted name: before and now; with `told` those that metrics tell of."""
     found = differences(saved.model_dump(mode="json"), config.model_dump(mode="json"))
     return {name: values for name, values in found.items() if not told or name not in UNTOLD}
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """The values that two nested dicts differ in, by dotted name: before and now, None where there is none."""
-    first, second = flat(before), flat(now)
-    names = dict.fromkeys((*second, *first))
-    return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
 
 
 def _strange(output: Path) -> str | None:

@@ -37,7 +37,7 @@ from cosup_fast.distributed import PeerError, Peers
 from cosup_fast.environment import choose_device, keep_freed_memory, return_freed_memory
 from cosup_fast.files import held, replace_file
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.model.folder import Changes, check_saving
+from cosup_fast.model.folder import check_saving
 from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config
 from cosup_fast.terminal import SafeConsole
@@ -45,7 +45,7 @@ from cosup_fast.training.adamw import check_available
 from cosup_fast.training.callbacks import Callback, Together, asks
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint, verify
 from cosup_fast.training.held_out import HeldOutEvaluator
-from cosup_fast.training.initial import as_in, inherit, initial_checkpoint
+from cosup_fast.training.initial import as_in, inherit, initial_checkpoint, new_model
 from cosup_fast.training.log import RunLog, records_until
 from cosup_fast.training.measured import TrainingSet, measure
 from cosup_fast.training.metrics import Changed, HeldOut
@@ -80,7 +80,7 @@ def run_training(
         resume: resume from the newest whole checkpoint in `config.output`, or start when there is none. A run
             that has ended is left as it is. The number of ranks may be another one.
         console: where progress goes; standard error by default.
-        callbacks: hear of the run and may refuse that it begins (see `Callback`), as `cosup-fast train` does with
+        callbacks: follow the run and may refuse to begin it (see `Callback`), as `cosup-fast train` does with
             `plan.fits.FitsIntoMemory`; every rank is given the same.
 
     Raises:
@@ -156,9 +156,8 @@ def _run(
             _ask(callbacks, read, template, trained, corpus, device, console, peers)
         if not config.has_embseq:
             console.print("nsp.weight=0: Gen is trained alone, and no Embseq is loaded", markup=False)
-        torch.manual_seed(config.training.seed)
         with _reporting(peers, "the same weights"):
-            model = _new_model(config, initial, load_on)
+            model = new_model(config, load_on)
             if load_on.type != "meta":
                 check_saving(model)
     else:
@@ -174,11 +173,11 @@ def _run(
     if peers is not None:
         check_same_run(peers, "the same weights", {"weights": None if sharded else digest(model)})
     leads = peers is None or peers.rank == 0
-    told = Together(callbacks)
+    told, heard = Together(callbacks), Callback()  # of metrics and warnings, ranks that do not lead hear nothing
     if leads:
         log = RunLog(output, console)
         trackers = [TRACKERS[name](log.warning) for name in config.training.report_to]
-        told = Together([log, *trackers, *callbacks])
+        told = heard = Together([log, *trackers, *callbacks])
     trainer = Trainer(
         model,
         config.training,
@@ -191,8 +190,8 @@ def _run(
         peers=peers,
         device=device,
         evaluate=_observed(evaluator, told),
-        on_metrics=told.metrics if leads else _nothing,
-        on_warning=told.warning if leads else _nothing,
+        on_metrics=heard.metrics,
+        on_warning=heard.warning,
         on_notice=functools.partial(console.print, markup=False),
         on_saved=told.saved,
     )
@@ -210,20 +209,6 @@ def _run(
         if peers is not None:
             peers.meet("callbacks")
         return trainer.train()
-
-
-def _nothing(told: object) -> None:
-    """What ranks that do not lead do with what the trainer tells."""
-
-
-def _new_model(config: RunConfig, initial: Path | None, device: torch.device) -> CoSupervisionModel:
-    """The models of a run that begins: pretrained ones, or those of a checkpoint."""
-    if initial is None:
-        return CoSupervisionModel.from_pretrained(config.model, config.text, config.nsp, ntp=config.ntp, device=device)
-    changes = Changes(config.text, config.nsp, config.ntp, config.models.freeze_embseq)
-    return CoSupervisionModel.load(
-        initial, device=device, attention=config.model.attention, merge=False, changes=changes
-    )
 
 
 class Data(NamedTuple):

@@ -133,7 +133,7 @@ class _Passes(ABC, Generic[T]):
         self.model, self.pack, self.precision = model, pack, precision
         self.device = model.device
         self.kept: T | None = None
-        self.random: tuple[Tensor, ...] | None = None
+        self.random: dict[str, Tensor] | None = None
 
     @abstractmethod
     def forward(self, *, whole: bool) -> T:
@@ -141,7 +141,7 @@ class _Passes(ABC, Generic[T]):
 
     def first(self, *, keep: bool) -> T:
         """Pass 1; with `keep` it has a graph and is pass 3 too."""
-        self.random = _random_state(self.device)
+        self.random = random_state(self.device)
         with torch.set_grad_enabled(keep):
             out = self._run(whole=keep)
         self.kept = out if keep else None
@@ -155,9 +155,7 @@ class _Passes(ABC, Generic[T]):
         if self.random is None:
             return self._run(whole=True)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.set_rng_state(self.random[0])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(self.random[1], self.device)
+            set_random_state(self.random, self.device)
             return self._run(whole=True)
 
     def _run(self, *, whole: bool) -> T:
@@ -186,9 +184,17 @@ class _EmbseqPasses(_Passes[Tensor]):
         return self.model.sequence_states(self.pack)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random number generators that training draws from, by name."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Restores what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def rows(parts: list[Tensor], width: int, model: CoSupervisionModel) -> Tensor:

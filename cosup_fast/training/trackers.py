@@ -1,6 +1,6 @@
 """Experiment trackers: figures of a run to TensorBoard, Weights & Biases or MLflow (`training.report_to`).
 
-Where figures go is said by each tracker's own environment variables (`WANDB_PROJECT`, `WANDB_MODE=offline`,
+Each tracker's own environment variables say where figures go (`WANDB_PROJECT`, `WANDB_MODE=offline`,
 `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`). A resumed run continues the same run there, whose id is in
 `output/trackers.json`. metrics.jsonl has every figure in any case: a tracker that fails later on is warned of, and
 training continues.
@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosup_fast.config.reading import flat
 from cosup_fast.files import read_object, replace_file
+from cosup_fast.files.fields import flat
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.metrics import Metrics, as_record
 

@@ -34,8 +34,6 @@ from cosup_fast.training.checkpoint import (
     CheckpointWriter,
     checkpoint_folder,
     load_trainer_state,
-    random_state,
-    set_random_state,
 )
 from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import diagnose
@@ -46,7 +44,7 @@ from cosup_fast.training.ranks import reduce_gradients
 from cosup_fast.training.refusal import are_finite, ntp_of_each, write_refusal
 from cosup_fast.training.schedule import Schedule
 from cosup_fast.training.sharding import agree_on_norms, reshard, shard
-from cosup_fast.training.step import accumulate_gradients
+from cosup_fast.training.step import accumulate_gradients, random_state, set_random_state
 from cosup_fast.training.utilization import Utilization, peak_tflops
 
 

@@ -55,7 +55,7 @@ class Utilization:
 
     Args:
         model: Gen and Embseq.
-        peak: TFLOP/s of a device; None where that is not known, and no share is told.
+        peak: TFLOP/s of a device; None where that is not known, and there is no share.
     """
 
     def __init__(self, model: CoSupervisionModel, peak: float | None):

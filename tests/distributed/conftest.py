@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from cosup_fast.data.records import Example, Segment
 from tests.distributed.variants import VARIANTS
 
 SIZE = 8
@@ -112,12 +111,11 @@ def settings(llama_folder, gpt2_folder):
 
 
 @pytest.fixture(scope="module")
-def step_examples(examples, passages):
+def step_examples(mixed):
     """Passages asked for on several ranks, hard negatives, further gold ones, an example without [NSP]."""
-    three = [Segment(text=f"{i}.", passage=name) for i, name in enumerate(("nile", "euclid", "paris"))]
+    *most, three = mixed
     return [
-        *examples,
-        Example(id="silent", question="What?", output=[Segment(text="Nothing is looked up here.")]),
-        Example(id="three", question="Which?", output=three, gold=["nile", "rome"], negatives=["seine", "go"]),
-        examples[0].model_copy(update={"id": "again"}),
+        *most,
+        three.model_copy(update={"negatives": ["seine", "go"]}),
+        most[0].model_copy(update={"id": "again"}),
     ]

@@ -14,6 +14,7 @@ from cosup_fast.data.template import TextConfig
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.held_out import HeldOutEvaluator
+from tests.comparing import assert_equal
 from tests.distributed.variants import VARIANTS
 
 ONE_PACK, PACKS = PackLimits(), PackLimits(300, 2)
@@ -36,12 +37,6 @@ def in_one_process(model, examples, corpus):
     losses = {name: getattr(out, name).detach() for name in ("loss", "ntp", "nsp")}
     hits = 0 if out.stats is None else int((out.stats.rank == 0).sum())
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | losses, hits
-
-
-def assert_equal(ours, expected, tolerance=1e-9):
-    assert ours.keys() == expected.keys()
-    for name, b in expected.items():
-        assert (ours[name] - b).abs().max() <= tolerance * b.abs().max() + 1e-12, name
 
 
 def check(world, settings, size, limits, examples, corpus, **options):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cosup_fast.cli.systems import open_system, output_folder
+from cosup_fast.config import dump_config, load_config
 from cosup_fast.data.passages import PassageFile
 from cosup_fast.data.records import Example, Passage, Segment, write_jsonl
 from cosup_fast.data.template import passage_text
@@ -304,6 +305,16 @@ def test_names_of_systems(tmp_path, model, data_folder):
     paired = open_system(f"pair:{tmp_path}", tmp_path / "x", lambda path: model)
     assert isinstance(paired.retriever, PairRetriever)
     assert paired.sources["retriever"] == str(tmp_path)
+
+
+def test_the_untrained_models_of_a_run_are_made_on_the_device(tmp_path, model, data_folder, monkeypatch):
+    run = load_config(None, ["training.seed=5", f"data.corpus={data_folder / 'passages.jsonl'}"])
+    (tmp_path / "config.yaml").write_text(dump_config(run))
+    made = []
+    monkeypatch.setattr("cosup_fast.training.initial.new_model", lambda *given: made.append(given) or model)
+    opened = open_system("untrained", tmp_path, lambda path: pytest.fail("weights were read"), device="a device")
+    assert made == [(run, "a device")]
+    assert isinstance(opened.retriever, IndexRetriever)
 
 
 @pytest.mark.parametrize(

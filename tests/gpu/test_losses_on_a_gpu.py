@@ -15,7 +15,8 @@ from cosup_fast import reference
 from cosup_fast.functional import explain, info_nce, linear_cross_entropy
 from cosup_fast.kernels import tuning
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
-from cosup_fast.testing import assert_close_to_fp64, operands, value_and_gradients
+from cosup_fast.testing import operands
+from tests.comparing import compare, run, run_exactly
 
 REHEARSED = os.environ.get("COSUP_REHEARSE_GPU") == "1"
 pytestmark = [
@@ -29,26 +30,12 @@ IMPLS = [*KERNELS, "stored", "auto"]
 GIB = 2**30
 
 
-def run(loss, x: Tensor, w: Tensor, **options) -> dict[str, Tensor]:
-    leaves = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    rest = {k: v for k, v in options.items() if k not in leaves}
-
-    def by_place(x: Tensor, w: Tensor, **more) -> Tensor:
-        return loss(x, w, **more)
-
-    return value_and_gradients(by_place, {"x": x, "w": w, **leaves}, 1.0, **rest)
-
-
 def check(loss, eager, impl: str, x: Tensor, w: Tensor, **options) -> None:
-    def wide(value):
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
     ours, again = (run(loss, x, w, impl=impl, **options) for _ in range(2))
     for name in ours:
         assert torch.equal(ours[name], again[name]), name
-    exact = run(eager, x.double(), w.double(), **{name: wide(value) for name, value in options.items()})
     atol = 2.0**-22 * (x.double().norm(dim=1).max() * w.double().norm(dim=1).max()).item()
-    assert_close_to_fp64(ours, run(eager, x, w, **options), exact, dtype=x.dtype, atol=atol)
+    compare(ours, eager, x, w, atol=atol, **options)
 
 
 def cuda(n: int, m: int, d: int, kind: str = "normal", dtype: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
@@ -244,7 +231,7 @@ def test_compiled_whole(impl):
 @pytest.mark.parametrize("impl", KERNELS)
 def test_tf32_only_where_torch_allows_it(impl, monkeypatch):
     x, w = cuda(512, 1024, 576, dtype=torch.float32)
-    exact = run(reference.info_nce, x.double(), w.double())
+    exact = run_exactly(reference.info_nce, x, w)
     errors = {}
     for precision in ("ieee", "tf32"):
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)

@@ -54,7 +54,8 @@ def test_version_is_the_installed_one():
 
 def test_a_tree_that_was_never_installed_has_a_version_too(tmp_path):
     (tmp_path / "cosup_fast").mkdir()
-    shutil.copy(ROOT / "cosup_fast" / "__init__.py", tmp_path / "cosup_fast")
+    for name in ("__init__.py", "lazy.py"):
+        shutil.copy(ROOT / "cosup_fast" / name, tmp_path / "cosup_fast")
     done = subprocess.run(
         [sys.executable, "-S", "-c", "import cosup_fast; print(cosup_fast.__version__)"],
         cwd=tmp_path,

@@ -47,7 +47,10 @@ ONE = {"systems": ["gold"]}
         ({"conditions": {"one": {}}}, r"systems=\[\]: name at least one system"),
         ({"conditions": {"one": {"systems": ["gold", "gold"]}}}, "systems: 'gold' is named twice"),
         ({"conditions": {"one": {"systems": ["glod"]}}}, "'glod' is unknown, did you mean 'gold'"),
-        ({"conditions": {"one": {**ONE, "probes": ["atention"]}}}, "'atention' is unknown, did you mean 'attention'"),
+        (
+            {"conditions": {"one": {**ONE, "probes": ["atention"]}}},
+            "probes.0: Input should be 'attention' or 'spaces', found 'atention'",
+        ),
         ({"conditions": {"one": {**ONE, "change": {"nsp.wait": 1}}}}, "condition 'one': unknown field 'nsp.wait'"),
         ({"conditions": {"one": {**ONE, "change": {"training.lr": -1}}}}, "condition 'one': training.lr"),
         ({"conditions": {"one": {**ONE, "seeds": [1000]}}}, "1000 is tuning.seed"),
@@ -61,13 +64,13 @@ ONE = {"systems": ["gold"]}
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, "seeds": [4]}}},
-            "conditions.both: seed 4 is none of 'one'",
+            "conditions.both: 'one', which it is made of, has no seed 4",
         ),
         (
             {"conditions": {"one": ONE, "both": {"pair": {"writer": "one", "retriever": "one"}, **ONE}}},
             "a pair trains nothing and is one system",
         ),
-        ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is none of this study, did you mean 'ntp/gold'"),
+        ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is not in this study, did you mean 'ntp/gold'"),
         ({"sets": []}, "is evaluated and sets=\\[\\] has nothing to ask"),
         ({"set": []}, "set: Extra inputs are not permitted"),
     ],
@@ -97,3 +100,9 @@ def test_the_studies_that_come_with_the_project_are_whole(name):
     assert all(cell.identity for cell in study.cells.values())
     steps = {cell.run.training.steps * cell.run.training.batch_size for cell in study.cells.values() if cell.trains}
     assert all(examples in (160 * 16, 40 * 16, 640 * 16) for examples in steps)
+
+
+def test_the_pilot_is_a_study_of_equal_trials():
+    *trials, _ = load_study(EXAMPLES / "study-pilot.yaml").cells.values()
+    assert {cell.run.training.steps * cell.run.training.batch_size for cell in trials} == {24 * 32}
+    assert all(cell.run.training.eval_every == cell.run.training.steps for cell in trials)

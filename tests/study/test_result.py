@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosup_fast.files.fields import differences
 from cosup_fast.study import StudyError
-from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, first_difference, pack, unpack
+from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack, unpack
 
 
 @given(st.lists(st.none() | st.floats(0, 1)))
@@ -20,12 +21,12 @@ def test_shares_of_one_question_are_a_sign_each():
     assert pack([1.0, 0.5]) == [1.0, 0.5]
 
 
-def test_the_first_field_that_differs_is_named():
+def test_fields_that_differ_are_named():
     then = {"run": {"lr": 0.1, "steps": 5}, "systems": ["gold"], "old": 1}
-    assert first_difference(then, then) is None
-    assert first_difference(then, {**then, "run": {"lr": 0.2, "steps": 5}}) == ("run.lr", 0.1, 0.2)
-    assert first_difference(then, {"run": then["run"], "systems": ["gold"]}) == ("old", 1, None)
-    assert first_difference(then, {**then, "systems": ["gold", "bm25"]})[0] == "systems"
+    assert differences(then, then) == {}
+    assert differences(then, {**then, "run": {"lr": 0.2, "steps": 5}}) == {"run.lr": [0.1, 0.2]}
+    assert differences(then, {"run": then["run"], "systems": ["gold"]}) == {"old": [1, None]}
+    assert list(differences(then, {**then, "systems": ["gold", "bm25"]})) == ["systems"]
 
 
 def test_curves_are_columns_and_steps_are_means_of_spans():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -12,13 +13,13 @@ from cosup_fast.data.records import Segment
 from cosup_fast.training.trainer import Trainer
 
 
-@pytest.fixture
-def configure(data_folder, llama_folder, tmp_path):
+@pytest.fixture(scope="session")
+def tiny_run(data_folder, llama_folder):
     """A function that makes the configuration of a tiny run of two steps an epoch."""
 
-    def configure(**changes):
+    def tiny_run(output, **changes):
         fields = {
-            "output": str(tmp_path / "run"),
+            "output": str(output),
             "model.gen": llama_folder,
             "data.corpus": str(data_folder / "passages.jsonl"),
             "data.train": [str(data_folder / "examples.jsonl")],
@@ -28,9 +29,17 @@ def configure(data_folder, llama_folder, tmp_path):
             "training.lr": 1e-2,
         }
         changes = {name.replace("__", "."): value for name, value in changes.items()}
+        if "model.init_from" in changes:
+            del fields["model.gen"]
         return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
 
-    return configure
+    return tiny_run
+
+
+@pytest.fixture
+def configure(tiny_run, tmp_path):
+    """The same with an output of its own."""
+    return partial(tiny_run, output=tmp_path / "run")
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.checkpoint import is_checkpoint
 from cosup_fast.training.log import RunLog, read_metrics
 from cosup_fast.training.metrics import StepMetrics
-from cosup_fast.training.run import run_training, unused_gpus
+from cosup_fast.training.run import unused_gpus
 from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.utilization import Utilization, known_peak, peak_tflops
+from tests.training.runs import records, steps_of, train
 
 
 @pytest.fixture
@@ -62,19 +63,9 @@ class Heard(Callback):
         return True  # which would suppress an error, were it an __exit__
 
 
-def _train(config, *callbacks, resume=False):
-    console = Console(file=io.StringIO(), width=200)
-    run_training(config, resume=resume, console=console, callbacks=callbacks)
-    return console.file.getvalue()
-
-
-def _steps(config):
-    return [r["step"] for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "step"]
-
-
 def test_callbacks_hear_of_the_whole_run_in_order(configure):
     heard = Heard()
-    printed = _train(configure(), heard)
+    _, printed = train(configure(), heard)
     assert "looks fine" in printed
     kinds = [call[0] for call in heard.calls]
     assert heard.calls[:2] == [("check", 2, 1, "cpu"), ("start", 0, 4)]
@@ -87,7 +78,7 @@ def test_callbacks_hear_of_the_whole_run_in_order(configure):
     assert heard.calls[-1] == ("end", "NoneType")
     assert kinds.count("end") == 1
     again = Heard()
-    _train(configure(training__steps=6), again, resume=True)
+    train(configure(training__steps=6), again, resume=True)
     assert again.calls[0] == ("start", 4, 6)
 
 
@@ -103,12 +94,12 @@ def test_what_a_callback_raises_ends_the_run_and_all_that_started_hear_of_it(con
 
     before, after = Heard(), Heard()
     with pytest.raises(RuntimeError, match="mine"):
-        _train(configure(), before, Raises())
+        train(configure(), before, Raises())
     assert before.calls[-1] == ("end", "RuntimeError")
-    assert _steps(configure()) == [1, 2, 3]
-    _train(configure(), resume=True)
+    assert steps_of(configure().output) == [1, 2, 3]
+    train(configure(), resume=True)
     with pytest.raises(OSError, match="no disk"):
-        _train(configure(output=configure().output + "-2"), before, NeverStarts(), after)
+        train(configure(output=configure().output + "-2"), before, NeverStarts(), after)
     assert before.calls[-1] == ("end", "OSError")
     assert [call[0] for call in after.calls] == ["check"]
 
@@ -159,12 +150,12 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(configure, monk
     found = importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
     with pytest.raises(ImportError, match=r"training\.report_to=wandb needs .*: pip install 'cosup-fast\[wandb\]'"):
-        _train(configure(training__report_to=["tensorboard", "wandb"]))
+        train(configure(training__report_to=["tensorboard", "wandb"]))
     assert not Path(configure().output).exists()
 
 
 def test_no_tracker_is_needed(configure):
-    _train(configure(training__report_to=[]))
+    train(configure(training__report_to=[]))
     assert not (Path(configure().output) / "tensorboard").exists()
     assert read_metrics(Path(configure().output) / "metrics.jsonl")
 
@@ -172,12 +163,12 @@ def test_no_tracker_is_needed(configure):
 def test_tensorboard_has_every_figure(configure):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _train(configure())
-    _train(configure(training__steps=6), resume=True)
+    train(configure())
+    train(configure(training__steps=6), resume=True)
     found = EventAccumulator(str(Path(configure().output) / "tensorboard")).Reload()
-    records = read_metrics(Path(configure().output) / "metrics.jsonl")
+    recorded = read_metrics(Path(configure().output) / "metrics.jsonl")
     for name, kind in (("step/ntp", "step"), ("held-out/recall_at_5", "held-out")):
-        expected = [(r["step"], r[name.partition("/")[2]]) for r in records if r["kind"] == kind]
+        expected = [(r["step"], r[name.partition("/")[2]]) for r in recorded if r["kind"] == kind]
         assert [(e.step, e.value) for e in found.Scalars(name)] == [(s, pytest.approx(v)) for s, v in expected]
 
 
@@ -186,9 +177,9 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_run_continues(configure,
         raise ConnectionError("server lost")
 
     monkeypatch.setattr(trackers.TensorBoard, "send", lost)
-    printed = " ".join(_train(configure()).split())
+    _, printed = train(configure())
     assert printed.count("tensorboard: figures are not all recorded, but metrics.jsonl has them: server lost") == 1
-    assert _steps(configure()) == [1, 2, 3, 4]
+    assert steps_of(configure().output) == [1, 2, 3, 4]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
@@ -199,21 +190,21 @@ def test_mlflow_has_every_figure_in_one_run_of_its_own(configure, tmp_path, monk
     from mlflow import MlflowClient
 
     config = configure(training__report_to=["mlflow"])
-    _train(config)
+    train(config)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("tests")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.data.params["training.lr"] == "0.01"
-    _train(configure(training__report_to=["mlflow"], training__steps=6), resume=True)
+    train(configure(training__report_to=["mlflow"], training__steps=6), resume=True)
     (again,) = client.search_runs([experiment.experiment_id])
     assert again.info.run_id == run.info.run_id
-    records = [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "step"]
+    recorded = records(config.output)
     found = client.get_metric_history(run.info.run_id, "step/ntp")
-    assert [(m.step, m.value) for m in found] == [(r["step"], r["ntp"]) for r in records]
+    assert [(m.step, m.value) for m in found] == [(r["step"], r["ntp"]) for r in recorded]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nothing://here")
     with pytest.raises(ValueError, match=r"training\.report_to=mlflow cannot be opened: "):
-        _train(configure(training__report_to=["mlflow"], output=config.output + "-2"))
+        train(configure(training__report_to=["mlflow"], output=config.output + "-2"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -221,16 +212,16 @@ def test_wandb_records_offline_and_resumes_its_run(configure, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = configure(training__report_to=["wandb"])
-    _train(config)
-    _train(configure(training__report_to=["wandb"], training__steps=6), resume=True)
+    train(config)
+    train(configure(training__report_to=["wandb"], training__steps=6), resume=True)
     output = Path(config.output)
     run = json.loads((output / "trackers.json").read_text())["wandb"]
     parts = sorted(output.glob(f"wandb/offline-run-*-{run}"))
     assert len(parts) == 2
     recorded = b"".join(_payload(part / f"run-{run}.wandb") for part in parts)
-    records = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] == "step"]
-    assert len(records) == 6
-    for record in records:
+    recorded = records(output)
+    assert len(recorded) == 6
+    for record in recorded:
         assert re.search(rb"step/ntp.{1,4}" + re.escape(json.dumps(record["ntp"]).encode()), recorded, re.DOTALL)
 
 
@@ -285,12 +276,12 @@ def test_model_flop_are_those_of_the_products_that_run(make_model, examples, cor
 
 
 def test_the_share_is_told_where_the_peak_is(configure):
-    _train(configure(training__peak_tflops=0.01))
-    records = [r for r in read_metrics(Path(configure().output) / "metrics.jsonl") if r["kind"] == "step"]
-    assert all(0 < r["mfu"] < 1 for r in records)
-    _train(configure(output=configure().output + "-2"))
-    records = [r for r in read_metrics(Path(configure().output + "-2") / "metrics.jsonl") if r["kind"] == "step"]
-    assert {r["mfu"] for r in records} == {None}
+    train(configure(training__peak_tflops=0.01))
+    recorded = records(configure().output)
+    assert all(0 < r["mfu"] < 1 for r in recorded)
+    train(configure(output=configure().output + "-2"))
+    recorded = records(configure().output + "-2")
+    assert {r["mfu"] for r in recorded} == {None}
 
 
 def test_the_callback_of_the_docs_runs(configure, tmp_path, monkeypatch, capsys):

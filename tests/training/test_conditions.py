@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -16,56 +15,31 @@ from cosup_fast.data.records import Example, Segment, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint
-from cosup_fast.training.initial import inherit
-from cosup_fast.training.log import read_metrics
+from cosup_fast.training.initial import inherit, new_model
 from cosup_fast.training.metrics import HeldOut, as_record
-from cosup_fast.training.run import run_training
 from cosup_fast.training.trainer import Trainer
+from tests.training.runs import records, train
 
 
 @pytest.fixture(scope="module")
-def configure(data_folder, llama_folder, tmp_path_factory):
-    """A function that makes the overrides of a tiny run."""
-
-    def configure(output, **changes):
-        fields = {
-            "output": str(output),
-            "data.corpus": str(data_folder / "passages.jsonl"),
-            "data.train": [str(data_folder / "examples.jsonl")],
-            "data.dev": [str(data_folder / "examples.jsonl")],
-            "data.allow_leaks": True,
-            "training.batch_size": 2,
-            "training.steps": 2,
-            "training.eval_every": 1,
-            "training.lr": 1e-2,
-        }
-        given = {name.replace("__", "."): value for name, value in changes.items()}
-        if "model.init_from" not in given:
-            fields["model.gen"] = llama_folder
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **given}.items()])
-
-    return configure
+def configure(tiny_run, data_folder):
+    """A function that makes the configuration of a run of two steps, evaluated on what it is trained on."""
+    held_out = {"data.dev": [str(data_folder / "examples.jsonl")], "data.allow_leaks": True}
+    return partial(tiny_run, **held_out, **{"training.steps": 2, "training.eval_every": 1})
 
 
 @pytest.fixture(scope="module")
-def quiet():
-    from rich.console import Console
-
-    return Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def trained(configure, quiet, tmp_path_factory):
+def trained(configure, tmp_path_factory):
     """A function that runs a condition once and returns the run's folder."""
     runs = {}
 
-    def train(name, **changes):
+    def trained(name, **changes):
         if name not in runs:
             runs[name] = tmp_path_factory.mktemp("runs") / name
-            run_training(configure(runs[name], **changes), console=quiet)
+            train(configure(runs[name], **changes))
         return runs[name]
 
-    return train
+    return trained
 
 
 CONDITIONS = {
@@ -73,10 +47,6 @@ CONDITIONS = {
     "ntp": {"nsp__weight": 0},
     "nsp": {"ntp__weight": 0},
 }
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    return [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == kind]
 
 
 def test_ntp_alone_is_a_gen_without_an_embseq(trained, cosup):
@@ -106,7 +76,7 @@ def test_ntp_alone_is_a_gen_without_an_embseq(trained, cosup):
         assert "this model is a Gen without an Embseq, trained with nsp.weight=0" in err, command
 
 
-def test_nsp_alone_forms_no_logits_and_still_shows_ntp_held_out(trained, monkeypatch, configure, quiet, tmp_path):
+def test_nsp_alone_forms_no_logits_and_still_shows_ntp_held_out(trained, monkeypatch, configure, tmp_path):
     folder = trained("nsp", **CONDITIONS["nsp"])
     steps, held_out = records(folder, "step"), records(folder, "held-out")
     assert [r["ntp"] for r in steps] == [None] * 2
@@ -116,37 +86,37 @@ def test_nsp_alone_forms_no_logits_and_still_shows_ntp_held_out(trained, monkeyp
     assert model.ntp.weight == 0
     assert model.has_embseq
     monkeypatch.setattr(CoSupervisionModel, "ntp_loss", None)
-    run_training(configure(tmp_path / "run", ntp__weight=0, training__eval_every=None), console=quiet)
+    train(configure(tmp_path / "run", ntp__weight=0, training__eval_every=None))
 
 
 @pytest.mark.parametrize("kind", ["ntp", "nsp"])
-def test_a_loss_alone_resumes_with_the_same_bits(kind, trained, configure, quiet, tmp_path):
+def test_a_loss_alone_resumes_with_the_same_bits(kind, trained, configure, tmp_path):
     whole = trained(kind, **CONDITIONS[kind])
     for steps in (1, 2):
         config = configure(tmp_path / "parts", **CONDITIONS[kind], training__steps=steps)
-        run_training(config, resume=True, console=quiet)
+        train(config, resume=True)
     names = ("step", "loss", "gen_grad_norm", "lr")
     ours, theirs = ([[r[n] for n in names] for r in records(f, "step")] for f in (tmp_path / "parts", whole))
     assert ours == theirs
 
 
-def test_examples_that_ask_for_nothing_are_refused_where_nsp_learns(configure, quiet, tmp_path):
+def test_examples_that_ask_for_nothing_are_refused_where_nsp_learns(configure, tmp_path):
     silent = [Example(id=f"s{i}", question="What?", output=[Segment(text="That.")]) for i in range(2)]
     write_jsonl(tmp_path / "silent.jsonl", silent)
     fields = {"data__train": [str(tmp_path / "silent.jsonl")], "data__allow_no_retrieval": True, "data__dev": []}
     with pytest.raises(ValueError, match=r"none of the 2 examples of data\.train asks for a passage.*nsp\.weight=0"):
-        run_training(configure(tmp_path / "run", **fields), console=quiet)
+        train(configure(tmp_path / "run", **fields))
     assert not (tmp_path / "run" / "config.yaml").exists()
-    run_training(configure(tmp_path / "run", **fields, nsp__weight=0), console=quiet)
+    train(configure(tmp_path / "run", **fields, nsp__weight=0))
 
 
-def test_questions_with_gold_alone_are_trained(configure, quiet, tmp_path):
+def test_questions_with_gold_alone_are_trained(configure, tmp_path):
     """As MS MARCO's pairs and converted KILT files are: no output, and the passage that answers."""
     pairs = [Example(id=name, question=f"{name}?", output=[], gold=[name]) for name in ("paris", "rome", "go", "nile")]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     files = [str(tmp_path / "pairs.jsonl")]
     fields = {"data__train": files, "data__dev": files, "training__steps": 30, "training__batch_size": 4}
-    run_training(configure(tmp_path / "run", ntp__weight=0, training__eval_every=30, **fields), console=quiet)
+    train(configure(tmp_path / "run", ntp__weight=0, training__eval_every=30, **fields))
     first, last = (records(tmp_path / "run", "step")[i] for i in (0, -1))
     assert first["candidates"] == 4
     assert last["nsp"] < 0.5 * first["nsp"]
@@ -190,9 +160,9 @@ class TestStageTwo:
     def first(self, trained):
         return trained("both", **CONDITIONS["both"])
 
-    def test_it_starts_from_its_weights_and_its_temperature(self, first, configure, quiet, tmp_path):
+    def test_it_starts_from_its_weights_and_its_temperature(self, first, configure, tmp_path):
         config = configure(tmp_path / "second", model__init_from=str(first), training__lr=1e-30, training__steps=1)
-        run_training(config, console=quiet)
+        train(config)
         there, here = (checkpoints(f / "checkpoints")[-1] for f in (first, tmp_path / "second"))
         for name in ("gen/model.safetensors", "embseq/model.safetensors", "heads.safetensors"):
             one, other = load_file(there / name), load_file(here / name)
@@ -209,13 +179,19 @@ class TestStageTwo:
         assert written.nsp.temperature == pytest.approx(math.exp(-float(learnt)))
         assert written.nsp.temperature != 0.05
 
-    def test_it_resumes_also_when_the_first_run_is_gone(self, first, configure, quiet, tmp_path):
+    def test_untrained_it_is_the_first_run(self, first, configure, tmp_path):
+        """As `evaluate --system untrained` has it."""
+        untrained = new_model(inherit(configure(tmp_path / "x", model__init_from=str(first))))
+        trained = CoSupervisionModel.load(checkpoints(first / "checkpoints")[-1])
+        assert all(map(torch.equal, untrained.parameters(), trained.parameters()))
+
+    def test_it_resumes_also_when_the_first_run_is_gone(self, first, configure, tmp_path):
         fields = {"model__init_from": str(tmp_path / "first"), "training__eval_every": None}
         (tmp_path / "first").symlink_to(first)
-        run_training(configure(tmp_path / "whole", **fields), console=quiet)
-        run_training(configure(tmp_path / "parts", **fields, training__steps=1), console=quiet)
+        train(configure(tmp_path / "whole", **fields))
+        train(configure(tmp_path / "parts", **fields, training__steps=1))
         (tmp_path / "first").unlink()
-        run_training(configure(tmp_path / "parts", **fields), resume=True, console=quiet)
+        train(configure(tmp_path / "parts", **fields), resume=True)
         ours, theirs = ([r["loss"] for r in records(tmp_path / f, "step")] for f in ("parts", "whole"))
         assert ours == theirs
         with pytest.raises(ConfigError, match=r"model\.init_from='.*first': .* is neither a checkpoint"):
@@ -241,19 +217,19 @@ class TestStageTwo:
         config = inherit(configure(tmp_path / "x", model__init_from=str(tmp_path / "copy")))
         assert config.model.gen == str(tmp_path / "copy" / "gen")
 
-    def test_one_model_of_it_or_both(self, first, trained, configure, quiet, tmp_path):
+    def test_one_model_of_it_or_both(self, first, trained, configure, tmp_path):
         config = configure(tmp_path / "gen", model__init_from=str(first), nsp__weight=0)
-        run_training(config, console=quiet)
+        train(config)
         assert not (checkpoints(tmp_path / "gen" / "checkpoints")[-1] / "embseq").exists()
         alone = trained("ntp", **CONDITIONS["ntp"])
         with pytest.raises(ConfigError, match=r"is a Gen without an Embseq, and nsp\.weight=1\.0 needs one"):
             inherit(configure(tmp_path / "x", model__init_from=str(alone), nsp__weight=1))
         assert inherit(configure(tmp_path / "x", model__init_from=str(alone))).nsp.weight == 0
 
-    def test_adapters_are_trained_further(self, trained, configure, quiet, tmp_path):
+    def test_adapters_are_trained_further(self, trained, configure, tmp_path):
         first = trained("adapters", model__gen_lora={"rank": 2}, model__embseq_lora={"rank": 2}, training__steps=1)
         config = configure(tmp_path / "second", model__init_from=str(first), training__lr=1e-30, training__steps=1)
-        run_training(config, console=quiet)
+        train(config)
         there, here = (checkpoints(f / "checkpoints")[-1] / "gen" for f in (first, tmp_path / "second"))
         one, other = (load_file(f / "adapter_model.safetensors") for f in (there, here))
         assert one.keys() == other.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import signal
@@ -16,23 +15,12 @@ from cosup_fast.config import ConfigError
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, save_checkpoint, verify
 from cosup_fast.training.clipping import clip_gradients
-from cosup_fast.training.log import read_metrics
 from cosup_fast.training.metrics import Skipped, StepMetrics, as_record
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.run import run_training
 from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import Trainer, TrainingError
-
-
-def train(config, resume=False):
-    """What was printed, on one line."""
-    console = Console(file=io.StringIO(), width=200)
-    run_training(config, resume=resume, console=console)
-    return " ".join(console.file.getvalue().split())
-
-
-def records(config, kind):
-    return [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
+from tests.training.runs import records, train
 
 
 def during(monkeypatch, step, act):
@@ -67,7 +55,7 @@ def test_a_second_run_on_an_output_is_refused_and_changes_nothing(configure, mon
     during(monkeypatch, 2, second)
     train(config)
     assert said == [True]
-    assert [r["lr"] for r in records(config, "step")] == [1e-2] * 4
+    assert [r["lr"] for r in records(config.output, "step")] == [1e-2] * 4
     train(configure(training__steps=5), resume=True)  # free again
 
 
@@ -160,16 +148,16 @@ def test_what_may_change_on_resume_is_said_and_recorded(configure):
     config = configure(training__steps=2)
     train(config)
     changed = configure(training__lr=1e-3, training__clip=0.5, training__weight_decay=0.1, training__log_every=1)
-    said = train(changed, resume=True)
+    _, said = train(changed, resume=True)
     for change in ("training.lr was 0.01, and is 0.001", "training.clip was 1.0, and is 0.5", "training.steps was 2"):
         assert f"{change}" in said
-    (record,) = records(config, "changed")
+    (record,) = records(config.output, "changed")
     assert record["step"] == 2
     assert record["fields"]["training.lr"] == [0.01, 0.001]
     assert record["fields"]["training.weight_decay"] == [0.0, 0.1]
-    assert [r["lr"] for r in records(config, "step")] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
+    assert [r["lr"] for r in records(config.output, "step")] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
     train(configure(training__lr=1e-3, training__clip=0.5, training__weight_decay=0.1, training__steps=5), resume=True)
-    assert [r["fields"] for r in records(config, "changed")[1:]] == [{"training.steps": [4, 5]}]
+    assert [r["fields"] for r in records(config.output, "changed")[1:]] == [{"training.steps": [4, 5]}]
     for field, value in (("nsp__temperature", 0.1), ("training__batch_size", 4), ("training__warmup", 0.5)):
         with pytest.raises(ConfigError, match=rf"--resume: {field.replace('__', '.')}=.* was started with"):
             train(configure(**{field: value}), resume=True)
@@ -182,7 +170,7 @@ def test_warm_up_and_decay_across_epochs_as_metrics_tell(configure):
     train(config)
     line = [0.1 + 0.9 * (1 - i / 4) for i in range(4)]
     expected = [1 / 3, 2 / 3, 0.5, 0.5 * line[0], 0.25 * line[1], 0.25 * line[2], 0.1]
-    found = records(config, "step")
+    found = records(config.output, "step")
     assert [r["lr"] for r in found] == pytest.approx([1e-2 * factor for factor in expected])
     assert [r["epoch"] for r in found] == pytest.approx([0.5 * i for i in range(1, 8)])
 
@@ -193,7 +181,7 @@ def test_an_extended_run_goes_on_from_its_learning_rate(configure):
     train(configure(**fields))
     config = configure(**fields, training__steps=20, training__checkpoint_every=1)
     train(config, resume=True)
-    rates = [r["lr"] for r in records(config, "step")]
+    rates = [r["lr"] for r in records(config.output, "step")]
     assert rates[:4] == pytest.approx([0.5e-2, 1e-2, 1e-2, 0.5e-2])
     assert rates[4] == rates[3]
     assert rates[3:] == sorted(rates[3:], reverse=True)
@@ -203,7 +191,7 @@ def test_an_extended_run_goes_on_from_its_learning_rate(configure):
     for saved in checkpoints(folder / "checkpoints")[1:]:
         (saved / "manifest.json").unlink()
     train(config, resume=True)
-    assert [r["lr"] for r in records(config, "step")] == rates
+    assert [r["lr"] for r in records(config.output, "step")] == rates
 
 
 @pytest.mark.parametrize("share", [0.5, 1.001, 2.0])

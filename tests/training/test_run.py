@@ -20,6 +20,7 @@ from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import load_data, run_training
 from cosup_fast.training.trainer import Trainer
+from tests.training.runs import records, steps_of, train
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def write(tmp_path, passages, examples):
     """A function that writes the data of the run: two examples train, two are held out, no passage is in both."""
 
     def write(passages=passages, train=examples[:2], dev=examples[2:]):
-        for name, records in (("passages", passages), ("train", train), ("dev", dev)):
-            write_jsonl(tmp_path / f"{name}.jsonl", records)
+        for name, rows in (("passages", passages), ("train", train), ("dev", dev)):
+            write_jsonl(tmp_path / f"{name}.jsonl", rows)
 
     write()
     return write
@@ -42,30 +43,15 @@ def configure(configure, write, tmp_path):
     return partial(configure, **files, **{"training.eval_every": 2})
 
 
-def _train(config, resume=False):
-    """The checkpoint, and what was printed on one line."""
-    console = Console(file=io.StringIO(), width=200)
-    try:
-        checkpoint = run_training(config, resume=resume, console=console)
-    finally:
-        printed = " ".join(console.file.getvalue().split())
-        print(printed)
-    return checkpoint, printed
-
-
-def _steps(config, kind):
-    return [r["step"] for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == kind]
-
-
 def _changed(records, place, **fields):
     return [r.model_copy(update=fields) if i == place else r for i, r in enumerate(records)]
 
 
 @pytest.mark.parametrize("what", ["question", "order", "passage", "held out", "pool"])
 def test_changed_data_end_a_resume(what, configure, write, passages, examples):
-    _train(configure())
+    train(configure())
     write()
-    _train(configure(training__steps=5), resume=True)
+    train(configure(training__steps=5), resume=True)
     write(
         **{
             "question": {"train": _changed(examples[:2], 0, question="What is the capital of Gaul?")},
@@ -77,36 +63,36 @@ def test_changed_data_end_a_resume(what, configure, write, passages, examples):
     )
     which = "held-out" if what in ("held out", "pool") else "training"
     with pytest.raises(DataError, match=rf"--resume: the {which} examples or their passages are not those"):
-        _train(configure(training__steps=6), resume=True)
-    assert _steps(configure(), "step") == [1, 2, 3, 4, 5]
-    _train(configure(output=configure().output + "-new"), resume=True)
+        train(configure(training__steps=6), resume=True)
+    assert steps_of(configure().output, "step") == [1, 2, 3, 4, 5]
+    train(configure(output=configure().output + "-new"), resume=True)
 
 
 def test_a_run_that_has_ended_is_left_as_it_is(configure, monkeypatch):
     config = configure()
-    ended, _ = _train(config)
+    ended, _ = train(config)
     before = read_metrics(Path(config.output) / "metrics.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(CoSupervisionModel, "load", None)  # the work
-        again, printed = _train(config, resume=True)
+        again, printed = train(config, resume=True)
         assert again == ended
         assert "is the end of this run" in printed
-        assert _train(configure(training__eval_every=None), resume=True)[0] == ended
-        assert _train(configure(training__steps=3), resume=True)[0] == ended
-        assert _train(configure(data__allow_leaks=True), resume=True)[0] == ended
+        assert train(configure(training__eval_every=None), resume=True)[0] == ended
+        assert train(configure(training__steps=3), resume=True)[0] == ended
+        assert train(configure(data__allow_leaks=True), resume=True)[0] == ended
     assert read_metrics(Path(config.output) / "metrics.jsonl") == before
-    assert _steps(config, "held-out") == [0, 2, 4]
-    _train(configure(training__steps=6, training__max_minutes=1e-9), resume=True)  # no step, so nothing new to evaluate
-    assert _steps(config, "held-out") == [0, 2, 4]
+    assert steps_of(config.output, "held-out") == [0, 2, 4]
+    train(configure(training__steps=6, training__max_minutes=1e-9), resume=True)  # no step, so nothing new to evaluate
+    assert steps_of(config.output, "held-out") == [0, 2, 4]
 
 
 def test_a_run_killed_before_its_last_evaluation_makes_it_up(configure):
     config = configure()
-    ended, _ = _train(config)
+    ended, _ = train(config)
     path = Path(config.output) / "metrics.jsonl"
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    assert _train(config, resume=True)[0] == ended
+    assert train(config, resume=True)[0] == ended
     assert path.read_text() == whole
 
 
@@ -115,11 +101,11 @@ def test_the_failure_monitor_sees_the_run_as_one(configure):
     fields = {"training__lr": 1e-9, "training__eval_every": 1}
     for steps, warnings in ((1, 0), (3, 1), (5, 1)):
         config = configure(training__steps=steps, **fields)
-        _train(config, resume=True)
+        train(config, resume=True)
         path = Path(config.output) / "warnings.log"
         found = path.read_text().splitlines() if path.is_file() else []
         assert len([line for line in found if "R@5 is flat" in line]) == warnings
-    assert _steps(config, "held-out") == [0, 1, 2, 3, 4, 5]
+    assert steps_of(config.output, "held-out") == [0, 1, 2, 3, 4, 5]
     assert 0 < read_metrics(path.with_name("metrics.jsonl"))[0]["recall_at_5"] < 1
 
 
@@ -128,7 +114,7 @@ def test_the_seed_decides_the_projection(configure, gpt2_folder):
     for state, seed in ((1, 0), (2, 0), (2, 1)):
         torch.manual_seed(state)
         config = configure(output=f"{configure().output}{state}{seed}", model__embseq=gpt2_folder, training__seed=seed)
-        _train(config)
+        train(config)
         losses.append(read_metrics(Path(config.output) / "metrics.jsonl")[0]["nsp"])
     assert losses[0] == losses[1] != losses[2]
 
@@ -168,7 +154,7 @@ def test_ctrl_c_while_loading_says_that_nothing_was_saved(configure, monkeypatch
 
     monkeypatch.setattr(CoSupervisionModel, "from_pretrained", pressed)
     with pytest.raises(KeyboardInterrupt, match=r"^stopped at once; nothing was saved so far$"):
-        _train(configure())
+        train(configure())
 
 
 def test_what_is_held_out_must_not_be_trained_on(configure, write, passages, examples):
@@ -199,7 +185,7 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(fields, message, 
     monkeypatch.setattr(CoSupervisionModel, "from_pretrained", None)
     config = configure(**fields)
     with pytest.raises(ValueError, match=message):
-        _train(config)
+        train(config)
     assert not Path(config.output).exists()
 
 
@@ -230,22 +216,22 @@ def test_weights_and_drawn_negatives_resume_exactly(mixed, monkeypatch):
         return chosen
 
     monkeypatch.setattr(Trainer, "batch_examples", reading)
-    _, printed = _train(mixed())
+    _, printed = train(mixed())
     assert re.search(r"an epoch: \d+ of \S+train\.jsonl, 1 of \S+other\.jsonl", printed)
     whole, once = dict(seen), read_metrics(Path(mixed().output) / "metrics.jsonl")
     seen.clear()
     parts = {"output": mixed().output + "-parts", "training__schedule": "constant"}
     for steps in (4, 9):
-        _train(mixed(**parts, training__steps=steps), resume=True)
+        train(mixed(**parts, training__steps=steps), resume=True)
     assert dict(seen) == whole
-    twice = [r for r in read_metrics(Path(parts["output"]) / "metrics.jsonl") if r["kind"] == "step"]
+    twice = records(parts["output"])
     assert [(r["loss"], r["gen_grad_norm"]) for r in twice] == [(r["loss"], r["gen_grad_norm"]) for r in once]
     assert {len(negatives) for step in whole.values() for _, negatives in step} == {0, 2}
     assert len({negatives for step in whole.values() for _, negatives in step}) > 3
     with pytest.raises(
         ConfigError, match=r"--resume: data\.weights=\[1\.0, 1\.0\], but the run .* with \[3\.0, 1\.0\]"
     ):
-        _train(mixed(**parts, data__weights=[1, 1]), resume=True)
+        train(mixed(**parts, data__weights=[1, 1]), resume=True)
 
 
 def test_long_examples_are_left_out_and_counted_when_asked(configure, write, examples):
@@ -253,17 +239,17 @@ def test_long_examples_are_left_out_and_counted_when_asked(configure, write, exa
     write(train=[*examples[:2], long], dev=[*examples[2:], long.model_copy(update={"id": "dev"})])
     fields = {"data__allow_leaks": True, "training__steps": None}
     with pytest.raises(ValueError, match=r"example 'long' has \d+ tokens, more than the 512 positions"):
-        _train(configure(**fields))
+        train(configure(**fields))
     config = configure(**fields, data__long_examples="skip", training__epochs=2)
-    ended, printed = _train(config)
+    ended, printed = train(config)
     assert "left out 1 of 3 training examples, which are too long: example 'long' has" in printed
     assert "left out 1 of 3 held-out examples, which are too long" in printed
     assert ended.name == "step-000002"  # an epoch of the two that are left is one step
     assert json.loads((Path(config.output) / "data.json").read_text())["training examples left out"] == 1
-    assert "is the end of this run" in _train(config, resume=True)[1]
+    assert "is the end of this run" in train(config, resume=True)[1]
     write(dev=[long])
     with pytest.raises(ValueError, match=r"all of the 1 examples of data\.dev are too long"):
-        _train(configure(**fields, data__long_examples="skip", output=config.output + "-dev"))
+        train(configure(**fields, data__long_examples="skip", output=config.output + "-dev"))
 
 
 def test_there_is_a_weight_for_each_set(configure):

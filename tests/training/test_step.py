@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cosup_fast.data.packing import PackLimits, make_batch
-from cosup_fast.data.records import Example, Segment
 from cosup_fast.model.backbone import norm_rows
 from cosup_fast.training.step import accumulate_gradients
+from tests.comparing import assert_equal
 
 VARIANTS = {
     "pair": {},
@@ -67,23 +67,6 @@ def in_one_piece(model, batch):
 
 def in_packs(model, batch, **options):
     return gradients(model, lambda: accumulate_gradients(model, batch, **options))
-
-
-def assert_equal(ours, expected, tolerance):
-    assert ours.keys() == expected.keys()
-    for name, b in expected.items():
-        assert (ours[name] - b).abs().max() <= tolerance * b.abs().max() + 1e-12, name
-
-
-@pytest.fixture(scope="module")
-def mixed(examples):
-    """Examples with none, one, two and three [NSP], some with a further gold passage."""
-    three = [Segment(text=f"{i}.", passage=name) for i, name in enumerate(("nile", "euclid", "paris"))]
-    return [
-        *examples,
-        Example(id="silent", question="What?", output=[Segment(text="Nothing is looked up here.")]),
-        Example(id="three", question="Which?", output=three, gold=["nile", "rome"]),
-    ]
 
 
 @pytest.mark.parametrize("cut", LIMITS, ids=str)

@@ -20,7 +20,7 @@ from cosup_fast.data.records import DataError, nearest
 from cosup_fast.files import read_object
 
 VERSION = 1
-"""Of what conversions write; another one converts anew."""
+"""Of what conversions write; with another one sources are converted again."""
 
 FORMS: dict[str, Callable[..., Any]] = {
     "beir": convert_beir,

@@ -161,7 +161,7 @@ def dataset_of(task: Path) -> str:
 
 
 def kilt_page(where: str, record: dict[str, Any]) -> tuple[str, dict[int, Passage]]:
-    """A page's id, and its passages by the number of their paragraph; its title and headings are none."""
+    """A page's id, and its passages by the number of their paragraph; titles and headings are not passages."""
     page = record.get("wikipedia_id", record.get("_id"))
     if not isinstance(page, str | int) or isinstance(page, bool) or not str(page).strip():
         raise DataError(f"{where}: wikipedia_id: expected a page's id, found {page!r:.60}")

@@ -32,7 +32,7 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     """The rows of a file, whose name tells its form, or of `hf:owner/name[:split]`.
 
     Raises:
-        DataError: there is no such file, or it cannot be read on.
+        DataError: there is no such file, or it cannot be read to its end.
     """
     if str(source).startswith("hf:"):
         place, rows = hub_rows(str(source))

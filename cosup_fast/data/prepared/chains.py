@@ -49,7 +49,7 @@ _KIND = re.compile(
 )
 _WORD = re.compile(r"[\w’'-]+")
 
-_BEFORE, _AFTER = re.compile(r"\S\s[A-Z][\w’'-]*\s$"), re.compile(r"\s[A-Z]")  # a name goes on there
+_BEFORE, _AFTER = re.compile(r"\S\s[A-Z][\w’'-]*\s$"), re.compile(r"\s[A-Z]")  # where a name continues
 
 _FILL = (
     "{masked} Fill the gap and say more about it.",

@@ -24,7 +24,7 @@ from cosup_fast.files import sha256
 
 PYPI = "https://pypi.org/simple/"
 SILENCE = 15.0
-"""Seconds without a byte after which that is said, again and again."""
+"""Seconds without a byte after which, and after each more, the wait is reported."""
 
 
 @dataclass(frozen=True)

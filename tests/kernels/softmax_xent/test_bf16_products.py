@@ -12,7 +12,8 @@ from torch import Tensor
 from cosup_fast import reference
 from cosup_fast.functional import info_nce, linear_cross_entropy
 from cosup_fast.kernels.softmax_xent import chunk_torch
-from cosup_fast.testing import LOGITS, assert_close_to_fp64, count, operands
+from cosup_fast.testing import LOGITS, count, operands
+from tests.comparing import compare, run
 
 HALF = torch.bfloat16
 
@@ -23,18 +24,9 @@ def bf16_instructions(monkeypatch):
     monkeypatch.setattr(chunk_torch, "SMALL", 0)
 
 
-def run(loss, x: Tensor, w: Tensor, **options):
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    value = loss(x, w, **options)
-    return dict(zip(("loss", "x", "w"), (value.detach().sum(), *torch.autograd.grad(value.sum(), (x, w)))))
-
-
-def compare(ours, eager, x: Tensor, w: Tensor, well: bool = True, **options) -> None:
-    exact = run(eager, x.double(), w.double(), **options)
+def check(loss, eager, x: Tensor, w: Tensor, well: bool = True, **options) -> None:
     atol = 2.0**-18 * (x.double() @ w.double().T).abs().max().item()
-    assert_close_to_fp64(
-        run(ours, x, w, **options), run(eager, x, w, **options), exact, dtype=HALF, atol=atol, well_conditioned=well
-    )
+    compare(run(loss, x, w, **options), eager, x, w, atol=atol, well=well, **options)
 
 
 @pytest.mark.parametrize("block", [2**20, 2**12], ids=["one block", "blocks"])
@@ -42,7 +34,7 @@ def compare(ours, eager, x: Tensor, w: Tensor, well: bool = True, **options) -> 
 def test_gradients_are_those_of_exact_scores(kind, block, monkeypatch):
     monkeypatch.setattr(chunk_torch, "BLOCK_BYTES", block)
     x, w = operands(40, 72, 64, kind, HALF)
-    compare(info_nce, reference.info_nce, x, w, well=kind != "near-uniform")
+    check(info_nce, reference.info_nce, x, w, well=kind != "near-uniform")
 
 
 @pytest.mark.parametrize(
@@ -60,14 +52,14 @@ def test_gradients_are_those_of_exact_scores(kind, block, monkeypatch):
 def test_options(options, size, monkeypatch):
     monkeypatch.setattr(chunk_torch, "BLOCK_BYTES", 2**12)
     x, w = operands(40, 72, 64, "normal", HALF)
-    compare(info_nce, reference.info_nce, size * x, w, **options)
+    check(info_nce, reference.info_nce, size * x, w, **options)
 
 
 @pytest.mark.parametrize("size", [1.0, 20.0], ids=["trusted", "compensated"])
 def test_language_model_head(size):
     x, w = operands(24, 300, 64, "normal", HALF)
     options = {"target": torch.arange(24) * 7, "softcap": 30.0, "z_loss": 1e-3}
-    compare(linear_cross_entropy, reference.linear_cross_entropy, size * x, w, **options)
+    check(linear_cross_entropy, reference.linear_cross_entropy, size * x, w, **options)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +84,7 @@ def test_large_scores_are_compensated_by_one_bf16_product():
 def test_a_row_that_cannot_be_trusted_leaves_those_before_it_alone():
     x, w = operands(64, 64, 64, "tiny", HALF)
     x[40:] *= 2.0**15
-    compare(info_nce, reference.info_nce, x, w)
+    check(info_nce, reference.info_nce, x, w)
 
 
 @pytest.mark.parametrize("spread", [10.0, 100.0])

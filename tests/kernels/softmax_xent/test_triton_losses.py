@@ -17,42 +17,19 @@ from cosup_fast.kernels.softmax_xent import chunk_torch
 from cosup_fast.kernels.softmax_xent.call import Call
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
-from cosup_fast.testing import (
-    LOGITS,
-    assert_close_to_fp64,
-    count,
-    interpret,
-    operands,
-    sanitize,
-    value_and_gradients,
-    with_gaps,
-)
+from cosup_fast.testing import LOGITS, count, interpret, operands, sanitize, with_gaps
+from tests.comparing import compare, run, run_exactly
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(75) % 37
 IDS[70:] = -1
 
 
-def run(loss, x: Tensor, w: Tensor, upstream: float = 1.7, **options) -> dict[str, Tensor]:
-    leaves = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    rest = {k: v for k, v in options.items() if k not in leaves}
-
-    def by_place(x: Tensor, w: Tensor, **more) -> Tensor:
-        return loss(x, w, **more)
-
-    return value_and_gradients(by_place, {"x": x, "w": w, **leaves}, upstream, **rest)
-
-
-def compare(loss, eager, impl: str, x: Tensor, w: Tensor, well: bool = True, rounding: float = 0.0, **options) -> None:
-    def wide(value):
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    exact = run(eager, x.double(), w.double(), **{name: wide(value) for name, value in options.items()})
-    atol = 2.0**-22 * (x.double() @ w.double().T).abs().max().item() + rounding
-    plain = run(eager, x, w, **options)
+def check(loss, eager, impl: str, x: Tensor, w: Tensor, well: bool = True, rounding: float = 0.0, **options) -> None:
     with sanitize():
         ours = run(loss, x, w, impl=impl, **options)
-    assert_close_to_fp64(ours, plain, exact, dtype=x.dtype, atol=atol, well_conditioned=well)
+    atol = 2.0**-22 * (x.double() @ w.double().T).abs().max().item() + rounding
+    compare(ours, eager, x, w, atol=atol, well=well, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +45,7 @@ def test_info_nce(impl, kind, dtype):
         rounding = torch.finfo(dtype).eps / 2 * 1.7 / 37 * (d.abs() @ w.double().abs()).norm().item()
     # fp16 cannot hold gradients of 1e-5 to its usual precision.
     well = kind not in ("near-uniform", "extreme") and (kind, dtype) != ("tiny", torch.float16)
-    compare(info_nce, reference.info_nce, impl, x, w, well, rounding)
+    check(info_nce, reference.info_nce, impl, x, w, well, rounding)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +65,7 @@ def test_info_nce(impl, kind, dtype):
 @pytest.mark.parametrize("impl", KERNELS)
 def test_info_nce_options(impl, options):
     x, w = operands(37, 75, 40)
-    compare(info_nce, reference.info_nce, impl, x, w, **options)
+    check(info_nce, reference.info_nce, impl, x, w, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -98,16 +75,16 @@ def test_linear_cross_entropy(impl, dtype):
     target = torch.arange(21) * 4
     target[::5] = -100
     options = {"target": target, "z_loss": 1e-2, "label_smoothing": 0.1, "bias": torch.randn(90, dtype=dtype)}
-    compare(linear_cross_entropy, reference.linear_cross_entropy, impl, x, with_gaps(w), **options)
+    check(linear_cross_entropy, reference.linear_cross_entropy, impl, x, with_gaps(w), **options)
     if impl != "fused":
-        compare(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, softcap=2.0, **options)
+        check(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, softcap=2.0, **options)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_chunks_of_rows(impl, monkeypatch):
     monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
     x, w = operands(70, 75, 40)
-    compare(info_nce, reference.info_nce, impl, x, w)
+    check(info_nce, reference.info_nce, impl, x, w)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -153,10 +130,10 @@ def test_a_probability_near_one_keeps_its_gradient(impl, dtype):
     m = 64
     w = torch.eye(m, dtype=dtype)
     x = (math.log(0.999 / 0.001 * (m - 1)) + torch.linspace(-0.3, 0.3, m)).diag().to(dtype)
-    compare(info_nce, reference.info_nce, impl, x, w)
+    check(info_nce, reference.info_nce, impl, x, w)
     with interpret():
         ours = run(info_nce, x, w, impl=impl)["x"].diagonal().double()
-    exact = run(reference.info_nce, x.double(), w.double())["x"].diagonal()
+    exact = run_exactly(reference.info_nce, x, w)["x"].diagonal()
     assert ((exact * m / 1.7 + 0.001).abs() < 5e-4).all()
     # The logit's gradient, dx and its product with the upstream one are rounded once each; p is good to 8 ulp of fp32.
     torch.testing.assert_close(ours, exact, rtol=1.5 * torch.finfo(dtype).eps + 2.0**-10, atol=0.0)
@@ -249,7 +226,7 @@ def test_one_key_that_answers_many_queries_in_fp16(impl, contested):
     target = torch.zeros(64, dtype=torch.int64)
     if contested:
         target[-1], x[-1] = 1, w[0]
-    exact = run(reference.info_nce, x.double(), w.double(), positive=target, symmetric=True)
+    exact = run_exactly(reference.info_nce, x, w, positive=target, symmetric=True)
     with interpret():
         ours = run(info_nce, x, w, impl=impl, positive=target, symmetric=True)
     for name in ("x", "w"):
@@ -351,7 +328,7 @@ def test_columns_whose_exponentials_underflow_are_multiplied_again(dtype, kind, 
     monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
     x, w = operands(70, 75, 40, kind, dtype)
     well = kind not in ("near-uniform", "extreme")
-    compare(info_nce, reference.info_nce, "fused", x, w, well, symmetric=True, positive=torch.arange(70) // 2)
+    check(info_nce, reference.info_nce, "fused", x, w, well, symmetric=True, positive=torch.arange(70) // 2)
     with count() as counts:
         run(info_nce, x, w, impl="fused", symmetric=True)
     tiles = 2 * 96 * 96 * 64  # a product of whole tiles
