@@ -202,7 +202,7 @@ class FolderKind:
         if self.keys:
             try:
                 described = read_object(path, self.keys)
-                listed = listed or tuple(described["files"])
+                listed = listed or tuple(os.fspath(name) for name in described["files"])
             except (ValueError, KeyError, TypeError):
                 return f"its {self.marker} is not that of {self.name}"
         for file in sorted(p for p in folder.rglob("*") if not p.is_dir()):

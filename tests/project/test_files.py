@@ -126,6 +126,7 @@ def test_what_is_something_else_is_refused(tmp_path):
         ('{"kind": "x"}', [], "its result.json is not that of a result"),
         ('{"name": "my web page"}', ["index.html"], "its result.json is not that of a result"),
         ("[1, 2]", [], "is not that of a result"),
+        ('{"kind": "x", "files": [["a"], 3]}', ["a"], "is not that of a result"),
         ("[" * 100_000, [], "is not that of a result"),
         ("\xff", [], "is not that of a result"),
         ('{"kind": "x", "files": ["a"]}', ["a", "thesis.tex"], "thesis.tex in it is not part of a result"),
