@@ -139,7 +139,7 @@ ASIDE = {
     "model/tokenizer.json": ("'model'", "model ", "model/", "tokenizer", "example ", "passage "),
     "model/tokenizer_config.json": ("'model'", "model ", "model/", "tokenizer", "example ", "passage "),
     "passages.jsonl": ("passages.jsonl", "examples.jsonl", "passage '"),
-    "study.yaml": ("study.yaml", "condition"),
+    "study.yaml": ("study.yaml", "condition", "the study now says"),
 }
 """What else may be named where a file is damaged, such as another one that no longer agrees with it."""
 
