@@ -50,9 +50,12 @@ def test_the_device_of_a_cpu():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_freed_memory_is_used_again():
-    """256 MiB are 65,536 pages, which are new each time unless what was freed is kept; and it can be given back."""
+    """256 MiB are new pages each time unless what was freed is kept; and it can be given back.
+
+    They are 65,536 faults, or 2,048 where the kernel brings 32 pages at once.
+    """
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after, returned = map(int, done.stdout.split())
-    assert before > 50_000
+    assert before > 1_000
     assert after < before / 4
     assert returned > 200 << 20
