@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine
-from cosup_fast.files import FolderKind, replace_folder
+from cosup_fast.files import FolderKind, check_replaceable, replace_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent / "results"
-REPORT = FolderKind("a report", "README.md", files=("*",))
+REPORT = FolderKind("a report", "README.md", files=("*.csv", "*.png"))
+"""Anything else in a folder, such as code, is not replaced by one."""
 
 
 def writable(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that is there, before anything is measured for it."""
+    """Refuses a folder that is there, or is not a report's, before anything is measured for it."""
     if folder.exists() and not overwrite:
         raise ValueError(f"output {folder} exists; pass --overwrite to replace it, or another --output")
+    check_replaceable(folder, REPORT)
 
 
 def write(folder: Path, files: dict[str, str | bytes], overwrite: bool = False) -> None:

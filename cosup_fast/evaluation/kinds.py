@@ -1,15 +1,70 @@
-"""The table of systems: how each is named, what Gen is given, and what that needs.
+"""The table of systems: how each is named, what Gen is given, what that needs, and how its retriever is opened.
 
-Error text, the help of `cosup-fast evaluate` and the table in docs/evaluation.md come from here. Nothing heavy is
-imported, so that help answers at once.
+Error text, the help of `cosup-fast evaluate` and the table in docs/evaluation.md come from here. Retrievers are
+imported when they are opened, so that help answers at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from cosup_fast.data.records import nearest
+
+if TYPE_CHECKING:
+    from cosup_fast.evaluation.corpus import Corpus
+    from cosup_fast.evaluation.retrievers import Retriever
+    from cosup_fast.index import NonparametricIndex
+    from cosup_fast.model import CoSupervisionModel
+
+
+class Bench(Protocol):
+    """What retrievers are opened with, a `Workbench`."""
+
+    model: CoSupervisionModel
+    seed: int
+    progress: bool
+
+    def searcher(self, run: str) -> CoSupervisionModel: ...
+    def index(self, run: str, corpus: Corpus) -> NonparametricIndex: ...
+
+
+def _own(bench: Bench, _: str, corpus: Corpus) -> Retriever:
+    from cosup_fast.evaluation.retrievers import IndexRetriever
+
+    return IndexRetriever(bench.model, bench.index("", corpus), corpus)
+
+
+def _gold(bench: Bench, _: str, corpus: Corpus) -> Retriever:
+    from cosup_fast.evaluation.retrievers import GoldRetriever
+
+    return GoldRetriever(corpus)
+
+
+def _random(bench: Bench, _: str, corpus: Corpus) -> Retriever:
+    from cosup_fast.evaluation.retrievers import RandomRetriever
+
+    return RandomRetriever(corpus, bench.seed)
+
+
+def _bm25(bench: Bench, _: str, corpus: Corpus) -> Retriever:
+    from cosup_fast.evaluation.text_retrievers import BM25Retriever
+
+    return BM25Retriever(corpus)
+
+
+def _dense(bench: Bench, name: str, corpus: Corpus) -> Retriever:
+    from cosup_fast.evaluation.text_retrievers import DenseRetriever
+
+    template = bench.model.template.config.passage
+    return DenseRetriever(name, corpus, template, device=bench.model.device, progress=bench.progress)
+
+
+def _pair(bench: Bench, run: str, corpus: Corpus) -> Retriever:
+    from cosup_fast.evaluation.retrievers import PairRetriever
+
+    return PairRetriever(bench.searcher(run), bench.index(run, corpus), corpus)
 
 
 @dataclass(frozen=True)
@@ -20,6 +75,7 @@ class Kind:
         name: what `--system` calls it.
         retrieves: what Gen is given, for help and docs.
         reads: what has to be there besides the checkpoint.
+        open: makes its retriever, given a workbench, what follows the colon, and a corpus; None: nothing is retrieved.
         argument: what follows the colon, if anything does.
         default: that argument when it is left out; without a default it is required.
     """
@@ -27,6 +83,7 @@ class Kind:
     name: str
     retrieves: str
     reads: Literal["index", "corpus", ""]
+    open: Callable[[Bench, str, Corpus], Retriever] | None
     argument: str = ""
     default: str = ""
 
@@ -39,16 +96,17 @@ class Kind:
 SYSTEMS = {
     kind.name: kind
     for kind in (
-        Kind("co-supervised", "what Gen's own queries find in the index of its Embseq", "index"),
-        Kind("closed-book", "nothing", ""),
-        Kind("gold", "the gold passages, in order", "corpus"),
-        Kind("random", "passages drawn by `--seed`", "corpus"),
-        Kind("bm25", "what BM25 (bm25s) finds with the question and the text written so far", "corpus"),
+        Kind("co-supervised", "what Gen's own queries find in the index of its Embseq", "index", _own),
+        Kind("closed-book", "nothing", "", None),
+        Kind("gold", "the gold passages, in order", "corpus", _gold),
+        Kind("random", "passages drawn by `--seed`", "corpus", _random),
+        Kind("bm25", "what BM25 (bm25s) finds with the question and the text written so far", "corpus", _bm25),
         Kind(
             "dense",
             "what a sentence-transformers model finds with the question and the text written so far; `dense:minilm` "
             "is prepared by `cosup-fast data prepare minilm`",
             "corpus",
+            _dense,
             argument="NAME",
             default="minilm",
         ),
@@ -56,9 +114,10 @@ SYSTEMS = {
             "pair",
             "what another run finds: its Gen reads the same text and makes the query, its Embseq made the index",
             "index",
+            _pair,
             argument="RUN",
         ),
-        Kind("untrained", "what the run's model finds before training, which writes, too", "corpus"),
+        Kind("untrained", "what the run's model finds before training, which writes, too", "corpus", _own),
     )
 }
 """Every system, by what its name begins with."""

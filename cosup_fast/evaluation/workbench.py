@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING
 
 from cosup_fast.evaluation.corpus import Corpus
 from cosup_fast.evaluation.kinds import split_name
-from cosup_fast.evaluation.retrievers import (
-    GoldRetriever,
-    IndexRetriever,
-    PairRetriever,
-    RandomRetriever,
-    Retriever,
-)
+from cosup_fast.evaluation.retrievers import Retriever
 from cosup_fast.evaluation.systems import System
-from cosup_fast.evaluation.text_retrievers import BM25Retriever, DenseRetriever
 from cosup_fast.index import NonparametricIndex, SequenceIndex
 from cosup_fast.index.embed import embed_passages
 from cosup_fast.index.origin import Origin
@@ -59,7 +52,7 @@ class Workbench:
         self.fingerprint = fingerprint or model.fingerprint()
         self._load = load
         self._batch_tokens = batch_tokens
-        self._progress = progress
+        self.progress = progress
         self._origins: dict[str, Origin] = {}
         self._searchers: dict[str, CoSupervisionModel] = {}
         self._indexes: dict[tuple[str, str], NonparametricIndex] = {}
@@ -77,7 +70,8 @@ class Workbench:
         """
         kind, argument = split_name(name)
         named = {} if isinstance(corpora, Corpus) else {corpus.name: corpus for corpus in corpora}
-        if not kind.reads:
+        open_ = kind.open
+        if open_ is None:
             return System(
                 name,
                 self.model,
@@ -89,7 +83,7 @@ class Workbench:
         def retriever(corpus: Corpus) -> Retriever:
             key = full, corpus.name, corpus.digest
             if key not in self._retrievers:
-                self._retrievers[key] = OPEN[kind.name](self, argument, corpus)
+                self._retrievers[key] = open_(self, argument, corpus)
             return self._retrievers[key]
 
         if isinstance(corpora, Corpus):
@@ -126,9 +120,7 @@ class Workbench:
         key = run, corpus.digest
         if key not in self._indexes:
             model = self.searcher(run)
-            embeddings = embed_passages(
-                model, corpus.passages, batch_tokens=self._batch_tokens, progress=self._progress
-            )
+            embeddings = embed_passages(model, corpus.passages, batch_tokens=self._batch_tokens, progress=self.progress)
             self._indexes[key] = SequenceIndex(corpus.passages, embeddings, self._origin(run), device=model.device)
         return self._indexes[key]
 
@@ -136,25 +128,3 @@ class Workbench:
         if run not in self._origins:
             self._origins[run] = Origin.of(self.searcher(run))  # which reads all weights: once is enough
         return self._origins[run]
-
-    def _own(self, _: str, corpus: Corpus) -> Retriever:
-        return IndexRetriever(self.model, self.index("", corpus), corpus)
-
-    def _pair(self, run: str, corpus: Corpus) -> Retriever:
-        return PairRetriever(self.searcher(run), self.index(run, corpus), corpus)
-
-    def _dense(self, name: str, corpus: Corpus) -> Retriever:
-        template = self.model.template.config.passage
-        return DenseRetriever(name, corpus, template, device=self.model.device, progress=self._progress)
-
-
-OPEN: dict[str, Callable[[Workbench, str, Corpus], Retriever]] = {
-    "co-supervised": Workbench._own,
-    "gold": lambda bench, _, corpus: GoldRetriever(corpus),
-    "random": lambda bench, _, corpus: RandomRetriever(corpus, bench.seed),
-    "bm25": lambda bench, _, corpus: BM25Retriever(corpus),
-    "dense": Workbench._dense,
-    "pair": Workbench._pair,
-    "untrained": Workbench._own,
-}
-"""How each system that retrieves opens its retriever: given a workbench, what follows the colon, and a corpus."""

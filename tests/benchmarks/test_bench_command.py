@@ -70,9 +70,9 @@ def test_time_writes_a_folder(command, small_copy, tmp_path, capsys):
     assert command(*arguments) == 1
     assert "exists; pass --overwrite" in capsys.readouterr().err
     assert (output / "time.csv").stat().st_mtime_ns == before
-    (output / "stale").touch()
+    (output / "stale.csv").touch()
     assert command(*arguments, "--overwrite") == 0
-    assert "stale" not in files(output)
+    assert "stale.csv" not in files(output)
 
 
 @pytest.mark.slow
@@ -111,6 +111,16 @@ def test_a_folder_is_whole_or_absent(tmp_path):
     report.write(folder, {"README.md": "second"}, overwrite=True)
     assert files(tmp_path) == ["README.md", "results"]
     assert (folder / "README.md").read_text() == "second"
+
+
+def test_a_folder_of_code_is_never_replaced(tmp_path):
+    for name in ("README.md", "module.py"):
+        (tmp_path / name).write_text("years of work")
+    with pytest.raises(ValueError, match=r"module\.py in it is not part of a report"):
+        report.writable(tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match=r"module\.py in it is not part of a report"):
+        report.write(tmp_path, {"README.md": "text"}, overwrite=True)
+    assert (tmp_path / "module.py").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
