@@ -256,9 +256,11 @@ def _check_all_layers(name: str, model: Any, unexpected: Iterable[str]) -> None:
 
 def _check_tied(name: str, model: Any) -> None:
     """Refuses a head that would be lost: whatever resizes the embeddings ties it to them."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    if head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
         raise ValueError(
             f"{name!r} holds a head that differs from its embeddings, and its config.json says "
             "tie_word_embeddings=true: set it to false, or remove the head's tensor"
