@@ -85,11 +85,14 @@ def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
     return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))
 
 
-def generation_config(checkpoint: Path, *, index: str | None = None, **options: object) -> GenerationConfig:
+def generation_config(
+    checkpoint: Path, *, index: str | None = None, allow_stale: bool = False, **options: object
+) -> GenerationConfig:
     """The `generation` section of the run that a checkpoint is of, with the options that were given.
 
     Raises:
-        ValueError: an option has no such value, or an index was given that is never searched.
+        ValueError: an option has no such value, or would be ignored: what is about passages where none is retrieved,
+            what is about sampling where nothing is sampled.
     """
     from cosup_fast.config import config_of
     from cosup_fast.generation import GenerationConfig
@@ -99,6 +102,19 @@ def generation_config(checkpoint: Path, *, index: str | None = None, **options: 
     config = base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
     if index is not None and not config.max_retrievals:
         raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
+    given = {name for name, x in (options | {"allow_stale": allow_stale}).items() if x is not None and x is not False}
+    for name in ("ctx_truncate", "candidates", "allow_stale") if not config.max_retrievals else ():
+        if name in given:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is about passages, and where max_retrievals is 0 there are none: leave "
+                "one of them out"
+            )
+    for name in ("top_p", "seed") if config.temperature == 0 else ():
+        if name in given:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {options[name]} samples, and --temperature 0 does not: give a temperature "
+                "above 0"
+            )
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,7 +141,7 @@ def compare(
 
     compared = compare_reports(Report.load(before), Report.load(after), metric or ())
     if as_json:
-        print(compared.model_dump_json())
+        print(json.dumps(compared.model_dump(mode="json")))  # ASCII, in which no terminal finds a command
         return
     out.print(compared.table(datasets=datasets))
     say(f"{compared.questions} questions in both, {compared.left_out} in one only")

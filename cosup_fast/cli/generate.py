@@ -63,6 +63,7 @@ def generate(
     config = generation_config(
         checkpoint,
         index=index,
+        allow_stale=allow_stale,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,
@@ -73,8 +74,6 @@ def generate(
         seed=seed,
         stop=[text.replace("\\n", "\n") for text in stop] if stop else None,
     )
-    if top_p is not None and config.temperature == 0:
-        raise ValueError(f"--top-p {top_p} samples, and --temperature 0 does not: give a temperature above 0")
     if output is not None:
         check_regular(output)
         if output.resolve() in [Path(name).resolve() for name in file or () if name != "-"]:

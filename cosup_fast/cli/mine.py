@@ -45,8 +45,9 @@ def mine(
     from cosup_fast.index.stores import build_index, in_milvus, index_exists, load_index
 
     check_writable(output)
-    if output.resolve() in [Path(name).resolve() for name in examples]:
-        raise ValueError(f"--output {output} is one of the --examples, which would be lost: name another file")
+    for option, names in (("--examples", examples), ("--corpus", [corpus] if corpus is not None else [])):
+        if output.resolve() in [Path(name).resolve() for name in names]:
+            raise ValueError(f"--output {output} is read as {option}, and would be lost: name another file")
     config = MiningConfig(depth=depth, per_example=per_example, skip_top=skip_top, margin=margin, max_score=max_score)
     folder = index or checkpoint / "index"
     passages = None if corpus is None else load_corpus(corpus)

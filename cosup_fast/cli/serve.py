@@ -90,6 +90,7 @@ def serve(
     generation = generation_config(
         checkpoint,
         index=index,
+        allow_stale=allow_stale,
         max_new_tokens=max_new_tokens,
         max_retrievals=max_retrievals,
         ret_first=ret_first,

@@ -222,7 +222,7 @@ def parse(where: str, line: bytes, kind: type[M]) -> M:
 def parse_object(where: str, line: bytes) -> dict[str, Any]:
     """The JSON object in one line of a file (a byte order mark may come first), or a `DataError`."""
     try:
-        data = json.loads(line.decode("utf-8-sig"))
+        data = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
     except (ValueError, RecursionError) as error:
@@ -231,6 +231,14 @@ def parse_object(where: str, line: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"{where}: expected one JSON object, found {_short(data)}")
     return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
 
 
 def lines(path: str | Path, on_line: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, int, bytes]]:

@@ -20,7 +20,7 @@ from cosup_fast.files import check_regular, naming, replace_file
 from cosup_fast.terminal import FigureTable
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import Diagnosis
-from cosup_fast.training.metrics import FIGURES, HeldOut, Metrics, StepMetrics, as_record
+from cosup_fast.training.metrics import COUNTS, FIGURES, READ, HeldOut, Metrics, StepMetrics, as_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,7 +171,10 @@ def _record(where: str, line: bytes) -> dict[str, Any]:
     kind, step = record.get("kind"), record.get("step")
     wrong = [name for name, right in (("kind", isinstance(kind, str)), ("step", type(step) is int)) if not right]
     if not wrong:
-        wrong = [name for name in FIGURES.get(str(kind), ()) if not isinstance(record.get(name), int | float | None)]
+        kind = str(kind)
+        wrong = [name for name in READ.get(kind, ()) if name not in record]
+        wrong += [name for name in COUNTS.get(kind, ()) if type(record.get(name)) is not int]
+        wrong += [name for name in FIGURES.get(kind, ()) if not isinstance(record.get(name), int | float | None)]
     if wrong:
         found = record.get(wrong[0])
         raise DataError(f"{where}: {wrong[0]}: expected what a run writes there, found {found!r:.60}: remove the line")

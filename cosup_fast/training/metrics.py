@@ -76,6 +76,9 @@ Metrics: TypeAlias = StepMetrics | Skipped | Changed | Diagnosis | HeldOut
 _KINDS = {StepMetrics: "step", Skipped: "skipped", Changed: "changed", Diagnosis: "diagnosis", HeldOut: "held-out"}
 FIGURES = {_KINDS[kind]: tuple(f.name for f in fields(kind)) for kind in (StepMetrics, Diagnosis, HeldOut)}
 """What the records hold that are numbers throughout, or null, by their kind."""
+READ = {"step": ("ntp", "nsp"), "held-out": ("ntp", "recall_at_5")}
+COUNTS = {"step": ("candidates",), "skipped": ("in_a_row",)}
+"""Of these, what a resumed run reads, and what has to be whole numbers there; earlier versions wrote fewer others."""
 
 
 def as_record(metrics: Metrics) -> dict[str, Any]:

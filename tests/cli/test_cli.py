@@ -87,7 +87,7 @@ def test_mined_negatives_are_trained_on(cosup, data_folder, tmp_path, arguments)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "{data}/examples.jsonl"], "is one of the --examples, which would be lost"),
+        (["--output", "{data}/examples.jsonl"], "is read as --examples, and would be lost"),
         (["--output", "{data}"], "is a folder: name a file in it"),
         (["--output", "{data}/nowhere/mined.jsonl"], "is not a folder: make it first"),
         (["--depth", "3", "--skip-top", "3"], "skip_top=3 leaves nothing of the depth=3 passages"),
