@@ -5,6 +5,8 @@ The query is the question and what Gen has written so far.
 
 from __future__ import annotations
 
+import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -33,11 +35,14 @@ K1, B = 1.2, 0.75
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 """Ends of the names of files that are pickles, or may be."""
 
+REMEMBERED = 1 << 12
+"""Texts whose passages are kept, some 10 kB each: an evaluation asks for them again, a server must not grow."""
+
 _SCORES_AT_ONCE = 1 << 26
 
 
 class TextRetriever(ABC):
-    """Ranks a corpus by scores of texts; no text is searched for twice."""
+    """Ranks a corpus by scores of texts; a text that was searched for lately is not searched for again."""
 
     def __init__(self, corpus: Corpus | Sequence[Passage]):
         self.corpus = Corpus.of(corpus)
@@ -66,6 +71,8 @@ class TextRetriever(ABC):
         k = min(k, len(self.corpus))
         found = {text: self._found[text][:k] for text in texts if len(self._found.get(text, ())) >= k}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
+        if len(self._found) + len(missing) > REMEMBERED:
+            self._found.clear()
         chunk = max(1, _SCORES_AT_ONCE // len(self.corpus))
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
@@ -105,6 +112,7 @@ class BM25Retriever(TextRetriever):
     @cached_property
     def _index(self) -> Any:
         index = require("bm25s", "bm25s").BM25(method="lucene", k1=K1, b=B)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG when it is imported
         words = [stems(f"{passage.title} {passage.text}") for passage in self.corpus.passages]
         index.index(words, show_progress=False)
         return index
@@ -172,13 +180,14 @@ def sentence_encoder(name: str, device: str) -> Any:
     """A `SentenceTransformer`, loaded once.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, is not complete, or has weights in pickles or modules of its own.
         ImportError: sentence-transformers is not installed.
     """
     from huggingface_hub import snapshot_download
 
     from cosup_fast.data.sources import resolve_model
     from cosup_fast.environment import no_downloaded_kernels
+    from cosup_fast.model.pretrained import complete_models
 
     try:
         with no_downloaded_kernels():
@@ -192,10 +201,12 @@ def sentence_encoder(name: str, device: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"dense retriever {name!r} cannot be fetched: {error}") from error
     _check_no_pickles(Path(source), name)
+    _check_no_code(Path(source), name)
     try:
-        return SentenceTransformer(
-            source, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-        )
+        with complete_models(name):
+            return SentenceTransformer(
+                source, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"dense retriever {name!r} cannot be loaded: {error}") from error
 
@@ -217,6 +228,27 @@ def _check_no_pickles(folder: Path, name: str) -> None:
                 f"dense retriever {name!r} has weights only in {path}, a pickle, which may run code and is never "
                 "read: load and save it once with sentence-transformers, which writes safetensors"
             )
+
+
+def _check_no_code(folder: Path, name: str) -> None:
+    """Refuses a model with modules of its own, whose code some releases of sentence-transformers run from a folder.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            continue  # where it matters, it cannot be loaded
+        listed = [one.get("type") for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        routed = found.get("types") if isinstance(found, dict) else None
+        for kind in (*listed, *(routed.values() if isinstance(routed, dict) else ())):
+            if isinstance(kind, str) and "." in kind and not kind.startswith("sentence_transformers."):
+                raise ValueError(
+                    f"dense retriever {name!r} has the module {kind!r} ({path}), Python code that does not belong to "
+                    "sentence-transformers and is never run: use a model made of its modules"
+                )
 
 
 @cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.template import passage_text
-from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever
+from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever, text_retrievers
 from cosup_fast.evaluation.retrievers import Request
 from cosup_fast.evaluation.text_retrievers import K1, B, sentence_encoder, stems
 from cosup_fast.export import export
@@ -68,6 +70,16 @@ def test_no_text_is_searched_for_twice(passages, monkeypatch):
         assert [score for _, score in ranking] == sorted((score for _, score in ranking), reverse=True)
 
 
+def test_what_is_remembered_has_a_bound(passages, monkeypatch):
+    """A server is asked for ever, and never the same."""
+    monkeypatch.setattr(text_retrievers, "REMEMBERED", 3)
+    retriever = BM25Retriever(passages)
+    for text in QUESTIONS * 2:
+        request = Request(question(text), torch.zeros(4), (), 0)
+        assert retriever.retrieve([request], 2) == BM25Retriever(passages).retrieve([request], 2)
+        assert len(retriever._found) <= 3
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_an_exported_retriever_ranks_as_the_model_does(make_model, gpt2_folder, passages, tmp_path, similarity):
     """Queries through Gen, passages through Embseq: `encode` would send both through the same side."""
@@ -112,6 +124,30 @@ def test_chance_is_what_random_rankings_find(passages):
     names = list(corpus.by_id)
     hits = [any(name.startswith("page#") for name in draw.sample(names, 5)) for _ in range(20_000)]
     assert corpus.chance(["page"], 5) == pytest.approx(sum(hits) / len(hits), abs=0.015)
+
+
+@pytest.mark.parametrize("kind", ["retriever", "embseq"])
+def test_a_sentence_transformer_that_lacks_weights_is_refused(make_model, tmp_path, kind):
+    """They would be random."""
+    export(make_model(), tmp_path / "out", kind)
+    sentence_encoder(str(tmp_path / "out"), "cpu")
+    path = max((tmp_path / "out").rglob("model.safetensors"))
+    save_file({k: x for k, x in load_file(path).items() if "layers.1.self_attn.q_proj" not in k}, path)
+    sentence_encoder.cache_clear()
+    with pytest.raises(ValueError, match=r"lacks layers\.1\.self_attn\.q_proj\.weight, which would be left random"):
+        sentence_encoder(str(tmp_path / "out"), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["retriever", "embseq"])
+def test_code_in_a_sentence_transformer_is_never_run(make_model, tmp_path, kind):
+    folder = tmp_path / "out"
+    export(make_model(), folder, kind)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    path = folder / ("router_config.json" if kind == "retriever" else "modules.json")
+    path.write_text(re.sub(r"sentence_transformers\.models\.Pooling", "evil.Evil", path.read_text()))
+    with pytest.raises(ValueError, match=r"has the module 'evil\.Evil' .* is never run"):
+        sentence_encoder(str(folder), "cpu")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl"])

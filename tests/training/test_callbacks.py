@@ -218,11 +218,11 @@ def test_wandb_records_offline_and_resumes_its_run(configure, monkeypatch):
     run = json.loads((output / "trackers.json").read_text())["wandb"]
     parts = sorted(output.glob(f"wandb/offline-run-*-{run}"))
     assert len(parts) == 2
-    recorded = b"".join(_payload(part / f"run-{run}.wandb") for part in parts)
+    sent = b"".join(_payload(part / f"run-{run}.wandb") for part in parts)
     recorded = records(output)
     assert len(recorded) == 6
     for record in recorded:
-        assert re.search(rb"step/ntp.{1,4}" + re.escape(json.dumps(record["ntp"]).encode()), recorded, re.DOTALL)
+        assert re.search(rb"step/ntp.{1,4}" + re.escape(json.dumps(record["ntp"]).encode()), sent, re.DOTALL)
 
 
 def _payload(path):
