@@ -32,7 +32,7 @@ def test_fields_that_differ_are_named():
 def test_curves_are_columns_and_steps_are_means_of_spans():
     records = [
         {"kind": "held-out", "step": 0, "ntp": 3.0, "nsp": None},
-        *({"kind": "step", "step": i + 1, "ntp": float(i), "nsp": None, "candidates": 1, "lr": 0.1} for i in range(5)),
+        *({"kind": "step", "step": i + 1, "ntp": float(i), "nsp": None, "lr": 0.1} for i in range(5)),
         {"kind": "held-out", "step": 5, "ntp": 1.0, "nsp": None},
     ]
     found = curves(records, points=3)
