@@ -191,16 +191,17 @@ def mistral_folder(make_folder) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_model(llama_folder):
-    """A function that makes a model in evaluation mode: Llama with Llama unless `embseq` or `shared` say otherwise."""
+def make_model(llama_folder, gpt2_folder):
+    """A function that makes a model in evaluation mode: two Llamas unless told otherwise; it knows a "gpt2", too."""
     from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
     from cosup_fast.data.template import TextConfig
     from cosup_fast.model import CoSupervisionModel
 
-    def make(*, text=None, nsp=None, ntp=None, seed: int = 0, gen: str = llama_folder, **model):
+    def make(*, text=None, nsp=None, ntp=None, seed: int = 0, **model):
         torch.manual_seed(seed)
+        parts = {name: gpt2_folder if value == "gpt2" else value for name, value in model.items()}
         made = CoSupervisionModel.from_pretrained(
-            ModelConfig(gen=gen, **model),
+            ModelConfig(**{"gen": llama_folder, **parts}),
             TextConfig(**(text or {})),
             NSPConfig(**(nsp or {})),
             ntp=NTPConfig(**(ntp or {})),
