@@ -5,6 +5,7 @@ The query is the question and what Gen has written so far.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -33,11 +34,14 @@ K1, B = 1.2, 0.75
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 """Ends of the names of files that are pickles, or may be."""
 
+REMEMBERED = 1 << 12
+"""Texts whose passages are kept, some 10 kB each: an evaluation asks for them again, a server must not grow."""
+
 _SCORES_AT_ONCE = 1 << 26
 
 
 class TextRetriever(ABC):
-    """Ranks a corpus by scores of texts; no text is searched for twice."""
+    """Ranks a corpus by scores of texts; a text that was searched for lately is not searched for again."""
 
     def __init__(self, corpus: Corpus | Sequence[Passage]):
         self.corpus = Corpus.of(corpus)
@@ -66,6 +70,8 @@ class TextRetriever(ABC):
         k = min(k, len(self.corpus))
         found = {text: self._found[text][:k] for text in texts if len(self._found.get(text, ())) >= k}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
+        if len(self._found) + len(missing) > REMEMBERED:
+            self._found.clear()
         chunk = max(1, _SCORES_AT_ONCE // len(self.corpus))
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
@@ -105,6 +111,7 @@ class BM25Retriever(TextRetriever):
     @cached_property
     def _index(self) -> Any:
         index = require("bm25s", "bm25s").BM25(method="lucene", k1=K1, b=B)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG when it is imported
         words = [stems(f"{passage.title} {passage.text}") for passage in self.corpus.passages]
         index.index(words, show_progress=False)
         return index

@@ -38,7 +38,10 @@ class ChatRequest(Writing):
         "presence_penalty": (0, 0.0),
         "logprobs": (False,),
         "logit_bias": ({},),
+        "metadata": ({},),
+        "parallel_tool_calls": (True, False),
         "store": (False,),
+        "tool_choice": ("auto", "none"),
         "tools": ([],),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
@@ -48,7 +51,7 @@ class ChatRequest(Writing):
     n: Literal[1] = 1
     max_tokens: int | None = Field(default=None, ge=1, description="most tokens that Gen chooses")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="as max_tokens")
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions | None = Field(default=None, description="needs stream=true")
 
     @property
     def most(self) -> int | None:
@@ -62,6 +65,20 @@ class ChatRequest(Writing):
             message = f"max_tokens={old} and max_completion_tokens={new} differ: give one of them"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
         return old if new is None else new
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream says how many tokens it took.
+
+        Raises:
+            ApiError: options of a stream where none is asked for.
+        """
+        if self.stream_options is None:
+            return False
+        if not self.stream:
+            message = "stream_options are options of a stream: set stream=true, or leave them out"
+            raise ApiError(400, message, param="stream_options", code="invalid_value")
+        return self.stream_options.include_usage
 
 
 class UrlCitation(BaseModel):
@@ -126,12 +143,13 @@ class ChatCompletion(BaseModel):
 )
 async def chat(body: ChatRequest, request: HTTPRequest, served: Served) -> Response:
     """Answers the last message."""
-    stream = served.open(body, body.messages, body.most, "messages")
+    usage = body.includes_usage
+    stream = await served.open(body, body.messages, body.most, "messages", f"messages.{len(body.messages) - 1}")
     cited = Cited(served.urls(request))
     head = {"id": f"chatcmpl-{stream.id}", "created": int(time.time()), "model": body.model}
     if body.stream:
         await while_connected(request, stream.start())
-        return EventStream(stream, _chunks(stream, cited, head, usage=body.stream_options.include_usage))
+        return EventStream(stream, _chunks(stream, cited, head, usage=usage))
     ended = await while_connected(request, _whole(stream, cited))
     return JSONResponse(
         {
@@ -187,7 +205,8 @@ async def _chunks(stream: Stream, cited: Cited, head: dict[str, Any], *, usage: 
                     found = [one.model_dump() for one in cited.found(event)]
                     yield chunk({}, search_results=found, timeline=phases(event.timeline))
                 case Grounded():
-                    yield chunk({"annotations": [_annotation(cited.cite(event))]})
+                    index = len(cited.annotations)  # by which the client's `stream` helper puts them together
+                    yield chunk({"annotations": [{"index": index, **_annotation(cited.cite(event))}]})
                 case Ended():
                     every = [one.model_dump() for one in cited.results]
                     finish = FINISH[event.answer.stop_reason]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import HTTPException, Request
@@ -11,7 +12,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from cosup_fast.errors import CosupError
+from cosup_fast.generation.decoder import out_of_memory
 
+log = logging.getLogger(__name__)
+TEXT, LIST, TITLED, MESSAGE, FOUND = FORMS = "[text]", "[list]", "[titled]", "[message]", "[found]"
+"""Tags of the forms that a field may have. pydantic puts them into the place of an error; clients do not see them."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -64,8 +69,12 @@ class ApiError(CosupError, HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
-def internal(request_id: str) -> ApiError:
-    """What a client sees of a fault of the server; the log has the rest under the same id."""
+def fault(error: Exception, request_id: str) -> ApiError:
+    """What a client sees of an error that it did not cause; the log has the rest under the same id."""
+    if out_of_memory(error):
+        log.warning("request %s ran out of memory", request_id)
+        return ApiError(503, "this request needs more memory than there is: shorten it", code="out_of_memory")
+    log.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"the server failed to answer; its log explains request {request_id}", code="internal_error")
 
 
@@ -89,8 +98,8 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """Answers with the first thing that is wrong with a request, as 400."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(where) or None
+    _source, *where = first["loc"]  # body, query or path, and then the field
+    param = ".".join(str(part) for part in where if part not in FORMS) or None
     match first["type"]:
         case "json_invalid":
             param, message = None, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
@@ -100,6 +109,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
             message = f"the field {param!r} is missing" if param else "the body is missing: send a JSON object"
         case _:
             message = first["msg"].removeprefix("Value error, ")
-            message = f"{param}: {message}" if param else f"the body must be a JSON object: {message}"
+            as_json = "the body must be a JSON object, sent with Content-Type: application/json"
+            message = f"{param}: {message}" if param else as_json
     code = {"extra_forbidden": "unsupported_parameter", "missing": "missing_required_parameter"}.get(first["type"])
     return ApiError(400, message, param=param, code=code or "invalid_value").response()

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from cosup_fast.data.records import String
 from cosup_fast.data.strict import Strict
 from cosup_fast.generation import GenerationConfig
-from cosup_fast.serve.errors import ApiError
+from cosup_fast.serve.errors import LIST, TEXT, ApiError
 
 if TYPE_CHECKING:
     from cosup_fast.data.template import Template
 
 MAX_CANDIDATES = 100
+text_or_list = Discriminator(lambda value: TEXT if isinstance(value, str) else LIST)
+"""Of a field with these two forms: an error is about the form that the value has."""
 _Method = Field(default=None, description="as in the configuration of a run; default: as the server was started")
 
 
@@ -49,9 +51,10 @@ class Writing(Fields):
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the likeliest token")
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
-    stop: String | Annotated[list[String], Field(max_length=16)] | None = Field(
-        default=None, description="texts that end the answer and are not part of it"
-    )
+    stop: (
+        Annotated[Annotated[String, Tag(TEXT)] | Annotated[list[String], Field(max_length=16), Tag(LIST)], text_or_list]
+        | None
+    ) = Field(default=None, description="texts that end the answer and are not part of it")
     max_retrievals: int | None = Field(default=None, ge=0, le=64, description="0 answers without passages")
     ret_first: bool | None = Field(default=None, description="retrieve before the first word")
     ctx_truncate: bool | None = Field(default=None, description="drop a passage once its text is written")
@@ -111,7 +114,9 @@ class Message(Fields):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"type": ("message",), "status": ("completed", "incomplete")}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: String | Annotated[list[TextPart], Field(min_length=1)]
+    content: Annotated[
+        Annotated[String, Tag(TEXT)] | Annotated[list[TextPart], Field(min_length=1), Tag(LIST)], text_or_list
+    ]
     id: String | None = None
     annotations: list[Any] = Field(default=[])
 
@@ -130,7 +135,7 @@ class Message(Fields):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
 
 
-def to_prompt(messages: Sequence[Message], template: Template, param: str) -> tuple[str, str]:
+def to_prompt(messages: Sequence[Message], template: Template, where: str) -> tuple[str, str]:
     """Question and instruction of a conversation.
 
     The last message is the question. The instruction is what stands before it: texts of system and developer messages,
@@ -138,19 +143,21 @@ def to_prompt(messages: Sequence[Message], template: Template, param: str) -> tu
     was trained on: `## Input:`, the question, `## Output:`, the answer.
 
     Args:
-        messages: at least one.
+        messages: of the conversation.
         template: writes earlier turns.
-        param: the field that holds the messages, for errors.
+        where: the field that holds the last of them, for errors.
 
     Raises:
-        ApiError: the last message is not the user's, or is blank.
+        ApiError: there is no message, or the last one is not the user's, or is blank.
     """
+    if not messages:
+        raise ApiError(400, "the last item must be a message of the user, found no message at all", param=where)
     *before, last = messages
     if last.role != "user":
-        where = f"{param}.{len(before)}.role"
-        raise ApiError(400, f"the last message must be the user's, found role {last.role!r}", param=where)
+        message = f"the last message must be the user's, found role {last.role!r}"
+        raise ApiError(400, message, param=f"{where}.role")
     if not last.text.strip():
-        raise ApiError(400, "the last message is the question, and it is empty", param=f"{param}.{len(before)}.content")
+        raise ApiError(400, "the last message is the question, and it is empty", param=f"{where}.content")
     parts = []
     for message in before:
         if message.role == "user":

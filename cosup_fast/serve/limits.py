@@ -1,15 +1,16 @@
-"""Who may call, under which name, and how much a body may hold: one ASGI middleware."""
+"""Who may call, under which name, how much a body may hold, and what is said of a fault: one ASGI middleware."""
 
 from __future__ import annotations
 
 import hmac
+import uuid
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cosup_fast.serve.errors import ApiError
+from cosup_fast.serve.errors import ApiError, fault
 from cosup_fast.serve.settings import ServeConfig
 
 _OPEN = frozenset({"/", "/health", "/ready"})
@@ -17,7 +18,7 @@ _OPEN = frozenset({"/", "/health", "/ready"})
 
 
 class Limits:
-    """Checks a request before the application reads it.
+    """Checks a request before the application reads it, and answers where the application fails.
 
     Args:
         app: what it protects.
@@ -34,8 +35,12 @@ class Limits:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def sending(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 self._count(scope, message["status"])
@@ -45,7 +50,12 @@ class Limits:
         if refused is not None:
             await refused.response()(scope, receive, sending)
             return
-        await self._app(scope, self._limited(receive), sending)
+        try:
+            await self._app(scope, self._limited(receive), sending)
+        except Exception as error:
+            if started:
+                raise
+            await fault(error, uuid.uuid4().hex).response()(scope, receive, sending)
 
     def _refuse(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)

@@ -6,23 +6,23 @@ import asyncio
 import base64
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
-from cosup_fast.data.records import Passage, String
-from cosup_fast.generation import PromptError
-from cosup_fast.index import NonparametricIndex, embed_passages
+from cosup_fast.data.records import Passage, String, Text
+from cosup_fast.index import NonparametricIndex
+from cosup_fast.index.embed import embed_sequences
 from cosup_fast.serve.engine import StoppedError
-from cosup_fast.serve.errors import ApiError
+from cosup_fast.serve.errors import LIST, TEXT, TITLED, ApiError
 from cosup_fast.serve.evidence import SearchResult, results
 from cosup_fast.serve.fields import Fields
-from cosup_fast.serve.service import Served, Service, while_connected
+from cosup_fast.serve.service import Served, Service, too_long, while_connected
 
 router = APIRouter(tags=["passages"])
 R = TypeVar("R")
@@ -32,7 +32,7 @@ _AT_ONCE = 8  # passages embedded between two steps of the requests that run
 class SearchRequest(Fields):
     """A search as Gen makes it when it writes [NSP] first."""
 
-    query: String = Field(min_length=1)
+    query: Text
     instruction: String = ""
     k: int = Field(default=5, ge=1, le=100)
 
@@ -48,17 +48,30 @@ class TitledText(Fields):
     """A passage with a title, an extension of OpenAI's API."""
 
     title: String = ""
-    text: String = Field(min_length=1)
+    text: Text
 
 
-Input = Annotated[String, Field(min_length=1)] | TitledText
+def _form(value: Any) -> str:
+    return TEXT if isinstance(value, str) else TITLED
+
+
+def _form_or_list(value: Any) -> str:
+    return LIST if isinstance(value, list) else _form(value)
+
+
+Input = Annotated[Annotated[Text, Tag(TEXT)] | Annotated[TitledText, Tag(TITLED)], Discriminator(_form)]
 
 
 class EmbeddingsRequest(Fields):
     """Passages to embed with Embseq."""
 
     model: String
-    input: Input | Annotated[list[Input], Field(min_length=1, max_length=2048)]
+    input: Annotated[
+        Annotated[Text, Tag(TEXT)]
+        | Annotated[TitledText, Tag(TITLED)]
+        | Annotated[list[Input], Field(min_length=1, max_length=2048), Tag(LIST)],
+        Discriminator(_form_or_list),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1, description="only the width of the model")
 
@@ -95,10 +108,9 @@ async def search(body: SearchRequest, request: HTTPRequest, served: Served) -> S
     def run() -> list[tuple[Passage, float]]:
         return index.retrieve(served.engine.generator.query(body.query, body.instruction), body.k)
 
-    try:
+    with too_long("query"):
+        await served.check_prompt(body.query, body.instruction)
         found = await while_connected(request, _between_steps(served, run))
-    except PromptError as error:
-        raise ApiError(400, str(error), param="query", code="context_length_exceeded") from None
     return SearchResponse(search_results=results(found, served.urls(request)))
 
 
@@ -112,23 +124,19 @@ async def embeddings(body: EmbeddingsRequest, request: HTTPRequest, served: Serv
         raise ApiError(400, message, param="dimensions", code="invalid_value")
     given = body.input if isinstance(body.input, list) else [body.input]
     texts = [TitledText(text=one) if isinstance(one, str) else one for one in given]
-    for number, one in enumerate(texts):
-        if not one.text.strip():
-            raise ApiError(400, f"input {number} is blank", param="input", code="invalid_value")
     passages = [Passage(id=f"input {n}", title=one.title, text=one.text) for n, one in enumerate(texts)]
 
-    def embed(part: list[Passage]) -> tuple[torch.Tensor, int]:
-        return embed_passages(model, part), sum(map(len, model.template.sequences(part)))
+    def embed(part: list[list[int]]) -> torch.Tensor:
+        return embed_sequences(model, [len(sequence) for sequence in part], part.__getitem__)
 
     async def work() -> tuple[torch.Tensor, int]:
-        starts = range(0, len(passages), _AT_ONCE)
-        parts = [await _between_steps(served, partial(embed, passages[at : at + _AT_ONCE])) for at in starts]
-        return torch.cat([vectors for vectors, _ in parts]), sum(tokens for _, tokens in parts)
+        sequences = await asyncio.to_thread(model.template.sequences, passages)
+        starts = range(0, len(sequences), _AT_ONCE)
+        parts = [await _between_steps(served, partial(embed, sequences[at : at + _AT_ONCE])) for at in starts]
+        return torch.cat(parts), sum(map(len, sequences))
 
-    try:
+    with too_long("input"):
         vectors, tokens = await while_connected(request, work())
-    except ValueError as error:  # a passage that is too long
-        raise ApiError(400, str(error), param="input", code="context_length_exceeded") from None
     data = [Embedding(index=row, embedding=_encoded(vector, body)) for row, vector in enumerate(vectors.numpy())]
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     return EmbeddingsResponse(model=body.model, data=data, usage=usage)

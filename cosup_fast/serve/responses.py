@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from cosup_fast.data.records import String
+from cosup_fast.data.records import String, Text
 from cosup_fast.generation import Answer
-from cosup_fast.serve.errors import ApiError
+from cosup_fast.serve.errors import FOUND, LIST, MESSAGE, TEXT, ApiError
 from cosup_fast.serve.evidence import Cited, Phase, SearchResult, phases
-from cosup_fast.serve.fields import Message, Messages, Writing
+from cosup_fast.serve.fields import Message, Writing, text_or_list
 from cosup_fast.serve.service import EventStream, Served, sse, while_connected
 from cosup_fast.serve.stream import Ended, Event, Evidence, Grounded, Stream
 from cosup_fast.serve.stream import Text as Piece
@@ -24,12 +24,28 @@ router = APIRouter(prefix="/v1", tags=["answers"])
 _INCOMPLETE = ("max_new_tokens", "context_length")
 
 
+class Found(BaseModel):
+    """A retrieval of an earlier response that a client sends back with its message; it is not read again."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["file_search_call"]
+
+
+def _kind(item: Any) -> str:
+    return FOUND if isinstance(item, dict) and item.get("type") == "file_search_call" else MESSAGE
+
+
+Item = Annotated[Annotated[Found, Tag(FOUND)] | Annotated[Message, Tag(MESSAGE)], Discriminator(_kind)]
+
+
 class ResponsesRequest(Writing):
     """A response; fields of OpenAI's API that are not listed are refused, `seed` and `stop` are extensions."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "background": (False,),
         "include": ([], ["file_search_call.results"]),
+        "metadata": ({},),
         "parallel_tool_calls": (True, False),
         "store": (False,),
         "tool_choice": ("auto", "none"),
@@ -38,7 +54,10 @@ class ResponsesRequest(Writing):
         "text": ({"format": {"type": "text"}},),
     }
 
-    input: Annotated[String, Field(min_length=1)] | Messages
+    input: Annotated[
+        Annotated[Text, Tag(TEXT)] | Annotated[list[Item], Field(min_length=1, max_length=1000), Tag(LIST)],
+        text_or_list,
+    ]
     instructions: String | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, description="most tokens that Gen chooses")
 
@@ -46,8 +65,14 @@ class ResponsesRequest(Writing):
     def messages(self) -> list[Message]:
         """Instructions and input as a conversation."""
         before = [Message(role="system", content=self.instructions)] if self.instructions else []
-        given = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        return [*before, *given]
+        if isinstance(self.input, str):
+            return [*before, Message(role="user", content=self.input)]
+        return [*before, *(item for item in self.input if isinstance(item, Message))]
+
+    @property
+    def last(self) -> str:
+        """Where the question is, for errors."""
+        return "input" if isinstance(self.input, str) else f"input.{len(self.input) - 1}"
 
 
 class ResponsesResponse(BaseModel):
@@ -70,7 +95,7 @@ class ResponsesResponse(BaseModel):
 )
 async def respond(body: ResponsesRequest, request: HTTPRequest, served: Served) -> Response:
     """Answers the input."""
-    stream = served.open(body, body.messages, body.max_output_tokens, "input")
+    stream = await served.open(body, body.messages, body.max_output_tokens, "input", body.last)
     written = _Written(stream.id, body, Cited(served.urls(request)))
     if body.stream:
         await while_connected(request, stream.start())

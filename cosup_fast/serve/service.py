@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -13,8 +14,10 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from cosup_fast.data.template import TooLongError
 from cosup_fast.errors import CosupError
-from cosup_fast.generation import GenerationConfig, Request
+from cosup_fast.generation import GenerationConfig, PromptError, Request
+from cosup_fast.generation.task import prompt_tokens
 from cosup_fast.index import NonparametricIndex
 from cosup_fast.serve.engine import Engine
 from cosup_fast.serve.errors import ApiError
@@ -25,6 +28,8 @@ from cosup_fast.serve.stream import Stream
 from cosup_fast.serve.systems import Offered, unknown
 
 R = TypeVar("R")
+LONG_PROMPT = 1 << 14
+"""Characters from which a prompt is tokenized in a thread of its own before the engine's."""
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -49,16 +54,36 @@ class Service:
             raise ApiError(404, unknown(name, self.offered), param="model", code="model_not_found")
         return self.offered[name]
 
-    def open(self, body: Writing, messages: Sequence[Message], most: int | None, param: str) -> Stream:
+    async def open(self, body: Writing, messages: Sequence[Message], most: int | None, param: str, last: str) -> Stream:
         """A request for an answer, not yet submitted.
 
+        Args:
+            body: what is asked.
+            messages: those of `body`.
+            most: the most tokens to choose.
+            param: the field that holds the messages, for errors.
+            last: the last of them there.
+
         Raises:
-            ApiError: an unknown model, messages without a question, or options that contradict each other.
+            ApiError: an unknown model, messages without a question, a long prompt that does not fit, or options that
+                contradict each other.
         """
         system = self.system(body.model)
-        question, instruction = to_prompt(messages, self.engine.generator.model.template, param)
+        question, instruction = to_prompt(messages, self.engine.generator.model.template, last)
         config = body.generation(self.generation, most, retrieves=system.retrieves)
+        with too_long(param):
+            await self.check_prompt(question, instruction)
         return Stream(self.engine, Request(question, instruction, config, system.index), param)
+
+    async def check_prompt(self, question: str, instruction: str) -> None:
+        """Refuses a long prompt before the engine has it: a megabyte takes a second, for which others would wait.
+
+        Raises:
+            PromptError: it is longer than Gen's positions.
+        """
+        if len(question) + len(instruction) >= LONG_PROMPT:
+            template = self.engine.generator.model.template
+            await asyncio.to_thread(prompt_tokens, template, question, instruction)
 
     def urls(self, request: HTTPRequest) -> UrlOf:
         """URLs of passages for the client of a request."""
@@ -70,6 +95,15 @@ def _service(request: HTTPRequest) -> Service:
 
 
 Served = Annotated[Service, Depends(_service)]
+
+
+@contextmanager
+def too_long(param: str) -> Iterator[None]:
+    """Tells the client that what it gave in `param` is longer than the model's positions."""
+    try:
+        yield
+    except (PromptError, TooLongError) as error:
+        raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
 
 
 class ClientGoneError(CosupError, ConnectionError):

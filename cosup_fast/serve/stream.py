@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,12 +12,9 @@ from types import TracebackType
 from typing import Self
 
 from cosup_fast.generation import Answer, Listener, PromptError, Request, Ticket
-from cosup_fast.generation.decoder import out_of_memory
 from cosup_fast.generation.request import Found
 from cosup_fast.serve.engine import Engine, Job, QueueFullError, StoppedError
-from cosup_fast.serve.errors import ApiError, internal
-
-log = logging.getLogger(__name__)
+from cosup_fast.serve.errors import ApiError, fault
 
 
 @dataclass(frozen=True)
@@ -150,12 +146,8 @@ class Stream(Listener):
             self._put(ApiError(503, "the request was cancelled: the server is shutting down", code="shutting_down"))
         elif isinstance(error, PromptError):
             self._put(ApiError(400, str(error), param=self._param, code="context_length_exceeded"))
-        elif out_of_memory(error):
-            log.warning("request %s ran out of memory", self.id)
-            self._put(ApiError(503, "this request needs more memory than there is: shorten it", code="out_of_memory"))
         else:
-            log.error("request %s failed", self.id, exc_info=error)
-            self._put(internal(self.id))
+            self._put(fault(error, self.id))
 
     def _put(self, event: Event | ApiError) -> None:
         self._engine.post(self._loop, partial(self._events.put_nowait, event))

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from cosup_fast.data.records import Example, Segment, nearest
-from cosup_fast.generation import Asked
+from cosup_fast.generation import Asked, Request
 from cosup_fast.generation.request import Found, Index
 from cosup_fast.index import NonparametricIndex
 
@@ -35,11 +37,11 @@ class RetrieverSearch:
 
     def search_all(self, asked: Sequence[Asked], k: int) -> Sequence[Found]:
         """For each [NSP] at most k passages."""
-        from cosup_fast.evaluation.retrievers import Request
+        from cosup_fast.evaluation import retrievers
 
         return self._retriever.retrieve(
             [
-                Request(
+                retrievers.Request(
                     Example(id="asked", question=one.request.question, instruction=one.request.instruction, output=[]),
                     one.query,
                     tuple(Segment(text=s.text, passage=s.passage) for s in one.segments if s.text.strip()),
@@ -78,7 +80,10 @@ def offer(
         if name in ("gold", "untrained"):
             raise ValueError(f"--system {name}: a server has no gold passages and one model; try bm25 or dense:minilm")
         system = bench.system(name, corpus)
-        offered[system.name] = Offered(system.name, RetrieverSearch(system.retriever))  # type: ignore[arg-type]
+        search = RetrieverSearch(system.retriever)  # type: ignore[arg-type]
+        # A first search makes a retriever read the corpus, for which the answers of others would wait.
+        search.search_all([Asked(Request("word"), torch.zeros(model.width), (), 0)], 1)
+        offered[system.name] = Offered(system.name, search)
     return offered
 
 

@@ -144,6 +144,11 @@ def test_columns_may_be_called_otherwise_hold_lists_and_come_in_any_number(tmp_p
     convert_sentence_transformers([table], tmp_path / "faq", columns=names, progress=False)
     passages, (example,) = _read(tmp_path / "faq", "faq")
     assert [passages[name].text for name in (*example.gold, *example.negatives)] == ["a", "c"]
+    wide = tmp_path / "wide.csv"
+    wide.write_text("anchor,positive,negative_1,negative_2\nq,a,b,\nr,c,,\n")
+    convert_sentence_transformers([wide], tmp_path / "wide", progress=False)
+    passages, examples = _read(tmp_path / "wide", "wide")
+    assert [[passages[name].text for name in example.negatives] for example in examples] == [["b"], []]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +160,7 @@ def test_columns_may_be_called_otherwise_hold_lists_and_come_in_any_number(tmp_p
         ("x.csv", 'anchor,positive\n"a\nb",c\nd,e,f\n', r"x\.csv:4: expected 2 columns, found 3"),
         ("x.csv", 'anchor,positive\na,"b\n', r"x\.csv:2: expected a row of a table, found: unexpected end of data"),
         ("x.csv", "anchor,positive\na,\n", r"x\.csv:2: positive: expected some text, found ''"),
+        ("x.csv", "anchor,positive,anchor\na,b,c\n", r"x\.csv:1: expected columns of different names, found 'anchor'"),
         ("x.csv", "anchor,positive,label\na,b,0\n", r"x\.csv:2: label: .*found a column of labels"),
         ("x.jsonl", '{"anchor": "a", "positive": "b"}\n{"anchor": "a"}\n',
          r"x\.jsonl:2: positive: .*found only anchor"),
@@ -318,6 +324,9 @@ def test_a_bad_judgement_is_named_and_left_out_when_asked(tmp_path, beir, line, 
 def test_what_a_beir_folder_needs_is_said(tmp_path, beir):
     (beir / "qrels" / "train.tsv").write_text("query\tdoc\tscore\n1\td1\t1\n")
     with pytest.raises(DataError, match=r"train\.tsv:2: query-id: expected a column .*, found only query, doc, score"):
+        convert_beir(beir, tmp_path / "out", progress=False)
+    (beir / "qrels" / "train.tsv").write_text("2\td1\t1\n")  # taken for the names of the columns
+    with pytest.raises(DataError, match=r"train\.tsv: expected query-id, corpus-id, score and .*, found no row"):
         convert_beir(beir, tmp_path / "out", progress=False)
     for name in ("qrels/train.tsv", "qrels/test.tsv", "queries.jsonl"):
         (beir / name).unlink()

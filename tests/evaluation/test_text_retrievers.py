@@ -11,7 +11,7 @@ import torch
 
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.template import passage_text
-from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever
+from cosup_fast.evaluation import BM25Retriever, Corpus, DenseRetriever, IndexRetriever, text_retrievers
 from cosup_fast.evaluation.retrievers import Request
 from cosup_fast.evaluation.text_retrievers import K1, B, sentence_encoder, stems
 from cosup_fast.export import export
@@ -66,6 +66,16 @@ def test_no_text_is_searched_for_twice(passages, monkeypatch):
         assert [(passage.id, score) for passage, score in found] == ranking[:3]
         assert len(ranking) == len(passages)
         assert [score for _, score in ranking] == sorted((score for _, score in ranking), reverse=True)
+
+
+def test_what_is_remembered_has_a_bound(passages, monkeypatch):
+    """A server is asked for ever, and never the same."""
+    monkeypatch.setattr(text_retrievers, "REMEMBERED", 3)
+    retriever = BM25Retriever(passages)
+    for text in QUESTIONS * 2:
+        request = Request(question(text), torch.zeros(4), (), 0)
+        assert retriever.retrieve([request], 2) == BM25Retriever(passages).retrieve([request], 2)
+        assert len(retriever._found) <= 3
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])

@@ -57,9 +57,25 @@ def test_a_stream_is_the_whole_answer_with_evidence_before_its_words(server, que
             for one in getattr(choice.delta, "annotations", None) or []:
                 assert one["url_citation"]["end_index"] <= len(text)
                 assert one["url_citation"]["title"] in {result["title"] for result in results}
+                assert one.pop("index") == len(annotations)
                 annotations.append(one)
     assert text == whole.choices[0].message.content
     assert annotations == [one.model_dump() for one in whole.choices[0].message.annotations]
     assert [one["id"] for one in results] == [one["id"] for one in whole.search_results]
     assert finish == [whole.choices[0].finish_reason]
     assert usage == whole.usage
+
+
+def test_the_stream_helper_of_the_client_puts_an_answer_together(server):
+    """It merges the deltas of a list by their index."""
+    options = {"extra_body": {"ret_first": True}}
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        with server.client() as client:
+            whole = ask(client, question, **options).choices[0].message
+            with client.chat.completions.stream(model="co-supervised", messages=messages, **options) as stream:
+                stream.until_done()
+                message = stream.current_completion_snapshot.choices[0].message
+        assert message.content == whole.content
+        merged = [one.url_citation for one in message.annotations or []]
+        assert merged == [one.url_citation for one in whole.annotations]

@@ -1,10 +1,15 @@
 """What a server refuses, and that the others are unharmed."""
 
 import json
+import re
+import threading
 
 import openai
 import pytest
 import torch
+
+from cosup_fast.data import template
+from cosup_fast.serve import passages
 
 CHAT = "/v1/chat/completions"
 
@@ -26,8 +31,8 @@ def messages(*pairs):
         (messages(("user", "long " * 600)), "messages", "positions of Gen"),
         (messages(("tool", "x")), "messages.0.role", "'user'"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None, ""),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, None, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "Unicode text"),
         ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
@@ -38,9 +43,12 @@ def messages(*pairs):
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"stop": [""]}, "stop", "empty text"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop": 5}, "stop", "list"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
         ({"ret_first": True, "max_retrievals": 0}, "ret_first", "forbids"),
         ({"model": "closed-book", "ret_first": True}, "ret_first", "does not"),
-        ({"stream_options": {"include": 1}}, "stream_options.include", "not supported"),
+        ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include", "not supported"),
     ],
 )
 def test_a_bad_request_is_told_which_field_is_wrong(server, changes, param, said):
@@ -52,6 +60,36 @@ def test_a_bad_request_is_told_which_field_is_wrong(server, changes, param, said
         assert error["param"] == param
     assert said in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "param", "said"),
+    [
+        ("responses", {"input": " "}, "input", "some text"),
+        ("responses", {"input": []}, "input", "at least 1"),
+        ("responses", {"input": 5}, "input", "list"),
+        ("responses", {"input": [{"type": "file_search_call"}]}, "input.0", "message"),
+        ("responses", {"input": [{"role": "user", "content": " "}], "instructions": "x"}, "input.0.content", "empty"),
+        ("responses", {"input": [{"role": "user", "content": 5}]}, "input.0.content", "list"),
+        ("search", {"query": "\t"}, "query", "some text"),
+        ("search", {"query": ""}, "query", "some text"),
+        ("search", {"query": "long " * 600}, "query", "positions of Gen"),
+        ("embeddings", {"input": ["x", " "]}, "input.1", "some text"),
+        ("embeddings", {"input": [{"title": "x"}]}, "input.0.text", "missing"),
+        ("embeddings", {"input": [1, 2]}, "input.0", "dictionary"),
+        ("embeddings", {"input": [[1, 2]]}, "input.0", "dictionary"),
+        ("embeddings", {"input": []}, "input", "at least 1"),
+        ("embeddings", {"input": "x " * 4000}, "input", "max_passage_tokens"),
+    ],
+)
+def test_the_other_endpoints_name_the_field_that_is_wrong(server, path, sent, param, said):
+    model = {} if path == "search" else {"model": "co-supervised"}
+    reply = server.http.post(f"/v1/{path}", json=model | sent)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param
+    assert said in error["message"]
+    assert not re.search(r"0x|function|\[", error["message"]), "the inside of the server"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +119,7 @@ def test_the_official_client_raises_its_own_errors(server):
     [
         {"frequency_penalty": 0, "tools": [], "logprobs": False, "user": None},
         {"response_format": {"type": "text"}},
+        {"tool_choice": "none", "parallel_tool_calls": True, "metadata": {}},
     ],
 )
 def test_a_field_that_asks_for_nothing_is_taken(server, neutral):
@@ -143,3 +182,53 @@ def test_a_fault_of_the_server_is_told_without_its_trace(server, monkeypatch, ca
     assert "broke" in caplog.text
     monkeypatch.undo()
     assert server.http.post(CHAT, json=body()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"), [("search", {"query": "Who?"}), ("embeddings", {"model": "co-supervised", "input": "Who?"})]
+)
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("/secret/path broke"), 500), (ValueError("/secret/path"), 500), (MemoryError(), 503)],
+)
+def test_a_fault_of_the_other_endpoints_has_the_shape_too(server, monkeypatch, caplog, path, sent, error, status):
+    def broken(*args, **options):
+        raise error
+
+    monkeypatch.setattr(type(server.engine.generator), "query", broken)
+    monkeypatch.setattr(passages, "embed_sequences", broken)
+    reply = server.http.post(f"/v1/{path}", json=sent)
+    assert reply.status_code == status
+    assert reply.json()["error"]["type"] == "server_error"
+    assert reply.json()["error"]["code"] == {500: "internal_error", 503: "out_of_memory"}[status]
+    assert "secret" not in reply.text
+    assert "secret" in caplog.text or status == 503
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    count = f'cosup_http_responses_total{{path="/v1/{path}",status="{status}"}}'
+    assert count in server.http.get("/metrics").text
+    monkeypatch.undo()
+    assert server.http.post(f"/v1/{path}", json=sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "param"),
+    [
+        ("chat/completions", body(**messages(("user", "word " * 4000))), "messages"),
+        ("responses", {"model": "co-supervised", "input": "word " * 4000}, "input"),
+        ("search", {"query": "word " * 4000}, "query"),
+        ("embeddings", {"model": "co-supervised", "input": "word " * 4000}, "input"),
+    ],
+)
+def test_a_text_far_too_long_is_refused_without_keeping_the_engine(server, monkeypatch, path, sent, param):
+    """A megabyte takes a second to tokenize, for which every request that is writing would wait."""
+    threads, encode = [], template._encode_all
+
+    def watched(tokenizer, texts):
+        threads.append(threading.current_thread().name)
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(template, "_encode_all", watched)
+    error = server.http.post(f"/v1/{path}", json=sent).json()["error"]
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+    assert len(threads) > 0
+    assert "cosup-fast engine" not in threads

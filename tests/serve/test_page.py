@@ -117,6 +117,43 @@ def test_words_and_passages_are_linked_both_ways(page):
     assert "lit" in passage.get_attribute("class")
 
 
+def test_the_runners_up_open_by_keyboard_and_can_be_read(page):
+    ask(page)
+    done(page)
+    opener, passage = page.locator(".passage summary").first, page.locator(".passage li p").first
+    assert not passage.is_visible()
+    opener.press("Enter")
+    assert passage.is_visible()
+    assert passage.text_content().startswith(MARKUP)
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY", "not led to the words"
+    opener.click()
+    assert not passage.is_visible()
+    assert page.locator(".lit").count() == 0
+
+
+def test_a_marker_keeps_the_focus_while_the_answer_grows(page, slow):
+    page.click("#settings summary")
+    page.fill("#max_tokens", "200")
+    ask(page)
+    marker = page.locator(".marker").first
+    marker.focus()
+    assert page.locator(".text").get_attribute("aria-busy") == "true"
+    before = len(page.locator(".text").text_content())
+    page.wait_for_timeout(50)
+    for _ in range(100):
+        if len(page.locator(".text").text_content()) > before + 3:
+            break
+        page.wait_for_timeout(100)
+    else:
+        pytest.fail("the answer does not grow")
+    assert page.evaluate("document.activeElement.className") == "marker"
+    page.focus("#stop")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Stopped.")
+    assert page.locator(".text").get_attribute("aria-busy") == "false"
+    assert page.evaluate("document.activeElement.id") == "question", "a disabled button cannot keep the focus"
+
+
 def test_markup_is_shown_as_text(page):
     ask(page, MARKUP)
     done(page)
@@ -125,14 +162,19 @@ def test_markup_is_shown_as_text(page):
     assert page.title() == "cosup-fast"
 
 
-def test_a_stream_can_be_stopped(page, served, monkeypatch):
+@pytest.fixture
+def slow(monkeypatch):
+    """Steps that take a while: a tiny model would have ended before anyone could press a key."""
     step = Decoder.step
 
-    def slow(decoder):
-        time.sleep(0.1)  # a tiny model would have ended before anyone could press a key
+    def slowly(decoder):
+        time.sleep(0.1)
         return step(decoder)
 
-    monkeypatch.setattr(Decoder, "step", slow)
+    monkeypatch.setattr(Decoder, "step", slowly)
+
+
+def test_a_stream_can_be_stopped(page, served, slow):
     page.click("#settings summary")
     page.fill("#max_tokens", "450")
     page.fill("#max_retrievals", "0")

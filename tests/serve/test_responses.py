@@ -55,3 +55,16 @@ def test_the_events_of_a_stream_add_up_to_the_response(server, question):
     assert len(cited) > 0
     search = next(i for i, event in enumerate(events) if getattr(event, "item", None) and event.item.type != "message")
     assert search < events.index(deltas[0])
+
+
+def test_a_response_can_be_sent_back_as_the_turn_before(server):
+    """As the client's own examples do: `input += response.output`."""
+    with server.client() as client:
+        first = ask(client)
+        assert first.output[0].type == "file_search_call"
+        turns = [{"role": "user", "content": "Who?"}, *first.output, {"role": "user", "content": "And then?"}]
+        second = ask(client, turns, max_output_tokens=5)
+        spoken = [item for item in turns if isinstance(item, dict) or item.type == "message"]
+        plain = ask(client, spoken, max_output_tokens=5)
+    assert second.output_text == plain.output_text
+    assert second.usage.input_tokens == plain.usage.input_tokens

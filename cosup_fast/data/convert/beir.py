@@ -78,6 +78,8 @@ def convert_beir(
         path: [found for _, found in read(path, read_rows(path), judgement, counts, "judgements", **options)]
         for path in judged
     }
+    if unjudged := [path for path, judgements in splits.items() if not judgements]:
+        raise DataError(f"{unjudged[0]}: expected {', '.join(COLUMNS)} and a row for each judgement, found no row")
     cited = {one.passage for judgements in splits.values() for one in judgements}
     known: set[str] = set()
     empty: set[str] = set()

@@ -141,7 +141,10 @@ def sentence_transformers_row(where: str, record: dict[str, Any], renamed: Mappi
         question=text(where, record, anchor),
         positives=[named_by_content(where, "text", "", one) for one in _texts(where, record, positive)],
         negatives=[
-            named_by_content(where, "text", "", one) for name in negatives for one in _texts(where, record, name)
+            named_by_content(where, "text", "", one)
+            for name in negatives
+            if record[name] != ""  # a table has no other way to say that there is none
+            for one in _texts(where, record, name)
         ],
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,8 @@ def _table(path: Path, **form: Any) -> Iterator[Row]:
             return
         if not names:
             names = row
+            if repeated := [name for name, count in Counter(names).items() if count > 1]:
+                raise DataError(f"{where}: expected columns of different names, found {repeated[0]!r} twice")
         elif row:
             number += 1
             record: dict[str, Any] | DataError = dict(zip(names, row))
