@@ -241,6 +241,36 @@ def cosup(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="session")
+def tiny_run(llama_folder, data_folder):
+    """Settings of a tiny run of two steps an epoch, but for its output."""
+    return {
+        "model.gen": llama_folder,
+        "data.corpus": str(data_folder / "passages.jsonl"),
+        "data.train": [str(data_folder / "examples.jsonl")],
+        "data.dev": [],
+        "training.batch_size": 2,
+        "training.lr": 1e-2,
+        "training.steps": 4,
+    }
+
+
+@pytest.fixture
+def fields(tiny_run, tmp_path):
+    """The same with an output."""
+    return {"output": tmp_path / "run", **tiny_run}
+
+
+@pytest.fixture
+def arguments(fields):
+    """A function that writes the fields, and changes of them, as overrides on the command line."""
+
+    def arguments(**changes):
+        return [f"{name}={value}" for name, value in {**fields, **changes}.items()]
+
+    return arguments
+
+
 @pytest.fixture
 def keyboard():
     """Ctrl-C as in a terminal, also where the tests were started in the background, which ignores it."""

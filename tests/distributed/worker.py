@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cosup_fast import functional, losses
 from cosup_fast.config.training import TrainingConfig
-from cosup_fast.data.packing import Batch, PackLimits, make_batch
+from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.distributed import PeerError, Peers, channel, peers
 from cosup_fast.kernels.softmax_xent import engine
 from cosup_fast.model import CoSupervisionModel
@@ -170,7 +170,7 @@ def shards(peers: Peers, settings: str, replicas: int = 1) -> CoSupervisionModel
 
 def prepared(
     size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, sharded: bool, replicas: int = 1
-) -> tuple[Peers, CoSupervisionModel, Batch]:
+) -> tuple[Peers, CoSupervisionModel, CoSupervisionBatch]:
     peers = Peers(groups[size])
     model = shards(peers, settings, replicas) if sharded else whole_model(settings)
     batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)

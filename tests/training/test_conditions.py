@@ -20,10 +20,10 @@ from tests.training.runs import records, train
 
 
 @pytest.fixture(scope="module")
-def configure(tiny_run, data_folder):
+def configure(configure_in, data_folder):
     """A function that makes the configuration of a run of two steps, evaluated on what it is trained on."""
     held_out = {"data.dev": [str(data_folder / "examples.jsonl")], "data.allow_leaks": True}
-    return partial(tiny_run, **held_out, **{"training.steps": 2, "training.eval_every": 1})
+    return partial(configure_in, **held_out, **{"training.steps": 2, "training.eval_every": 1})
 
 
 @pytest.fixture(scope="module")
