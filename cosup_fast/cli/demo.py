@@ -27,7 +27,7 @@ from cosup_fast.data.sources import load_corpus, load_examples
 from cosup_fast.evaluation import Corpus, QuestionRecord, Report, Workbench, evaluate, paired_gain
 from cosup_fast.evaluation.retrievers import Retriever
 from cosup_fast.evaluation.scoring import rank_scores
-from cosup_fast.files import replace_file
+from cosup_fast.files import read_checked, write_checked
 from cosup_fast.generation import Generator
 from cosup_fast.index import SequenceIndex
 from cosup_fast.model import CoSupervisionModel
@@ -206,7 +206,10 @@ def _ranked(
     """Recall at 1 and 5 of every question, made now unless it is kept in `output`."""
     path = output / "ranks" / f"{title.replace(':', '-').replace(' ', '-')}.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return read_checked(path, ["recall@1", "recall@5"])
+        except ValueError as error:
+            raise ValueError(f"{error}: remove it, and it is made again") from None
     retriever: Retriever = bench().system(name, corpus).retriever_of(corpus.name)
     lists = retriever.rank(questions, 5)
     assert lists is not None
@@ -216,8 +219,7 @@ def _ranked(
         for metric in ("recall@1", "recall@5")
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as file:
-        json.dump(found, file)
+    write_checked(path, json.dumps(found))
     return found
 
 

@@ -16,7 +16,7 @@ from cosup_fast.evaluation.report import REPORT
 from cosup_fast.evaluation.run import ANSWERS, FLUENCY, VERDICTS
 from cosup_fast.evaluation.systems import System
 from cosup_fast.evaluation.workbench import Workbench
-from cosup_fast.files import FolderKind, check_replaceable
+from cosup_fast.files import FolderKind, Journal, check_replaceable
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +105,16 @@ def output_folder(output: Path | None, checkpoint: Path, system: str) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Removes an evaluation, and nothing else that may lie there."""
-    for file in (ANSWERS, VERDICTS, FLUENCY, REPORT, HTML):
-        (folder / file).unlink(missing_ok=True)
+    """Removes an evaluation, and nothing else that may lie there.
+
+    Raises:
+        ValueError: another process is at it, or its answers are not those of an evaluation.
+    """
+    if not (folder / ANSWERS).exists():
+        return
+    with Journal(folder / ANSWERS, {"overwritten": True}, restart=True):
+        for file in (VERDICTS, FLUENCY, REPORT, HTML, ANSWERS):
+            (folder / file).unlink(missing_ok=True)
 
 
 def corpus_of(checkpoint: Path) -> str:

@@ -163,7 +163,7 @@ def _is_kilt(source: str) -> bool:
         first = next((line for line in file if line.strip()), b"")
     try:
         row = json.loads(first.decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False  # `load_examples` says what is wrong
     return isinstance(row, dict) and "input" in row and "question" not in row
 

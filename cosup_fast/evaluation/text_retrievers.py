@@ -5,6 +5,7 @@ The query is the question and what Gen has written so far.
 
 from __future__ import annotations
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -179,13 +180,14 @@ def sentence_encoder(name: str, device: str) -> Any:
     """A `SentenceTransformer`, loaded once.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, is not complete, or has weights in pickles or modules of its own.
         ImportError: sentence-transformers is not installed.
     """
     from huggingface_hub import snapshot_download
 
     from cosup_fast.data.sources import resolve_model
     from cosup_fast.environment import no_downloaded_kernels
+    from cosup_fast.model.pretrained import complete_models
 
     try:
         with no_downloaded_kernels():
@@ -199,10 +201,12 @@ def sentence_encoder(name: str, device: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"dense retriever {name!r} cannot be fetched: {error}") from error
     _check_no_pickles(Path(source), name)
+    _check_no_code(Path(source), name)
     try:
-        return SentenceTransformer(
-            source, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-        )
+        with complete_models(name):
+            return SentenceTransformer(
+                source, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"dense retriever {name!r} cannot be loaded: {error}") from error
 
@@ -224,6 +228,27 @@ def _check_no_pickles(folder: Path, name: str) -> None:
                 f"dense retriever {name!r} has weights only in {path}, a pickle, which may run code and is never "
                 "read: load and save it once with sentence-transformers, which writes safetensors"
             )
+
+
+def _check_no_code(folder: Path, name: str) -> None:
+    """Refuses a model with modules of its own, whose code some releases of sentence-transformers run from a folder.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            continue  # where it matters, it cannot be loaded
+        listed = [one.get("type") for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        routed = found.get("types") if isinstance(found, dict) else None
+        for kind in (*listed, *(routed.values() if isinstance(routed, dict) else ())):
+            if isinstance(kind, str) and "." in kind and not kind.startswith("sentence_transformers."):
+                raise ValueError(
+                    f"dense retriever {name!r} has the module {kind!r} ({path}), Python code that does not belong to "
+                    "sentence-transformers and is never run: use a model made of its modules"
+                )
 
 
 @cache

@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, Self
 
 from cosup_fast.files.checked import check_checksum, with_checksum
 from cosup_fast.files.fields import differences, short
-from cosup_fast.files.whole import fcntl, naming, sync
+from cosup_fast.files.whole import check_regular, fcntl, naming, sync
 
 SYNC_SECONDS = 1.0
+_BEGINNING = b'{"settings": '
 
 
 class Journal:
@@ -30,7 +31,7 @@ class Journal:
 
     Raises:
         ValueError: the file holds work with other settings (the first that differs is named) or is not a journal, or
-            another process is writing it.
+            another process is writing it; it is then left as it was.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], *, restart: bool = False):
@@ -41,6 +42,7 @@ class Journal:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_regular(path)
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         try:
             self._lock()
@@ -95,7 +97,9 @@ class Journal:
     def _read(self, settings: dict[str, Any], restart: bool) -> int:
         """Fills `done`; returns the length of what is whole, in bytes, 0 to start over."""
         assert self._file is not None
-        lines = self._file.read().split(b"\n")[:-1]
+        *lines, last = self._file.read().split(b"\n")
+        if not lines and not last.startswith(_BEGINNING[: len(last)]):
+            raise ValueError(f"{self.path} is not a journal of this work: name another file, or remove this one")
         whole = 0
         for number, line in enumerate(lines, 1):
             try:

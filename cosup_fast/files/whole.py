@@ -191,7 +191,7 @@ class FolderKind:
     keys: frozenset[str] = frozenset()
     """Fields that the marker has to have; with none its content is not looked at."""
     files: tuple[str, ...] = ()
-    """Patterns of the paths in it; none: the marker lists them in its field `files`."""
+    """Patterns of the paths in it, beside those that the marker lists in its field `files` if it has to have one."""
 
     def foreign(self, folder: Path) -> str:
         """Why a folder with files in it is not of this kind alone; nothing when it is."""
@@ -202,7 +202,8 @@ class FolderKind:
         if self.keys:
             try:
                 described = read_object(path, self.keys)
-                listed = listed or tuple(os.fspath(name) for name in described["files"])
+                if "files" in self.keys:
+                    listed = (*listed, *(os.fspath(name) for name in described["files"]))
             except (ValueError, KeyError, TypeError):
                 return f"its {self.marker} is not that of {self.name}"
         for file in sorted(p for p in folder.rglob("*") if not p.is_dir()):
@@ -323,6 +324,7 @@ def held(path: Path, work: str) -> Iterator[None]:
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
+    check_regular(lock)
     try:
         taken = FileLock(lock).acquire(blocking=False)
     except Timeout:

@@ -95,7 +95,12 @@ class Change:
         return name
 
     def commit(self, names: Iterable[str], *, appended: bool = False) -> None:
-        """Makes these shards the index; with `appended`, the rows that there were are the first ones still."""
+        """Makes these shards the index; with `appended`, the rows that there were are the first ones still.
+
+        Raises:
+            ValueError: a file that an approximate index is made of is damaged: it would be given a checksum of the
+                damage.
+        """
         shards = {name: Shard.open(self._folder / name) for name in names}
         stamp = self._stamp.model_copy(
             update={
@@ -112,8 +117,10 @@ class Change:
             if not appended:
                 index.reset()
             start = 0
-            for shard in shards.values():
+            for name, shard in shards.items():
                 if (new := shard.vectors[max(0, index.ntotal - start) :]).size:
+                    if name in self._stamp.shards:
+                        check_shard(self._folder, name, self._stamp, contents=True)
                     index.add(np.ascontiguousarray(new))
                 start += len(shard)
             stamp = with_approximate(stamp, self._folder, index, kept.factory, kept.parameters)

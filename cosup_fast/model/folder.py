@@ -30,7 +30,7 @@ from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.files import naming, read_object, usual_mode
 from cosup_fast.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from cosup_fast.model.adapters import adapter_state, has_adapters, save_adapter_config
-from cosup_fast.model.loading import Base, embed_special_tokens, load_language_model, load_template
+from cosup_fast.model.loading import Base, check_vocabulary, embed_special_tokens, load_language_model, load_template
 from cosup_fast.model.pretrained import quiet_transformers
 
 FORMAT_VERSION = 1
@@ -142,10 +142,14 @@ def load_parts(folder: Path, device: torch.device, attention: Attention, changes
         return load_language_model(base.name, adapted, device, layers=base.layers, head=head)
 
     gen = load("gen", settings.gen, head=True)
+    check_vocabulary(gen, template.tokenizer, settings.gen, [*template.start, template.eos])
     if "gen" in bases and bases["gen"].new_tokens:
         embed_special_tokens(gen, template)
     gen.config.pad_token_id = template.pad
     embseq = None if settings.embseq is None else load("embseq", settings.embseq, head=False)
+    if embseq is not None:
+        around = [*template.embseq_start, *template.embseq_end]
+        check_vocabulary(embseq, template.embseq_tokenizer, str(settings.embseq), around)
     heads = folder / HEADS
     if not heads.is_file():
         raise ValueError(f"{folder} is incomplete: {HEADS} is missing")

@@ -6,6 +6,7 @@ Weights are safetensors alone; nothing that could run code is read or fetched.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -121,13 +122,14 @@ def load_language_model(
             with quiet_transformers(), no_downloaded_kernels(), device:
                 model = factory.from_config(config, dtype=dtype, attn_implementation=loaded, trust_remote_code=False)
         else:
-            model = read_model(factory, name, config=config, dtype=dtype, attn_implementation=loaded, **options)
+            options |= {"config": config, "dtype": dtype, "attn_implementation": loaded}
+            model = read_model(factory, name, cut=layers is not None, **options)
         model.config._attn_implementation = attention
     except (KeyError, ImportError, ValueError) as error:
         if attention not in str(error) and "attention" not in str(error).lower():
             raise
         raise unpackable(f"{'Gen' if head else 'Embseq'} {name!r}", attention, error) from error
-    if options:
+    if quantized is not None:
         keep_layout(model)
     return model
 
@@ -141,6 +143,29 @@ def load_template(model: ModelConfig, text: TextConfig) -> tuple[Template, bool]
     new = add_special_tokens(tokenizer) > 0
     embseq_tokenizer = None if model.shared else read_tokenizer(embseq)
     return Template(text, tokenizer, embseq_tokenizer, **dict(zip(("max_length", "embseq_max_length"), lengths))), new
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Any, name: str, used: Iterable[int]) -> None:
+    """Refuses a tokenizer that gives a model tokens which it has no embedding of.
+
+    Args:
+        model: before rows for the special tokens are added.
+        tokenizer: the tokenizer.
+        name: of the model, for the error.
+        used: tokens that are put around texts. Other special tokens are never made of a text.
+
+    Raises:
+        ValueError: naming the first such token.
+    """
+    rows = len(cast(Any, model.get_input_embeddings()).weight)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} - set(used)
+    beyond = [token for token in {*tokenizer.get_vocab().values(), *used} - special if token >= rows]
+    if beyond:
+        token = min(beyond)
+        raise ValueError(
+            f"the tokenizer of {name!r} has the token {tokenizer.convert_ids_to_tokens(token)!r} with the id {token}, "
+            f"and the model has {rows} embeddings: use the tokenizer that the model was trained with"
+        )
 
 
 def lm_head(gen: PreTrainedModel) -> nn.Linear:
@@ -162,8 +187,8 @@ def logit_options(gen: PreTrainedModel) -> dict[str, Any]:
 def embed_special_tokens(gen: PreTrainedModel, template: Template) -> None:
     """Gives Gen rows for the special tokens: the means of their descriptions' rows."""
     tokenizer = template.tokenizer
-    gen.resize_token_embeddings(max(len(tokenizer), len(lm_head(gen).weight)), mean_resizing=False)
     vocabulary = tokenizer.get_vocab()
+    gen.resize_token_embeddings(max(max(vocabulary.values()) + 1, len(lm_head(gen).weight)), mean_resizing=False)
     head = lm_head(gen)
     for rows in {gen.get_input_embeddings().weight, head.weight, head.bias} - {None}:
         for token, text in DESCRIPTIONS.items():

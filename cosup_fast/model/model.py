@@ -43,6 +43,7 @@ from cosup_fast.model.linear import linear
 from cosup_fast.model.loading import (
     Base,
     check_adapters,
+    check_vocabulary,
     embed_special_tokens,
     lm_head,
     load_language_model,
@@ -139,8 +140,9 @@ class CoSupervisionModel(nn.Module):
 
         Raises:
             ValueError: a name that is neither prepared, nor a folder, nor on the hub; more layers than there are;
-                weights that are not safetensors; a model that cannot run on packs, or whose logits are more than
-                `logits` knows; adapters for layers that it does not have.
+                weights that are not safetensors; a tokenizer with tokens that its model has no embedding of; a model
+                that cannot run on packs, or whose logits are more than `logits` knows; adapters for layers that it does
+                not have.
         """
         device, nsp = torch.device(device), nsp or NSPConfig()
         has_embseq = nsp.weight > 0
@@ -149,6 +151,7 @@ class CoSupervisionModel(nn.Module):
         check_adapters(model)
         template, new = load_template(model, text or TextConfig())
         gen = load_language_model(model.gen, model, device, layers=model.gen_layers)
+        check_vocabulary(gen, template.tokenizer, model.gen, [*template.start, template.eos])
         if new:
             embed_special_tokens(gen, template)
         gen.config.pad_token_id = template.pad
@@ -157,6 +160,8 @@ class CoSupervisionModel(nn.Module):
             embseq = load_language_model(
                 model.embseq or model.gen, model, device, layers=model.embseq_layers, head=False
             )
+            around = [*template.embseq_start, *template.embseq_end]
+            check_vocabulary(embseq, template.embseq_tokenizer, model.embseq or model.gen, around)
         made = cls(gen, embseq, template, nsp, ntp=ntp, freeze_embseq=model.freeze_embseq, has_embseq=has_embseq).to(
             device
         )

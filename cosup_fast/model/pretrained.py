@@ -7,14 +7,16 @@ the files lack is an error instead of a random initialisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from cosup_fast.data.sources import resolve_model
 from cosup_fast.environment import no_downloaded_kernels
@@ -24,6 +26,8 @@ MOST_LAYERS = 4096
 """More than any model has."""
 NAMED = 4
 """As many tensors as an error names."""
+_POOLER = "pooler."  # not needed: sequence embeddings are hidden states
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @contextmanager
@@ -69,21 +73,25 @@ def read_tokenizer(name: str | Path, **options: Any) -> Any:
     return _read(AutoTokenizer, name, "tokenizer", **options)
 
 
-def read_model(factory: Any, name: str | Path, **options: Any) -> Any:
+def read_model(factory: Any, name: str | Path, *, cut: bool = False, **options: Any) -> Any:
     """A model with all of its weights.
 
     Args:
         factory: one of transformers' Auto classes.
         name: a prepared name, a local folder or a Hugging Face name.
+        cut: layers beyond those of its configuration are left out on purpose.
         options: for `from_pretrained`.
 
     Raises:
-        ValueError: the weights are damaged, of other shapes, not safetensors, or some of them are missing (all of them
-            under names with a prefix, say); or the architecture is code of the model's.
+        ValueError: the weights are damaged, of other shapes, not safetensors, quantized in a way that the configuration
+            does not say, or some of them are missing (all of them under names with a prefix, say); there are layers
+            that the configuration lacks, or a head of its own where it ties the head to the embeddings; or the
+            architecture is code of the model's.
     """
     source = resolve_model(str(name))
     if Path(source).is_dir():
         check_weight_files(Path(source), str(name))
+        _check_quantized(Path(source), str(name), options.get("config"))
     with _named("weights", name), quiet_transformers(), no_downloaded_kernels():
         model, found = factory.from_pretrained(
             source,
@@ -93,9 +101,37 @@ def read_model(factory: Any, name: str | Path, **options: Any) -> Any:
             ignore_mismatched_sizes=True,
             **options,
         )
-    unused = ("pooler.",) if factory is AutoModel else ()  # sequence embeddings are hidden states
+    unused = (_POOLER,) if factory is AutoModel else ()
     _check_complete(str(name), found, unused)
+    if not cut:
+        _check_all_layers(str(name), model, found["unexpected_keys"])
+    _check_tied(str(name), model)
     return model
+
+
+@contextmanager
+def complete_models(name: str) -> Iterator[None]:
+    """Refuses incomplete models that another library loads through transformers, which would fill them at random.
+
+    Args:
+        name: as errors call what is loaded.
+
+    Raises:
+        ValueError: from inside, as of `read_model`.
+    """
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    def checked(kind: type[PreTrainedModel], *given: Any, **options: Any) -> Any:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = original.__get__(None, kind)(*given, **options)
+        _check_complete(name, found, (_POOLER,))
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(checked)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = original
 
 
 def check_weight_files(folder: Path, name: str) -> None:
@@ -128,6 +164,26 @@ def check_weight_files(folder: Path, name: str) -> None:
             )
         if not (folder / file).is_file():
             raise ValueError(f"{path} names {file}, which is missing: fetch the whole model again")
+
+
+def _check_quantized(folder: Path, name: str, config: Any) -> None:
+    """Refuses weights in integers that the configuration does not explain: as they are, they lack their scales."""
+    with _named("weights", name):
+        integers = {key: kind for path in sorted(folder.glob("*.safetensors")) for key, kind in _integers(path)}
+    if integers and getattr(config or read_config(name), "quantization_config", None) is None:
+        key, kind = next(iter(integers.items()))
+        raise ValueError(
+            f"{name!r} holds {key} in integers ({kind}), and its config.json has no quantization_config: use weights "
+            "in floating point, or the configuration that says how they were quantized"
+        )
+
+
+def _integers(path: Path) -> Iterator[tuple[str, str]]:
+    """The weights of a safetensors file that are integers, with their types."""
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # it is no dictionary
+            if key.endswith(".weight") and (kind := file.get_slice(key).get_dtype())[0] in "IU":
+                yield key, kind
 
 
 def _read(factory: Any, name: str | Path, what: str, **options: Any) -> Any:
@@ -179,6 +235,35 @@ def _check_complete(name: str, found: dict[str, Any], unused: tuple[str, ...]) -
             f"{name!r} lacks {_names(missing)}, which would be left random"
             + (f"; it holds {_names(unexpected)} instead" if unexpected else "")
             + ": use a complete copy of the model, of the kind that its config.json describes"
+        )
+
+
+def _check_all_layers(name: str, model: Any, unexpected: Iterable[str]) -> None:
+    """Refuses tensors that are like those of the model's layers but have no place in it."""
+    kinds = {_NUMBER.sub("#", key) for key in model.state_dict()}
+    kinds = {kind for kind in kinds if "#" in kind}
+    beyond = sorted(
+        key
+        for key in unexpected
+        if any(kind == (found := _NUMBER.sub("#", key)) or f".{found}".endswith(f".{kind}") for kind in kinds)
+    )
+    if beyond:
+        raise ValueError(
+            f"{name!r} also holds {_names(beyond)}, for which its config.json has no layer: use the configuration that "
+            "the weights belong to, or set model.gen_layers or model.embseq_layers to keep the first layers alone"
+        )
+
+
+def _check_tied(name: str, model: Any) -> None:
+    """Refuses a head that would be lost: whatever resizes the embeddings ties it to them."""
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    if head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+        raise ValueError(
+            f"{name!r} holds a head that differs from its embeddings, and its config.json says "
+            "tie_word_embeddings=true: set it to false, or remove the head's tensor"
         )
 
 

@@ -54,7 +54,7 @@ def model_config(name: str, layers: int | None = None) -> dict[str, Any]:
             config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
         else:
             config = read_config(name)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"there is no configuration {name!r} ({reason}): name a folder, a config.json, a Hugging Face model, or "

@@ -39,6 +39,10 @@ RANKS = "ranks"
 OWN = (RANKS, *HANDED)
 """Systems that `cosup-fast evaluate` does not have."""
 
+ALL = "all sets"
+DOMAINS = ("in-domain", "out-of-domain")
+"""The sets that every report averages over."""
+
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Of `training`, what decides nothing: where a run is, and how often it reports or saves.
 _INCIDENTAL = {
@@ -161,6 +165,9 @@ class Study(Strict):
     tuning: Tuning = Tuning()
     decisive: tuple[Comparison, ...] = Field(default=(), description="the differences that the study is about")
     main: str | None = Field(default=None, description="the arm, `condition/system`, that all others are baselines of")
+    averages: dict[str, tuple[str, ...]] = Field(
+        default={}, description="sets to average over by themselves, beside all sets and those of a domain"
+    )
 
     @field_validator("seeds", mode="after")
     @classmethod
@@ -173,6 +180,8 @@ class Study(Strict):
             raise ValueError("conditions: a study needs at least one")
         if twice := _twice(one.name for one in self.sets):
             raise ValueError(f"sets: {twice!r} is named twice")
+        for name, members in self.averages.items():
+            _check_average(name, members, [one.name for one in self.sets])
         trials = {name: len(one.tune) for name, one in self.conditions.items() if one.tune}
         if len(set(trials.values())) > 1:
             told = ", ".join(f"{name} {count}" for name, count in trials.items())
@@ -382,6 +391,20 @@ def _checked_seeds(field: str, seeds: tuple[int, ...]) -> tuple[int, ...]:
     if (twice := _twice(seeds)) is not None:
         raise ValueError(f"{field}: seed {twice} is named twice")
     return seeds
+
+
+def _check_average(name: str, members: tuple[str, ...], sets: list[str]) -> None:
+    field = f"averages.{name}"
+    if name in (ALL, *DOMAINS, *sets):
+        raise ValueError(f"{field}: the report has another row of that name: choose another")
+    if not members:
+        raise ValueError(f"{field}=[]: name at least one set")
+    if (twice := _twice(members)) is not None:
+        raise ValueError(f"{field}: {twice!r} is named twice")
+    for member in members:
+        if member not in sets:
+            near = nearest(member, sets)
+            raise ValueError(f"{field}: {member!r} is not a set of this study{near}: {', '.join(sets)}")
 
 
 def _twice(names: Any) -> Any:

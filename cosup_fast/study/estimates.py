@@ -10,6 +10,9 @@ conditions, and the seeds of each condition; of two conditions with the same see
 those runs read the same batches from the same start. This is the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111).
 Deviations of S drawn seeds from their mean are scaled by sqrt(S / (S - 1)), without which the variance between runs
 would be too small by a third with three seeds. One seed says nothing of other runs: its interval is over questions.
+
+Of a standard error e, the draws' standard deviation, a true difference of (z_0.975 + z_0.8) e = 2.8 e is one whose
+interval leaves out 0 in four studies of five: the smallest that a study can be expected to see.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from numpy.typing import NDArray
 from cosup_fast.data.strict import Strict
 
 DRAWS = 4000
+DETECTABLE = 1.960 + 0.842
+"""Standard errors in a difference that a two-sided test at 5% sees with a power of 80%."""
 
 Matrix = NDArray[np.float64]
 Values = Mapping[int, Mapping[str, float]]
@@ -30,11 +35,13 @@ Values = Mapping[int, Mapping[str, float]]
 
 
 class Interval(Strict):
-    """A mean, or a difference of means, with its 95% interval."""
+    """A mean of shares, or a difference of two, with its 95% interval, which is cut to what such a mean can be."""
 
     mean: float
     low: float
     high: float
+    error: float
+    """Standard error: the standard deviation of the draws."""
     seeds: int
     """Of the condition, or of the one of both that has fewer: with 1 the interval is over questions alone."""
     questions: int
@@ -44,6 +51,11 @@ class Interval(Strict):
     def decided(self) -> bool:
         """Whether 0 lies outside."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference of which 0 would lie outside four times in five."""
+        return DETECTABLE * self.error
 
 
 def average(values: Mapping[str, Values], *, seed: int = 0) -> Interval | None:
@@ -76,12 +88,14 @@ def _estimate(pairs: Sequence[tuple[Matrix, Matrix | None]], together: bool, see
     if not pairs:
         return None
     draws = _draws(pairs, together, seed)
+    least = 0 if all(b is None for _, b in pairs) else -1
     mean = float(np.mean([a.mean() - (0 if b is None else b.mean()) for a, b in pairs]))
-    low, high = (float(x) for x in np.percentile(draws, (2.5, 97.5)))
+    low, high = (float(x) for x in np.clip(np.percentile(draws, (2.5, 97.5)), least, 1))
     return Interval(
         mean=mean,
         low=low,
         high=high,
+        error=float(draws.std()),
         seeds=min(len(side) for pair in pairs for side in pair if side is not None),
         questions=sum(a.shape[1] for a, _ in pairs),
         sets=len(pairs),

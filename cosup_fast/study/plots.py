@@ -6,7 +6,8 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cosup_fast.study.report import ALL, METRICS, Difference, StudyReport
+from cosup_fast.study.config import ALL
+from cosup_fast.study.report import METRICS, Difference, StudyReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

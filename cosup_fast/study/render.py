@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from cosup_fast.evaluation.html import page_template
 from cosup_fast.files import replace_file
+from cosup_fast.study.config import ALL, DOMAINS
 from cosup_fast.study.plots import plots
-from cosup_fast.study.report import ALL, DOMAINS, METRICS, Arm, Difference, StudyReport, percent, points
+from cosup_fast.study.report import METRICS, Arm, Difference, StudyReport, counted, percent, points
 from cosup_fast.study.status import duration
 
 METHOD = (
@@ -17,8 +19,25 @@ METHOD = (
     "intervals of a bootstrap that resamples the questions within each set, alike for both sides of a difference, and "
     "the seeds of each condition (together where both sides have the same seeds; deviations scaled by sqrt(S / (S - "
     "1)) for S seeds). With one seed they say how sure a difference is on other questions, not on another run; three "
-    "seeds show little of the spread between runs, so the difference of each seed is listed. They are not corrected "
-    "for the number of comparisons."
+    "seeds show little of the spread between runs, so the difference of each seed is listed. Where two numbers of "
+    "seeds are given, the means of either side are over that many, and the difference is not the mean of those by "
+    "seed. Nothing is corrected for the number of comparisons. Questions whose answer is not the retrieved title are "
+    "others for each arm: compare them by the differences, which are on those that both arms have. Grounding leaves "
+    "out sets whose answers are labels, since a label alone is no claim."
+)
+SEEN = (
+    "The standard error of each difference over all sets, and the smallest true difference that would be told from 0 "
+    "about four times in five (2.8 standard errors): an interval that includes 0 does not rule out a smaller one. With "
+    "one seed the spread between runs is not part of the error, which is then too small. `above 0` and `below 0` count "
+    "the single sets whose interval excludes 0: by chance alone about one in twenty would."
+)
+HELD_OUT = (
+    "At the last step, on the held-out examples, means over seeds: NTP in nats per token, NSP in nats per query, also "
+    "where a condition does not train that loss."
+)
+TUNING = (
+    "Short trials on the held-out examples, as many for each condition. The loss is the sum of the held-out losses "
+    "that the condition trains; `used` marks what its cells are trained with."
 )
 
 
@@ -70,43 +89,85 @@ def html(report: StudyReport) -> str:
 def sections(report: StudyReport) -> Iterator[Section]:
     """The tables in their order: what decides comes first."""
     missing = f"Not finished: {', '.join(report.missing)}." if report.missing else "All cells are finished."
-    yield Section("What decides", missing, [*_differences(report.decisive)] if report.decisive else ())
+    yield Section("What decides", missing, [*_differences(report, report.decisive)] if report.decisive else ())
     yield Section("How to read it", METHOD)
-    for scope in (ALL, *DOMAINS):
+    if report.decisive:
+        yield Section("What could have been seen", SEEN, [*_seen(report)])
+    for scope in (ALL, *DOMAINS, *report.averages):
         if rows := list(_arms(report, scope)):
-            yield Section(f"Every arm: {scope}", "", rows)
+            yield Section(f"Every arm: {scope}", _members(report, scope), rows)
     for metric, title in METRICS.items():
         if gains := [one for one in report.gains if one.metric == metric]:
-            yield Section(f"{gains[0].after} over its baselines: {title}", "", [*_differences(gains)])
+            yield Section(f"{gains[0].after} over its baselines: {title}", "", [*_differences(report, gains)])
+    if rows := list(_held_out(report)):
+        yield Section("Held out", HELD_OUT, rows)
     yield Section("Test sets", "", [*_sets(report)])
     for row in report.sets:
         if rows := list(_arms(report, row.name)):
             yield Section(f"Every arm: {row.name} ({row.domain})", "", rows)
     if report.trials:
-        yield Section(
-            "Tuning",
-            "Short trials on the held-out examples, as many for each condition. The loss is the sum of the held-out "
-            "losses that the condition trains.",
-            [*_trials(report)],
-        )
+        yield Section("Tuning", TUNING, [*_trials(report)])
     if rows := list(_attention(report)):
         text = "Of the positions that predict the answer's tokens, the share of attention on the inserted passage."
         yield Section("Attention to the passage", text, rows)
     yield Section("Cells", "", [*_cells(report)])
 
 
-def _differences(differences: Sequence[Difference]) -> Iterator[list[str]]:
-    yield ["difference", "metric", ALL, *DOMAINS, "seeds", "questions", "by seed"]
+def _differences(report: StudyReport, differences: Sequence[Difference]) -> Iterator[list[str]]:
+    scopes = (ALL, *DOMAINS, *report.averages)
+    yield ["difference", "metric", *scopes, "seeds", "questions", "by seed"]
     for one in differences:
-        whole = one.scopes[ALL]
-        label = f"{one.title}\n{one.after} - {one.before}" if one.title else f"- {one.before}"
         yield [
-            label,
+            _label(one),
             METRICS[one.metric],
-            *(points(one.scopes[scope]) if scope in one.scopes else "-" for scope in (ALL, *DOMAINS)),
-            str(whole.seeds),
-            str(whole.questions),
-            ", ".join(f"{100 * value:+.1f}" for value in one.by_seed.values()) or "-",
+            *(points(one.scopes[scope]) if scope in one.scopes else "-" for scope in scopes),
+            counted(one.seeds),
+            str(one.scopes[ALL].questions),
+            ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in one.by_seed.items()) or "-",
+        ]
+
+
+def _seen(report: StudyReport) -> Iterator[list[str]]:
+    yield ["difference", "metric", "seeds", "standard error", "seen four times in five", "sets", "above 0", "below 0"]
+    for one in report.decisive:
+        whole, sets = one.scopes[ALL], [one.scopes[row.name] for row in report.sets if row.name in one.scopes]
+        yield [
+            _label(one),
+            METRICS[one.metric],
+            counted(one.seeds),
+            f"{100 * whole.error:.1f}",
+            f"{100 * whole.detectable:.1f}",
+            str(len(sets)),
+            str(sum(interval.low > 0 for interval in sets)),
+            str(sum(interval.high < 0 for interval in sets)),
+        ]
+
+
+def _label(one: Difference) -> str:
+    return f"{one.title}\n{one.after} - {one.before}" if one.title else f"- {one.before}"
+
+
+def _members(report: StudyReport, scope: str) -> str:
+    return f"Over {', '.join(report.averages[scope])}." if scope in report.averages else ""
+
+
+def _held_out(report: StudyReport) -> Iterator[list[str]]:
+    names = {"ntp": "NTP", "nsp": "NSP", "recall_at_1": "R@1", "recall_at_5": "R@5", "recall_at_20": "R@20"}
+    ends = {
+        condition: [{name: column[-1] for name, column in kinds["held-out"].items()} for kinds in seeds.values()]
+        for condition, seeds in report.curves.items()
+    }
+    if not ends:
+        return
+    yield ["condition", "seeds", "steps", *names.values()]
+    for condition, runs in ends.items():
+        figures = [[value for run in runs if (value := run.get(name)) is not None] for name in names]
+        yield [
+            condition,
+            str(len(runs)),
+            ", ".join(dict.fromkeys(f"{run['step']:.0f}" for run in runs)),
+            *(f"{fmean(values):.3f}" if values else "-" for values in figures[:2]),
+            *(f"{100 * fmean(values):.1f}" if values else "-" for values in figures[2:]),
         ]
 
 
@@ -149,7 +210,7 @@ def _trials(report: StudyReport) -> Iterator[list[str]]:
             row.condition,
             ", ".join(f"{name}={value}" for name, value in row.changed.items()),
             *("-" if value is None else f"{value:.3f}" for value in (row.loss, *map(row.held_out.get, names))),
-            "best" if row.best else "",
+            ", ".join(word for word, holds in (("best", row.best), ("used", row.used)) if holds),
         ]
 
 

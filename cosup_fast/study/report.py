@@ -1,7 +1,8 @@
 """What a study found: the differences that decide, every arm beside its baselines, curves, trials and probes.
 
-An arm is a condition as one system, `ntp-only/dense:minilm`. Scopes are the averages over all sets and over those of a
-domain, in which every set counts alike, and the sets themselves. Differences are paired on questions; see `estimates`.
+An arm is a condition as one system, `ntp-only/dense:minilm`. Scopes are the averages over all sets, over those of a
+domain and over those of the study's `averages`, in which every set counts alike, and the sets themselves. Differences
+are paired on questions; see `estimates`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from cosup_fast.data.strict import Strict
-from cosup_fast.study.config import Study, StudyError
+from cosup_fast.files.fields import flat
+from cosup_fast.study.config import ALL, DOMAINS, Cell, Study, StudyError
 from cosup_fast.study.estimates import Interval, Values, average, difference
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, by_id, read_cell, unpack
 from cosup_fast.terminal import FigureTable
 
-ALL = "all sets"
-DOMAINS = ("in-domain", "out-of-domain")
 METRICS = {
     "recall@1": "R@1",
     "recall@5": "R@5",
@@ -41,6 +41,8 @@ class Difference(Strict):
     after: str
     before: str
     scopes: dict[str, Interval]
+    seeds: tuple[int, int]
+    """How many runs the means of both are over."""
     by_seed: dict[int, float]
     """Over all sets, of each seed that both have."""
 
@@ -76,6 +78,8 @@ class Trial(Strict):
     loss: float | None
     held_out: dict[str, float | None]
     best: bool
+    used: bool
+    """Whether the cells of its condition have the values that it tried."""
 
 
 class CellRow(Strict):
@@ -93,6 +97,8 @@ class StudyReport(Strict):
 
     title: str
     missing: list[str]
+    averages: dict[str, tuple[str, ...]]
+    """The study's own: the sets of each."""
     decisive: list[Difference]
     arms: list[Arm]
     gains: list[Difference]
@@ -112,7 +118,7 @@ class StudyReport(Strict):
         )
         for one in self.decisive:
             for scope, interval in one.scopes.items():
-                if scope not in (ALL, *DOMAINS):
+                if scope not in (ALL, *DOMAINS, *self.averages):
                     continue
                 seeds = "  ".join(f"{100 * x:+.1f}" for x in one.by_seed.values()) if scope == ALL else ""
                 table.add_row(
@@ -120,7 +126,7 @@ class StudyReport(Strict):
                     f"{one.after} - {one.before}" if scope == ALL else "",
                     scope,
                     points(interval),
-                    str(interval.seeds),
+                    counted(one.seeds),
                     str(interval.questions),
                     seeds,
                 )
@@ -145,9 +151,11 @@ def make_report(study: Study, *, allow_mixed_commits: bool = False) -> StudyRepo
         _check_commits(trials)
         _check_commits(trained)
     table = _Table(study, trained)
+    tried = [(study.cells[name], cell) for name, cell in found.items() if cell is not None and cell.trial is not None]
     return StudyReport(
         title=study.title,
         missing=[name for name, cell in found.items() if cell is None],
+        averages=study.averages,
         decisive=[
             one
             for asked in study.decisive
@@ -163,7 +171,7 @@ def make_report(study: Study, *, allow_mixed_commits: bool = False) -> StudyRepo
         chance=table.chance(),
         sets=table.rows(),
         curves=_by_condition(trained, lambda cell: cell.curves if cell.curves.get("held-out") else None),
-        trials=_trials(trials),
+        trials=_trials(tried),
         probes=_by_condition(trained, lambda cell: cell.probes or None),
         cells=[
             CellRow(name=c.name, steps=c.steps, seconds=c.seconds, commits=c.commits, machine=c.machine) for c in cells
@@ -180,6 +188,11 @@ def _check_commits(cells: Sequence[CellResult]) -> None:
             f"the cells were made by several commits: {told}. Remove those of the other commit and run them again, or "
             "add --allow-mixed-commits where the changes between touch no figure"
         )
+
+
+def counted(seeds: tuple[int, int]) -> str:
+    """How many runs are on either side of a difference: `3`, or `3, 2` where they are not as many."""
+    return ", ".join(map(str, dict.fromkeys(seeds)))
 
 
 def points(interval: Interval) -> str:
@@ -228,6 +241,9 @@ class _Table:
         for domain in DOMAINS:
             if inside := {name: one for name, one in values.items() if self.facts[name].domain == domain}:
                 yield domain, inside
+        for title, members in self.study.averages.items():
+            if inside := {name: values[name] for name in members if name in values}:
+                yield title, inside
         for name, one in values.items():
             yield name, {name: one}
 
@@ -258,7 +274,15 @@ class _Table:
             )
             if (interval := difference(one, other)) is not None:
                 by_seed[seed] = interval.mean
-        return Difference(title=title, metric=metric, after=after, before=before, scopes=scopes, by_seed=by_seed)
+        return Difference(
+            title=title,
+            metric=metric,
+            after=after,
+            before=before,
+            scopes=scopes,
+            seeds=(_runs(ours), _runs(theirs)),
+            by_seed=by_seed,
+        )
 
     def chance(self) -> dict[str, dict[str, float]]:
         """What each recall is at random, by scope."""
@@ -291,25 +315,35 @@ class _Table:
         ]
 
 
+def _runs(values: dict[str, Values]) -> int:
+    return len({seed for by_seed in values.values() for seed in by_seed})
+
+
 def _metric(name: str, facts: SetFacts, scores: SetScores) -> dict[str, float]:
     """A metric of the questions for which it is defined."""
     part = {"beyond_gold_title": facts.answer_is_title, "beyond_retrieved_title": scores.answer_is_retrieved_title}
     if name in part:
         title, correct = by_id(facts, part[name]), _metric("correctness", facts, scores)
         return {question: value for question, value in correct.items() if title.get(question) == 0}
+    if name == "grounded" and scores.correctness == "label_accuracy":  # a label alone is no claim
+        return {}
     return by_id(facts, scores.scores[name]) if name in scores.scores else {}
 
 
-def _trials(cells: Sequence[CellResult]) -> list[Trial]:
+def _trials(tried: Sequence[tuple[Cell, CellResult]]) -> list[Trial]:
     rows = []
-    for cell in cells:
+    for trial, cell in tried:
         held_out = cell.curves["held-out"]
         last = {name: column[-1] for name, column in held_out.items() if column}
         run = cell.identity["run"]
         trained = [name for name in ("ntp", "nsp") if run.get(name, {}).get("weight", 1) != 0]
         losses = [last.get(name) for name in trained]
         loss = None if any(x is None for x in losses) else sum(x for x in losses if x is not None)
-        rows.append(Trial(condition=cell.condition, changed=cell.changed, loss=loss, held_out=last, best=False))
+        used = flat(trial.study.cell(trial.condition, trial.study.seeds_of(trial.condition)[0]).identity["run"])
+        is_used = all(used.get(name) == value for name, value in flat(cell.changed).items())
+        rows.append(
+            Trial(condition=cell.condition, changed=cell.changed, loss=loss, held_out=last, best=False, used=is_used)
+        )
     best = {
         name: min((row.loss for row in rows if row.condition == name and row.loss is not None), default=None)
         for name in {row.condition for row in rows}

@@ -24,6 +24,7 @@ from cosup_fast.study.provenance import commit
 from cosup_fast.study.result import completed, read_cell
 from cosup_fast.study.sets import load_sets
 from cosup_fast.study.status import duration, time_left_of
+from cosup_fast.terminal import SafeConsole
 from cosup_fast.training.checkpoint import checkpoints
 
 BEGUN = "run.json"  # what a cell's run was begun with
@@ -44,7 +45,7 @@ def run_study(study: Study, *, only: str | None = None, console: Console | None 
         StudyError: a finished cell disagrees with the study, a test set is missing, or no cell matches `only`.
         KeyboardInterrupt: Ctrl-C; the same study resumes from there.
     """
-    console = console or Console(stderr=True)
+    console = console or SafeConsole(stderr=True)
     cells = select(study, only)
     missing = [cell for cell in cells if read_cell(cell) is None]
     console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are finished", highlight=False)

@@ -32,11 +32,25 @@ def load_sets(study: Study) -> tuple[list[TestSet], list[Corpus]]:
             raise StudyError(f"set {one.name!r}: {error}") from None
         # A question is counted in its set, whatever collection it came from.
         tests.append(TestSet(one.name, _sample(examples, study.evaluation.questions), one.domain, one.corpus))
+    _check_keys(tests)
     if (most := study.evaluation.passages) is not None:
         for name, corpus in corpora.items():
             asked = [example for test in tests if test.corpus == name for example in test.examples]
             corpora[name] = _smaller(corpus, asked, most)
     return tests, list(corpora.values())
+
+
+def _check_keys(tests: Iterable[TestSet]) -> None:
+    """Refuses a question of two sets, before anything is trained for it."""
+    sets: dict[tuple[str | None, str], str] = {}
+    for test in tests:
+        for example in test.examples:
+            first = sets.setdefault((example.dataset, example.id), test.source)
+            if first != test.source:
+                raise StudyError(
+                    f"sets: question {example.id!r} of data set {example.dataset!r} is in {first!r} and in "
+                    f"{test.source!r}: remove it from one of them, or give its lines another `dataset`"
+                )
 
 
 def _sample(rows: Sequence[T], most: int | None) -> list[T]:

@@ -251,11 +251,10 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a finished checkpoint under the name of its step, and not a copy that someone keeps there."""
+    """Whether a folder is a finished checkpoint under the name of its step, and no copy of it or link to it."""
     step = re.fullmatch(rf"{_PREFIX}(\d+)", folder.name)
-    return (
-        step is not None and checkpoint_folder(folder.parent, int(step[1])) == folder and (folder / MANIFEST).is_file()
-    )
+    named = step is not None and checkpoint_folder(folder.parent, int(step[1])) == folder
+    return named and not folder.is_symlink() and (folder / MANIFEST).is_file()
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosup_fast.data.records import DataError, parse_object
-from cosup_fast.files import naming, replace_file
+from cosup_fast.files import check_regular, naming, replace_file
 from cosup_fast.terminal import FigureTable
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import Diagnosis
@@ -117,7 +117,9 @@ class RunLog(Callback):
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
-        with (self.output / "warnings.log").open("a", encoding="utf-8") as file:
+        path = self.output / "warnings.log"
+        check_regular(path)
+        with path.open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
 
@@ -205,4 +207,5 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    with replace_file(path, binary=True) as file:
+        figure.savefig(file, dpi=120, format="png")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cosup_fast.cli import demo
 from cosup_fast.cli.common import load_model
+from cosup_fast.data.records import Example
 from cosup_fast.index import SequenceIndex
 
 
@@ -97,3 +98,17 @@ def test_no_held_out_question_has_a_passage_that_is_trained_on():
     assert asked <= set(pool.by_id)
     assert not asked & {passage for example in trained for passage in example.gold}
     assert len(pool) == demo.POOL
+
+
+def test_a_kept_ranking_with_a_changed_byte_is_not_used(tmp_path):
+    lists = [[("paris", 2.0), ("rome", 1.0)], [("rome", 2.0), ("paris", 1.0)]]
+    questions = [Example(id=f"e{i}", question="?", output=[], gold=["paris"]) for i in range(2)]
+    retriever = SimpleNamespace(rank=lambda examples, k: lists)
+    bench = SimpleNamespace(system=lambda name, corpus: SimpleNamespace(retriever_of=lambda name: retriever))
+    made = demo._ranked(tmp_path, "a b", lambda: bench, "", questions, SimpleNamespace(name="x"))
+    assert made["recall@1"] == {"e0": 1.0, "e1": 0.0}
+    assert demo._ranked(tmp_path, "a b", None, "", questions, None) == made
+    (path,) = (tmp_path / "ranks").iterdir()
+    path.write_text(path.read_text().replace('"e1": 0.0', '"e1": 1.0'))
+    with pytest.raises(ValueError, match=r"a-b\.json is damaged: its checksum .*: remove it"):
+        demo._ranked(tmp_path, "a b", None, "", questions, None)

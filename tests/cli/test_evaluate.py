@@ -5,6 +5,11 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
+
+from cosup_fast.cli.systems import clear
+from cosup_fast.files import Journal
+
 
 def test_plain_questions_can_be_evaluated(cosup, fields, data_folder, tmp_path, arguments):
     assert cosup("train", *arguments(**{"training.steps": 1}))[0] == 0
@@ -186,3 +191,22 @@ def test_what_was_answered_before_an_interruption_is_kept(cosup, fields, data_fo
     assert not output.exists()
     partial = [json.loads(line) for line in (tmp_path / "answers.jsonl.partial").read_text().splitlines()]
     assert [answer["question"] for answer in partial] == questions[:2]
+
+
+def test_overwriting_removes_an_evaluation_alone(tmp_path):
+    (tmp_path / "report.json").write_text("years of work")
+    clear(tmp_path)
+    (tmp_path / "answers.jsonl").write_text('{"question": "Who?", "answer": "They."}')  # as of `generate --output`
+    with pytest.raises(ValueError, match=r"answers\.jsonl is not a journal of this work"):
+        clear(tmp_path)
+    assert (tmp_path / "report.json").read_text() == "years of work"
+    (tmp_path / "answers.jsonl").unlink()
+    with Journal(tmp_path / "answers.jsonl", {"of": "it"}) as journal:
+        journal.add("e1", {})
+        with pytest.raises(ValueError, match="is being written by another process"):
+            clear(tmp_path)
+        journal.add("e2", {})
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+    (tmp_path / "notes.txt").write_text("of ours")
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -378,6 +378,19 @@ def test_a_source_is_converted_where_it_is_named(tmp_path, beir, monkeypatch, wr
             load_examples(spec, None)
 
 
+@pytest.mark.parametrize("file", ["passages.jsonl", "train.jsonl", "converted.json"])
+def test_a_changed_byte_of_what_was_converted_is_not_used(file, tmp_path, monkeypatch, write_lines):
+    monkeypatch.setenv("COSUP_HOME", str(tmp_path / "home"))
+    spec = f"tevatron:{write_lines(tmp_path / 'train.jsonl', TEVATRON)}"
+    load_examples(spec, {passage.id for passage in load_corpus(spec)})
+    (path,) = (tmp_path / "home" / "converted").glob(f"*/{file}")
+    changed = path.read_bytes().replace(b"Oslo", b"Osla") if file != "converted.json" else b'{"files": 7}'
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match=rf"{path.parent}.*: remove {path.parent}, and it is converted again"):
+        load_corpus(spec) if file == "passages.jsonl" else load_examples(spec, None)
+
+
 def test_every_form_trains_by_name(cosup, llama_folder, tmp_path, beir, monkeypatch, write_lines):
     monkeypatch.setenv("COSUP_HOME", str(tmp_path / "home"))
     dpr = tmp_path / "dpr.json"

@@ -151,3 +151,6 @@ def test_empty_and_missing_files(tmp_path, corpus):
         load_test_sets([str(tmp_path / "empty.jsonl")], corpus)
     with pytest.raises(DataError, match="found none of these"):
         load_test_sets([str(tmp_path / "absent.jsonl")], corpus)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl:1: expected one JSON object"):
+        load_test_sets([str(tmp_path / "deep.jsonl")], corpus)

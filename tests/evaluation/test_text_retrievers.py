@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.template import passage_text
@@ -122,6 +124,30 @@ def test_chance_is_what_random_rankings_find(passages):
     names = list(corpus.by_id)
     hits = [any(name.startswith("page#") for name in draw.sample(names, 5)) for _ in range(20_000)]
     assert corpus.chance(["page"], 5) == pytest.approx(sum(hits) / len(hits), abs=0.015)
+
+
+@pytest.mark.parametrize("kind", ["retriever", "embseq"])
+def test_a_sentence_transformer_that_lacks_weights_is_refused(make_model, tmp_path, kind):
+    """They would be random."""
+    export(make_model(), tmp_path / "out", kind)
+    sentence_encoder(str(tmp_path / "out"), "cpu")
+    path = max((tmp_path / "out").rglob("model.safetensors"))
+    save_file({k: x for k, x in load_file(path).items() if "layers.1.self_attn.q_proj" not in k}, path)
+    sentence_encoder.cache_clear()
+    with pytest.raises(ValueError, match=r"lacks layers\.1\.self_attn\.q_proj\.weight, which would be left random"):
+        sentence_encoder(str(tmp_path / "out"), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["retriever", "embseq"])
+def test_code_in_a_sentence_transformer_is_never_run(make_model, tmp_path, kind):
+    folder = tmp_path / "out"
+    export(make_model(), folder, kind)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    path = folder / ("router_config.json" if kind == "retriever" else "modules.json")
+    path.write_text(re.sub(r"sentence_transformers\.models\.Pooling", "evil.Evil", path.read_text()))
+    with pytest.raises(ValueError, match=r"has the module 'evil\.Evil' .* is never run"):
+        sentence_encoder(str(folder), "cpu")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl"])

@@ -99,6 +99,20 @@ def test_a_change_gives_no_fresh_checksum_to_damaged_data(model, passages, saved
     assert (saved / "index.json").read_bytes() == stamp
 
 
+def test_a_deletion_fills_no_approximate_index_with_damaged_data(model, passages, tmp_path):
+    """A byte of a shard that the deletion leaves alone, but that the approximate index is filled with again."""
+    folder = tmp_path / "index"
+    SequenceIndex.build(model, passages, folder, factory="Flat", options=SMALL)
+    first = folder / "shard-00000" / "vectors.npy"
+    damaged = bytearray(first.read_bytes())
+    damaged[-3] ^= 1
+    first.write_bytes(damaged)
+    stamp = (folder / "index.json").read_bytes()
+    with pytest.raises(ValueError, match=r"shard-00000/vectors\.npy was altered.*build the index again"):
+        SequenceIndex.open(folder, verify=False).delete([passages[-1].id])
+    assert (folder / "index.json").read_bytes() == stamp
+
+
 def test_a_change_keeps_the_checksums_of_shards_that_it_leaves_alone(model, passages, saved):
     index = SequenceIndex.load(saved, model)
     first = saved / next(iter(Stamp.read(saved).shards))

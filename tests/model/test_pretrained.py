@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -97,6 +98,71 @@ def test_shards_are_all_read_or_the_model_is_refused(llama_folder, tmp_path):
     (tmp_path / files[1]).unlink()
     with pytest.raises(ValueError, match=rf"names {files[1]}, which is missing"):
         read_model(AutoModelForCausalLM, tmp_path)
+
+
+def test_layers_that_the_configuration_lacks_are_refused_unless_they_are_cut_off(folder, make_model):
+    copy = folder(lambda tensors: tensors)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    for factory in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(ValueError, match=r"also holds 9 tensors \(model\.layers\.1\..*no layer: use the configur"):
+            read_model(factory, copy)
+    with pytest.raises(ValueError, match=r"also holds 9 tensors .*model\.gen_layers"):
+        make_model(gen=str(copy))
+    assert make_model(gen=str(copy), gen_layers=1, embseq_layers=1).gen.config.num_hidden_layers == 1
+
+
+def test_integers_that_nothing_says_how_to_scale_are_refused(folder):
+    copy = folder(lambda t: {k: x.to(torch.int8) if "layers.1.mlp.up_proj" in k else x for k, x in t.items()})
+    with pytest.raises(ValueError, match=r"holds model\.layers\.1\.mlp\.up_proj\.weight in integers \(I8\)"):
+        read_model(AutoModelForCausalLM, copy)
+
+
+def test_a_head_that_the_configuration_would_tie_is_not_lost(folder, make_model):
+    copy = folder(lambda tensors: tensors)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"holds a head that differs from its embeddings"):
+        make_model(gen=str(copy))
+    folder(lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    gen = make_model(gen=str(copy)).gen
+    assert gen.get_output_embeddings().weight is gen.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("part", ["gen", "embseq"])
+def test_a_tokenizer_with_tokens_beyond_the_embeddings_is_refused(llama_folder, make_model, tmp_path, part):
+    """Of a word, and of an end of sequence that its tokenizer adds."""
+    for number, content in enumerate(("word", "</end>")):
+        copy = tmp_path / f"{number}"
+        shutil.copytree(llama_folder, copy)
+        tokenizer = read_tokenizer(copy)
+        rows = len(load_file(copy / "model.safetensors")["lm_head.weight"])
+        spare = [f"spare {i}" for i in range(rows - len(tokenizer))]
+        tokenizer.add_tokens(spare)
+        make_model(**{part: _saved(tokenizer, copy)})
+        tokenizer.add_tokens(content) if content == "word" else tokenizer.add_special_tokens({"eos_token": content})
+        _saved(tokenizer, copy)
+        with pytest.raises(ValueError, match=rf"token '{content}' with the id {rows}, and the model has {rows} emb"):
+            make_model(**{part: str(copy)})
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_special_tokens_may_have_any_ids(llama_folder, make_model, tmp_path):
+    """Ids with a hole, and a special token that no text becomes beyond the embeddings, as Gemma 3's image token."""
+    copy = tmp_path / "model"
+    shutil.copytree(llama_folder, copy)
+    path = copy / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["added_tokens"].append({**described["added_tokens"][-1], "id": 317, "content": "<image>"})
+    path.write_text(json.dumps(described))
+    model = make_model(gen=str(copy))
+    t = model.template
+    assert min(t.nsp, t.context_start, t.context_end, t.pad) > 300
+    assert max(t.tokenizer.get_vocab().values()) < model.vocabulary == len(model.gen.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("part", ["configuration", "tokenizer"])

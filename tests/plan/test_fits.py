@@ -112,3 +112,10 @@ def test_the_packs_are_those_of_the_first_steps(config, model, examples, corpus:
     assert asked.gen_sequences * asked.gen_length >= len(gen.input_ids) > asked.gen_sequences * (asked.gen_length - 1)
     assert asked.embseq_sequences == len(embseq.lengths)
     assert asked.queries_per_sequence * asked.gen_sequences >= batches[1].nsp_count
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '{"model_type": "nothing"}'])
+def test_a_configuration_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"there is no configuration '.*x\.json'"):
+        model_config(str(tmp_path / "x.json"))

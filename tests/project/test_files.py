@@ -199,6 +199,15 @@ def test_a_link_planted_under_a_temporary_name_is_not_followed(tmp_path):
     assert (tmp_path / "f.txt").read_text() == "ours"
 
 
+def test_a_lock_is_not_written_through_a_planted_link(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("theirs")
+    (tmp_path / ".out.lock").symlink_to(target)
+    with pytest.raises(ValueError, match=r"\.out\.lock is a link"), held(tmp_path / "out", "generate"):
+        pass
+    assert target.read_text() == "theirs"
+
+
 def test_one_process_at_a_time_writes_an_output_and_the_other_is_told_which(tmp_path):
     code = """
         import sys, time

@@ -27,6 +27,14 @@ def test_what_decides_nothing_is_no_part_of_a_cells_identity(write_study, study)
     assert load_study(write_study(base=base)).cells["ntp-seed0"].identity != before
 
 
+def test_averages_are_for_the_report_alone(write_study, study):
+    named = load_study(write_study(averages={"few": ["cities"]}))
+    assert named.averages == {"few": ("cities",)}
+    assert {name: cell.identity for name, cell in named.cells.items()} == {
+        name: cell.identity for name, cell in study.cells.items()
+    }
+
+
 def test_sections_and_dotted_names_say_the_same(write_study):
     for change in ({"nsp.weight": 0.3}, {"nsp": {"weight": 0.3}}):
         study = load_study(write_study(conditions={"one": {"change": change, "systems": ["gold"]}}))
@@ -73,6 +81,11 @@ ONE = {"systems": ["gold"]}
         ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is not in this study, did you mean 'ntp/gold'"),
         ({"sets": []}, "is evaluated and sets=\\[\\] has nothing to ask"),
         ({"set": []}, "set: Extra inputs are not permitted"),
+        ({"averages": {"few": ["citys"]}}, r"averages\.few: 'citys' is not a set of this study, did you mean 'cities'"),
+        ({"averages": {"few": ["cities", "cities"]}}, r"averages\.few: 'cities' is named twice"),
+        ({"averages": {"few": []}}, r"averages\.few=\[\]: name at least one set"),
+        ({"averages": {"dates": ["cities"]}}, r"averages\.dates: the report has another row of that name"),
+        ({"averages": {"in-domain": ["cities"]}}, r"averages\.in-domain: the report has another row of that name"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message, write_study):

@@ -62,6 +62,37 @@ def test_runs_of_the_same_seed_are_drawn_together_where_all_are_shared():
     assert apart.low < 0 < apart.high
 
 
+def test_intervals_end_where_a_mean_of_shares_does():
+    nearly = {seed: {str(i): float(i != seed) for i in range(20)} for seed in (0, 1)}
+    never = {seed: {str(i): float(i == 0) for i in range(20)} for seed in (0, 1)}
+    assert average({"s": nearly}).high == 1
+    assert average({"s": {seed: {q: 1 - x for q, x in row.items()} for seed, row in nearly.items()}}).low == 0
+    assert -1 <= difference({"s": never}, {"s": nearly}).low < 0
+
+
+def _study(random, shift, sides=(3, 3)):
+    """Two conditions of so many seeds on two sets of 60 questions, the first better by `shift` on the logit scale."""
+    hard, made = random.normal(-0.5, 1, (2, 60)), []
+    for seeds, gain in zip(sides, (shift, 0.0), strict=True):
+        runs = gain + random.normal(0, 0.2, seeds)
+        right = random.random((2, seeds, 60)) < 1 / (1 + np.exp(-(hard[:, None] + runs[:, None])))
+        made.append({t: {s: dict(enumerate(row.astype(float))) for s, row in enumerate(right[t])} for t in (0, 1)})
+    return made
+
+
+@pytest.mark.parametrize("sides", [(3, 3), (3, 2)])
+def test_a_detectable_difference_is_decided_about_four_times_in_five(sides):
+    random = np.random.default_rng(5)
+    nothing = [difference(*_study(random, 0.0, sides)) for _ in range(60)]
+    assert np.mean([found.decided for found in nothing]) <= 0.05
+    assert nothing[0].detectable == pytest.approx(2.80 * nothing[0].error, rel=0.01)
+    detectable = np.mean([found.detectable for found in nothing])
+    shift = 5 * detectable  # a share near 0.4 moves by about a fifth of the logit
+    found = [difference(*_study(random, shift, sides)) for _ in range(120)]
+    assert np.mean([one.mean for one in found]) == pytest.approx(detectable, rel=0.1)
+    assert 0.65 <= np.mean([one.decided for one in found]) <= 0.95
+
+
 def test_an_interval_covers_the_true_difference_about_as_often_as_it_says():
     random, covered, trials = np.random.default_rng(1), 0, 120
     for trial in range(trials):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cosup_fast.data.packing import make_batch
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.evaluation import Corpus, TestSet
+from cosup_fast.evaluation import Corpus, TestSet, Workbench
+from cosup_fast.generation import GenerationConfig
 from cosup_fast.study.attention import Layout, attention_by_layer
-from cosup_fast.study.handed import replaced, swapped, with_answer
+from cosup_fast.study.handed import followed, replaced, swapped, with_answer
 from cosup_fast.study.spaces import cka, look
 
 LEADS = [
@@ -47,6 +49,38 @@ def test_a_replaced_answer_is_one_of_the_same_shape(model):
 def test_a_swapped_passage_holds_no_answer(model):
     found = {one.original.id: one.passage.title for one in swapped(TEST, LEADS_CORPUS, model.template)}
     assert found == {"n": "Rhine", "r": "Amazon", "a": "Rhine", "e": "Nile"}
+
+
+@pytest.mark.parametrize(
+    ("name", "teach", "follows_passage", "follows_memory"),
+    [
+        ("replaced", lambda one: one.asked.answers[0], 1, 0),
+        ("replaced", lambda one: one.original.answers[0], 0, 1),
+        ("swapped", lambda one: f"the {one.passage.title}.", 1, 0),
+    ],
+)
+def test_what_is_written_is_counted_as_passage_or_memory(make_model, name, teach, follows_passage, follows_memory):
+    model = make_model()
+    rows = list({"replaced": replaced, "swapped": swapped}[name](TEST, LEADS_CORPUS, model.template))
+    lessons = [
+        one.asked.model_copy(update={"output": [Segment(text=teach(one), passage=one.passage.id)]}) for one in rows
+    ]
+    batch = make_batch(lessons, {one.passage.id: one.passage for one in rows}, model.template)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(70):
+        optimizer.zero_grad()
+        model(batch).ntp.backward()
+        optimizer.step()
+    found = followed(
+        name, Workbench(model.eval(), progress=False), [TEST], {"": LEADS_CORPUS},
+        GenerationConfig(ret_first=True, max_retrievals=1, max_new_tokens=24), progress=lambda *_: None,
+    )  # fmt: skip
+    assert found == {
+        "rivers": {
+            "follows_passage": dict.fromkeys("nrae", follows_passage),
+            "follows_memory": dict.fromkeys("nrae", follows_memory),
+        }
+    }
 
 
 def test_punctuation_after_an_answer_stays_with_the_sentence():

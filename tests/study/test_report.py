@@ -8,8 +8,9 @@ import re
 import pytest
 
 from cosup_fast.study import StudyError, load_study
-from cosup_fast.study.render import write_report
-from cosup_fast.study.report import ALL, make_report
+from cosup_fast.study.config import ALL
+from cosup_fast.study.render import markdown, write_report
+from cosup_fast.study.report import make_report
 from cosup_fast.study.result import CellResult, SetFacts, SetScores
 
 TITLES = {"cities": "01", "dates": "0"}
@@ -128,6 +129,52 @@ def test_the_three_files_say_the_same_and_the_page_loads_nothing(filled, tmp_pat
     assert not re.findall(r"<script|<link|src=|href=\"http", page)
 
 
+def test_averages_of_a_studys_own_have_tables_and_columns(filled):
+    study = filled.model_copy(update={"averages": {"few": ("cities",)}})
+    report = make_report(study)
+    write, _ = report.decisive
+    assert write.scopes["few"] == write.scopes["cities"]
+    arm = next(arm for arm in report.arms if arm.name == "ntp/gold")
+    assert arm.figures["few"] == arm.figures["cities"]
+    assert report.chance["few"] == report.chance["cities"]
+    text = markdown(report)
+    assert "| all sets | in-domain | out-of-domain | few | seeds |" in text
+    assert "## Every arm: few\n\nOver cities.\n\n| arm |" in text
+
+
+def test_the_numbers_of_runs_of_both_sides_are_told(filled):
+    report = make_report(filled)
+    write, query = report.decisive
+    assert (write.seeds, query.seeds) == ((1, 2), (1, 1))
+    text = markdown(report)
+    assert re.search(r"\| write both/gold - ntp/gold \| correct \|.*\| 1, 2 \| 3 \| 0: \+50\.0 \|", text)
+    assert re.search(r"\| query .* \| 1 \| 3 \| 0: \+75\.0 \|", text)
+
+
+def test_what_could_have_been_seen_stands_beside_what_decides(filled):
+    report = make_report(filled)
+    (query,) = (one for one in report.decisive if one.title == "query")
+    whole = query.scopes[ALL]
+    assert whole.error > 0
+    text = markdown(report)
+    row = f"| R@1 | 1 | {100 * whole.error:.1f} | {280.2 * whole.error:.1f} | 2 | 1 | 0 |"
+    assert row in text  # dates alone are above 0: cities have one question of two where nothing differs
+    held_out = text[text.index("## Held out") :]
+    assert "| ntp | 2 | 4 | 1.500 | - | 50.0 | - | - |" in held_out
+
+
+def test_a_label_is_not_asked_whether_its_passage_says_so(filled, put):
+    cell = filled.cells["both-seed0"]
+    result = CellResult.load(cell.result)
+    dates = result.systems["gold"]["dates"].model_copy(update={"correctness": "label_accuracy"})
+    systems = {**result.systems, "gold": {**result.systems["gold"], "dates": dates}}
+    result.model_copy(update={"systems": systems}).save(cell.result)
+    arm = next(arm for arm in make_report(filled).arms if arm.name == "both/gold")
+    assert "grounded" not in arm.figures["dates"]
+    assert arm.figures[ALL]["grounded"].mean == arm.figures["cities"]["grounded"].mean == 0.75
+    assert arm.figures["dates"]["correctness"].mean == 1
+
+
 def test_results_of_two_commits_are_refused_unless_allowed(filled, put):
     put("nsp-seed0", {"ranks": {"recall@1": ("10", "0")}}, commit="def")
     with pytest.raises(StudyError, match=r"several commits: .*def \(nsp-seed0\).*--allow-mixed-commits"):
@@ -180,7 +227,7 @@ def test_trials_are_listed_with_the_best_of_each_condition(write_study):
     study = load_study(
         write_study(
             conditions={
-                "ntp": {"change": {"nsp.weight": 0}, "systems": ["gold"], "tune": tune},
+                "ntp": {"change": {"nsp.weight": 0, "training.lr": 0.1}, "systems": ["gold"], "tune": tune},
                 "both": {"systems": ["gold"], "tune": tune},
             }
         )
@@ -199,7 +246,12 @@ def test_trials_are_listed_with_the_best_of_each_condition(write_study):
         versions={}, machine="", seconds={}, steps=4, curves={}, sets={}, systems={}, probes={},
     ).save(ntp.result)  # fmt: skip
     # Trials have a table of their own, and may be of another commit than the cells.
-    found = [(row.condition, row.changed["training.lr"], row.loss, row.best) for row in make_report(study).trials]
+    report = make_report(study)
+    found = [(row.condition, row.changed["training.lr"], row.loss, row.best) for row in report.trials]
     assert found == [
         ("ntp", 0.1, 2.0, False), ("ntp", 0.2, 1.0, True), ("both", 0.1, 2.5, True), ("both", 0.2, 4.0, False),
     ]  # fmt: skip
+    assert [row.used for row in report.trials] == [True, False, False, False]
+    text = markdown(report)
+    assert "| ntp | training.lr=0.1 | 2.000 | 2.000 | - | - | - | used |" in text
+    assert "| ntp | training.lr=0.2 | 1.000 | 1.000 | - | - | - | best |" in text

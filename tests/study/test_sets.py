@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cosup_fast.study import load_study
+import pytest
+
+from cosup_fast.study import StudyError, load_study, run_study
 from cosup_fast.study.sets import load_sets
 
 
@@ -21,3 +23,12 @@ def test_fewer_questions_and_passages_are_the_same_each_time_and_keep_what_is_go
     assert [len(test.examples) for test in one] == [1, 1]
     assert {test.examples[0].id for test in one} <= {example.id for test in whole for example in test.examples}
     assert set(fewer.by_id) == {name for test in one for example in test.examples for name in example.gold}
+
+
+def test_a_question_of_two_sets_is_refused_before_anything_is_trained(write_study):
+    study = load_study(write_study())
+    again = study.sets[0].model_copy(update={"name": "again"})
+    study = study.model_copy(update={"sets": (*study.sets, again)})
+    with pytest.raises(StudyError, match="question 'e1' of data set 'cities' is in 'cities' and in 'again': remove it"):
+        run_study(study)
+    assert not study.work_folder.exists()

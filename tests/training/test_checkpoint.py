@@ -14,6 +14,7 @@ from cosup_fast.training.checkpoint import (
     chosen_checkpoint,
     load_trainer_state,
     save_checkpoint,
+    verify,
 )
 from cosup_fast.training.optimizers import LocalOptimizer
 
@@ -101,6 +102,16 @@ def test_what_lies_beside_the_checkpoints_is_left_alone(name, make_model, tmp_pa
     newer = save_checkpoint(tmp_path, 5, model, _optimizer(model), keep=1)
     assert checkpoints(tmp_path) == [newer]
     assert (tmp_path / name / "manifest.json").is_file()
+
+
+def test_a_link_to_a_checkpoint_is_none(make_model, tmp_path):
+    model = make_model()
+    saved = save_checkpoint(tmp_path, 3, model, _optimizer(model))
+    (tmp_path / "step-000004").symlink_to(saved.name)
+    assert checkpoints(tmp_path) == [saved]
+    newer = save_checkpoint(tmp_path, 5, model, _optimizer(model), keep=2)
+    assert checkpoints(tmp_path) == [saved, newer]
+    verify(saved)
 
 
 def test_a_file_that_cannot_be_written_loses_nothing(make_model, tmp_path, monkeypatch):

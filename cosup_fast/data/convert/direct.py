@@ -1,6 +1,7 @@
 """Published data named where a corpus or examples are: `tevatron:train.jsonl`, `beir:datasets/scifact:train`.
 
-They are converted once into a folder of `COSUP_HOME`, which is found again as long as the source has its size and time.
+They are converted once into a folder of `COSUP_HOME`, which is found again as long as the source has its size and time,
+and whose files are used as long as they are what was written.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from cosup_fast.data.convert.beir import convert_beir
 from cosup_fast.data.convert.judged import convert_dpr, convert_sentence_transformers, convert_tevatron
 from cosup_fast.data.convert.output import CONVERTED, PASSAGES
 from cosup_fast.data.convert.self_rag import convert_self_rag
+from cosup_fast.data.prepared.verify import recorded, verify
 from cosup_fast.data.records import DataError, nearest
-from cosup_fast.files import read_object
 
-VERSION = 1
+VERSION = 2
 """Of what conversions write; with another one sources are converted again."""
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -56,10 +57,12 @@ def converted(spec: str, kind: str, home: Path) -> Path:
     with FileLock(folder.parent / f".{name}.lock"):  # ranks start together: one of them converts
         if not (folder / CONVERTED.marker).is_file():
             FORMS[form](source, folder)
+    remedy = f"remove {folder}, and it is converted again"
     if kind == "corpus":
+        verify(folder, [PASSAGES], info=CONVERTED.marker, remedy=remedy)
         return folder / PASSAGES
-    note = read_object(folder / CONVERTED.marker, ["files"])
-    splits = [name.removesuffix(".jsonl") for name in note["files"] if name != PASSAGES]
+    files = recorded(folder, CONVERTED.marker, remedy)
+    splits = [name.removesuffix(".jsonl") for name in files if name != PASSAGES]
     if split is None and len(splits) == 1:
         split = splits[0]
     if split not in splits:
@@ -68,6 +71,7 @@ def converted(spec: str, kind: str, home: Path) -> Path:
             f"{kind} {spec!r}: expected one of the splits {', '.join(splits)}, as in {form}:{source}:{splits[0]}, "
             f"found {found}{nearest(split or '', splits)}"
         )
+    verify(folder, [f"{split}.jsonl"], info=CONVERTED.marker, remedy=remedy)
     return folder / f"{split}.jsonl"
 
 

@@ -108,7 +108,10 @@ class Output:
     def finish(self, form: str, sources: Sequence[str | Path], counts: Counter[str]) -> None:
         """Writes the note. Sources on a hub have no checksum there: their name stands for them."""
         made_of = {Path(s).name: sha256(Path(s)) if Path(s).is_file() else str(s) for s in sources}
-        note = {"form": form, "sources": made_of, "counts": dict(counts), "files": sorted(self._files)}
+        for file in self._files.values():
+            file.flush()
+        files = {name: sha256(self._folder / name) for name in sorted(self._files)}
+        note = {"form": form, "sources": made_of, "counts": dict(counts), "files": files}
         (self._folder / CONVERTED.marker).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 

@@ -26,10 +26,13 @@ from cosup_fast.data import sources
 from cosup_fast.data.prepared.catalog import CATALOG, GROUPS, Prepared, is_corpus
 from cosup_fast.data.prepared.fetch import Package, fetch_package
 from cosup_fast.data.prepared.splits import check_splits
-from cosup_fast.data.prepared.verify import INFO, recorded
+from cosup_fast.data.prepared.verify import INFO, STAMPS, recorded
 from cosup_fast.data.records import DataError, Example, nearest, read_examples, read_passages
-from cosup_fast.files import sha256, sync
+from cosup_fast.files import FolderKind, check_replaceable, sha256, sync
 from cosup_fast.terminal import SafeConsole
+
+_NOTE = "LICENSE_NOTE.txt"
+PREPARED = FolderKind("a prepared set", INFO, frozenset({"name", "files"}), (_NOTE, STAMPS))
 
 
 class PreparedRow(NamedTuple):
@@ -48,7 +51,7 @@ def prepare(name: str, *, home: Path | None = None, progress: bool = True) -> Pa
     """Prepares a set, a group of sets, or `all`, under `home`; returns its folder (the home folder for several).
 
     What is complete already is left alone. Raises `DataError` when the name is unknown, a package cannot be
-    fetched, a hash differs, or the disk is full; the message says what to do.
+    fetched, a hash differs, the disk is full, or something else is in the place of a set; the message says what to do.
     """
     several = {**GROUPS, "all": tuple(CATALOG)}
     if name not in several and name not in CATALOG:
@@ -131,6 +134,10 @@ def _new_staging(home: Path) -> Path:
 
 
 def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
+    try:
+        check_replaceable(home / entry.name, PREPARED)
+    except ValueError as error:
+        raise DataError(f"{entry.name}: {error}, or set COSUP_HOME to another one") from None
     staging = _new_staging(home)
     free = shutil.disk_usage(home).free
     if free < entry.disk:
@@ -149,7 +156,7 @@ def _prepare_one(entry: Prepared, home: Path, bars: Progress) -> None:
                 f"{entry.name}/{file}: expected sha256 {expected}, found {files.get(file, 'no file')}: the packages "
                 "are the pinned ones, so this version of cosup-fast makes another file here; please report it"
             )
-    (out / "LICENSE_NOTE.txt").write_text(_note(entry), encoding="utf-8")
+    (out / _NOTE).write_text(_note(entry), encoding="utf-8")
     info = {
         "name": entry.name,
         "what": entry.what,

@@ -92,12 +92,29 @@ def test_prepare_makes_the_set_once(entry, home, registry):
 
 
 def test_a_set_of_another_version_is_made_anew(entry, home, monkeypatch):
+    two = changed(entry, build=lambda *given: (extract(*given), (given[2] / "stale").touch()))
+    use(monkeypatch, two)
     folder = prepare.prepare("tiny", home=home, progress=False)
-    (folder / "stale").touch()
+    assert (folder / "stale").exists()
     use(monkeypatch, changed(entry, revision=2))
     assert prepare.list_prepared(home)[0].ready is False
     prepare.prepare("tiny", home=home, progress=False)
     assert not (folder / "stale").exists()
+
+
+@pytest.mark.parametrize("marker", [None, "[]", '{"name": "x"}', "whole"])
+def test_what_is_not_a_prepared_set_is_not_replaced(marker, entry, home, monkeypatch):
+    folder = home / "tiny"
+    folder.mkdir(parents=True)
+    if marker == "whole":
+        prepare.prepare("tiny", home=home, progress=False)
+        use(monkeypatch, changed(entry, revision=2))
+    elif marker is not None:
+        (folder / "PREPARED.json").write_text(marker)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match=r"tiny: .*tiny holds something else"):
+        prepare.prepare("tiny", home=home, progress=False)
+    assert (folder / "thesis.tex").read_text() == "years of work"
 
 
 def test_prerequisites_come_first(entry, home, monkeypatch):
