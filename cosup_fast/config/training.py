@@ -174,6 +174,8 @@ class TrainingConfig(Section):
                 f"training.keep_best={self.keep_best} is never evaluated under training.eval_every=null: set that to "
                 "a number of steps"
             )
+        if twice := next((name for name in self.report_to if self.report_to.count(name) > 1), None):
+            raise ValueError(f"training.report_to names {twice} more than once: name it once")
         if self.replicas > 1 and self.sharding != "fsdp":
             raise ValueError(
                 f"training.replicas={self.replicas} copies shards, and training.sharding={self.sharding} has none: set "

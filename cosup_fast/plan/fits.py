@@ -54,9 +54,10 @@ def check_fits(config: RunConfig, batches: Sequence[CoSupervisionBatch], ranks: 
     told = f"{found.peak_gib:.1f} GiB in the {found.phase}, by simulation, of {memory / GIB:.1f} GiB"
     if found.peak_gib > room:
         parts = ", ".join(f"{kind} {size:.1f}" for kind, size in found.breakdown_gib.items() if size > 0.05)
+        parts = parts and f" ({parts})"
         raise ConfigError(
             f"a step of this run does not fit: {told} on each of {ranks} ranks, of which {memory / GIB - room:.1f} "
-            f"are to be left free ({parts}). For what would help ask cosup-fast plan with the same configuration and "
+            f"are to be left free{parts}. For what would help ask cosup-fast plan with the same configuration and "
             f"--gpus {ranks} --gpu-memory {memory / GIB:.0f} --gen-pack {request.gen_sequences}x{request.gen_length} "
             f"--embseq-pack {request.embseq_sequences}x{request.embseq_length}; train --force starts all the same"
         )

@@ -47,6 +47,7 @@ class MemoryPlan:
 
     peak_gib: float
     breakdown_gib: dict[str, float]
+    """Empty where a straight line does not lead to it."""
     phase: str
     margin_gib: float
     """For what is not simulated: CUDA context, NCCL, cuBLAS, scratch of attention kernels, fragmentation."""
@@ -225,11 +226,14 @@ def peak_line(ask: Callable[[tuple[int, int]], dict[str, Any]], depths: tuple[in
     def at(value: Callable[[dict[str, Any]], int]) -> int:
         return round(value(base) + sum(times * (value(one) - value(base)) for one, times in steps))
 
-    kinds = {kind for one in answers for kind in one["breakdown"]}
+    kinds = sorted({kind for one in answers for kind in one["breakdown"]})
+    parts = {kind: at(lambda one, kind=kind: one["breakdown"].get(kind, 0)) for kind in kinds}
+    # The kinds of peaks in different phases are on no line, though the peaks may be.
+    sound = min(parts.values()) >= 0
     return {
         "peak": at(lambda one: one["peak"]),
         "phase": last["phase"],
-        "breakdown": {kind: at(lambda one, kind=kind: one["breakdown"].get(kind, 0)) for kind in sorted(kinds)},
+        "breakdown": parts if sound else {},
         "parameters": at(lambda one: one["parameters"]),
         "trained": at(lambda one: one["trained"]),
         "weights": {

@@ -64,6 +64,7 @@ def test_an_override_of_a_text_field_is_taken_as_it_stands(override, value):
         ("training.lrr=1", "unknown field 'training.lrr', did you mean 'training.lr'"),
         ("temperature=0.1", "unknown field 'temperature', did you mean 'nsp.temperature'"),
         ("trainin.lr=1", "unknown field 'trainin'"),
+        ("training.report_to=[wandb,mlflow,wandb]", "training.report_to names wandb more than once"),
         ("training.lr=-1", "training.lr: Input should be greater than 0, found -1"),
         ("training.steps=many", "training.steps"),
         ("training.betas=[0.9,1.0]", "training.betas.1: Input should be less than 1, found 1.0"),

@@ -176,6 +176,21 @@ def test_the_line_through_a_few_layers_leads_to_all_of_them(depths):
     assert sum(line["breakdown"].values()) == pytest.approx(line["peak"], abs=8)
 
 
+def test_kinds_of_peaks_in_different_phases_are_not_continued():
+    """A shallow model's peak may be its loss, a deeper one's its backward pass: fewer than no activations follow."""
+    few = {
+        3: {"peak": 90, "phase": "loss", "breakdown": {"parameters": 30, "activations": 60}},
+        6: {
+            "peak": 120,
+            "phase": "backward of Gen",
+            "breakdown": {"parameters": 60, "gradients": 50, "activations": 10},
+        },
+    }
+    same = {"parameters": 1, "trained": 1, "weights": {"passes": [], "whole": 0}}
+    line = planner.peak_line(lambda layers: few[layers[0]] | same, (12, 12))
+    assert (line["peak"], line["phase"], line["breakdown"]) == (180, "backward of Gen", {})
+
+
 FIGURES = [  # preset, packs of each model, GiB
     ("llama2-7b-8x80g", 1, 28.5),
     ("llama2-7b-8x80g-8bit", 1, 19.5),
