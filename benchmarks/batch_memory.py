@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from benchmarks import memory, report
 from benchmarks.material import Material
 from cosup_fast.config.training import TrainingConfig
@@ -26,12 +28,11 @@ from cosup_fast.training.step import accumulate_gradients
 from cosup_fast.training.trainer import Trainer
 
 
-@dataclass(frozen=True)
 class Setting(Material):
     """Of what, and how a step is cut."""
 
-    tokens_per_micro_batch: int = 2048
-    precision: Literal["float32", "bfloat16"] = "float32"
+    tokens_per_micro_batch: int = Field(default=2048, ge=1, description="most tokens of a pack")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of products")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def measure(setting: Setting, sizes: list[int], *, say: Callable[[str], None] = 
     rows = []
     for size in sizes:
         say(f"a batch of {size}")
-        found = memory.alone("benchmarks.batch_memory", json.dumps(asdict(setting)), str(size), timeout=86400)
+        found = memory.alone("benchmarks.batch_memory", setting.model_dump_json(), str(size), timeout=86400)
         rows.append(Row(**json.loads(found)))
     return rows
 
@@ -112,5 +113,4 @@ def page(rows: list[Row], setting: Setting, command: str) -> str:
 
 
 if __name__ == "__main__":
-    _fields = json.loads(sys.argv[1])
-    print(json.dumps(asdict(here(Setting(**{**_fields, "examples": tuple(_fields["examples"])}), int(sys.argv[2])))))
+    print(json.dumps(asdict(here(Setting.model_validate_json(sys.argv[1]), int(sys.argv[2])))))

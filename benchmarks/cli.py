@@ -19,6 +19,8 @@ from benchmarks import gate as gates
 from benchmarks.cases import DTYPES, LOSSES, Case, parse_shape
 from benchmarks.gpu.command import gpu
 from benchmarks.providers import Provider, chosen
+from cosup_fast.cli.common import message_of
+from cosup_fast.cli.options import with_options
 from cosup_fast.kernels.softmax_xent.chunk_torch import multiplies_bf16
 
 app = typer.Typer(
@@ -45,13 +47,6 @@ Output = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch; default: as torch chooses")]
-# Of the benchmarks of whole training steps:
-Model = Annotated[str, typer.Option(help="the model that is Gen and Embseq")]
-Layers = Annotated[int | None, typer.Option(min=1, help="keep so many of each model")]
-Examples = Annotated[list[str] | None, typer.Option(help="sets of examples")]
-PassageTokens = Annotated[int, typer.Option(min=1, help="longest passage")]
-Precision = Annotated[str, typer.Option(help="precision of products: float32 or bfloat16")]
-StepThreads = Annotated[int, typer.Option(min=1, help="threads of torch")]
 
 
 def main(arguments: list[str] | None = None, name: str = "python -m benchmarks") -> None:
@@ -60,7 +55,7 @@ def main(arguments: list[str] | None = None, name: str = "python -m benchmarks")
         app(arguments, prog_name=name)
     except (ValueError, OSError) as error:
         err.print("[red]error:[/] ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        err.print(message_of(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -285,6 +280,7 @@ def gate_command(update: Annotated[bool, typer.Option("--update", help="Write do
     epilog="Examples: python -m benchmarks train-step --variant recipe --variant ours | python -m benchmarks "
     "train-step --layers 2 --batch-size 4 --measure products --measure time",
 )
+@with_options
 def train_step_command(
     variant: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(train_step.STEP)}; the first is compared with; default: all")
@@ -293,18 +289,11 @@ def train_step_command(
         bool, typer.Option("--cache", help="Instead: one batch of --factor micro-batches against plain accumulation.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="examples of a step, or with --cache of a micro-batch")] = 8,
-    factor: Annotated[int, typer.Option(min=2, help="micro-batches of --cache")] = 16,
-    model: Model = "smollm2-135m",
-    layers: Layers = None,
-    examples: Examples = None,
-    corpus: str = "wiki-leads",
-    passage_tokens: PassageTokens = 512,
-    checkpointing: Annotated[bool, typer.Option(help="activation checkpointing, as published")] = True,
     measure: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(train_step.MEASURES)}; repeat for several; default: all")
     ] = None,
-    threads: StepThreads = 2,
+    *,
+    setting: train_step.Setting,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -314,43 +303,23 @@ def train_step_command(
         raise ValueError(f"variant is {unknown[0]!r}; choose from {', '.join(train_step.STEP)}")
     if wrong := [what for what in measure or [] if what not in train_step.MEASURES]:
         raise ValueError(f"measure is {wrong[0]!r}; choose from {', '.join(train_step.MEASURES)}")
-    setting = train_step.Setting(
-        model, layers, corpus, tuple(examples or train_step.Setting.examples), passage_tokens, checkpointing, threads,
-        batch_size, factor,
-    )  # fmt: skip
     folder, command = _begin(output, "grad-cache" if cache else "train-step", overwrite)
-    rows = train_step.measure(
-        setting,
-        names,
-        rounds,
-        measure or train_step.MEASURES,
-        say=_say,
-    )
+    rows = train_step.measure(setting, names, rounds, measure or train_step.MEASURES, say=_say)
     text = (train_step.cache_report if cache else train_step.step_report)(rows, setting, command)
     _publish(folder, text, {"rounds.csv": report.csv_text(train_step.records(rows))}, overwrite=overwrite)
 
 
 @app.command("versions", epilog="Example: python -m benchmarks versions ../cosup-fast-0.1 --rounds 5")
+@with_options
 def versions_command(
     other: Annotated[Path, typer.Argument(help="a checkout of the other version", exists=True, file_okay=False)],
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    model: Model = versions.Setting.model,
-    layers: Annotated[int | None, typer.Option(min=1, help="keep so many of Gen's")] = None,
-    embseq_layers: Annotated[int, typer.Option(min=1, help="keep so many of Embseq's")] = 6,
-    examples: Examples = None,
-    corpus: str = versions.Setting.corpus,
-    passage_tokens: PassageTokens = versions.Setting.passage_tokens,
-    batch_size: Annotated[int, typer.Option(min=1, help="examples of a step")] = versions.Setting.batch_size,
-    precision: Precision = versions.Setting.precision,
-    threads: StepThreads = 2,
+    *,
+    setting: versions.Setting,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
     """How much faster is a training step than another version's, by the same losses?"""
-    setting = versions.Setting(
-        model, layers, embseq_layers, corpus, tuple(examples or versions.Setting.examples), passage_tokens, batch_size,
-        precision, threads,
-    )  # fmt: skip
     folder, command = _begin(output, "versions", overwrite)
     said: list[str] = []
 
@@ -368,26 +337,16 @@ def versions_command(
     epilog="Examples: python -m benchmarks batch-memory --size 256 --size 4096 --limit-gib 12 | python -m benchmarks "
     "batch-memory --size 16 --size 256 --layers 2 --passage-tokens 64",
 )
+@with_options
 def batch_memory_command(
     size: Annotated[list[int], typer.Option(min=1, help="examples of a step; repeat the option for several")],
     limit_gib: Annotated[float | None, typer.Option(help="exit status 1 where a peak is above it")] = None,
-    model: Model = batch_memory.Setting.model,
-    layers: Layers = None,
-    examples: Examples = None,
-    corpus: str = batch_memory.Setting.corpus,
-    passage_tokens: PassageTokens = batch_memory.Setting.passage_tokens,
-    tokens_per_micro_batch: Annotated[int, typer.Option(min=1)] = batch_memory.Setting.tokens_per_micro_batch,
-    precision: Precision = batch_memory.Setting.precision,
-    checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = True,
-    threads: StepThreads = 2,
+    *,
+    setting: batch_memory.Setting,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
     """How much memory does a training step take whose negatives are a large batch's?"""
-    setting = batch_memory.Setting(
-        model, layers, corpus, tuple(examples or batch_memory.Setting.examples), passage_tokens, checkpointing, threads,
-        tokens_per_micro_batch, precision,  # type: ignore[arg-type]  # the configuration says which there are
-    )  # fmt: skip
     folder, command = _begin(output, "batch-memory", overwrite)
     rows = batch_memory.measure(setting, size, say=_say)
     text = batch_memory.page(rows, setting, command)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.memory import status
+from benchmarks.memory import alone, status
 from cosup_fast.data.mapped import MappedCorpus
 
 READS = 10_000
@@ -61,8 +60,7 @@ def main() -> None:
             path = Path(folder) / "corpus.jsonl"
             write(path, count)
             for which in ("first", "next"):
-                command = [sys.executable, __file__, "--here", str(path), str(Path(folder) / "cache")]
-                found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                found = json.loads(alone("benchmarks.corpus_size", "--here", str(path), str(Path(folder) / "cache")))
                 figures = " | ".join(f"{found[kind] / 2**20:.1f}" for kind in ("peak", "own", "mapped"))
                 size = path.stat().st_size >> 20
                 print(f"| {count:,} | {size} | {which} | {found['seconds']:.3g} | {figures} |", flush=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 
 from cosup_fast.config.model import ModelConfig
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sources import load_corpus, load_examples
+from cosup_fast.data.strict import Strict
 from cosup_fast.data.template import TextConfig
 from cosup_fast.model import CoSupervisionModel
 
@@ -20,17 +21,16 @@ class Loaded(NamedTuple):
     examples: list[Example]
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(Strict):
     """Which models and which data."""
 
-    model: str = "smollm2-135m"
-    layers: int | None = None
-    corpus: str = "wiki-leads"
-    examples: tuple[str, ...] = ("cloze/train", "questions/train")
-    passage_tokens: int = 512
-    checkpointing: bool = True  # as published
-    threads: int = 2
+    model: str = Field(default="smollm2-135m", description="the model that is Gen and Embseq")
+    layers: int | None = Field(default=None, ge=1, description="keep so many of each model")
+    corpus: str = Field(default="wiki-leads", description="passages")
+    examples: list[str] = Field(default=["cloze/train", "questions/train"], description="sets of examples")
+    passage_tokens: int = Field(default=512, ge=1, description="longest passage")
+    checkpointing: bool = Field(default=True, description="activation checkpointing, as published")
+    threads: int = Field(default=2, ge=1, description="threads of torch")
 
     def load(self) -> Loaded:
         """Reads them, and sets torch's threads."""

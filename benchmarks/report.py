@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from benchmarks import machine
 from cosup_fast.files import FolderKind, check_replaceable, replace_folder
@@ -51,9 +52,9 @@ def table(header: str, rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def page(title: str, setting: Any, command: str, *parts: str) -> str:
-    """Markdown: the machine, the command and the fields of a setting (a dataclass), then the parts."""
-    fields = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
+def page(title: str, setting: BaseModel, command: str, *parts: str) -> str:
+    """Markdown: the machine, the command and the fields of a setting, then the parts."""
+    fields = ", ".join(f"{name} {value}" for name, value in setting)
     return "\n\n".join([f"# {title}", machine.line(), f"    {command}", fields, *parts]) + "\n"
 
 

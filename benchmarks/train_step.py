@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils import flop_counter
 
@@ -50,12 +50,11 @@ _CPU_ATTENTION = {
 MEASURES = ("memory", "products", "time")
 
 
-@dataclass(frozen=True)
 class Setting(Material):
     """Of what, and how large a step is."""
 
-    batch_size: int = 8
-    factor: int = 16  # micro-batches in the one batch of `cache`
+    batch_size: int = Field(default=8, ge=1, description="examples of a step, or with --cache of a micro-batch")
+    factor: int = Field(default=16, ge=2, description="micro-batches in the one batch of --cache")
 
     def bench(self) -> Bench:
         return Bench(self, *self.load())
@@ -175,7 +174,7 @@ def measure(
 
 def peak_of(setting: Setting, name: str, timeout: float = 1800) -> int:
     """Bytes that a step adds beside weights and gradients, from a process of its own."""
-    return int(memory.alone("benchmarks.train_step", json.dumps(asdict(setting)), name, timeout=timeout))
+    return int(memory.alone("benchmarks.train_step", setting.model_dump_json(), name, timeout=timeout))
 
 
 def peak_here(setting: Setting, name: str) -> int:
@@ -248,5 +247,4 @@ def records(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    _fields = json.loads(sys.argv[1])
-    print(peak_here(Setting(**{**_fields, "examples": tuple(_fields["examples"])}), sys.argv[2]))
+    print(peak_here(Setting.model_validate_json(sys.argv[1]), sys.argv[2]))

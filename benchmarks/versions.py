@@ -13,30 +13,31 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from benchmarks import report
 from benchmarks.timing import Spread
+from cosup_fast.data.strict import Strict
 
 _HEAD = "from __future__ import annotations\nimport sys\n"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(Strict):
     """What a step is of."""
 
-    model: str = "smollm2-135m"
-    layers: int | None = None
-    embseq_layers: int | None = 6
-    corpus: str = "wiki-leads"
-    examples: tuple[str, ...] = ("cloze/train", "questions/train")
-    passage_tokens: int = 48
-    batch_size: int = 16
-    precision: str = "bfloat16"
-    threads: int = 2
+    model: str = Field(default="smollm2-135m", description="the model that is Gen and Embseq")
+    layers: int | None = Field(default=None, ge=1, description="keep so many of Gen's")
+    embseq_layers: int | None = Field(default=6, ge=1, description="keep so many of Embseq's")
+    corpus: str = Field(default="wiki-leads", description="passages")
+    examples: list[str] = Field(default=["cloze/train", "questions/train"], description="sets of examples")
+    passage_tokens: int = Field(default=48, ge=1, description="longest passage")
+    batch_size: int = Field(default=16, ge=1, description="examples of a step")
+    precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="precision of products")
+    threads: int = Field(default=2, ge=1, description="threads of torch")
 
 
 class Worker:
@@ -44,7 +45,7 @@ class Worker:
 
     def __init__(self, folder: Path, setting: Setting):
         code = f"{_HEAD}sys.path.insert(0, {str(folder)!r})\n{inspect.getsource(_work)}\n_work()"
-        command = [sys.executable, "-c", code, json.dumps(asdict(setting))]
+        command = [sys.executable, "-c", code, setting.model_dump_json()]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True)
 

@@ -191,16 +191,17 @@ def mistral_folder(make_folder) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_model(llama_folder):
-    """A function that makes a model in evaluation mode: Llama with Llama unless `embseq` or `shared` say otherwise."""
+def make_model(llama_folder, gpt2_folder):
+    """A function that makes a model in evaluation mode: two Llamas unless told otherwise; it knows a "gpt2", too."""
     from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
     from cosup_fast.data.template import TextConfig
     from cosup_fast.model import CoSupervisionModel
 
-    def make(*, text=None, nsp=None, ntp=None, seed: int = 0, gen: str = llama_folder, **model):
+    def make(*, text=None, nsp=None, ntp=None, seed: int = 0, **model):
         torch.manual_seed(seed)
+        parts = {name: gpt2_folder if value == "gpt2" else value for name, value in model.items()}
         made = CoSupervisionModel.from_pretrained(
-            ModelConfig(gen=gen, **model),
+            ModelConfig(**{"gen": llama_folder, **parts}),
             TextConfig(**(text or {})),
             NSPConfig(**(nsp or {})),
             ntp=NTPConfig(**(ntp or {})),
@@ -238,6 +239,36 @@ def cosup(monkeypatch, capsys):
         return status, captured.out, " ".join(captured.err.split())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_run(llama_folder, data_folder):
+    """Settings of a tiny run of two steps an epoch, but for its output."""
+    return {
+        "model.gen": llama_folder,
+        "data.corpus": str(data_folder / "passages.jsonl"),
+        "data.train": [str(data_folder / "examples.jsonl")],
+        "data.dev": [],
+        "training.batch_size": 2,
+        "training.lr": 1e-2,
+        "training.steps": 4,
+    }
+
+
+@pytest.fixture
+def fields(tiny_run, tmp_path):
+    """The same with an output."""
+    return {"output": tmp_path / "run", **tiny_run}
+
+
+@pytest.fixture
+def arguments(fields):
+    """A function that writes the fields, and changes of them, as overrides on the command line."""
+
+    def arguments(**changes):
+        return [f"{name}={value}" for name, value in {**fields, **changes}.items()]
+
+    return arguments
 
 
 @pytest.fixture

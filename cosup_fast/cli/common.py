@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 from rich.markup import escape
 
+from cosup_fast.data.strict import Strict
 from cosup_fast.terminal import SafeConsole
 
 if TYPE_CHECKING:
@@ -32,6 +34,20 @@ IndexName = Annotated[
     typer.Option(help="the index: a folder, or milvus:URI#COLLECTION; default: index/ beside the checkpoint"),
 ]
 Stale = Annotated[bool, typer.Option("--allow-stale", help="Use an index that another checkpoint made.")]
+
+
+class Writing(Strict):
+    """How Gen writes; what is not given is as in the `generation` section of the run's configuration."""
+
+    max_new_tokens: int | None = Field(default=None, description="most tokens that Gen chooses")
+    max_retrievals: int | None = Field(default=None, description="most retrievals of an answer; 0: no index is needed")
+    ret_first: bool | None = Field(default=None, description="retrieve before the first word")
+    ctx_truncate: bool | None = Field(default=None, description="drop a passage once its text is written")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were given."""
+        return self.model_dump(exclude_defaults=True)
 
 
 def examples(*commands: str) -> str:
@@ -96,7 +112,7 @@ def generation_config(checkpoint: Path, *, index: str | None = None, **options: 
 
     run = config_of(checkpoint)
     base = run.generation if run else GenerationConfig()
-    config = base.model_validate(base.model_dump() | {name: x for name, x in options.items() if x is not None})
+    config = base.model_validate(base.model_dump() | options)
     if index is not None and not config.max_retrievals:
         raise ValueError(f"--index {index} is not searched where max_retrievals is 0: leave one of them out")
     return config

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import Field
 
-from cosup_fast.cli.common import Checkpoint, err, generation_config, interruptible, load_model, out, say
+from cosup_fast.cli.common import Checkpoint, Writing, err, generation_config, interruptible, load_model, out, say
 from cosup_fast.cli.options import with_options
 from cosup_fast.data.strict import Strict
 from cosup_fast.evaluation.kinds import forms
 
 
 class EvaluateOptions(Strict):
-    """What is evaluated, on what, and how; what is not given of the writing is as the run's configuration says."""
+    """What is evaluated, on what, and how."""
 
     examples: list[str] = Field(
         default=[], description="a JSONL file of examples or of KILT, or a prepared set; repeat it for several"
@@ -42,10 +42,6 @@ class EvaluateOptions(Strict):
     in_domain: list[str] = Field(default=[], description="a data set or source that training has seen")
     out_of_domain: list[str] = Field(default=[], description="a data set or source that training has not seen")
     limit: int | None = Field(default=None, ge=1, description="use only so many examples, drawn by the seed")
-    max_new_tokens: int | None = Field(default=None, description="most tokens that Gen chooses")
-    max_retrievals: int | None = Field(default=None, description="most retrievals of an answer")
-    ret_first: bool | None = Field(default=None, description="retrieve before the first word")
-    ctx_truncate: bool | None = Field(default=None, description="drop a passage once its text is written")
     batch: int = Field(default=16, ge=1, description="questions answered at once")
     seed: int = Field(default=0, description="seed of --limit and of random passages")
     allow_missing_gold: bool = Field(
@@ -55,14 +51,9 @@ class EvaluateOptions(Strict):
     device: str = Field(default="auto", description="auto, cpu or cuda")
     allow_stale: bool = Field(default=False, description="use an index that another checkpoint made")
 
-    @property
-    def writing(self) -> dict[str, Any]:
-        """The fields that change the run's `generation`."""
-        return self.model_dump(include={"max_new_tokens", "max_retrievals", "ret_first", "ctx_truncate"})
 
-
-@with_options(EvaluateOptions)
-def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
+@with_options
+def evaluate(checkpoint: Checkpoint, options: EvaluateOptions, writing: Writing) -> None:
     """Score retrieval, correctness, grounding and fluency, each with its 95% bootstrap interval.
 
     Every answer is kept as soon as it is there: the same command resumes where it was stopped. The folder then holds
@@ -74,9 +65,9 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
     from cosup_fast.evaluation.suites import check_metrics
 
     check_metrics(options.metric)
-    _check_retrieves(options)
+    _check_retrieves(options, writing)
     folder = command.output_folder(options.output, checkpoint, options.system)
-    config = generation_config(checkpoint, **options.writing)
+    config = generation_config(checkpoint, **writing.given)
     where = choose_device(options.device, "--device")
     opened = command.open_system(
         options.system,
@@ -116,12 +107,13 @@ def evaluate(checkpoint: Checkpoint, options: EvaluateOptions) -> None:
     say(f"report: {folder / 'report.html'}")
 
 
-def _check_retrieves(options: EvaluateOptions) -> None:
+def _check_retrieves(options: EvaluateOptions, writing: Writing) -> None:
     """Refuses options of retrieval where nothing is retrieved."""
     if options.system != "closed-book":
         return
+    given = dict(options) | dict(writing)
     for name in ("ret_first", "max_retrievals", "ctx_truncate", "allow_stale", "allow_missing_gold"):
-        if getattr(options, name):
+        if given[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')} is about passages, and --system closed-book is given none: leave it out"
             )

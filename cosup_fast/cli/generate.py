@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field, field_validator
 
 from cosup_fast.cli.common import (
     Checkpoint,
     Device,
     IndexName,
     Stale,
+    Writing,
     err,
     generation_config,
     interruptible,
@@ -20,8 +22,25 @@ from cosup_fast.cli.common import (
     no_passages,
     out,
 )
+from cosup_fast.cli.options import with_options
 
 
+class Sampled(Writing):
+    """How Gen writes, and how it chooses among tokens."""
+
+    candidates: int | None = Field(default=None, description="passages listed for each retrieval")
+    temperature: float | None = Field(default=None, description="0 is greedy")
+    top_p: float | None = Field(default=None, description="sample from the likeliest tokens of this probability")
+    seed: int | None = Field(default=None, description="random seed of sampling")
+    stop: list[str] = Field(default=[], description="end an answer where this text appears; \\n is a line's end")
+
+    @field_validator("stop")
+    @classmethod
+    def _line_ends(cls, stop: list[str]) -> list[str]:
+        return [text.replace("\\n", "\n") for text in stop]
+
+
+@with_options
 def generate(
     checkpoint: Checkpoint,
     questions: Annotated[list[str] | None, typer.Argument(help="one or more questions", show_default=False)] = None,
@@ -35,17 +54,8 @@ def generate(
     output: Annotated[Path | None, typer.Option(help="a JSONL file for the answers, with every retrieval")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, with every retrieval")] = False,
     batch: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 16,
-    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens that Gen chooses")] = None,
-    max_retrievals: Annotated[int | None, typer.Option(help="0 answers without passages")] = None,
-    ret_first: Annotated[bool | None, typer.Option(help="retrieve before the first word")] = None,
-    ctx_truncate: Annotated[bool | None, typer.Option(help="drop a passage once its text is written")] = None,
-    candidates: Annotated[int | None, typer.Option(help="passages listed for each retrieval")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this probability")] = None,
-    seed: Annotated[int | None, typer.Option(help="random seed of sampling")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="end an answer where this text appears; \\n is a line's end")
-    ] = None,
+    *,
+    writing: Sampled,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
@@ -60,21 +70,9 @@ def generate(
     from cosup_fast.index.stores import load_index
 
     asked = read_questions(questions or [], file or [])
-    config = generation_config(
-        checkpoint,
-        index=index,
-        max_new_tokens=max_new_tokens,
-        max_retrievals=max_retrievals,
-        ret_first=ret_first,
-        ctx_truncate=ctx_truncate,
-        candidates=candidates,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=[text.replace("\\n", "\n") for text in stop] if stop else None,
-    )
-    if top_p is not None and config.temperature == 0:
-        raise ValueError(f"--top-p {top_p} samples, and --temperature 0 does not: give a temperature above 0")
+    config = generation_config(checkpoint, index=index, **writing.given)
+    if writing.top_p is not None and config.temperature == 0:
+        raise ValueError(f"--top-p {writing.top_p} samples, and --temperature 0 does not: give a temperature above 0")
     if output is not None:
         check_regular(output)
         if output.resolve() in [Path(name).resolve() for name in file or () if name != "-"]:

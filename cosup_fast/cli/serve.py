@@ -12,18 +12,21 @@ from cosup_fast.cli.common import (
     Device,
     IndexName,
     Stale,
+    Writing,
     err,
     generation_config,
     load_model,
     no_passages,
     say,
 )
+from cosup_fast.cli.options import with_options
 
 if TYPE_CHECKING:
     from cosup_fast.index import NonparametricIndex
     from cosup_fast.model import CoSupervisionModel
 
 
+@with_options
 def serve(
     checkpoint: Checkpoint,
     index: IndexName = None,
@@ -46,10 +49,8 @@ def serve(
     passage_url: Annotated[
         str | None, typer.Option(help="url of citations, such as https://en.wikipedia.org/wiki/{title}")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens of an answer, by default")] = None,
-    max_retrievals: Annotated[int | None, typer.Option(help="by default; 0 serves without an index")] = None,
-    ret_first: Annotated[bool | None, typer.Option(help="by default, retrieve before the first word")] = None,
-    ctx_truncate: Annotated[bool | None, typer.Option(help="by default, drop a passage after its text")] = None,
+    *,
+    writing: Writing,
     device: Device = "auto",
     allow_stale: Stale = False,
 ) -> None:
@@ -87,14 +88,7 @@ def serve(
         drain_seconds=drain,
         passage_url=passage_url,
     )
-    generation = generation_config(
-        checkpoint,
-        index=index,
-        max_new_tokens=max_new_tokens,
-        max_retrievals=max_retrievals,
-        ret_first=ret_first,
-        ctx_truncate=ctx_truncate,
-    )
+    generation = generation_config(checkpoint, index=index, **writing.given)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listening = listen(config)  # before the model is loaded, so that a port in use is reported at once
     model = load_model(checkpoint, device)

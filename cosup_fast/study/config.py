@@ -39,10 +39,8 @@ RANKS = "ranks"
 OWN = (RANKS, *HANDED)
 """Systems that `cosup-fast evaluate` does not have."""
 
-ALL = "all sets"
-DOMAINS = ("in-domain", "out-of-domain")
+ALL, DOMAINS = "all sets", ("in-domain", "out-of-domain")
 """The sets that every report averages over."""
-
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Of `training`, what decides nothing: where a run is, and how often it reports or saves.
 _INCIDENTAL = {
@@ -403,8 +401,7 @@ def _check_average(name: str, members: tuple[str, ...], sets: list[str]) -> None
         raise ValueError(f"{field}: {twice!r} is named twice")
     for member in members:
         if member not in sets:
-            near = nearest(member, sets)
-            raise ValueError(f"{field}: {member!r} is not a set of this study{near}: {', '.join(sets)}")
+            raise ValueError(f"{field}: {member!r} is none of {', '.join(sets)}{nearest(member, sets)}")
 
 
 def _twice(names: Any) -> Any:
@@ -434,10 +431,14 @@ def select(study: Study, only: str | None) -> list[Cell]:
     """The cells whose names match one of the patterns of a list, `ntp-only-*,pair-seed0`, in the order of the study.
 
     Raises:
-        StudyError: a pattern matches none.
+        StudyError: a pattern matches none, or there is none.
     """
     if only is None:
         return list(study.cells.values())
+    if not only.strip(", "):
+        raise StudyError(
+            f"--only {only!r} names no cell: leave it out for all, or name some of {', '.join(study.cells)}"
+        )
     wanted: set[str] = set()
     for pattern in filter(None, only.split(",")):
         found = fnmatch.filter(study.cells, pattern)

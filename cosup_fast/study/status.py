@@ -6,18 +6,22 @@ import time
 from statistics import fmean
 
 from cosup_fast.files import locked, read_object
-from cosup_fast.study.config import Cell, Study, select
+from cosup_fast.study.config import Cell, Study, StudyError, select
 from cosup_fast.study.progress import read_progress, time_left
+from cosup_fast.study.result import read_cell
 from cosup_fast.terminal import FigureTable
 
 
 def status_table(study: Study, only: str | None = None) -> FigureTable:
     """The cells that `only` selects, each with its state, seconds, progress and the time left of its present stage."""
     cells = select(study, only)
-    table = FigureTable("cell", "state", "time", "progress", "left", names=2, caption=_caption(study, only))
+    states = {cell.name: state_of(cell) for cell in cells}
+    finished, left = sum(state == "finished" for state in states.values()), time_left_of(study, only)
+    caption = f"{finished} of {len(cells)} finished" + (f", about {duration(left)} left" if left else "")
+    table = FigureTable("cell", "state", "time", "progress", "left", names=2, caption=caption)
     for cell in cells:
         progress = read_progress(cell.work)
-        state = state_of(cell)
+        state = states[cell.name]
         spent = sum(progress.get("seconds", {}).values())
         stage, left = "", None
         if state == "finished":
@@ -32,9 +36,15 @@ def status_table(study: Study, only: str | None = None) -> FigureTable:
 
 
 def state_of(cell: Cell) -> str:
-    """`finished`, `running` in some process on this machine, `stopped` on the way, or `waiting`."""
-    if cell.result.is_file():
-        return "finished"
+    """`finished`, `running` in some process on this machine, `stopped` on the way, or `waiting`.
+
+    `refused` is a cell whose file is damaged or was made with another configuration: running or reporting says why.
+    """
+    try:
+        if read_cell(cell) is not None:
+            return "finished"
+    except StudyError:
+        return "refused"
     if not cell.work.is_dir():
         return "waiting"
     try:
@@ -75,10 +85,3 @@ def _seconds(cell: Cell) -> float | None:
         return sum(read_object(cell.result, ["seconds"])["seconds"].values())
     except (ValueError, TypeError, AttributeError):
         return None
-
-
-def _caption(study: Study, only: str | None) -> str:
-    cells = select(study, only)
-    finished = sum(cell.result.is_file() for cell in cells)
-    left = time_left_of(study, only)
-    return f"{finished} of {len(cells)} finished" + (f", about {duration(left)} left" if left else "")

@@ -11,7 +11,9 @@ from benchmarks import batch_memory, cli
 
 def test_a_row_is_a_real_step(llama_folder, data_folder):
     corpus, examples = str(data_folder / "passages.jsonl"), str(data_folder / "examples.jsonl")
-    setting = batch_memory.Setting(llama_folder, None, corpus, (examples,), tokens_per_micro_batch=250, threads=1)
+    setting = batch_memory.Setting(
+        model=llama_folder, corpus=corpus, examples=[examples], tokens_per_micro_batch=250, threads=1
+    )
     row = batch_memory.here(setting, 4)
     assert (row.size, row.queries, row.passages) == (4, 6, 4)
     assert row.micro_batches > 2  # one each is the least

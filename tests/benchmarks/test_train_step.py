@@ -18,7 +18,7 @@ from cosup_fast.data.packing import PackLimits, make_batch
 @pytest.fixture
 def setting(llama_folder, data_folder):
     corpus, examples = str(data_folder / "passages.jsonl"), str(data_folder / "examples.jsonl")
-    return Setting(llama_folder, None, corpus, (examples,), batch_size=4, checkpointing=False, threads=1)
+    return Setting(model=llama_folder, corpus=corpus, examples=[examples], batch_size=4, checkpointing=False, threads=1)
 
 
 @pytest.fixture

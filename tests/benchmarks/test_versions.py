@@ -56,7 +56,7 @@ def test_other_losses_are_not_timed(turns):
 @pytest.mark.slow
 def test_a_version_against_itself(llama_folder, data_folder):
     corpus, examples = str(data_folder / "passages.jsonl"), str(data_folder / "examples.jsonl")
-    setting = Setting(llama_folder, None, 1, corpus, (examples,), batch_size=2, threads=1)
+    setting = Setting(model=llama_folder, embseq_layers=1, corpus=corpus, examples=[examples], batch_size=2, threads=1)
     first, second = measure(setting, [machine.ROOT, machine.ROOT], 1, lambda text: None)
     assert first[0]["ntp"] == second[0]["ntp"]
     assert first[0]["processor"] > 0

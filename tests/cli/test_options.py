@@ -1,4 +1,4 @@
-"""Commands whose options are the fields of a settings object."""
+"""Commands whose options are the fields of settings objects."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
+from cosup_fast.cli.common import Writing
 from cosup_fast.cli.evaluate import EvaluateOptions
 from cosup_fast.cli.options import with_options
 
@@ -24,7 +25,7 @@ def run(*arguments: str):
     app, seen = typer.Typer(), []
 
     @app.command()
-    @with_options(Options)
+    @with_options
     def command(name: str, options: Options) -> None:
         """A command."""
         seen.append((name, options))
@@ -52,8 +53,6 @@ def test_a_value_that_a_field_refuses():
 
 def test_every_option_of_evaluate_says_what_it_is():
     assert all(field.description for field in EvaluateOptions.model_fields.values())
-    assert EvaluateOptions(max_new_tokens=5).writing == {
-        "max_new_tokens": 5, "max_retrievals": None, "ret_first": None, "ctx_truncate": None
-    }  # fmt: skip
+    assert Writing(max_new_tokens=5, ret_first=False).given == {"max_new_tokens": 5, "ret_first": False}
     with pytest.raises(ValueError, match="limit"):
         EvaluateOptions(limit=0)

@@ -73,6 +73,9 @@ def test_an_override_of_a_text_field_is_taken_as_it_stands(override, value):
         ("output=", "output: Input should be a valid string"),
         ("model.shared=true model.embseq=other", "model.shared=true uses Gen as Embseq"),
         ("model.shared=true model.freeze_embseq=true", "model.freeze_embseq"),
+        ("training.keep_best=recall", "Input should be 'ntp', 'nsp', 'recall_at_1', 'recall_at_5' or 'recall_at_20'"),
+        ("model.gen_lora.rank=-1", "model.gen_lora.rank: Input should be greater than or equal to 0, found -1"),
+        ("model.gen_lora.alhpa=3", "unknown field 'model.gen_lora.alhpa', did you mean 'model.gen_lora.alpha'"),
         ("text.prompt='{q}'", "text.prompt"),
         ("text.passage='{text'", "text.passage"),
     ],
@@ -129,52 +132,6 @@ def test_files_that_are_no_configuration(tmp_path):
 )
 def test_the_examples_are_valid_configurations(path):
     assert load_config(path).model.gen
-
-
-@pytest.mark.parametrize(
-    ("overrides", "fields"),
-    [
-        (
-            ["model.dtype=float64", "training.precision=bfloat16"],
-            ["training.precision=bfloat16", "model.dtype=float64"],
-        ),
-        (["nsp.weight=0", "nsp.learnable_temperature=true"], ["nsp.learnable_temperature=true", "nsp.weight=0"]),
-        (["model.attention=flash_attention_2"], ["model.attention=flash_attention_2", "training.precision=float32"]),
-        (
-            ["model.attention=flash_attention_2", "training.precision=bfloat16", "training.device=cpu"],
-            ["model.attention=flash_attention_2", "training.device=cpu"],
-        ),
-        (
-            ["training.compile=true", "training.activation_checkpointing=selective"],
-            ["training.compile=true", "training.activation_checkpointing=selective"],
-        ),
-        (
-            ["training.compile=true", "model.embseq_lora.rank=4", "model.embseq_lora.quantize=nf4"],
-            ["training.compile=true", "model.embseq_lora.quantize"],
-        ),
-        (["training.fixed_shapes=true"], ["training.fixed_shapes=true", "training.tokens_per_micro_batch"]),
-        (
-            ["model.dtype=bfloat16", "training.optimizer=adamw-8bit"],
-            ["model.dtype=bfloat16", "training.optimizer=adamw-8bit"],
-        ),
-        (["model.dtype=float64", "training.optimizer=adamw-8bit"], ["model.dtype=float64", "training.optimizer"]),
-        (
-            ["training.sharding=fsdp", "model.gen_lora.rank=4", "model.gen_lora.quantize=nf4"],
-            ["training.sharding=fsdp", "model.gen_lora.quantize"],
-        ),
-        (["nsp.weight=0", "model.embseq_lora.rank=4"], ["nsp.weight=0", "model.embseq_lora.rank=4"]),
-        (["model.gen_lora.alpha=8"], ["model.gen_lora.alpha=8", "model.gen_lora.rank=0"]),
-        (["model.embseq_lora.dropout=0.1"], ["model.embseq_lora.dropout=0.1", "model.embseq_lora.rank=0"]),
-        (["model.gen_lora.targets=[q_proj]"], ["model.gen_lora.targets=['q_proj']", "model.gen_lora.rank=0"]),
-        (["model.gen_lora.quantize=nf4"], ["model.gen_lora.quantize=nf4", "model.gen_lora.rank=0"]),
-        (["model.freeze_embseq=true", "model.embseq_lora.rank=4"], ["model.freeze_embseq", "model.embseq_lora.rank"]),
-    ],
-)
-def test_fields_that_do_not_go_together_are_both_named(overrides, fields):
-    with pytest.raises(ConfigError) as error:
-        load_config(None, overrides)
-    for field in fields:
-        assert field in str(error.value)
 
 
 IN_BACKWARD = {"optimizer_in_backward": "true", "clip": "null", "spike_factor": "null", "diagnose_every": "null"}

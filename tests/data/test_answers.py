@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from cosup_fast.data.answers import (
     PATTERN_TRIES,
     Pattern,
+    answer_patterns,
     answer_spans,
     contains_answer,
     holds_answer,
+    matches,
     normal_words,
     words,
 )
@@ -54,12 +56,14 @@ FOUND = {
     "plus signs": ("written in C++.", "C++"),
     "article before": ("Beatles songs", "The Beatles"),
     "article alone": ("vitamin A helps", "A"),
+    "articles alone": ("I like The The best", "The The"),
 }
 NOT_FOUND = {
     "part of a word": ("a party of artists", "art"),
     "part of a number": ("in 1955", "55"),
     "decimals": ("3.14 is pi", "14"),
     "other order": ("York New", "New York"),
+    "other articles": ("I like the Who", "The The"),
     "Hindi, other vowel sign": ("दिल्ला", "दिल्ली"),
     "Hindi, consonants alone": ("हिंदी", "हद"),
     "Hindi, part of a word": ("राजधानी", "धान"),
@@ -87,10 +91,26 @@ def test_not_found(text, answer):
     assert not contains_answer(text, [answer])
 
 
-def test_answers_that_touch_or_overlap_are_one_span():
-    example = Example(id="x", question="?", output=[], answers=["東", "京", "the Rhône Glacier", "glacier ice", "ice"])
-    text = "東京, the Rhône Glacier ice; ice"
-    assert [text[start:end] for start, end in answer_spans(text, example)] == ["東京", "Rhône Glacier ice", "ice"]
+@pytest.mark.parametrize(
+    ("text", "answers", "spans"),
+    [
+        (
+            "«Paris», the capital; PARIS and New  York, The The.",
+            {"answers": ["paris", "new york", "The The", "the paris"]},
+            ["Paris", "PARIS", "New  York", "The The"],
+        ),
+        ("Paris, the capital; New  York", {"answer_sets": [["capital"], ["york"]]}, ["capital", "York"]),
+        (
+            "東京, the Rhône Glacier ice; ice",
+            {"answers": ["東", "京", "the Rhône Glacier", "glacier ice", "ice"]},
+            ["東京", "Rhône Glacier ice", "ice"],
+        ),
+    ],
+    ids=["every place", "short answers", "what touches or overlaps is one"],
+)
+def test_answer_spans_are_where_the_answers_stand(text, answers, spans):
+    example = Example(id="x", question="?", output=[], **answers)
+    assert [text[start:end] for start, end in answer_spans(text, example)] == spans
 
 
 def test_words_stand_where_they_say():
@@ -118,6 +138,28 @@ def _joins(before: str, answer: str, after: str) -> bool:
     return whole != normal_words(before) + normal_words(answer) + normal_words(after)
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.text("ab ,.'é－the\u00a0ﬁ", max_size=20), st.text("ab ,.'é－the\u00a0ﬁ", min_size=1, max_size=4))
+def test_an_answer_is_marked_where_it_is_found(text, answer):
+    if answer.strip():
+        example = Example(id="x", question="?", output=[], answers=[answer])
+        assert bool(answer_spans(text, example)) == contains_answer(text, [answer])
+
+
+def test_patterns():
+    example = Example(id="p", question="?", output=[], answers=[r"753\s*B\.?C"], answer_type="regex")
+    (pattern,) = answer_patterns(example)
+    assert matches(pattern, "in 753  b.c., they say")
+    assert not matches(pattern, "735 BC")
+    assert matches(pattern, "753 BC", whole=True)
+    assert not matches(pattern, "in 753 BC", whole=True)
+    assert answer_spans("in 753  b.c, or 753bc", example) == [(3, 11), (16, 21)]
+    assert holds_answer("753 BC", example)
+    broken = example.model_copy(update={"answers": ["fine", "(open"]})
+    with pytest.raises(ValueError, match=r"'p': the answer pattern '\(open' is invalid"):
+        answer_patterns(broken)
+
+
 @pytest.mark.filterwarnings("ignore:the answer pattern")
 def test_a_pattern_that_takes_too_long_is_neither_and_is_given_up(monkeypatch):
     monkeypatch.setattr("cosup_fast.data.answers.PATTERN_SECONDS", 0.05)
@@ -127,7 +169,8 @@ def test_a_pattern_that_takes_too_long_is_neither_and_is_given_up(monkeypatch):
         assert [pattern.search(slow) for _ in range(200)] == [None] * 200
     assert len(told) == PATTERN_TRIES
     assert time.monotonic() - started < 5
-    example = Example(id="x", question="?", output=[], answers=["(b|b)+$"], answer_type="regex")
+    example = Example(id="x", question="?", output=[], answers=["(b|b)+$", "c$"], answer_type="regex")
     assert holds_answer("b" * 60 + "a", example, undecided=True)
     assert not holds_answer("b" * 60 + "a", example)
     assert answer_spans("b" * 60 + "a", example) == []
+    assert answer_spans("b" * 60 + "a c", example) == [(62, 63)]

@@ -218,20 +218,13 @@ def test_a_sequence_longer_than_a_pack_is_named(size, what, model, examples, cor
         make_batch(examples[1:2] if size == 60 else examples, corpus, model.template, PackLimits(size))
 
 
-def test_a_passage_longer_than_a_pack_is_named(model, corpus):
-    longest = Example(id="x", question="?", output=[Segment(text="a", passage="long")])
-    size = len(model.template.gen_sequence(longest, corpus).input_ids)
-    shorter = model.template.gen_sequence
-    assert len(model.template.sequence(corpus["long"])) < size
-    make_batch([longest], corpus, model.template, PackLimits(size))
-    embseq = model.template.sequence
-    try:
-        model.template.sequence = lambda passage: [7] * (size + 1)
-        with pytest.raises(ValueError, match=rf"passage 'long' has {size + 1} tokens, more than the {size} of a micro"):
-            make_batch([longest], corpus, model.template, PackLimits(size))
-    finally:
-        model.template.sequence = embseq
-    assert shorter == model.template.gen_sequence
+def test_a_passage_longer_than_a_pack_is_named(model, corpus, monkeypatch):
+    asking = ask("x", "long")
+    size = len(model.template.gen_sequence(asking, corpus).input_ids)
+    make_batch([asking], corpus, model.template, PackLimits(size))
+    monkeypatch.setattr(model.template, "sequence", lambda passage: [7] * (size + 1))
+    with pytest.raises(ValueError, match=rf"passage 'long' has {size + 1} tokens, more than the {size} of a micro"):
+        make_batch([asking], corpus, model.template, PackLimits(size))
 
 
 def test_a_passage_asked_for_twice_is_encoded_once(model, examples, corpus):
@@ -321,12 +314,9 @@ def test_hard_negatives_are_encoded_once_beside_what_is_asked_for(model, corpus)
     first = ask("first", "paris").model_copy(update={"negatives": ["seine", "nile", "twin"]})
     second = ask("second", "rome", gold=["rome", "seine"]).model_copy(update={"negatives": ["nile", "paris"]})
     batch = make_batch([first, second], known, model.template)
-    (pack,) = batch.passages
-    encoded = [tuple(ids.tolist()) for ids in pack.input_ids.split(pack.lengths)]
+    encoded = encoded_passages(batch)
     # rome under another id, nile and paris again are there already.
-    rows = {
-        name: encoded.index(tuple(model.template.sequence(corpus[name]))) for name in ("paris", "rome", "seine", "nile")
-    }
+    rows = {name: encoded.index(model.template.sequence(corpus[name])) for name in ("paris", "rome", "seine", "nile")}
     assert sorted(rows.values()) == list(range(len(encoded)))
     assert set(batch.positive.tolist()) == {rows["paris"], rows["rome"]}
     # What is a negative of the first is gold for the second, and stays a positive of it.

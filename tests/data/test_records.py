@@ -68,12 +68,6 @@ def test_whatever_a_file_holds_the_error_names_it(tmp_path_factory, content):
     assert "\n" not in message
 
 
-def test_gold_defaults_to_the_distinct_passages_of_the_output():
-    cited = [Segment(text="x", passage=p) for p in ("b", "a", "b")]
-    assert Example(id="a", question="q", output=[Segment(text="y"), *cited]).gold == ["b", "a"]
-    assert Example(id="a", question="q", output=cited, gold=["c"]).gold == ["c"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -164,8 +158,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_what_is_not_given_as_gold_is_that_of_the_sets_or_else_what_is_cited():
-    output = [Segment(text="a", passage="p"), Segment(text="b", passage="q"), Segment(text="c", passage="p")]
-    sets = [["x", "y"], ["y"]]
-    assert Example(id="e", question="?", output=output).gold == ["p", "q"]
+    cited = [Segment(text=text, passage=name) for text, name in (("a", "q"), ("b", "p"), ("c", "q"))]
+    output, sets = [Segment(text="free"), *cited], [["x", "y"], ["y"]]
+    assert Example(id="e", question="?", output=output).gold == ["q", "p"]
+    assert Example(id="e", question="?", output=output, gold=["z"]).gold == ["z"]
     assert Example(id="e", question="?", output=output, gold_sets=sets).gold == ["x", "y"]
     assert Example(id="e", question="?", output=output, gold_sets=sets, gold=["y", "x", "z"]).gold == ["y", "x", "z"]

@@ -203,17 +203,8 @@ def test_seed_step_and_id_draw_negatives(examples):
     assert [e.negatives for e in draw_negatives(hard, 0, 0, 0)] == [[]] * len(hard)
 
 
-def test_lengths_count_the_negatives_that_are_read(make_model, examples, corpus):
-    template = make_model().template
-    hard = examples[0].model_copy(update={"negatives": [name for name in corpus if name not in examples[0].gold][:2]})
-    (plain,), (both,), (one,) = (
-        example_lengths([e], corpus, template, negatives=n) for e, n in [(examples[0], None), (hard, None), (hard, 1)]
-    )
-    assert one == plain + (both - plain) // 2
-
-
-def test_long_examples_are_collected_when_asked(make_model, examples, corpus):
-    template = make_model().template
+def test_long_examples_are_collected_when_asked(model, examples, corpus):
+    template = model.template
     lengths = example_lengths(examples, corpus, template)
     longest = max(len(template.gen_sequence(e, corpus).input_ids) for e in examples)
     limits, too_long = PackLimits(longest - 1), []

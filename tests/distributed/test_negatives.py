@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import pytest
@@ -370,11 +369,6 @@ def test_co_supervision_shares_add_up(world, ignore_index):
     answers = world.run("co_supervision", parts, ignore_index)
     for name in ("loss", "ntp", "nsp"):
         torch.testing.assert_close(torch.stack([a[name] for a in answers]).sum(), getattr(truth, name))
-
-
-def test_a_module_with_a_group_is_no_burden_to_copy():
-    loss = InfoNCELoss(key_grad="local")
-    assert copy.deepcopy(loss).key_grad == "local"
 
 
 @pytest.mark.slow

@@ -8,13 +8,11 @@ import pytest
 
 from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.packing import PackLimits
-from cosup_fast.data.template import TextConfig
-from cosup_fast.model import CoSupervisionModel
 from cosup_fast.plan.configs import model_config
 from cosup_fast.plan.request import PlanRequest
 from cosup_fast.plan.scaling import Cluster, step_traffic
 from cosup_fast.plan.weights import count_step_weights
-from tests.distributed.variants import VARIANTS
+from tests.distributed.variants import VARIANTS, build
 
 OPERATORS = {"all-gather": "_allgather_base_", "reduce-scatter": "_reduce_scatter_base_", "all-reduce": "allreduce_"}
 
@@ -34,9 +32,8 @@ def planned(settings: str, passages: int, **fields) -> dict[str, float]:
         embseq_sequences=1,
         **fields,
     )
-    model = CoSupervisionModel.from_pretrained(parts, TextConfig(), nsp, ntp=ntp)
     found: dict[str, float] = dict.fromkeys(OPERATORS.values(), 0)
-    for one in step_traffic(request, count_step_weights(model, request), Cluster()):
+    for one in step_traffic(request, count_step_weights(build(settings), request), Cluster()):
         whole = 1e9 * one.gigabytes * one.ranks / (one.ranks - 1) / (2 if one.collective == "all-reduce" else 1)
         per_pack = passages / request.embseq_packs if "keys" in one.what else 1
         found[OPERATORS[one.collective]] += whole * per_pack

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from cosup_fast.config import load_config
-from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
 from cosup_fast.data.packing import PackLimits, make_batch
-from cosup_fast.data.template import TextConfig
-from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.diagnostics import diagnose
 from cosup_fast.training.held_out import HeldOutEvaluator
 from tests.comparing import assert_equal
-from tests.distributed.variants import VARIANTS
+from tests.distributed.variants import VARIANTS, build
 
 ONE_PACK, PACKS = PackLimits(), PackLimits(300, 2)
-
-
-def load(settings: str) -> CoSupervisionModel:
-    sections = json.loads(settings)
-    torch.manual_seed(0)
-    return CoSupervisionModel.from_pretrained(
-        ModelConfig(**sections["model"]),
-        TextConfig(),
-        NSPConfig(**sections.get("nsp", {})),
-        ntp=NTPConfig(**sections.get("ntp", {})),
-    ).eval()
 
 
 def in_one_process(model, examples, corpus):
@@ -40,7 +24,7 @@ def in_one_process(model, examples, corpus):
 
 
 def check(world, settings, size, limits, examples, corpus, **options):
-    expected, hits = in_one_process(load(settings), examples, corpus)
+    expected, hits = in_one_process(build(settings), examples, corpus)
     answers = world.run("step", list(range(size)), settings, examples, corpus, tuple(limits), **options)
     for answer in answers:
         # transformers computes rotations in fp32
@@ -97,7 +81,7 @@ def test_each_passage_is_encoded_by_one_rank_and_tokens_are_shared_evenly(small_
 
 
 def test_local_gradients_of_keys_differ_in_embseq_alone(small_world, settings, step_examples, corpus):
-    expected, _ = in_one_process(load(settings("pair")), step_examples, corpus)
+    expected, _ = in_one_process(build(settings("pair")), step_examples, corpus)
     arguments = (settings("pair"), step_examples, corpus, tuple(PACKS))
     for answer in small_world.run("step", [0, 1], *arguments, key_grad="local"):
         ours = answer["gradients"]
@@ -110,7 +94,7 @@ def test_local_gradients_of_keys_differ_in_embseq_alone(small_world, settings, s
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "shared out"])
 @pytest.mark.parametrize("variant", ["pair", "shared"])
 def test_a_diagnosis_is_that_of_the_whole_step(variant, sharded, small_world, settings, step_examples, corpus):
-    model = load(settings(variant))
+    model = build(settings(variant))
     expected = diagnose(model, make_batch(step_examples, corpus, model.template), 7, precision="float32")
     arguments = (settings(variant), step_examples, corpus, tuple(PACKS), sharded)
     for found in small_world.run("diagnosis", [0, 1, 2], *arguments):
@@ -123,7 +107,7 @@ def test_held_out_figures_are_those_of_one_process(variant, sharded, small_world
     """Each rank does a part of the work, however unequal the parts are."""
     weight = VARIANTS[variant].get("nsp", {}).get("weight", 1.0)
     config = load_config(None, ["training.batch_size=2", "data.dev_pool=9", f"nsp.weight={weight}"])
-    expected = HeldOutEvaluator(examples, corpus, config)(load(settings(variant)), 7)
+    expected = HeldOutEvaluator(examples, corpus, config)(build(settings(variant)), 7)
     answers = small_world.run("held_out", [0, 1, 2], settings(variant), examples, corpus, config, sharded)
     there = {name: x for name, x in vars(expected).items() if x is not None}
     for found, _ in answers:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import json
 import os
 import signal
 import time
@@ -26,11 +25,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosup_fast import functional, losses
+from cosup_fast.config.training import TrainingConfig
+from cosup_fast.data.packing import CoSupervisionBatch, PackLimits, make_batch
 from cosup_fast.distributed import PeerError, Peers, channel, peers
 from cosup_fast.kernels.softmax_xent import engine
+from cosup_fast.model import CoSupervisionModel
+from cosup_fast.training.diagnostics import Diagnosis, diagnose
+from cosup_fast.training.held_out import HeldOutEvaluator
+from cosup_fast.training.ranks import reduce_gradients
+from cosup_fast.training.resume import check_same_run
+from cosup_fast.training.sharding import agree_on_norms, shard
+from cosup_fast.training.step import accumulate_gradients
+from cosup_fast.training.trainer import Trainer
+from tests.distributed.variants import build
 
 RANK, SIZE, PORT, PIPE = (globals()[name] for name in ("RANK", "SIZE", "PORT", "PIPE"))
 groups: dict[int, dist.ProcessGroup] = {}
+whole_model = functools.cache(build)
 
 
 def start() -> None:
@@ -149,29 +160,21 @@ def grad_cache(size: int, part: dict[str, Tensor], weight: Tensor, rows: int) ->
     return Peers(groups[size]).sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
 
-@functools.cache
-def co_supervised(settings: str, device: str = "cpu") -> Any:
-    """The model of a JSON text: sections model, text, nsp, ntp."""
-    from cosup_fast.config.model import ModelConfig, NSPConfig, NTPConfig
-    from cosup_fast.data.template import TextConfig
-    from cosup_fast.model import CoSupervisionModel
-
-    sections = json.loads(settings)
-    torch.manual_seed(0)
-    parts = ModelConfig(**sections["model"])
-    text, nsp = TextConfig(**sections.get("text", {})), NSPConfig(**sections.get("nsp", {}))
-    ntp = NTPConfig(**sections.get("ntp", {}))
-    return CoSupervisionModel.from_pretrained(parts, text, nsp, ntp=ntp, device=device).eval()
-
-
-def shards(peers: Peers, settings: str, replicas: int = 1) -> Any:
-    """The same, its weights read by the first rank and shared out."""
-    from cosup_fast.training.sharding import agree_on_norms, shard
-
-    model = co_supervised.__wrapped__(settings, "cpu" if peers.rank == 0 else "meta")
+def shards(peers: Peers, settings: str, replicas: int = 1) -> CoSupervisionModel:
+    """The model of these settings, its weights read by the first rank and shared out."""
+    model = build(settings, "cpu" if peers.rank == 0 else "meta")
     agree_on_norms(model, peers)
     shard(model, peers.mesh("cpu", replicas), precision="float32")
     return model
+
+
+def prepared(
+    size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, sharded: bool, replicas: int = 1
+) -> tuple[Peers, CoSupervisionModel, CoSupervisionBatch]:
+    peers = Peers(groups[size])
+    model = shards(peers, settings, replicas) if sharded else whole_model(settings)
+    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
+    return peers, model, batch
 
 
 def no_dropout(model: torch.nn.Module) -> None:
@@ -180,22 +183,16 @@ def no_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
 
 
-def step(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, **options: Any) -> dict:
+def step(size: int, rank: int, *given: Any, sharded=False, recompute="none", key_grad="global") -> dict:
     """The gradients of a step that ranks share, their losses, and what is counted."""
-    from cosup_fast.data.packing import PackLimits, make_batch
-    from cosup_fast.training.ranks import reduce_gradients
-    from cosup_fast.training.step import accumulate_gradients
-
-    peers, sharded = Peers(groups[size]), options.pop("sharded", False)
-    model = shards(peers, settings) if sharded else co_supervised(settings)
+    peers, model, batch = prepared(size, rank, *given, sharded)
     if sharded:
-        model.enable_activation_checkpointing(options.pop("recompute", "none"))
+        model.enable_activation_checkpointing(recompute)
         no_dropout(model)
         model.train()  # activations are recomputed in training alone
-    model.criterion.nsp.key_grad = options.pop("key_grad", "global")
+    model.criterion.nsp.key_grad = key_grad
     model.zero_grad(set_to_none=True)
-    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
-    out = accumulate_gradients(model, batch, group=peers, **options)
+    out = accumulate_gradients(model, batch, group=peers)
     reduce_gradients(model, peers)
     losses = {name: peers.sum(getattr(out, name)) for name in ("loss", "ntp", "nsp")}
     gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -220,17 +217,9 @@ class CollectiveBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sent(
-    size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, sharded: bool, replicas: int
-) -> dict[str, Any]:
+def sent(size: int, rank: int, *given: Any) -> dict[str, Any]:
     """The bytes of a second step's collectives, and its packs."""
-    from cosup_fast.data.packing import PackLimits, make_batch
-    from cosup_fast.training.ranks import reduce_gradients
-    from cosup_fast.training.step import accumulate_gradients
-
-    peers = Peers(groups[size])
-    model = shards(peers, settings, replicas) if sharded else co_supervised.__wrapped__(settings)
-    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
+    peers, model, batch = prepared(size, rank, *given)
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         with CollectiveBytes() as counted:
@@ -244,14 +233,9 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def diagnosis(size: int, rank: int, settings: str, examples: list, corpus: dict, limits: tuple, sharded: bool) -> Any:
-    from cosup_fast.data.packing import PackLimits, make_batch
-    from cosup_fast.training.diagnostics import diagnose
-
-    peers = Peers(groups[size])
-    model = shards(peers, settings) if sharded else co_supervised(settings)
+def diagnosis(size: int, rank: int, *given: Any) -> Diagnosis:
+    peers, model, batch = prepared(size, rank, *given)
     model.criterion.nsp.key_grad = "global"
-    batch = make_batch(examples, corpus, model.template, PackLimits(*limits), rank=rank, ranks=size, even=sharded)
     return diagnose(model, batch, 7, precision="float32", peers=peers)
 
 
@@ -259,14 +243,10 @@ def trained(
     size: int, rank: int, settings: str, examples: list, corpus: dict, output: Path, resumed: Path | None, **fields: Any
 ) -> tuple[list, dict, float]:
     """What a run records of its steps, its last weights, and the random number that dropout would draw next."""
-    from cosup_fast.config.training import TrainingConfig
-    from cosup_fast.model import CoSupervisionModel
-    from cosup_fast.training.trainer import Trainer
-
     peers, config = (Peers(groups[size]) if size > 1 else None), TrainingConfig(**fields)
     device = "meta" if rank and config.sharding == "fsdp" else "cpu"
     if resumed is None:
-        model = co_supervised.__wrapped__(settings, device)
+        model = build(settings, device)
     else:
         model = CoSupervisionModel.load(resumed, device=device, merge=False)
     no_dropout(model)
@@ -283,8 +263,6 @@ def trained(
 
 def same_run(size: int, part: dict) -> str:
     """What is said of ranks with such notes."""
-    from cosup_fast.training.resume import check_same_run
-
     try:
         check_same_run(Peers(groups[size]), "the same run", part)
     except ValueError as error:
@@ -293,10 +271,8 @@ def same_run(size: int, part: dict) -> str:
 
 
 def held_out(size: int, rank: int, settings: str, examples: list, corpus: dict, config: Any, sharded: bool) -> Any:
-    from cosup_fast.training.held_out import HeldOutEvaluator
-
     peers = Peers(groups[size])
-    model = shards(peers, settings) if sharded else co_supervised(settings)
+    model = shards(peers, settings) if sharded else whole_model(settings)
     tokens: list[int] = []
     embed = model.gen.get_input_embeddings()
     hook = embed.register_forward_pre_hook(lambda module, arguments: tokens.append(arguments[0].numel()))

@@ -171,21 +171,13 @@ def test_what_a_tokenizer_cannot_say_is_refused(make_model, tmp_path):
     _same(loaded.encode_query("Who?", convert_to_tensor=True), expected)
 
 
-def test_the_card_tells_what_the_run_knows(cosup, llama_folder, data_folder, tmp_path):
+def test_the_card_tells_what_the_run_knows(cosup, arguments, llama_folder, data_folder, tmp_path):
     lines = (data_folder / "examples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:2]))
     (tmp_path / "dev.jsonl").write_text("".join(lines[2:]))
-    fields = {
-        "output": tmp_path / "run",
-        "model.gen": llama_folder,
-        "data.corpus": data_folder / "passages.jsonl",
-        "data.train": f"[{tmp_path / 'train.jsonl'}]",
-        "data.dev": f"[{tmp_path / 'dev.jsonl'}]",
-        "training.batch_size": 2,
-        "training.steps": 2,
-        "training.eval_every": 1,
-    }
-    status, _, err = cosup("train", *(f"{name}={value}" for name, value in fields.items()))
+    data = {name: f"[{tmp_path / name}.jsonl]" for name in ("train", "dev")}
+    changes = {"data.train": data["train"], "data.dev": data["dev"], "training.steps": 2, "training.eval_every": 1}
+    status, _, err = cosup("train", *arguments(**changes))
     assert status == 0, err
     for kind in ("retriever", "query", "embseq", "gen"):
         status, out, err = cosup(

@@ -323,21 +323,6 @@ def test_generation_leaves_no_trace_on_the_model(make_model, gpt2_folder, passag
     assert generator.generate("Who?") == expected  # nothing of an answer stays in the generator
 
 
-def test_a_prompt_beyond_the_sliding_window(
-    make_model, mistral_folder, gpt2_folder, passages, randomize, retrieve_from, fed_tokens
-):
-    model = make_model(gen=mistral_folder, embseq=gpt2_folder, dtype="float64")
-    for seed in range(6):
-        randomize(model, seed)
-        config = GenerationConfig(max_new_tokens=30, ret_first=True, max_retrievals=2)
-        retrieve = retrieve_from(model, passages)
-        plain = plain_decode(model, retrieve, config, "A question beyond the window?", cache=False)
-        generator = Generator(model, retrieve, config)
-        answer, fed = fed_tokens(model, lambda: generator.generate("A question beyond the window?"))  # noqa: B023
-        assert fed == plain.context
-    assert generator.query("A question beyond the window?").norm() == pytest.approx(1)
-
-
 HEADS = [("phi", {}), ("granite", {"logits_scaling": 8.0}), ("gemma3_text", {"final_logit_softcapping": 3.0})]
 
 

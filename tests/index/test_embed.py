@@ -5,7 +5,6 @@ import torch
 
 from cosup_fast.data.packing import Pack
 from cosup_fast.data.records import Example, Passage, Segment
-from cosup_fast.data.template import passage_text
 from cosup_fast.index import embed_passages, embed_queries
 
 
@@ -70,19 +69,6 @@ def test_question_with_gold_but_no_output_asks_at_once(model, examples, corpus):
     queries, asked = embed_queries(model, [silent, asking, examples[0]], corpus)
     assert asked == [(1, "rome"), (2, "paris")]
     torch.testing.assert_close(queries[0], queries[1])
-
-
-def test_what_is_embedded_is_what_is_inserted(make_model, gpt2_folder, passages):
-    """Title included, and for every Unicode, after truncation too: Embseq reads the tokens Gen is given, then </s>."""
-    for options in ({}, {"max_passage_tokens": 7, "long_passages": "truncate"}):
-        template = make_model(text=options).template
-        sequences = template.sequences(passages)
-        assert sequences == [[*template.inserted_passage(passage), template.eos] for passage in passages]
-    mixed = make_model(embseq=gpt2_folder, text={"passage": "{text} ({title})"}).template
-    for passage, sequence in zip(passages, mixed.sequences(passages), strict=True):
-        text = passage_text("{text} ({title})", passage.title, passage.text)
-        assert mixed.embseq_tokenizer.decode(sequence[1:-1]) == mixed.tokenizer.decode(mixed.inserted_passage(passage))
-        assert mixed.embseq_tokenizer.decode(sequence[1:-1]) == text
 
 
 def test_precision(model, passages):

@@ -114,21 +114,18 @@ def test_what_answers_is_no_negative(model, index, examples):
     ("answers", "kind", "text", "expected"),
     [
         (["Élysée Palace"], "string", "in the elysee palace, Paris", True),
+        (["Tokyo"], "string", "of the title alone", True),
         (["art"], "string", "a party of artists", False),
-        (["C++"], "string", "written in c++", True),
-        (["!!!"], "string", "the band !!! plays", True),
-        (["!!!"], "string", "the band plays", False),
         ([r"^\d+ BC"], "regex", "first line\n753 bc", True),
-        pytest.param(
-            [r"(a|a)+$"], "regex", "a" * 60 + "b", True, marks=pytest.mark.filterwarnings("ignore:the answer pattern")
-        ),  # backtracks without end: it may answer
+        ([r"(a|a)+$"], "regex", "a" * 60 + "b", True),  # backtracks without end: it may answer
         ([], "string", "anything", False),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the answer pattern")
 def test_bearing_an_answer(monkeypatch, answers, kind, text, expected):
     monkeypatch.setattr("cosup_fast.data.answers.PATTERN_SECONDS", 0.05)
     example = Example(id="e", question="q", output=[], answers=answers, answer_type=kind)
-    assert bears_answer(Passage(id="p", title="T", text=text), example) is expected
+    assert bears_answer(Passage(id="p", title="Tokyo", text=text), example) is expected
 
 
 def test_a_negative_holds_none_of_the_short_answers(model, passages):

@@ -12,7 +12,9 @@ import torch
 from cosup_fast.data import passages as by_row
 from cosup_fast.data.passages import PassagesById
 from cosup_fast.data.records import Passage
+from cosup_fast.files import sha256
 from cosup_fast.index import Options, SequenceIndex, embed_passages, search
+from cosup_fast.index.shards import write_record
 
 SMALL = Options(shard_size=4, progress=False)
 
@@ -258,16 +260,10 @@ def test_stamp_that_contradicts_the_files_is_refused(model, saved):
 
 
 def test_nothing_that_was_pickled_is_read(model, saved):
-    import numpy as np
-
-    from cosup_fast.index.shards import write_record
-
     folder = saved / "shard-00001"
     np.save(folder / "vectors.npy", np.array([{"a": 1}] * 4), allow_pickle=True)
     write_record(folder, "shard.json", ("passages.jsonl", "rows.npy", "vectors.npy"))
     stamp = json.loads((saved / "index.json").read_text())
-    from cosup_fast.files import sha256
-
     stamp["shards"]["shard-00001"] = sha256(folder / "shard.json")
     (saved / "index.json").write_text(json.dumps(stamp))
     with pytest.raises(ValueError, match="Array can't be memory-mapped: Python objects in dtype"):

@@ -30,12 +30,16 @@ def assert_same(ours: Tensor, theirs: Tensor, *inputs: Tensor, tolerance: float 
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+IMPLS = ["reference", "auto"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("mode", ["in-batch", "unpaired", "paired"])
-def test_replaces_info_nce_pytorch(mode, reduction):
+def test_replaces_info_nce_pytorch(mode, reduction, impl):
     n, d = 7, 5
     query, positive = rand(n, d), rand(n, d, seed=1)
-    ours = InfoNCELoss(temperature=0.07, normalize=True, reduction=reduction)
+    ours = InfoNCELoss(temperature=0.07, normalize=True, reduction=reduction, impl=impl)
     theirs = InfoNCE(temperature=0.07, reduction=reduction, negative_mode="paired" if mode == "paired" else "unpaired")
     if mode == "in-batch":
         assert_same(ours(query, positive), theirs(query, positive), query, positive)
@@ -52,24 +56,33 @@ def test_replaces_info_nce_pytorch(mode, reduction):
     assert_same(a, theirs(query, positive, negatives), query, positive, negatives)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("hard", [0, 1, 3], ids=lambda n: f"{n} hard negatives")
-def test_replaces_multiple_negatives_ranking_loss(hard, lookup):
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_replaces_multiple_negatives_ranking_loss(symmetric, hard, impl, lookup):
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     columns = [rand(9, 6, seed=i) for i in range(2 + hard)]
-    theirs = losses.MultipleNegativesRankingLoss(lookup, scale=20.0)
+    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    theirs = losses.MultipleNegativesRankingLoss(lookup, scale=20.0, **(both if symmetric else {}))
     b = theirs.compute_loss_from_embeddings(columns, torch.empty(0))
-    a = InfoNCELoss(scale=20.0, normalize=True)(columns[0], torch.cat(columns[1:]))
-    assert_same(a, b, *columns)
+    ours = InfoNCELoss(scale=20.0, normalize=True, symmetric=symmetric, impl=impl)
+    assert_same(ours(columns[0], torch.cat(columns[1:])), b, *columns, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_replaces_cross_entropy_of_a_linear_head(reduction):
-    hidden, head = rand(9, 5), nn.Linear(5, 13, dtype=DOUBLE)
-    target = torch.tensor([0, 12, -100, 3, -100, 3, 3, 7, 1])
-    options = {"reduction": reduction, "label_smoothing": 0.1}
-    b = nn.CrossEntropyLoss(**options)(head(hidden), target)
-    a = LinearCrossEntropyLoss(**options)(hidden, head.weight, target, bias=head.bias)
-    assert_same(a, b, hidden, head.weight, head.bias)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_replaces_cross_entropy_of_a_linear_head(smoothing, reduction, impl):
+    hidden, head = rand(123, 33), nn.Linear(33, 257, dtype=DOUBLE)
+    target = torch.arange(123) * 2
+    target[::4] = -100
+    inputs = hidden, head.weight, head.bias
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    ours = LinearCrossEntropyLoss(impl=impl, **options)(hidden, head.weight, target, bias=head.bias)
+    assert_same(ours, nn.CrossEntropyLoss(**options)(head(hidden), target), *inputs)
+    if hasattr(F, "linear_cross_entropy"):
+        theirs = F.linear_cross_entropy(hidden, head.weight, target, linear_bias=head.bias, **options)
+        assert_same(ours, theirs, *inputs)
 
 
 def test_options_reach_the_operators(monkeypatch):

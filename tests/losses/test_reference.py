@@ -1,4 +1,4 @@
-"""The oracles against what they claim to be: plain loops over the equations, and other libraries."""
+"""The oracles against what they claim to be: plain loops over the equations; `test_losses.py` has other libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from info_nce import InfoNCE
 from torch import Tensor, nn
 
 from cosup_fast import reference
@@ -135,69 +134,6 @@ def test_info_nce_statistics():
         assert stats.top1[i].item() == max(candidates, key=lambda j: candidates[j])
     torch.testing.assert_close(stats.lse - stats.positive_logit, loss.detach(), rtol=0, atol=1e-12)
     assert not any(s.requires_grad for s in stats)
-
-
-def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
-    query, keys = rand(3, 4), rand(3, 4)
-    with torch.no_grad():
-        query[1] = 0
-    dq, dk = grads(reference.info_nce(query, keys, normalize=True, scale=20.0), query, keys)
-    assert (dq[1] == 0).all()
-    assert dq.isfinite().all()
-    assert dk.isfinite().all()
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("mode", ["in-batch", "unpaired", "paired"])
-def test_info_nce_equals_info_nce_pytorch(mode, reduction):
-    n, d = 7, 5
-    query, positive = rand(n, d), rand(n, d, seed=1)
-    weight = torch.arange(1.0, n + 1, dtype=DOUBLE) if reduction == "none" else torch.tensor(3.0, dtype=DOUBLE)
-    theirs = InfoNCE(temperature=0.07, reduction=reduction, negative_mode="paired" if mode == "paired" else "unpaired")
-    negatives = {"in-batch": None, "unpaired": rand(11, d), "paired": rand(n, 3, d)}[mode]
-    inputs = (query, positive) if negatives is None else (query, positive, negatives)
-    options = {"scale": 1 / 0.07, "normalize": True, "reduction": reduction}
-    keys = positive
-    # There the positives of the others are not negatives once negatives are given: here they share a query's id.
-    if negatives is not None:
-        shared = torch.zeros(n, dtype=torch.int64)
-        options |= {"query_ids": shared, "key_ids": shared}
-    if mode == "unpaired":
-        keys = torch.cat([positive, negatives])
-        options["key_ids"] = torch.cat([shared, torch.arange(1, 12)])
-    elif mode == "paired":
-        options["private_negatives"] = negatives
-    a, b = reference.info_nce(query, keys, **options), theirs(*inputs)
-    assert_same((a, *grads((a * weight).sum(), *inputs)), (b, *grads((b * weight).sum(), *inputs)))
-
-
-@pytest.mark.parametrize("hard", [0, 2], ids=lambda n: f"{n} hard negatives")
-@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
-def test_info_nce_equals_multiple_negatives_ranking_loss(hard, symmetric, lookup):
-    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    directions = ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",)
-    theirs = losses.MultipleNegativesRankingLoss(
-        lookup, scale=20.0, directions=directions, partition_mode="per_direction"
-    )
-    columns = [rand(9, 6, seed=i) for i in range(2 + hard)]
-    b = theirs.compute_loss_from_embeddings(columns, torch.empty(0))
-    a = reference.info_nce(columns[0], torch.cat(columns[1:]), scale=20.0, normalize=True, symmetric=symmetric)
-    assert_same((a, *grads(a, *columns)), (b, *grads(b, *columns)), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}], ids=["plain", "smoothing"])
-def test_linear_cross_entropy_equals_torch(options, reduction):
-    hidden, weight, bias = rand(9, 5), rand(13, 5), rand(13)
-    target = torch.tensor([0, 12, -100, 3, -100, 3, 3, 7, 1])
-    g = torch.linspace(1, 2, 9, dtype=DOUBLE) if reduction == "none" else torch.tensor(2.5, dtype=DOUBLE)
-    ours = reference.linear_cross_entropy(hidden, weight, target, bias=bias, reduction=reduction, **options)
-    peers = [F.cross_entropy(F.linear(hidden, weight, bias), target, reduction=reduction, **options)]
-    if hasattr(F, "linear_cross_entropy"):
-        peers.append(F.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction, **options))
-    inputs = (hidden, weight, bias)
-    for theirs in peers:
-        assert_same((ours, *grads((ours * g).sum(), *inputs)), (theirs, *grads((theirs * g).sum(), *inputs)))
 
 
 def test_linear_cross_entropy_softcap_z_loss_and_scale():

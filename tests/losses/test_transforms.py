@@ -37,9 +37,10 @@ def test_a_kept_graph_survives_a_gradient_that_is_set_to_zero(reduction):
     assert torch.equal(w.grad, first[1])
 
 
-def test_upstream_weights_reach_a_kept_graph_each_time():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upstream_weights_reach_a_kept_graph_each_time(reduction):
     x, w = (t.requires_grad_() for t in operands())
-    loss = info_nce(x, w)
+    loss = info_nce(x, w, reduction=reduction).sum()
     once = torch.autograd.grad(loss, (x, w), retain_graph=True)
     thrice = torch.autograd.grad(3 * loss, (x, w), retain_graph=True)
     again = torch.autograd.grad(loss, (x, w))

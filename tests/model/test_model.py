@@ -48,15 +48,6 @@ def either(request, make_model, gpt2_folder):
 
 
 @torch.no_grad()
-def test_packed_hidden_states_are_those_of_each_sequence_alone(either, passages, examples, corpus):
-    pack = make_batch(examples, corpus, either.template).gen[0].pack
-    for ids, hidden in zip(
-        pack.input_ids.split(pack.lengths), either.hidden_states(pack).split(pack.lengths), strict=True
-    ):
-        torch.testing.assert_close(hidden, eager(either.gen, ids.tolist()), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
 def test_embedding_is_the_hidden_state_at_the_end_token(either, passages):
     sequences = sequences_of(either, passages)
     embedded = either.embed(Pack.of(sequences))
@@ -77,26 +68,6 @@ def test_embedding_does_not_depend_on_the_pack(make_model, gpt2_folder, passages
         for order in torch.stack([torch.randperm(len(sequences)) for _ in range(4)]).tolist():
             packed = model.embed(Pack.of([sequences[row] for row in order]))
             assert (packed - alone[order]).abs().max() < tolerance
-
-
-@torch.no_grad()
-def test_nothing_leaks_between_neighbours(either):
-    middle = list(range(40, 60))
-    for run in (either.hidden_states, either.embed):
-        kept = []
-        for neighbour in (70, 90):
-            out = run(Pack.of([[neighbour] * 9, middle, [neighbour] * 11]))
-            kept.append(out[9:29] if run == either.hidden_states else out[1:2])
-        assert torch.equal(*kept)
-
-
-def test_neighbours_get_no_gradient(exact):
-    pack = Pack.of([list(range(40, 50)), list(range(60, 75)), list(range(80, 85))])
-    embeddings = exact.gen.get_input_embeddings()
-    grad = torch.autograd.grad(exact.hidden_states(pack)[10:25].square().sum(), embeddings.weight)[0]
-    assert (grad[60:75].abs().sum(dim=1) > 0).all()
-    assert (grad[40:50] == 0).all()
-    assert (grad[80:85] == 0).all()
 
 
 def written_out(model, examples, corpus) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,20 +269,6 @@ def test_projection_starts_orthogonal(make_model, gpt2_folder):
     weight = make_model(embseq=gpt2_folder).projection.weight
     assert weight.shape == (32, 24)
     torch.testing.assert_close(weight.T @ weight, torch.eye(24), atol=1e-5, rtol=0)
-
-
-def test_activation_checkpointing_changes_no_gradient(make_model, examples, corpus):
-    grads = []
-    for checkpointing in (False, True):
-        model = make_model().train()
-        if checkpointing:
-            model.enable_activation_checkpointing()
-            assert model.gen.is_activation_checkpointing
-            assert model.embseq.is_activation_checkpointing
-        model(make_batch(examples, corpus, model.template)).loss.backward()
-        grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_new_tokens_start_as_the_mean_of_their_descriptions(make_model, llama_folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 
 import pytest
@@ -23,13 +22,9 @@ from cosup_fast.training.run import run_training
 
 
 @pytest.fixture
-def overrides(data_folder, llama_folder, tmp_path):
-    settings = {
-        "output": str(tmp_path / "run"), "model.gen": llama_folder, "data.corpus": str(data_folder / "passages.jsonl"),
-        "data.train": [str(data_folder / "examples.jsonl")], "data.dev": [], "training.steps": 1,
-        "training.batch_size": 4, "training.micro_batch_size": 2, "training.device": "cpu",
-    }  # fmt: skip
-    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+def overrides(arguments):
+    sizes = {"training.steps": 1, "training.batch_size": 4, "training.micro_batch_size": 2}
+    return arguments(**sizes, **{"training.device": "cpu"})
 
 
 @pytest.fixture

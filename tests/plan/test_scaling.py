@@ -132,45 +132,6 @@ def test_flop_of_a_token_beside_torchtitan(model, utilization, tokens_a_second, 
     assert (ours + other_half + embeddings) / theirs == pytest.approx(1, abs=0.003)
 
 
-def test_bytes_of_a_loss_beside_cut_cross_entropy():
-    """arXiv 2411.09009, abstract: Gemma 2 (2B), 8,192 tokens: 24 GB of loss, and 1 GB of gradients at the least."""
-    tokens, vocabulary, width = 8192, 256000, 2304
-    assert 3 * 4 * tokens * vocabulary / 2**20 == 24000  # the logits in fp32, three times
-    assert 2 * (tokens + vocabulary) * width / 2**30 == pytest.approx(1.13, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "torch_mib", "liger_mib"), [(4096, 5988.1, 4134.1), (32768, 27456.7, 5668.8)], ids=["4k", "32k"]
-)
-def test_bytes_of_a_head_and_its_loss_beside_liger(tokens, torch_mib, liger_mib):
-    """linkedin/Liger-Kernel, benchmark/fused_linear_cross_entropy_memory, A100: bf16, means of ten rounds.
-
-    The script holds two heads; gradients of the round before are kept in all rounds but the first.
-    """
-    vocabulary, width = 128256, 4096
-    head, hidden, logits = (2 * n / 2**20 for n in (vocabulary * width, tokens * width, tokens * vocabulary))
-    kept = 2 * head + hidden + 0.9 * (head + hidden)
-    assert (kept + 3 * logits) / torch_mib == pytest.approx(1, abs=0.003)
-    assert (kept + head + hidden + 4 * logits / 32) / liger_mib == pytest.approx(1, abs=0.003)
-    cross_entropy = 4 * 16384 * 131072 / 2**20  # fp32 logits, in benchmark/cross_entropy_memory
-    assert (0.9 * 5 + 0.1 * 4) * cross_entropy == pytest.approx(40140.9, abs=0.1)
-    assert cross_entropy == pytest.approx(8192.3, abs=0.4)
-
-
-@pytest.mark.parametrize(
-    ("rows", "pairs", "gib"),
-    [
-        *((1, 1024 * n, gib) for n, gib in ((32, 16.67), (64, 66.11))),
-        *((8, 1024 * n, gib) for n, gib in ((32, 2.27), (64, 8.63), (128, 33.64))),
-        *((32, 1024 * n, gib) for n, gib in ((32, 0.71), (64, 2.45), (128, 8.98), (256, 34.35))),
-    ],
-)
-def test_bytes_of_a_contrastive_loss_beside_inf_cl(rows, pairs, gib):
-    """arXiv 2410.17243, its table of memory: a rank's share of the rows against all pairs, width 768."""
-    scores, sides = 4 * 4 * pairs**2 / rows, 2 * 4 * pairs * 768
-    assert (scores + sides) / 2**30 / gib == pytest.approx(0.97, abs=0.01)
-
-
 def test_replicas_are_refused_where_there_is_nothing_to_replicate():
     config = load_config(None, ["model.gen=llama2-7b", "training.sharding=fsdp"])
     with pytest.raises(ValueError, match="does not divide 16 GPUs"):

@@ -56,7 +56,7 @@ def test_the_python_of_every_page_runs_somewhere():
     for page, test in RUN_IN.items():
         assert Path(page).name in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not name {page}"
     languages = {language for text in PAGES.values() for language in re.findall(r"^```(\w+)$", text, re.MULTILINE)}
-    assert languages <= {"python", "json", "mermaid"}
+    assert languages <= {"python", "json", "mermaid", "yaml"}
 
 
 def test_readme():

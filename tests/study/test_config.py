@@ -81,7 +81,7 @@ ONE = {"systems": ["gold"]}
         ({"main": "ntp/gold/"}, "arm 'ntp/gold/' is not in this study, did you mean 'ntp/gold'"),
         ({"sets": []}, "is evaluated and sets=\\[\\] has nothing to ask"),
         ({"set": []}, "set: Extra inputs are not permitted"),
-        ({"averages": {"few": ["citys"]}}, r"averages\.few: 'citys' is not a set of this study, did you mean 'cities'"),
+        ({"averages": {"few": ["citys"]}}, r"averages\.few: 'citys' is none of cities, dates, did you mean 'cities'"),
         ({"averages": {"few": ["cities", "cities"]}}, r"averages\.few: 'cities' is named twice"),
         ({"averages": {"few": []}}, r"averages\.few=\[\]: name at least one set"),
         ({"averages": {"dates": ["cities"]}}, r"averages\.dates: the report has another row of that name"),

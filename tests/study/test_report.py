@@ -222,6 +222,22 @@ def test_the_commands_show_and_report(filled, cosup, tmp_path):
     assert "give one of them" in err
 
 
+def test_status_shows_what_would_be_refused_and_a_selection_selects(filled, cosup):
+    path = filled.results.parent.parent / "study.yaml"
+    damaged, other = (filled.cells[name].result for name in ("ntp-seed0", "nsp-seed0"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    other.write_bytes(filled.cells["ntp-seed1"].result.read_bytes())
+    status, out, _ = cosup("study", path, "--status")
+    assert status == 0
+    assert re.search(r"ntp-seed0\s+│ refused", out)
+    assert re.search(r"nsp-seed0\s+│ refused", out)
+    assert "3 of 6 finished" in out
+    for only in ("", " , "):
+        status, _, err = cosup("study", path, "--status", "--only", only)
+        assert status == 1
+        assert f"--only {only!r} names no cell" in err
+
+
 def test_trials_are_listed_with_the_best_of_each_condition(write_study):
     tune = [{"training.lr": 0.1}, {"training.lr": 0.2}]
     study = load_study(

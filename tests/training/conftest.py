@@ -14,32 +14,23 @@ from cosup_fast.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
-def tiny_run(data_folder, llama_folder):
-    """A function that makes the configuration of a tiny run of two steps an epoch."""
+def configure_in(tiny_run):
+    """A function that makes the configuration of a tiny run with this output."""
 
-    def tiny_run(output, **changes):
-        fields = {
-            "output": str(output),
-            "model.gen": llama_folder,
-            "data.corpus": str(data_folder / "passages.jsonl"),
-            "data.train": [str(data_folder / "examples.jsonl")],
-            "data.dev": [],
-            "training.batch_size": 2,
-            "training.steps": 4,
-            "training.lr": 1e-2,
-        }
+    def configure(output, **changes):
         changes = {name.replace("__", "."): value for name, value in changes.items()}
+        fields = {"output": str(output), **tiny_run, **changes}
         if "model.init_from" in changes:
             del fields["model.gen"]
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
+        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in fields.items()])
 
-    return tiny_run
+    return configure
 
 
 @pytest.fixture
-def configure(tiny_run, tmp_path):
+def configure(configure_in, tmp_path):
     """The same with an output of its own."""
-    return partial(tiny_run, output=tmp_path / "run")
+    return partial(configure_in, output=tmp_path / "run")
 
 
 @pytest.fixture

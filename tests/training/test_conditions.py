@@ -9,23 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cosup_fast.config import ConfigError, config_of, load_config
-from cosup_fast.config.training import TrainingConfig
+from cosup_fast.config import ConfigError, config_of
 from cosup_fast.data.records import Example, Segment, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.best import Best
 from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint
 from cosup_fast.training.initial import inherit, new_model
 from cosup_fast.training.metrics import HeldOut, as_record
-from cosup_fast.training.trainer import Trainer
 from tests.training.runs import records, train
 
 
 @pytest.fixture(scope="module")
-def configure(tiny_run, data_folder):
+def configure(configure_in, data_folder):
     """A function that makes the configuration of a run of two steps, evaluated on what it is trained on."""
     held_out = {"data.dev": [str(data_folder / "examples.jsonl")], "data.allow_leaks": True}
-    return partial(tiny_run, **held_out, **{"training.steps": 2, "training.eval_every": 1})
+    return partial(configure_in, **held_out, **{"training.steps": 2, "training.eval_every": 1})
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +122,11 @@ def test_questions_with_gold_alone_are_trained(configure, tmp_path):
     assert after > max(before, 0.5)
 
 
-def test_each_part_has_its_learning_rate(make_model, gpt2_folder, examples, corpus, tmp_path):
+def test_each_part_has_its_learning_rate(make_model, make_trainer, gpt2_folder):
     model = make_model(embseq=gpt2_folder, nsp={"learnable_temperature": True})
     rates = {"lr": 1e-3, "embseq_lr": 1e-2, "temperature_lr": 1e-1}
-    config = TrainingConfig(batch_size=4, steps=4, warmup=0.5, schedule="linear", weight_decay=0.0, clip=None, **rates)
-    trainer = Trainer(model, config, examples, corpus, tmp_path)
+    schedule = {"steps": 4, "warmup": 0.5, "schedule": "linear"}
+    trainer = make_trainer(model, batch_size=4, weight_decay=0.0, clip=None, **schedule, **rates)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert trainer.take_step().lr == 0.5e-3
     for name, p in model.named_parameters():
@@ -139,10 +137,9 @@ def test_each_part_has_its_learning_rate(make_model, gpt2_folder, examples, corp
     assert not torch.equal(model.criterion.nsp.log_scale, before["criterion.nsp.log_scale"])
 
 
-def test_a_learning_rate_of_nothing_is_refused(make_model, examples, corpus, tmp_path):
-    config = TrainingConfig(batch_size=4, embseq_lr=1e-3)
+def test_a_learning_rate_of_nothing_is_refused(make_model, make_trainer):
     with pytest.raises(ValueError, match=r"training\.embseq_lr=0\.001 has nothing to train: .*freeze_embseq"):
-        Trainer(make_model(freeze_embseq=True), config, examples, corpus, tmp_path)
+        make_trainer(make_model(freeze_embseq=True), embseq_lr=1e-3)
 
 
 def test_lambda_moves_and_is_recorded(trained):
@@ -238,17 +235,15 @@ class TestStageTwo:
 
 
 @pytest.fixture
-def keep(make_model, examples, corpus, tmp_path):
+def keep(make_trainer):
     """A function that makes a trainer whose held-out figures are given."""
 
     def make(figures, seen=None, **fields):
         def evaluate(model, step):
             return HeldOut(step, figures[step], 1.0, figures[step], figures[step], figures[step])
 
-        fields = {"batch_size": 2, "eval_every": 1, "checkpoint_every": None, "keep_checkpoints": 1, **fields}
-        config = TrainingConfig(steps=len(figures) - 1, lr=1e-3, **fields)
-        record = (lambda metrics: None) if seen is None else seen.append
-        return Trainer(make_model(), config, examples, corpus, tmp_path, evaluate=evaluate, on_metrics=record)
+        fields = {"lr": 1e-3, "eval_every": 1, "checkpoint_every": None, "keep_checkpoints": 1, **fields}
+        return make_trainer(seen=seen, callbacks={"evaluate": evaluate}, steps=len(figures) - 1, **fields)
 
     return make
 
@@ -279,34 +274,3 @@ def test_patience_ends_a_run_and_a_resumed_one_counts_on(keep, tmp_path):
     trainer.resume(checkpoints(tmp_path / "checkpoints")[-1])
     trainer.replay(history)
     assert trainer.train().name == "step-000005"
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        (["ntp.weight=0", "nsp.weight=0"], ["ntp.weight=0", "nsp.weight=0"]),
-        (["training.patience=2"], ["training.patience=2", "training.keep_best"]),
-        (["training.keep_best=recall"], ["training.keep_best", "'ntp'", "'recall_at_5'"]),
-        (
-            ["training.keep_best=ntp", "training.eval_every=null"],
-            ["training.keep_best=ntp", "training.eval_every=null"],
-        ),
-        (["training.keep_best=ntp", "data.dev=[]"], ["training.keep_best=ntp", "data.dev"]),
-        (["training.keep_best=recall_at_1", "nsp.weight=0"], ["training.keep_best=recall_at_1", "nsp.weight=0"]),
-        (["training.embseq_lr=1e-3", "nsp.weight=0"], ["training.embseq_lr=0.001", "nsp.weight=0"]),
-        (["training.embseq_lr=1e-3", "model.shared=true"], ["training.embseq_lr=0.001", "model.shared=true"]),
-        (["training.temperature_lr=1e-3"], ["training.temperature_lr=0.001", "nsp.learnable_temperature=true"]),
-        (["nsp.ramp=0.1"], ["nsp.initial_weight=None", "nsp.ramp=0.1"]),
-        (["nsp.initial_weight=0.1"], ["nsp.initial_weight=0.1", "nsp.ramp=None"]),
-        (["nsp.initial_weight=1", "nsp.ramp=3", "nsp.weight=0"], ["nsp.initial_weight=1.0", "nsp.weight=0"]),
-        (["nsp.initial_weight=1", "nsp.ramp=2.5"], ["nsp.ramp=2.5", "whole number"]),
-        (["training.warmup=2.5"], ["training.warmup=2.5", "whole number"]),
-        (["training.min_lr=0.1"], ["training.min_lr=0.1", "training.schedule=constant"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_what_excludes_each_other_is_named(fields, named):
-    with pytest.raises(ConfigError) as error:
-        load_config(None, fields)
-    for name in named:
-        assert name in str(error.value)

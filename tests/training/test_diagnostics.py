@@ -18,15 +18,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture
-def make(make_model, gpt2_folder):
-    def make(variant):
-        options = {key: gpt2_folder if value == "gpt2" else value for key, value in VARIANTS[variant].items()}
-        return make_model(dtype="float64", **options)
-
-    return make
-
-
 def _gradient(model, loss) -> torch.Tensor:
     """Of all of Gen, as one vector."""
     parameters = list(model.gen.parameters())
@@ -38,8 +29,8 @@ def _gradient(model, loss) -> torch.Tensor:
 
 @pytest.mark.parametrize("cut", [PackLimits(), PackLimits(300, 2, fixed=True)], ids=["one pack", "packs"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_figures_are_those_computed_by_hand(variant, cut, make, examples, corpus):
-    model = make(variant)
+def test_figures_are_those_computed_by_hand(variant, cut, make_model, examples, corpus):
+    model = make_model(dtype="float64", **VARIANTS[variant])
     whole = make_batch(examples, corpus, model.template)
     found = diagnose(model, make_batch(examples, corpus, model.template, cut), 7, precision="float32")
     out = model(whole)
@@ -59,9 +50,9 @@ def test_figures_are_those_computed_by_hand(variant, cut, make, examples, corpus
         assert ours == pytest.approx(float((sum(pairs) / len(pairs)).log()), rel=1e-6)
 
 
-def test_the_parts_add_up_to_the_gradient_of_the_step(make, examples, corpus):
+def test_the_parts_add_up_to_the_gradient_of_the_step(make_model, examples, corpus):
     """|g|^2 = |g_NTP|^2 + |g_NSP|^2 + 2 g_NTP . g_NSP"""
-    model = make("shared")
+    model = make_model(dtype="float64", **VARIANTS["shared"])
     batch = make_batch(examples, corpus, model.template)
     found = diagnose(model, batch, 1, precision="float32")
     accumulate_gradients(model, batch)

@@ -14,25 +14,11 @@ from rich.console import Console
 from cosup_fast.config import ConfigError
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, save_checkpoint, verify
-from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.metrics import Skipped, StepMetrics, as_record
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.run import run_training
-from cosup_fast.training.step import accumulate_gradients
-from cosup_fast.training.trainer import Trainer, TrainingError
-from tests.training.runs import records, train
-
-
-def during(monkeypatch, step, act):
-    """Calls `act` before a step of every trainer."""
-    taken = Trainer.take_step
-
-    def acting(self):
-        if self.step == step:
-            act()
-        return taken(self)
-
-    monkeypatch.setattr(Trainer, "take_step", acting)
+from cosup_fast.training.trainer import TrainingError
+from tests.training.runs import during, records, train
 
 
 def test_a_second_run_on_an_output_is_refused_and_changes_nothing(configure, monkeypatch):
@@ -95,6 +81,34 @@ def test_checkpoints_come_by_minutes_too(make_trainer, tmp_path):
 
 SPIKE = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,
          "spike_window": 16, "spike_factor": 10.0, "checkpoint_every": None, "on_spike": "skip"}  # fmt: skip
+
+
+def test_a_bad_example_ends_the_run_before_it_does_harm(make_model, make_trainer, planted, tmp_path):
+    """A real run: it learns plain examples until the planted one's loss jumps."""
+    fields = SPIKE | {"on_spike": "stop", "checkpoint_every": 4, "keep_checkpoints": 1}
+    seen: list[StepMetrics] = []
+    trainer = make_trainer(make_model(), chosen=planted, seen=seen, **fields)
+    with pytest.raises(TrainingError, match=r"step \d+: NTP loss .* robust standard deviations above") as error:
+        trainer.train()
+    bad = len(seen) + 1
+    assert [e.id for e in trainer.batch_examples(bad - 1)] == ["planted"]
+    assert "the highest NTP loss alone has planted" in str(error.value)
+    record = json.loads((tmp_path / "refused-step.json").read_text())
+    assert record["step"] == bad
+    assert record["ntp"] == pytest.approx(record["ntp_of_examples"]["planted"], rel=1e-4)
+    *before, saved = checkpoints(tmp_path / "checkpoints")
+    assert saved.name == f"step-{bad - 1:06d}"
+    assert str(saved) in str(error.value)
+    assert len(before) == 1  # the one that was there is kept besides
+    for p, q in zip(trainer.model.parameters(), CoSupervisionModel.load(saved).parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.grad is None
+    rest: list[StepMetrics] = []
+    resumed = make_trainer(CoSupervisionModel.load(saved), chosen=planted, seen=rest, **fields | {"spike_factor": None})
+    resumed.resume(saved)
+    resumed.train()
+    assert [m.step for m in rest] == list(range(bad, 61))
+    assert rest[0].ntp == pytest.approx(record["ntp"], rel=1e-6)
 
 
 def test_a_bad_batch_is_passed_over_and_named(make_model, make_trainer, planted, tmp_path):
@@ -192,20 +206,6 @@ def test_an_extended_run_goes_on_from_its_learning_rate(configure):
         (saved / "manifest.json").unlink()
     train(config, resume=True)
     assert [r["lr"] for r in records(config.output, "step")] == rates
-
-
-@pytest.mark.parametrize("share", [0.5, 1.001, 2.0])
-def test_clipping_scales_what_is_too_long_and_nothing_else(share, make_model, corpus, examples, make_trainer):
-    trainer = make_trainer(make_model(nsp={"learnable_temperature": True}))
-    accumulate_gradients(trainer.model, trainer.batch(0))
-    before = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    norm = clip_gradients(trainer.model, None)[2]
-    clip_gradients(trainer.model, share * norm)
-    for name, p in trainer.model.named_parameters():
-        if p.grad is not None and share > 1:
-            assert torch.equal(p.grad, before[name]), name
-        elif p.grad is not None:
-            torch.testing.assert_close(p.grad, share * before[name], msg=name)
 
 
 def _refusal(saved, rank, ranks):

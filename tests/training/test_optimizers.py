@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from cosup_fast.config import ConfigError, load_config
 from cosup_fast.config.training import OptimizerName
 from cosup_fast.training import adamw
 from cosup_fast.training.adamw import OPTIMIZERS, check_available
@@ -122,40 +120,3 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch, name, rounded, 
     check_available("adamw", rounded=False)
     with pytest.raises(ValueError, match=rf"training.optimizer={name}.*{package}.*pip install"):
         check_available(name, rounded=rounded)
-
-
-IN_BACKWARD = [
-    "training.optimizer_in_backward=true", "training.clip=null", "training.spike_factor=null",
-    "training.diagnose_every=null", "training.sharding=none",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("overrides", "fields"),
-    [
-        (["training.optimizer=adamw-8bit", "model.dtype=bfloat16"], ["training.optimizer", "model.dtype"]),
-        (["training.optimizer=adamw-8bit", "model.dtype=float64"], ["training.optimizer", "model.dtype"]),
-        ([*IN_BACKWARD, "training.clip=1.0"], ["training.optimizer_in_backward", "training.clip"]),
-        ([*IN_BACKWARD, "training.spike_factor=20"], ["training.optimizer_in_backward", "training.spike_factor"]),
-        ([*IN_BACKWARD, "training.diagnose_every=1"], ["training.optimizer_in_backward", "training.diagnose_every"]),
-        ([*IN_BACKWARD, "training.sharding=fsdp"], ["training.optimizer_in_backward", "training.sharding"]),
-        (
-            [*IN_BACKWARD, "training.micro_batch_size=2"],
-            ["training.optimizer_in_backward", "training.micro_batch_size"],
-        ),
-        ([*IN_BACKWARD, "model.shared=true"], ["training.optimizer_in_backward", "model.shared"]),
-        (
-            ["training.sharding=fsdp", "model.gen_lora.rank=8", "model.gen_lora.quantize=nf4"],
-            ["training.sharding=fsdp", "model.gen_lora.quantize"],
-        ),
-    ],
-)
-def test_what_cannot_work_together_is_refused_naming_both_fields(overrides, fields):
-    with pytest.raises(ConfigError) as error:
-        load_config(None, overrides)
-    assert all(field in str(error.value) for field in fields)
-
-
-def test_what_can_is_not():
-    assert load_config(None, IN_BACKWARD).training.optimizer_in_backward
-    assert importlib.util.find_spec("torchao") is None or load_config(None, ["model.dtype=bfloat16"])

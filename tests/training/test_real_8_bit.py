@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
-
 import pytest
 import torch
-from rich.console import Console
 
 from cosup_fast.config import load_config
 from cosup_fast.data.prepared.prepare import prepare
-from cosup_fast.training.run import run_training
+from tests.training.runs import records, train
 
 WINDOW = 20
 """Steps that a point of a curve is the mean of: a single step is four examples."""
@@ -32,9 +28,8 @@ def test_8_bit_states_train_smollm2_as_those_of_32_bits_do(tmp_path):
             "training.checkpoint_every": "null", "training.device": "cpu",
         }  # fmt: skip
         config = load_config(None, [f"{name}={value}" for name, value in settings.items()])
-        run_training(config, console=Console(file=io.StringIO()))
-        lines = (tmp_path / optimizer / "metrics.jsonl").read_text().splitlines()
-        losses = torch.tensor([record["loss"] for line in lines if (record := json.loads(line))["kind"] == "step"])
+        train(config)
+        losses = torch.tensor([record["loss"] for record in records(tmp_path / optimizer)])
         assert len(losses) == 200
         curves[optimizer] = losses.unfold(0, WINDOW, 1).mean(dim=1)
     full, quantized = curves.values()

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from cosup_fast.config import load_config
 from cosup_fast.training.callbacks import Callback
-from cosup_fast.training.checkpoint import checkpoints, verify
+from cosup_fast.training.checkpoint import checkpoints
+from tests.training.runs import last_saved, records
 
 STEPS = 14
 
@@ -79,21 +80,9 @@ def overrides(data_folder, llama_folder, gpt2_folder, tmp_path):
     return make
 
 
-def records(output: Path, kind: str) -> list[dict]:
-    lines = (output / "metrics.jsonl").read_text().split("\n")[:-1]
-    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
-
-
 def losses(output: Path) -> list[tuple]:
     fields = ("step", "loss", "ntp", "nsp", "gen_grad_norm", "embseq_grad_norm", "lr")
-    return [tuple(record[name] for name in fields) for record in records(output, "step")]
-
-
-def weights(output: Path) -> dict:
-    folder = checkpoints(output / "checkpoints")[-1]
-    verify(folder)
-    files = [*folder.glob("*/*.safetensors"), folder / "heads.safetensors"]
-    return {f"{path.relative_to(folder)}/{name}": x for path in files for name, x in load_file(path).items()}
+    return [tuple(record[name] for name in fields) for record in records(output)]
 
 
 def finished(processes, seconds: float) -> bool:
@@ -134,7 +123,7 @@ def check(start, overrides, tmp_path, *, kills: int, ranks: int, steps: int = ST
     assert i + 1 == kills, f"the run ended before it was killed {kills} times: {i + 1}"
     assert finished(start(overrides("killed", **fields), ranks), 300)
     assert losses(killed) == losses(whole)
-    ours, expected = weights(killed), weights(whole)
+    ours, expected = last_saved(killed), last_saved(whole)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert not list(killed.glob("checkpoints/.*"))
@@ -144,15 +133,19 @@ def test_a_killed_run_goes_on_with_the_same_bits(start, overrides, tmp_path):
     check(start, overrides, tmp_path, kills=2, ranks=1)
 
 
+LORA = {"model.gen_lora.rank": 4, "model.gen_lora.dropout": 0.1}
+
+
 @pytest.mark.parametrize(
-    "adapters",
+    ("sharding", "adapters"),
     [
-        pytest.param({}, id="whole"),
-        pytest.param({"model.gen_lora.rank": 4, "model.gen_lora.dropout": 0.1}, id="LoRA", marks=pytest.mark.slow),
+        pytest.param("fsdp", {}, id="shards"),
+        pytest.param("fsdp", LORA, id="shards, LoRA", marks=pytest.mark.slow),
+        pytest.param("ddp", {}, id="whole weights", marks=pytest.mark.slow),
     ],
 )
-def test_killed_ranks_that_share_out_the_weights_go_on_with_the_same_bits(adapters, start, overrides, tmp_path):
-    check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": "fsdp", **adapters})
+def test_killed_ranks_resume_with_the_same_bits(sharding, adapters, start, overrides, tmp_path):
+    check(start, overrides, tmp_path, kills=2, ranks=2, **{"training.sharding": sharding, **adapters})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +235,7 @@ def test_what_rank_0_is_told_before_the_run_ends_all_ranks(start, overrides, tmp
 def test_ranks_that_share_out_a_frozen_model_save_it_as_it_was(start, overrides, tmp_path, llama_folder):
     fields = {"model.embseq": "null", "model.freeze_embseq": "true", "training.sharding": "fsdp", "training.steps": 2}
     assert finished(start(overrides("frozen", **fields), 2), 300)
-    saved = {n.rpartition("/")[2]: x for n, x in weights(tmp_path / "frozen").items() if n.startswith("embseq/")}
+    saved = {n.rpartition("/")[2]: x for n, x in last_saved(tmp_path / "frozen").items() if n.startswith("embseq/")}
     given = load_file(Path(llama_folder) / "model.safetensors")
     assert saved
     assert all(torch.equal(x, given[f"model.{name}"]) for name, x in saved.items())
@@ -256,13 +249,11 @@ def test_thirty_kills(start, overrides, tmp_path, ranks):
     check(start, overrides, tmp_path, kills=30, ranks=ranks, steps=150, **sharding)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(start, overrides, tmp_path):
-    """Two that share out the weights, then one, then two again: but for rounding, the run of one process."""
-    same = {
-        "model.embseq": "null",
-        "training.sharding": "fsdp",
-        "training.lr": 1e-3,
-    }  # without dropout, whose masks are a rank's own
+@pytest.mark.parametrize("sharding", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_run_resumes_with_another_number_of_ranks(sharding, start, overrides, tmp_path):
+    """Two ranks, then one, then two again: but for rounding, the run of one process."""
+    # Without dropout, whose masks are a rank's own.
+    same = {"model.embseq": "null", "training.sharding": sharding, "training.lr": 1e-3}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     assert finished(start(overrides("whole", **same), 1), 300)
     for steps, ranks in ((5, 2), (9, 1), (STEPS, 2)):

@@ -20,7 +20,7 @@ from cosup_fast.training.checkpoint import checkpoints
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import load_data, run_training
 from cosup_fast.training.trainer import Trainer
-from tests.training.runs import records, steps_of, train
+from tests.training.runs import during, records, steps_of, train
 
 
 @pytest.fixture
@@ -121,15 +121,7 @@ def test_the_seed_decides_the_projection(configure, gpt2_folder):
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeypatch, keyboard):
-    step = Trainer.take_step
-
-    def pressed(self):
-        if self.step == 2:
-            for _ in range(presses):
-                signal.raise_signal(signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "take_step", pressed)
+    during(monkeypatch, 2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(presses)])
     console = Console(file=io.StringIO(), width=200)
     config = configure(training__checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt) as interrupt:
@@ -149,10 +141,7 @@ def test_ctrl_c_says_what_it_does_and_what_was_saved(presses, configure, monkeyp
 
 
 def test_ctrl_c_while_loading_says_that_nothing_was_saved(configure, monkeypatch, keyboard):
-    def pressed(*arguments, **options):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(CoSupervisionModel, "from_pretrained", pressed)
+    monkeypatch.setattr(CoSupervisionModel, "from_pretrained", lambda *a, **k: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match=r"^stopped at once; nothing was saved so far$"):
         train(configure())
 

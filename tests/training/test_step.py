@@ -34,11 +34,10 @@ limits = st.builds(PackLimits, st.none() | st.integers(240, 500), st.none() | st
 
 
 @pytest.fixture(scope="module")
-def made(make_model, gpt2_folder):
+def made(make_model):
     @cache
     def make(variant: str, dtype: str = "float64"):
-        options = {key: gpt2_folder if value == "gpt2" else value for key, value in VARIANTS[variant].items()}
-        model = make_model(dtype=dtype, **options)
+        model = make_model(dtype=dtype, **VARIANTS[variant])
         if variant == "checkpointed":
             model.enable_activation_checkpointing()
             model.train()  # without dropout
