@@ -125,9 +125,14 @@ def check_common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, 
 
 
 def readable(t: Tensor) -> bool:
-    """Whether t's values can be read here and now: no fake or meta tensor, nothing being compiled or captured."""
+    """Whether t's values can be read here and now: it is neither fake, meta nor a batch of vmap's, nothing is compiled
+    or captured."""
     if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling():
         return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+        if torch._C._functorch.is_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+        t = torch._C._functorch.get_unwrapped(t)  # pyright: ignore[reportAttributeAccessIssue]
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -167,10 +167,11 @@ def info_nce(
         TypeError: an argument is not a tensor or has the wrong dtype; operands of different dtypes outside autocast.
         ValueError: shapes or devices that do not fit; M < N without positive; ids without key_ids; symmetric with
             positive_ids but without positive, which leaves open which key answers a query; an option out of its
-            range, or not the same on every rank; on CPU also an index out of range or a query whose positives are all
-            padding or absent. Elsewhere, and under torch.compile, a query without an answer has an infinite loss, and
-            one whose index is out of range NaN (every query, if symmetric), in the loss and in its gradient. What is
-            wrong on one rank is raised on all.
+            range, or not the same on every rank; on CPU also an index out of range, a query whose positives are all
+            padding or absent, or one to which a margin leaves no other candidate. Elsewhere, and under torch.compile, a
+            query without an answer has an infinite loss, one whose index is out of range NaN (every query, if
+            symmetric), in the loss and in its gradient, and one without another candidate 0. What is wrong on one rank
+            is raised on all.
         PeerError: another rank did not come in time, or was lost; the message names it.
 
     Sources: van den Oord et al. 2018, arXiv 1807.03748, equation 4; as next sequence prediction Lee et al. 2024,

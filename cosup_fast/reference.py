@@ -52,8 +52,8 @@ def _stats(z: Tensor, positive: Tensor) -> Stats:
     return Stats(z.detach().logsumexp(1), z_positive.logsumexp(1), rank, z.argmax(1))
 
 
-def _reduce(loss: Tensor, count: int, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.sum() / (max(count, 1) if reduction == "mean" else 1)
+def _reduce(loss: Tensor, count: int | Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() / (count if reduction == "mean" else 1)
 
 
 def info_nce(
@@ -84,23 +84,22 @@ def info_nce(
         query, keys = unit(query), unit(keys)
         private_negatives = None if private_negatives is None else unit(private_negatives)
 
-    is_positive = torch.zeros(n, m, dtype=torch.bool, device=query.device)
-    dropped = torch.zeros_like(is_positive)
+    is_positive = dropped = torch.zeros(n, m, dtype=torch.bool, device=query.device)
     if positive is not None:
-        is_positive[torch.arange(n, device=query.device), positive] = True
+        is_positive = torch.arange(m, device=query.device) == positive[:, None]
     if key_ids is not None:
         if positive_ids is not None:
-            is_positive |= (key_ids[None, :, None] == positive_ids[:, None, :]).any(2)
+            is_positive = is_positive | (key_ids[None, :, None] == positive_ids[:, None, :]).any(2)
         if query_ids is None and positive is not None:
             query_ids = key_ids[positive]
         if query_ids is not None:
             same = key_ids == query_ids[:, None]
             if duplicates == "positive":
-                is_positive |= same
+                is_positive = is_positive | same
             elif duplicates == "mask":
-                dropped |= same & ~is_positive
-        dropped |= key_ids < 0
-        is_positive &= ~dropped
+                dropped = same & ~is_positive
+        dropped = dropped | (key_ids < 0)
+        is_positive = is_positive & ~dropped
 
     z = _wide(query @ keys.T) * scale  # (N, M)
     limit = None
@@ -136,7 +135,7 @@ def info_nce(
     loss = _softmax_xent(z_row, row_positive, label_smoothing)
     if symmetric:
         loss = (loss + _softmax_xent(z.T[positive], is_positive.T[positive], label_smoothing)) / 2
-    loss = _reduce(loss, n, reduction)
+    loss = _reduce(loss, max(n, 1), reduction)
     return (loss, stats) if return_stats else loss
 
 
@@ -167,7 +166,7 @@ def linear_cross_entropy(
         loss = _softmax_xent(z, F.one_hot(target, len(weight)).bool(), label_smoothing)
     if z_loss:
         loss = loss + z_loss * z.logsumexp(1).square()
-    loss = _reduce(loss.masked_fill(~supervised, 0.0), int(supervised.sum()), reduction)
+    loss = _reduce(loss.masked_fill(~supervised, 0.0), supervised.sum().clamp(min=1), reduction)
     if not return_stats:
         return loss
     stats = _stats(z, F.one_hot(target, len(weight)).bool())

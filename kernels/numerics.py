@@ -36,7 +36,8 @@ def finite(t: Tensor) -> Tensor:
 
 
 def ratio(g: Tensor, total: Tensor) -> Tensor:
-    return torch.where(total > 0, g / total, 0.0)
+    """g / total, 0 for the sum of an empty set; a sum of NaN stays NaN."""
+    return torch.where(total == 0, 0.0, g / total)
 
 
 def sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:

@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import has_values, place
 from ..numerics import accumulator, unit, unit_backward
+
+TWICE = "gather_last_hidden cannot be differentiated twice; cosup_fast.reference.gather_last_hidden can"
+FORWARD_MODE = "gather_last_hidden has no forward-mode derivative; cosup_fast.reference.gather_last_hidden has one"
 
 
 def takes_triton(device: torch.device, dtype: torch.dtype) -> bool:
@@ -140,30 +144,76 @@ def _implementation(t: Tensor) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, rows, norm_weight, _, ctx.normalize, _ = inputs
+    hidden, rows, norm_weight, _, ctx.normalize, _, *places = inputs
     ctx.height = hidden.shape[0]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rows, norm_weight, *output[1:])
+    ctx.save_for_backward(rows, norm_weight, *output[1:], *places)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
+def _backward(ctx: Any, dy: Tensor | None, gradient: Any = gather_last_hidden_backward_op) -> tuple:
     dhidden = dw = None
     need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     saved = ctx.saved_tensors
     if dy is not None:
-        dhidden, dw = gather_last_hidden_backward_op(dy, *saved, ctx.height, ctx.normalize, need_hidden, need_weight)
-    return dhidden if need_hidden else None, None, dw if need_weight else None, None, None, None
+        dhidden, dw = gradient(dy, *saved[:5], ctx.height, ctx.normalize, need_hidden, need_weight, *saved[5:])
+    rest = ctx.needs_input_grad[3:]
+    return dhidden if need_hidden else None, None, dw if need_weight else None, *(None for _ in rest)
 
 
-gather_last_hidden_op.register_autograd(_backward, setup_context=_setup_context)
+gather_last_hidden_op.register_autograd(lambda ctx, dy, *_: _backward(ctx, dy), setup_context=_setup_context)
 
 
 def _twice(ctx: Any, *grads: Tensor) -> tuple:
-    raise RuntimeError("gather_last_hidden cannot be differentiated twice; cosup_fast.reference.gather_last_hidden can")
+    raise RuntimeError(TWICE)
 
 
 gather_last_hidden_backward_op.register_autograd(_twice)
+
+
+class _Transformed(torch.autograd.Function):
+    """What torch.func maps over a batch call by call, and has no forward-mode derivative."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple, *args: Any) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batches = [
+            [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims)]
+            for i in range(info.batch_size)
+        ]
+        outputs = [torch.stack(t) for t in zip(*(cls.apply(*batch) for batch in batches))]  # pyright: ignore
+        return tuple(outputs), (0,) * len(outputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(FORWARD_MODE)
+
+
+class _Gather(_Transformed):
+    """A call in eager mode, where torch.func transforms it; an operator of torch.library it does not."""
+
+    @staticmethod
+    def forward(hidden: Tensor, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _implementation(hidden).forward(hidden, *args[:-1])
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _backward(ctx, dy, _Gradient.apply)
+
+
+class _Gradient(_Transformed):
+    """Its gradients. They depend on hidden states that were saved as results: `place` says so to torch."""
+
+    @staticmethod
+    def forward(dy: Tensor, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _implementation(dy).backward(dy, *args[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # pyright: ignore
+        pass
+
+    backward = staticmethod(_twice)  # pyright: ignore[reportAssignmentType]
 
 
 def gather_last_hidden(
@@ -175,7 +225,10 @@ def gather_last_hidden(
 ) -> Tensor:  # (R, D)
     trained = hidden.requires_grad or (norm_weight is not None and norm_weight.requires_grad)
     save = trained and torch.is_grad_enabled()
-    return gather_last_hidden_op(hidden, rows, norm_weight, eps, normalize, save)[0]
+    arguments = hidden, rows, norm_weight, eps, normalize, save
+    if not has_values(hidden):
+        return gather_last_hidden_op(*arguments)[0]
+    return _Gather.apply(*arguments, place(hidden) if save else None)[0]  # pyright: ignore[reportReturnType]
 
 
 def last_rows(cu_seqlens: Tensor) -> Tensor:

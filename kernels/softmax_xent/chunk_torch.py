@@ -221,8 +221,9 @@ class TorchChunk(Chunk):
         elif s.target is not None:
             above.scatter_(1, _part(s.target, rows).unsqueeze(1), False)
         z.masked_fill_(above, -torch.inf)
-        if z.device.type == "cpu" and s.alone and s.private is None:
-            alone = (z > -torch.inf).sum(1).le(1) & above.any(1)
+        if z.device.type == "cpu" and s.alone is not False:
+            alone = (z > -torch.inf).sum(1).le(1)
+            alone &= above.any(1) if s.alone is True else _part(s.alone, rows)
             if alone.any():
                 raise ValueError(
                     f"margin leaves a query no candidate but its positive, of logit {z[alone][0].amax():.4g}; lower "

@@ -22,6 +22,7 @@ products of the engine's own. Legend: see scores.py. Statistics and sums over ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -104,6 +105,16 @@ class _Private:
         if rows.count is None:
             return dz
         return dz - (self.z > -torch.inf) * (s.label_smoothing * g / rows.count)[:, None]
+
+
+def _candidates(s: Scores, kind: type[Chunk]) -> tuple[Chunk, _Private | None]:
+    """Shared and private ones of some rows."""
+    if s.private is None:
+        return kind(s), None
+    private = _Private(s)
+    if s.alone and s.limit is not None and private.z.shape[1]:
+        s = replace(s, alone=(private.z == -torch.inf).all(1))
+    return kind(s), private
 
 
 def _exactly(a: Tensor, b: Tensor) -> Tensor:
@@ -225,9 +236,7 @@ def _walk(
     found: list[Statistics] = []
     s = kind.prepare(s)
     for part in parts:
-        rows = s if len(parts) == 1 else s.rows(part)
-        chunk = kind(rows)
-        private = None if s.private is None else _Private(rows)
+        chunk, private = _candidates(s if len(parts) == 1 else s.rows(part), kind)
         if sums is None or g is None:
             stats = chunk.statistics(ranks=ranks)
             stats = stats if private is None else private.extend(stats)
@@ -257,8 +266,7 @@ def _walk_twice(
     found, held = [], []
     s = kind.prepare(s)
     for i, part in enumerate(parts):
-        rows = s.rows(part)
-        chunk, private = kind(rows), None if s.private is None else _Private(rows)
+        chunk, private = _candidates(s.rows(part), kind)
         stats = chunk.statistics(ranks=ranks)
         found.append(stats if private is None else private.extend(stats))
         if kind.holds and i < HELD:
@@ -275,8 +283,7 @@ def _walk_twice(
         if held:
             chunk, private = held.pop(0)
         else:
-            rows = s.rows(part)
-            chunk, private = kind(rows), None if s.private is None else _Private(rows)
+            chunk, private = _candidates(s.rows(part), kind)
         seen, sums.chunk = stats._replace(rows=stats.rows.at(part)), part
         chunk.accumulate(seen, g[part], h, sums)
         if private is not None:

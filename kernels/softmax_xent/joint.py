@@ -22,6 +22,9 @@ from torch import Tensor
 from ..numerics import accumulator
 from .op import softmax_xent
 
+FLAT = 2.0**-32
+"""Scores times this are near 0, so that every candidate counts in a sum; a power of two moves none across its limit."""
+
 
 def joint_softmax_xent(
     x: Tensor,  # (N, D)
@@ -54,22 +57,37 @@ def joint_softmax_xent(
     wide = accumulator(product_dtype)
     products = (x.to(product_dtype).to(wide) * own.to(product_dtype).to(wide)).sum(1)
     limit = None if margin is None else ((products - margin) * scale).detach()
-    same = {
-        "scale": scale, "product_dtype": product_dtype, "limit": limit, "reduction": "none", "impl": impl,
-        "checked": checked,
-    }  # fmt: skip
-    first, *by_row = softmax_xent(x, w, target=target, key_ids=key_ids, private=private, ranks=ranks, **options, **same)
+    same = {"product_dtype": product_dtype, "reduction": "none", "impl": impl, "checked": checked}
     ids = torch.arange(w.shape[0], device=w.device) if key_ids is None else key_ids
     answers = ids[inside] if answers is None else answers
-    lowest = torch.finfo(first.dtype).min  # a row may have nobody else; -inf would make gradients NaN
-    others = []
-    if queries:
-        others.append(softmax_xent(x, x, query_ids=answers, key_ids=answers, **same)[0].clamp(min=lowest))
-    if keys:
-        others.append(softmax_xent(own, w, query_ids=answers, key_ids=ids, **same)[0].clamp(min=lowest))
-    other = others[0] if len(others) == 1 else torch.logaddexp(*others)
+    lowest = torch.finfo(accumulator(product_dtype)).min  # a row may have nobody else; -inf would make gradients NaN
+
+    def sums(scale: float | Tensor, limit: Tensor | None, ranks: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The loss of queries and keys, the log-sum-exp of the others, and statistics by row."""
+        all_of = {**same, "scale": scale, "limit": limit}
+        first, *by_row = softmax_xent(
+            x, w, target=target, key_ids=key_ids, private=private, ranks=ranks, **options, **all_of
+        )
+        others = []
+        if queries:
+            others.append(softmax_xent(x, x, query_ids=answers, key_ids=answers, **all_of)[0].clamp(min=lowest))
+        if keys:
+            others.append(softmax_xent(own, w, query_ids=answers, key_ids=ids, **all_of)[0].clamp(min=lowest))
+        return first, others[0] if len(others) == 1 else torch.logaddexp(*others), by_row
+
+    def nobody(scale: float | Tensor, limit: Tensor | None) -> Tensor:
+        """Which rows have no candidate but the positive, if scores are near 0."""
+        first, other, _ = sums(scale, limit)
+        return (first == 0) & (other <= lowest)
+
+    first, other, by_row = sums(scale, limit, ranks)
+    # A first sum of 0 may also be of candidates far below the positive.
     if checked and limit is not None and ((first.detach() == 0) & (other.detach() <= lowest)).any():
-        raise ValueError(f"margin is {margin}, which leaves a query no candidate but its positive; pass a lower one")
+        with torch.no_grad():
+            left_alone = nobody(scale * FLAT, limit * FLAT) & ~nobody(scale * FLAT, None)
+        if left_alone.any():
+            message = f"margin is {margin}, which leaves a query no candidate but its positive; pass a lower one"
+            raise ValueError(message)
     loss = torch.logaddexp(first, other - products * scale)
     if ranks:
         by_row[0] = torch.logaddexp(by_row[0], other.detach())

@@ -91,9 +91,9 @@ def weights_bwd_kernel(
     p = out + o_r
     row = tl.cast(N, tl.int64)
     tl.store(p, b_max, mask=m)
-    tl.store(p + row, tl.where(b_sum > 0, b_p / b_sum, 0.0), mask=m)
+    tl.store(p + row, tl.where(b_sum == 0.0, 0.0, b_p / b_sum), mask=m)  # of NaN, NaN
     tl.store(p + 2 * row, tl.load(pos_max + o_r, mask=m, other=0.0).to(tl.float32), mask=m)
-    b_t = tl.where(b_pos_sum > 0, b_g / b_pos_sum, 0.0)
+    b_t = tl.where(b_pos_sum == 0.0, 0.0, b_g / b_pos_sum)
     if smoothing is not None:
         b_count = tl.load(count + o_r, mask=m, other=0).to(tl.float32)
         b_t = b_t * (1 - smoothing)
@@ -189,7 +189,9 @@ def underflow_bwd_kernel(
         b_column = tl.maximum(b_column, tl.load(p_part, mask=m_n, other=-float("inf")))
     b_needed = tl.load(weights + o_n, mask=m_n, other=0.0) - NEGLIGIBLE
     b_weight = tl.load(weights + tl.cast(M, tl.int64) + o_n, mask=m_n, other=0.0)
-    m_needed = m_n & (b_weight != 0.0) & (b_column > b_needed) & (tl.max(b_row, 0) - HIGHEST > b_needed)
+    # `exp_above` rounds a large maximum, by which its exponentials are shifted; C_j - NEGLIGIBLE may round to C_j.
+    b_top = tl.max(tl.maximum(b_row * (1 + 2.0**-23), b_row * (1 - 2.0**-23)), 0)
+    m_needed = m_n & (b_weight != 0.0) & (b_column >= b_needed) & (b_top - HIGHEST > b_needed)
     tl.store(again + tl.program_id(0), tl.max(m_needed.to(tl.int32), 0))
 
 

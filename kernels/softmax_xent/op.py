@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import has_values, once, place
 from ..numerics import accumulator, cast
 from .call import LOCAL, NOTHING, ByRow, Call, Pool, Results
 from .problem import Problem, kept
@@ -42,7 +43,8 @@ class _Loss(torch.autograd.Function):
     """A call in eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, pool: Pool, *operands: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, pool: Pool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        operands, places = inputs[: len(call.operands)], inputs[len(call.operands) :]
         with _no_autocast(call.x):
             problem = Problem(call, pool)
             stats, found = problem.run()
@@ -50,22 +52,21 @@ class _Loss(torch.autograd.Function):
             loss, by_row = problem.loss(stats), problem.by_row(stats) if call.ranks else ()
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if t is None else t.dtype for t in operands]
-        ctx.later = None
+        ctx.places, ctx.later = len(places), None
         if grads is not None:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(*places, *grads)
         elif problem.wanted:
-            s = problem.scores
             ctx.later = problem, stats
-            scored = (s.x, s.w, s.scale, s.bias, s.private)
-            ctx.save_for_backward(*(t for t in scored if isinstance(t, Tensor)))
+            ctx.save_for_backward(*places, *(t for t in vars(problem.scores).values() if isinstance(t, Tensor)))
         ctx.mark_non_differentiable(*by_row)
         return (loss, *by_row)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
         if g is None:
-            return (None,) * (2 + len(ctx.dtypes))
-        saved = ctx.saved_tensors  # raises where an operand was changed in place
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # raises where one was changed in place
+        places, saved = saved[: ctx.places], saved[ctx.places :]
         with torch.no_grad(), _no_autocast(g):
             if ctx.later is None:
                 grads = _times(saved, g, mine=not _graph_is_kept())
@@ -76,7 +77,7 @@ class _Loss(torch.autograd.Function):
             grads = [
                 cast(t, dtype) if need and t is not None else None for t, dtype, need in zip(grads, ctx.dtypes, needs)
             ]
-        return None, None, *once(g, grads)
+        return None, None, *once(ctx, g, grads, ONCE, places), *(None for _ in places)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -247,7 +248,7 @@ def _compiled_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Ten
     with torch.no_grad():
         found = _differentiate(ctx, g, lambda g, n, *rest: _backward(g, list(rest[:n]), *rest[n:]))
     count = len(Gradients._fields)
-    return found if g is None else (*once(g, found[:count]), *found[count:])
+    return found if g is None else (*once(ctx, g, found[:count], ONCE), *found[count:])
 
 
 _forward.register_autograd(_compiled_backward, setup_context=_setup_context)
@@ -287,38 +288,6 @@ def _graph_is_kept() -> bool:
     return ask is None or ask()
 
 
-def once(g: Tensor, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients under an upstream g, which raise where they are differentiated.
-
-    Without a node of theirs what create_graph=True makes of them would be a constant, and its gradient 0 unnoticed.
-    """
-    return _Once.apply(g.detach().requires_grad_(), *grads) if torch.is_grad_enabled() else grads  # pyright: ignore
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else t.view_as(t) for t in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise RuntimeError(ONCE)
-
-
-_TRACING = (
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
-
-
-def _has_values(x: Tensor) -> bool:
-    """Whether x is what it seems: nothing is being compiled or traced, and x has memory."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
-        return False
-    return all(torch._C._get_dispatch_mode(key) is None for key in _TRACING)
-
-
 def softmax_xent(
     x: Tensor, w: Tensor, *, scale: float | Tensor = 1.0, pool: Pool = LOCAL, **options: Any
 ) -> tuple[Tensor, ...]:
@@ -335,9 +304,10 @@ def softmax_xent(
         operands = x, w, options.get("scale"), options.get("bias"), options.get("private")
         options["needs"] = [t is not None and t.requires_grad for t in operands]
     call = Call(x, w, **options)
-    if not _has_values(x):
+    if not has_values(x):
         loss, *by_row = _forward(*call)[: 1 + len(ByRow._fields)]
         return (loss, *(t.detach() for t in by_row)) if call.ranks else (loss,)
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return _TransformedLoss.apply(*call)[: 1 + len(ByRow._fields) if call.ranks else 1]  # pyright: ignore
-    return _Loss.apply(call, pool, *call.operands)  # pyright: ignore[reportReturnType]
+    places = (place(t) for t in call.operands if t is not None and t.grad_fn is not None)
+    return _Loss.apply(call, pool, *call.operands, *places)  # pyright: ignore[reportReturnType]

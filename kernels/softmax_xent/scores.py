@@ -108,7 +108,7 @@ class Scores:
     key_ids: Tensor | None = None  # (M,) int64; negative: no candidate
     positive_ids: Tensor | None = None  # (N, P) int64; every key of such an id is a positive
     limit: Tensor | None = None  # (N,) fp32 (fp64); a key that scores above it and is no positive is no candidate
-    alone: bool = True  # no other scores join these, so that a limit that leaves a row nothing is an error
+    alone: bool | Tensor = True  # where no other candidates (n,) join these, a limit that leaves nothing is an error
     duplicates_are_positive: bool = False  # else they are not candidates
     symmetric: bool = False
     softcap: float | None = None

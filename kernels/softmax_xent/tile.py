@@ -109,7 +109,7 @@ def exp_above(b_z, b_shift):
     """2^(z log2 e - r) with r = b_shift log2 e, rounded: exp(z - b_shift) by one fma and one ex2.
 
     The rounding of r, up to 1e-4 at scores near 1,800, is common to all that is above one shift: `exp_between`
-    takes it back.
+    takes it back. Beyond 10^9 it exceeds the range of exponents, and the result is not a number.
     """
     return tl.exp2(tl.fma(b_z, LOG2E, -(b_shift * LOG2E)))
 

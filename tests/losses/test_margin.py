@@ -60,6 +60,15 @@ def test_a_margin_that_leaves_nothing_is_refused():
     InfoNCELoss(margin=0.0)(torch.eye(4), torch.eye(4))
 
 
+def test_private_negatives_may_be_all_that_a_margin_leaves():
+    x, w = operands(6, 9, 8)
+    private = torch.zeros(6, 2, 8)
+    with pytest.raises(ValueError, match="margin leaves a query no candidate but its positive"):
+        info_nce(x, w, margin=1e3, private_negatives=private)
+    far = -1e6 * x[:, None].sign()
+    assert info_nce(x, w, margin=1e3, private_negatives=far) == 0  # each is there, and far below the positive
+
+
 def test_a_query_with_one_key_loses_nothing_to_a_margin():
     x, w = operands(1, 1, 8)
     assert info_nce(x, w, margin=1e3) == 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cosup_fast import reference
-from cosup_fast.functional import info_nce, linear_cross_entropy
+from cosup_fast.functional import gather_last_hidden, info_nce, linear_cross_entropy
 
 TARGET = torch.tensor([3, 0, 2, 2, 5])
 
@@ -78,6 +81,26 @@ def slope(x: Tensor, w: Tensor, reduction: str) -> Tensor:
     return torch.func.grad(lambda x: info_nce(x, w, reduction=reduction).sum())(x).square()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, w, row, number, impl: info_nce(x, w, row, impl=impl),
+        lambda x, w, row, number, impl: linear_cross_entropy(x, w, row, impl=impl),
+        lambda x, w, row, number, impl: info_nce(x, w, key_ids=torch.cat([row, row[:2]]), impl=impl),
+        lambda x, w, row, number, impl: info_nce(x, w, scale=number, impl=impl),
+    ],
+    ids=["positive", "target", "key_ids", "scale"],
+)
+def test_vmap_over_indices_and_scales_is_refused_by_all_but_the_reference(loss):
+    x, w = operands()
+    rows, numbers = torch.stack([TARGET, TARGET.flip(0)]), torch.tensor([1.0, 2.0])
+    with pytest.raises(RuntimeError, match="cannot be vmapped over its operands; loop over them, or pass"):
+        torch.func.vmap(lambda row, number: loss(x, w, row, number, "auto"))(rows, numbers)
+    batch = torch.func.vmap(lambda row, number: loss(x, w, row, number, "reference"))(rows, numbers)
+    each = torch.stack([loss(x, w, row, number, "auto") for row, number in zip(rows, numbers)])
+    torch.testing.assert_close(batch, each)
+
+
 def test_what_cannot_be_transformed_says_so():
     x, w = operands()
     with pytest.raises(RuntimeError, match="cannot be vmapped over its operands"):
@@ -98,3 +121,57 @@ def test_a_wrong_target_is_no_ignored_one_in_a_compiled_graph(ignore_index):
     target = torch.tensor([0, -1, 7, 2, 3])
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     assert compiled(x, w, target).isnan().tolist() == [False, True, True, False, False]
+
+
+def embeddings(x: Tensor, w: Tensor, loss: bool = False, of=gather_last_hidden) -> Tensor:
+    """Of rows 0 and 3 twice, whose norms have the weight `w`."""
+    y = of(x, torch.tensor([0, 3, 3]), norm_weight=w, normalize=True)
+    return y.cos().sum() if loss else y
+
+
+def test_the_gather_is_transformed_by_reverse_mode():
+    x, w = operands()[0], torch.linspace(0.5, 1.5, 8)
+    right = torch.func.grad(partial(embeddings, loss=True, of=reference.gather_last_hidden), argnums=(0, 1))(x, w)
+    torch.testing.assert_close(torch.func.grad(partial(embeddings, loss=True), argnums=(0, 1))(x, w), right)
+    batch = torch.stack([x, x.flip(0)])
+    each = torch.stack([torch.func.grad(partial(embeddings, loss=True))(one, w) for one in batch])
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(partial(embeddings, loss=True)), in_dims=(0, None))(batch, w), each
+    )
+    by_rows = torch.func.vmap(lambda row: gather_last_hidden(x, row))(torch.tensor([[0, 1], [4, 4]]))
+    assert torch.equal(by_rows, x[torch.tensor([[0, 1], [4, 4]])])
+
+
+def test_forward_mode_of_the_gather_is_refused_rather_than_zero():
+    """A loss of what it gathers would see no tangent, and have none."""
+    x, w = operands()[0], torch.ones(8)
+    with pytest.raises(RuntimeError, match="gather_last_hidden has no forward-mode derivative"):
+        torch.func.jvp(lambda x: info_nce(embeddings(x, w), x), (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jacfwd(embeddings)(x, w)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        embeddings(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), w)
+
+
+def test_second_derivatives_of_the_gather_are_refused_rather_than_zero():
+    x, w = operands()[0].requires_grad_(), torch.ones(8)
+    (dx,) = torch.autograd.grad(embeddings(2 * x, w).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(x.sum() + dx.square().sum(), x)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.func.grad(lambda x: torch.func.grad(lambda x: embeddings(x, w).sum())(x).square().sum())(x.detach())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_computes_the_gather_and_the_loss_again(reentrant):
+    x, w = operands()[0], torch.ones(8)
+
+    def loss(x: Tensor) -> Tensor:
+        return info_nce(embeddings(2 * x, w), x)
+
+    found = []
+    for run in (loss, partial(checkpoint, loss, use_reentrant=reentrant)):
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)

@@ -337,6 +337,17 @@ def test_columns_whose_exponentials_underflow_are_multiplied_again(dtype, kind, 
     assert score <= tiles
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_scores_of_a_thousand_million(impl, symmetric):
+    """The maximum above which exponentials are held is rounded, at 10^9 by up to e^44."""
+    x, w = operands(37, 75, 40)
+    with sanitize():
+        ours = run(info_nce, 4e8 * x, w, impl=impl, symmetric=symmetric)
+    for name, b in run_exactly(reference.info_nce, 4e8 * x, w, symmetric=symmetric).items():
+        assert (ours[name].double() - b).norm() < 2.0**-20 * b.norm(), name
+
+
 def test_what_fused_cannot_hold_for_columns_is_refused():
     x, w = operands(4, 4, 4, dtype=torch.float16)
     ids = {"key_ids": torch.arange(4), "duplicates": "positive"}
