@@ -19,10 +19,10 @@ def configure_in(tiny_run):
 
     def configure(output, **changes):
         changes = {name.replace("__", "."): value for name, value in changes.items()}
-        fields = {"output": str(output), **tiny_run, **changes}
+        fields = {"output": str(output), **tiny_run}
         if "model.init_from" in changes:
             del fields["model.gen"]
-        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in fields.items()])
+        return load_config(None, [f"{name}={json.dumps(value)}" for name, value in {**fields, **changes}.items()])
 
     return configure
 
