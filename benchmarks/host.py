@@ -83,7 +83,7 @@ def describe(costs: list[Cost], command: str) -> str:
             "",
             report.table(header, rows),
             "",
-            f"`{command}`",
+            f"    {command}",
         ]
     )
 
