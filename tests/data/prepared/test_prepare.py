@@ -369,7 +369,7 @@ def test_the_table_of_splits_is_what_matching_makes():
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert "as made anew" in run.stdout
+    assert "as made now" in run.stdout
 
 
 @pytest.mark.slow
