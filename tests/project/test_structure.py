@@ -97,3 +97,15 @@ def test_every_error_of_ours_has_the_common_base_and_a_row_in_the_docs():
                 found += 1
     assert found >= 9
     assert issubclass(cosup_fast.CosupError, Exception)
+
+
+def test_files_that_contributing_names_exist():
+    """By their path or, where the sentence has named a folder, by their name."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./-]+\.(?:py|md|yaml|toml|html))`", text)
+    folders = (PACKAGE, ROOT / "kernels", ROOT / "benchmarks", ROOT / "tests", ROOT / "docs", ROOT / "examples")
+    files = [path.as_posix() for folder in folders for path in folder.rglob("*.*")]
+    files += [path.as_posix() for path in ROOT.glob("*.*")]
+    missing = [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in files)]
+    assert not missing
+    assert len(named) > 50
