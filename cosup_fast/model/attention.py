@@ -155,7 +155,7 @@ def _by_runs(
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         piece = attend(q, k, v, mask, causal=mask is None, scale=scale, softcap=softcap, dropout=dropout)
         pieces.append(piece.transpose(1, 2).flatten(0, 1))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return torch.cat(pieces)  # also of one, which may be a view: compiled layers are compiled again for another base
 
 
 def attend(
