@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+import cosup_fast
 from cosup_fast.cli.bench import bench
 from cosup_fast.cli.common import err, examples, hush, leads, message_of, out
 from cosup_fast.cli.data import data_app
@@ -42,9 +43,18 @@ app = typer.Typer(
 DEBUG = {"on": bool(os.environ.get("COSUP_DEBUG"))}
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"cosup-fast {cosup_fast.__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _debug(
+def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Print the trace of an error instead of one line.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     DEBUG["on"] |= debug
 

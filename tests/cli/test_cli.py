@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import cosup_fast
 from cosup_fast.data.records import read_examples, write_jsonl
 from cosup_fast.environment import Part
 from cosup_fast.training.checkpoint import checkpoints
@@ -231,6 +232,10 @@ def test_env_and_show(cosup):
     status, out, _ = cosup("train", "--show", "training.lr=0.25")
     assert status == 0
     assert "lr: 0.25" in out
+
+
+def test_version(cosup):
+    assert cosup("--version")[:2] == (0, f"cosup-fast {cosup_fast.__version__}\n")
 
 
 def test_env_says_which_extra_to_install(cosup, monkeypatch):
