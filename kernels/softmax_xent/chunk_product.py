@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -21,6 +21,9 @@ from . import kernels_rows as row_kernels
 from .chunk_triton import Partials, TritonChunk
 from .scores import Scores, Softmax, Statistics
 
+if TYPE_CHECKING:
+    from .engine import Sums
+
 DESCRIPTORS = (*shipped.DESCRIPTORS, "interpreter")
 INTERPRETER_PROGRAMS = 3
 """Programs of a persistent kernel in Triton's interpreter; a GPU has those of `programs`."""
@@ -30,6 +33,8 @@ class _ProductChunk(TritonChunk):
     """Scores that only tiles of a product hold."""
 
     multiplies = True
+    levelled = False
+    """Whether exponentials are above their rows' positives, and so need no tile's maximum to become a gradient."""
 
     @classmethod
     def unsupported(cls, scores: Scores, ranks: bool) -> str | None:
@@ -42,7 +47,7 @@ class _ProductChunk(TritonChunk):
         options = {name for name, on in (("SEVERAL", scores.several_positives), ("columns", scores.symmetric)) if on}
         options |= {"SMOOTHING"} if scores.label_smoothing else set()
         options |= {"key_ids"} if scores.key_ids is not None else set()
-        options |= {"out"} if cls is FusedChunk else set()
+        options |= {"out"} if issubclass(cls, FusedChunk) else set()
         ours, _ = shipped.product_tiles(product_kernels.scores_fwd_kernel, scores.x.dtype, options)
         config = ours[target_of(scores.x.device)]
         return config.constexprs["BM"], shipped.part_width(config)
@@ -72,17 +77,19 @@ class _ProductChunk(TritonChunk):
         )  # fmt: skip
 
     def _score(self, *, store: bool, ranks: bool) -> Partials:
-        extra = {name for name, on in (("out", store), ("ranks", ranks)) if on}
+        extra = {name for name, on in (("out", store), ("ranks", ranks), ("LEVEL", store and self.levelled)) if on}
         configuration = self._configuration(
             product_kernels.scores_fwd_kernel, extra, lambda c: self._score_with(c, store, ranks)
         )
         return self._score_with(configuration, store, ranks)
 
     def _score_with(self, configuration: Configuration, store: bool, ranks: bool) -> Partials:
-        made = self._partials(configuration, ranks=ranks, store=store)
+        level = store and self.levelled
+        reference = self._positives(configuration) if ranks or level else None
+        made = self._partials(configuration, ranks=ranks, store=store, level=reference if level else None)
         self._product(
             product_kernels.scores_fwd_kernel, configuration, made.out, rows=made.rows, columns=made.columns,
-            positive=made.positive, ranks=made.ranks, reference=self._positives(configuration) if ranks else None,
+            positive=made.positive, ranks=made.ranks, tops=made.tops, reference=reference, LEVEL=level,
         )  # fmt: skip
         return made
 
@@ -104,18 +111,53 @@ class _ProductChunk(TritonChunk):
 
 
 class FusedChunk(_ProductChunk):
-    """Exponentials of the scores, made in their product's epilogue and held until the gradient takes their place."""
+    """Exponentials of the scores, made in their product's epilogue and held for the gradient.
+
+    A kernel turns them into it, in place. With one positive a row they need not be turned: above the positive's logit,
+    which stands for the maximum, E_ij = exp(z_ij - z_iy) is dz but for a weight of the row and the positive's entry.
+
+        dx_i = r_i sum_j E_ij w_j      dw_j = sum_i E_ij (r_i x_i)      r_i = g_i exp(z_iy - lse_i)
+
+    That moves 4 bytes a score less in bf16, and 18 more an element of x; so the shape decides.
+    """
 
     partials: Partials | None = None
 
+    def __init__(self, scores: Scores):
+        super().__init__(scores)
+        self.levelled = self.levels(scores)
+
+    @classmethod
+    def levels(cls, scores: Scores) -> bool:
+        """Whether exponentials are above their rows' positives: where that is exact, and moves less."""
+        s, size = scores, scores.x.dtype.itemsize
+        others = s.several_positives or s.symmetric or s.private is not None or s.label_smoothing or s.z_loss
+        return not others and s.x.dtype != torch.float16 and 2 * size > cls._row_traffic(s)
+
+    @classmethod
+    def _row_traffic(cls, scores: Scores) -> float:
+        """Bytes for each score of what weights of rows take.
+
+        Weighted x is written and read, dx weighted in fp32, and the positives' logits take both operands of a row, and
+        products of as many columns as a tile has, which count as one more.
+        """
+        return (5 * scores.x.dtype.itemsize + 8) * scores.x.shape[1] / max(1, len(scores.w))
+
     @classmethod
     def traffic(cls, scores: Scores, again: float, gradients: int) -> float:
-        return scores.x.dtype.itemsize * (1 + again + (2 + gradients if gradients else 0))
+        size, turned = scores.x.dtype.itemsize, 2 * scores.x.dtype.itemsize
+        if cls.levels(scores):
+            turned = cls._row_traffic(scores)
+        return size * (1 + again) + (turned + size * gradients if gradients else 0)
 
     @classmethod
     def peaks(cls, scores: Scores, rows: int, again: bool) -> tuple[int, int]:
-        held = scores.x.dtype.itemsize * rows * len(scores.w)
-        return held + cls._partial_bytes(scores, rows), held
+        (n, d), m, size = scores.x.shape, len(scores.w), scores.x.dtype.itemsize
+        held = size * rows * m
+        weighing = 0
+        if cls.levels(scores):  # dx of a single chunk comes before there is a dw
+            weighing = max((4 * rows * d if size < 4 else 0) - (size * m * d if rows == n else 0), size * rows * d)
+        return held + cls._partial_bytes(scores, rows), held + weighing
 
     @classmethod
     def held_bytes(cls, scores: Scores, rows: int) -> int:
@@ -137,6 +179,22 @@ class FusedChunk(_ProductChunk):
         self._check(ranks=ranks)
         self.partials = self._score(store=True, ranks=ranks)
         return self._summary(self.partials)
+
+    def accumulate(self, stats: Statistics, g: Tensor, h: Tensor | None, sums: Sums) -> None:
+        if not self.levelled:
+            super().accumulate(stats, g, h, sums)
+            return
+        held = self.partials or self._score(store=True, ranks=False)
+        self.partials, e, weights = None, held.out, self._empty(self.n)
+        assert e is not None
+        config = shipped.levelled_rows(self.target, held.width)
+        self.launch(
+            row_kernels.levelled_bwd_kernel, triton.cdiv(self.n, config.constexprs["BM"]), config,
+            e=e, stride_e=e.stride(0), parts=held.rows, rows=self._weights(stats.rows, g, 0.0), reference=held.level,
+            target=self.masks["target"], out=weights, **self.shape,
+        )  # fmt: skip
+        del held  # partials have been read
+        sums.add(e[:, : self.m], weights)
 
     def logit_gradient(self, rows: Softmax, columns: Softmax | None, g: Tensor, h: Tensor | None) -> Tensor:
         held = self.partials or self._score(store=True, ranks=False)

@@ -1,8 +1,8 @@
 """What chunks of Triton kernels have in common: arguments, partial softmaxes of tiles, and how those are merged.
 
-    FusedChunk       (chunk_product.py) the score product writes E = exp(z - its tile's row maximum) in the operands'
-                     dtype; an elementwise kernel turns E into the gradient in place. One product, one read and one
-                     write of E.
+    FusedChunk       (chunk_product.py) the score product writes E = exp(z - its row's positive) in the operands' dtype,
+                     and products weigh its rows. Or E = exp(z - its tile's row maximum), and an elementwise kernel
+                     turns E into the gradient in place. One product.
     RecomputedChunk  (chunk_product.py) the product writes statistics alone, and a second product the gradient. Any
                      loss, smallest memory.
     RowChunk         (chunk_rows.py) torch multiplies into fp32 scores, row kernels read them. Any loss and ranks.
@@ -40,6 +40,8 @@ class Partials(NamedTuple):
     columns: Tensor | None  # (T, F, M)
     positive: Tensor | None  # (n,) logit of the one positive
     ranks: Tensor | None  # (T, 2, n)
+    tops: Tensor | None  # (T, n) maxima, where those of `rows` are levels
+    level: Tensor | None  # (n,) what exponentials are above, where it is no tile's maximum
     out: Tensor | None  # (n, M) exponentials
     height: int  # of a tile
     width: int
@@ -126,7 +128,9 @@ class TritonChunk(Chunk):
         """An (n, M) matrix whose rows are padded to whole 16s; kernels read and write the padding, see `in_memory`."""
         return self._empty(self.n, -(-self.m // 16) * 16, dtype=dtype)
 
-    def _partials(self, configuration: Configuration, *, ranks: bool = False, store: bool = False) -> Partials:
+    def _partials(
+        self, configuration: Configuration, *, ranks: bool = False, store: bool = False, level: Tensor | None = None
+    ) -> Partials:
         """Room for those of tiles of this size."""
         tile, fields = configuration.constexprs, 2 + 2 * self.several + 2 * self.smooth
         parts = tile.get("PARTS", 1)
@@ -136,6 +140,8 @@ class TritonChunk(Chunk):
             self._empty(tiles_m, fields, self.m) if self.s.symmetric else None,
             self._empty(self.n) if self.single else None,
             self._empty(tiles_n, 2, self.n, dtype=torch.int32) if ranks else None,
+            self._empty(tiles_n, self.n) if ranks and level is not None else None,
+            level,
             self._matrix(self.x.dtype) if store else None,
             tile["BM"],
             tile["BN"] // parts,
@@ -165,7 +171,8 @@ class TritonChunk(Chunk):
         if partials.columns is not None:
             columns = self._merge(partials.columns, None if self.several else self.s.column_positives(rows))
         if partials.ranks is not None:
-            best = partials.rows[:, 0].argmax(0, keepdim=True)
+            tops = partials.rows[:, 0] if partials.tops is None else partials.tops
+            best = tops.argmax(0, keepdim=True)
             above, top1 = partials.ranks.unbind(1)
             found = above.sum(0), top1.gather(0, best).squeeze(0).long()
         return Statistics(rows, columns, *found)

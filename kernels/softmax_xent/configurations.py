@@ -101,6 +101,11 @@ def stored_tiles(target: str, width: int) -> Configuration:
     return Configuration({"BM": 16 if target == "interpreter" else 32, "BN": width}, num_warps=8, maxnreg=maxnreg)
 
 
+def levelled_rows(target: str, width: int) -> Configuration:
+    """For exponentials above their rows' positives, with partials of tiles this wide."""
+    return Configuration({"BM": 16 if target == "interpreter" else 32, "BN": width}, num_warps=4)
+
+
 FULL = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*FULL, "sm_86", "sm_89", "sm_120", "gfx942")
 """Compiled for: everything, and each loss in bf16."""
@@ -122,7 +127,7 @@ _TYPES |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "stride_a", "stri
 _TYPES |= dict.fromkeys(("N", "M", "T", "P"), "i32")
 _TYPES |= dict.fromkeys(("x", "w", "e", "out"), "*{dtype}")
 _TYPES["again"] = "*i32"
-_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "reference", "positive", "again", "limit"}
+_OPTIONAL = set().union(*LOSSES.values()) | {"ranks", "tops", "reference", "positive", "again", "limit"}
 
 
 def _held(options: Set[str]) -> set[str]:
@@ -180,6 +185,9 @@ def _product_cases(target: str) -> Iterator[dict[str, Any]]:
             forms = [(f"{loss}, stored", held), (loss, options)]
             if target in FULL and "SEVERAL" not in options:
                 forms += [(f"{name}, ranks", these | {"ranks", "reference"}) for name, these in forms]
+            if not options & {"SEVERAL", "SMOOTHING", "columns"}:
+                level = held | {"LEVEL", "reference"}
+                forms += [(f"{loss}, levelled", level), (f"{loss}, levelled, ranks", level | {"ranks", "tops"})]
             for name, these in forms:
                 yield _product_case(forward, name, these, target, dtypes)
             yield _product_case(backward, loss, back, target, dtypes)
@@ -214,6 +222,17 @@ def _row_cases() -> Iterator[dict[str, Any]]:
         yield _case(rows.weights_bwd_kernel, loss, options, WEIGHTS, FULL, dtypes=["fp32"])
 
 
+def _levelled_cases() -> Iterator[dict[str, Any]]:
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        tiles = [product_tiles(product.scores_fwd_kernel, dtype, {"out", *more})[0] for more in ((), ("ranks",))]
+        for target in FULL:
+            for width in sorted({part_width(shipped[target]) for shipped in tiles}):
+                yield _case(
+                    rows.levelled_bwd_kernel, f"tiles of {width}", {"target", "reference"},
+                    levelled_rows(target, width), [target], {"e": f"*{name}"}, dtypes=[name],
+                )  # fmt: skip
+
+
 def _positive_cases() -> Iterator[dict[str, Any]]:
     for target in FULL:
         for dtypes in (["bf16", "fp16"], ["fp32"]):
@@ -231,5 +250,6 @@ def _positive_cases() -> Iterator[dict[str, Any]]:
 COMPILE_CASES = [
     *(case for target in TARGETS for case in _product_cases(target)),
     *_row_cases(),
+    *_levelled_cases(),
     *_positive_cases(),
 ]

@@ -1,7 +1,8 @@
 """Which implementation computes a loss, and what it will cost: products, bytes, workspace.
 
 - stored: library products; a chunk of scores is turned into its own gradient by torch. Any device, any option.
-- fused: a Triton product writes exponentials and statistics itself, an elementwise kernel makes them the gradient.
+- fused: a Triton product writes exponentials and statistics itself; the products of the gradient weigh their rows, or
+  an elementwise kernel makes them the gradient.
 - rows: library products in fp32, read by Triton kernels. Any option, and three times the workspace of fused in bf16.
 - recomputed: a Triton product for the statistics, a second one for the gradient. The least traffic, one product more.
 

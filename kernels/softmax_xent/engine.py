@@ -173,23 +173,32 @@ class Sums:
         private = s.private if needs.private else None
         self.dprivate = None if private is None else torch.empty_like(private, dtype=self.wide)
 
-    def add(self, d: Tensor) -> None:
-        """Adds what the rows `chunk` give, of s dL/da (n, M) of the shared candidates."""
+    def add(self, d: Tensor, weights: Tensor | None = None) -> None:
+        """Adds what the rows `chunk` give, of s dL/da (n, M) of the shared candidates.
+
+        Given weights (n,), wide, that is d with its rows multiplied by them.
+        """
         x = self.s.x[self.chunk] if self.several else self.s.x
         if self.db is not None:
-            self.db += d.sum(0, dtype=self.wide) / self.s.scale
+            sums = d.sum(0, dtype=self.wide) if weights is None else product(d.t(), weights[:, None].to(d.dtype))
+            self.db += sums.view(-1) / self.s.scale
         if self.needs.x or self.needs.scale:
-            rounded = self.dx_dtype == d.dtype and not self.needs.scale
+            rounded = self.dx_dtype == d.dtype and not self.needs.scale and weights is None
             if rounded and self.dx is not None:
                 torch.mm(d, self.s.w, out=self.dx[self.chunk])
             else:
                 part = d @ self.s.w if rounded else product(d, self.s.w)
+                if weights is not None:
+                    part *= weights[:, None]
                 if self.dx is not None:
                     self.dx[self.chunk] = part
                 elif self.needs.x:
                     self.dx = cast(part, self.dx_dtype)
                 self._scale(part)
+                del part
         if self.needs.w:
+            if weights is not None:
+                x = torch.mul(x, weights[:, None], out=torch.empty_like(x))
             self._add_w(d if self.columns == slice(None) else d[:, self.columns], x)
 
     def _add_w(self, d: Tensor, x: Tensor) -> None:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .tile import (
     VARIES,
+    finite,
     holds_target,
     logit_gradient,
     logits,
@@ -33,16 +34,17 @@ from .tile import (
 
 @triton.jit(do_not_specialize=VARIES)
 def scores_fwd_kernel(
-    x, w, out, stride_out, rows, columns, positive, ranks, reference,
+    x, w, out, stride_out, rows, columns, positive, ranks, tops, reference,
     N, M, D, stride_x, stride_w,
     scale, bias, softcap, target, key_ids, query_ids, positive_ids, P, limit,
-    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr,
+    SEVERAL: tl.constexpr, DUPLICATES_ARE_POSITIVE: tl.constexpr, SMOOTHING: tl.constexpr, LEVEL: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program owns, of each of its tiles, the exponentials `out`, the partials of rows and columns, and the ranks.
 
-    The logit of a row's one positive belongs to the tile that holds it.
+    The logit of a row's one positive belongs to the tile that holds it; its `reference` is known before, and with LEVEL
+    the exponentials are above it. Then `tops` (T, N) has the rows' maxima, for who asks.
     """
     BC: tl.constexpr = BN // PARTS
     tiles_m, tiles_n = tl.cdiv(N, BM), tl.cdiv(M, BN)
@@ -66,7 +68,13 @@ def scores_fwd_kernel(
                 store_positive(b_z, positive, target, o_m, o_n, i_c, N)
             if columns is not None:
                 store_softmax(b_z, m_pos, columns, i_m, o_n, M, 0, SEVERAL, SMOOTHING)
-            b_e, b_max = store_softmax(b_z, m_pos, rows, i_c, o_m, N, 1, SEVERAL, SMOOTHING)
+            if LEVEL:
+                b_level = finite(tl.load(reference + o_m, mask=o_m < N, other=0.0))
+                b_e, b_max = store_softmax(b_z, m_pos, rows, i_c, o_m, N, 1, SEVERAL, SMOOTHING, b_level)
+            else:
+                b_e, b_max = store_softmax(b_z, m_pos, rows, i_c, o_m, N, 1, SEVERAL, SMOOTHING)
+            if tops is not None:
+                tl.store(tops + tl.cast(i_c, tl.int64) * N + o_m, b_max, mask=o_m < N)
             if ranks is not None:
                 store_ranks(b_z, b_max, m_pos, held, ranks, reference, target, o_m, o_n, i_c, N, M, SEVERAL)
             if out is not None:

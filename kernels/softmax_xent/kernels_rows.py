@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    FAR,
     LOG2E,
     VARIES,
     candidates,
@@ -162,6 +163,41 @@ def stored_bwd_logits_kernel(
             b_uniform = b_uniform + tl.load(columns + 4 * column + o_n, mask=m_n, other=0.0)[None, :]
         b_d -= tl.where(m, b_uniform, 0.0)
     tl.store(p_e, b_d.to(e.dtype.element_ty), mask=m_e)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def levelled_bwd_kernel(
+    e, stride_e, parts, rows, reference, target, out, N, M, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """A program owns BM rows of e, exponentials above `reference`, and their weights `out` (N,): dz_ij = out_i e_ij.
+
+    BN is the width of the tiles of `parts`. The target's e becomes what makes its dz p - 1, formed in fp32. In a row
+    that has a maximum `FAR` above its positive, and so tiles above their own, all are put above the one maximum.
+    """
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < N
+    p_row = rows + o_m
+    row = tl.cast(N, tl.int64)
+    b_level = finite(tl.load(reference + o_m, mask=m_m, other=0.0))
+    b_shift = finite(tl.load(p_row, mask=m_m, other=0.0))
+    b_p = tl.load(p_row + row, mask=m_m, other=0.0)
+    b_pos_max = tl.load(p_row + 2 * row, mask=m_m, other=0.0)
+    b_t = tl.load(p_row + 3 * row, mask=m_m, other=0.0)
+    b_target = tl.load(target + o_m, mask=m_m, other=0)
+    m_far = m_m & (b_shift > b_level + FAR)
+    b_weight = b_p * tl.where(m_far, 1.0, exp_between(b_level, b_shift))
+    tl.store(out + o_m, b_weight, mask=m_m)
+    b_d = b_p * tl.exp(b_pos_max - b_shift) - b_t
+    p_e = e + o_m.to(tl.int64) * stride_e
+    tl.store(p_e + b_target, tl.where(b_weight == 0.0, 0.0, b_d / b_weight).to(e.dtype.element_ty), mask=m_m)
+    if tl.max(m_far.to(tl.int32), 0) != 0:
+        for i_t in range(0, tl.cdiv(M, BN)):
+            o_n = i_t * BN + tl.arange(0, BN)
+            b_from = tl.load(parts + tl.cast(i_t, tl.int64) * 2 * N + o_m, mask=m_m, other=-float("inf"))
+            m_e = m_far[:, None] & (o_n < M)[None, :] & (o_n[None, :] != b_target[:, None])
+            b_e = tl.load(p_e[:, None] + o_n[None, :], mask=m_e, other=0.0).to(tl.float32)
+            b_e *= exp_between(b_from, b_shift)[:, None]
+            tl.store(p_e[:, None] + o_n[None, :], b_e.to(e.dtype.element_ty), mask=m_e)
 
 
 @triton.jit(do_not_specialize=["N", "M", "F"])

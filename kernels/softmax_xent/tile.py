@@ -25,6 +25,8 @@ from triton.language.extra import libdevice
 VARIES = ("N", "M", "P", "query_ids", "positive_ids", "limit")
 """Arguments whose values and alignment vary from chunk to chunk and step to step; see `launch`."""
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(40.0)
+"""exp(FAR), times as many as there are, is far from infinity, and what a row of 1 / N weighs over it from 0."""
 
 
 @triton.jit
@@ -249,18 +251,22 @@ def restored(b_z, b_own, m_pos, key_ids, o_n, M):
 
 @triton.jit
 def store_softmax(
-    b_z, m_pos, parts, i_t, o, size, AXIS: tl.constexpr, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr
+    b_z, m_pos, parts, i_t, o, size, AXIS: tl.constexpr, SEVERAL: tl.constexpr, SMOOTHING: tl.constexpr, b_level=None
 ):  # fmt: skip
     """Stores the softmax of a tile over one axis as partial i_t, and returns its exponentials and maxima.
 
     They are `exp_above` the maximum; where there can be several positives, theirs are above the positives' own maximum,
-    so that a positive far below the rest is not lost.
+    so that a positive far below the rest is not lost. Given levels, those of one positive, they are above these, which
+    stand for the maximum in the partial, unless the maximum is `FAR` above its level.
     """
     F: tl.constexpr = 2 + 2 * SEVERAL + 2 * SMOOTHING
     m = o < size
     p = parts + tl.cast(i_t, tl.int64) * F * size + o
     b_max = tl.max(b_z, AXIS)
-    b_shift = finite(b_max)
+    b_from = b_max
+    if b_level is not None:
+        b_from = tl.where(b_max > b_level + FAR, b_max, b_level)
+    b_shift = finite(b_from)
     if SEVERAL:
         b_pos_max = tl.max(tl.where(m_pos, b_z, -float("inf")), AXIS)
         b_apart = tl.expand_dims(finite(b_pos_max), AXIS)
@@ -273,7 +279,7 @@ def store_softmax(
     else:
         b_e = exp_above(b_z, tl.expand_dims(b_shift, AXIS))
         b_sum = tl.sum(b_e, AXIS)
-    tl.store(p, b_max, mask=m)
+    tl.store(p, b_from, mask=m)
     tl.store(p + size, b_sum, mask=m)
     if SMOOTHING:
         tl.store(p + (F - 2) * tl.cast(size, tl.int64), tl.sum(finite(b_z), AXIS), mask=m)

@@ -35,6 +35,8 @@ OPTIONS = {
     "symmetric with ids": {"symmetric": True, "key_ids": True, "label_smoothing": 0.1},
     "no reduction": {"reduction": "none"},
     "ranks": {"return_stats": True},
+    "levelled": {"levelled": True},
+    "levelled with ids and ranks": {"levelled": True, "key_ids": True, "return_stats": True},
     "margin with ranks": {"key_ids": True, "margin": 0.1, "return_stats": True},
     "head": {"head": True, "z_loss": 1e-4},
     "head with all": {"head": True, "bias": True, "label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0},
@@ -56,7 +58,10 @@ def loss(impl: str, n: int, m: int, d: int, dtype: torch.dtype, option: str, p: 
     options = dict(OPTIONS[option])
     x, w = (torch.randn(size, d, dtype=dtype, requires_grad=True) for size in (n, m))
     target = torch.arange(n) % m
-    with mock.patch.object(chunk_product, "programs", return_value=132), allowed():
+    # Sizes decide whether exponentials are above positives; here the options do.
+    row_traffic = 0.0 if options.pop("levelled", False) else torch.inf
+    level = mock.patch.object(chunk_product.FusedChunk, "_row_traffic", return_value=row_traffic)
+    with mock.patch.object(chunk_product, "programs", return_value=132), level, allowed():
         if options.pop("head", False):
             if options.pop("bias", False):
                 options["bias"] = torch.randn(m, dtype=dtype)
@@ -91,7 +96,9 @@ def extract(rows: int, height: int, d: int, dtype: torch.dtype, norm: bool, unit
 
 def fits(impl: str, option: str, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Fused holds exponentials: a softcap's derivative is not told by them, and fp16 is too narrow for two axes."""
-    return impl != "fused" or not ("with all" in option or ("symmetric" in option and dtype == torch.float16))
+    if impl != "fused":
+        return "levelled" not in option
+    return not ("with all" in option or ("symmetric" in option and dtype == torch.float16))
 
 
 CASES = [case for case in itertools.product(KERNELS, OPTIONS) if fits(*case)]
@@ -160,6 +167,7 @@ def test_the_commonest_loss_compiles_as_it_is_launched(gpu):
     """Targets and nothing else, as NTP has them."""
     with rehearse(gpu) as rehearsal:
         loss("fused", 64, 128, 64, torch.bfloat16, "head")
+        loss("fused", 64, 128, 64, torch.bfloat16, "levelled")
     check(rehearsal)
 
 

@@ -20,7 +20,9 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
         ("scores_fwd_kernel, in-batch negatives, stored", "bf16", "sm_90"),
         ("scores_fwd_kernel, vocabulary, stored", "fp16", "sm_100"),
         ("scores_bwd_logits_kernel, everything", "bf16", "sm_80"),
+        ("scores_fwd_kernel, in-batch negatives, levelled, ranks", "bf16", "sm_90"),
         ("stored_bwd_logits_kernel, in-batch negatives, tiles of 64", "bf16", "sm_90"),
+        ("levelled_bwd_kernel, tiles of 64", "bf16", "sm_90"),
     ],
 )
 def test_a_few_binaries(name, dtype, target):

@@ -15,6 +15,7 @@ from cosup_fast import reference
 from cosup_fast.functional import explain, info_nce, linear_cross_entropy
 from cosup_fast.kernels.softmax_xent import chunk_torch
 from cosup_fast.kernels.softmax_xent.call import Call
+from cosup_fast.kernels.softmax_xent.chunk_product import FusedChunk
 from cosup_fast.kernels.softmax_xent.dispatch import KERNELS
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
 from cosup_fast.testing import LOGITS, count, interpret, operands, sanitize, with_gaps
@@ -23,6 +24,15 @@ from tests.comparing import compare, run, run_exactly
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(75) % 37
 IDS[70:] = -1
+
+
+@pytest.fixture(params=[*KERNELS, "levelled"])
+def impl(request, monkeypatch) -> str:
+    """Of an implementation; levelled: fused, its exponentials above positives where it otherwise would not pay."""
+    if request.param != "levelled":
+        return request.param
+    monkeypatch.setattr(FusedChunk, "_row_traffic", lambda _: 0.0)
+    return "fused"
 
 
 def check(loss, eager, impl: str, x: Tensor, w: Tensor, well: bool = True, rounding: float = 0.0, **options) -> None:
@@ -34,7 +44,6 @@ def check(loss, eager, impl: str, x: Tensor, w: Tensor, well: bool = True, round
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LOGITS)
-@pytest.mark.parametrize("impl", KERNELS)
 def test_info_nce(impl, kind, dtype):
     x, w = operands(37, 75, 40, kind, dtype)
     rounding = 0.0
@@ -62,32 +71,29 @@ def test_info_nce(impl, kind, dtype):
     ],
     ids=", ".join,
 )
-@pytest.mark.parametrize("impl", KERNELS)
 def test_info_nce_options(impl, options):
     x, w = operands(37, 75, 40)
     check(info_nce, reference.info_nce, impl, x, w, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("impl", KERNELS)
 def test_linear_cross_entropy(impl, dtype):
     x, w = operands(21, 90, 33, dtype=dtype)
     target = torch.arange(21) * 4
     target[::5] = -100
     options = {"target": target, "z_loss": 1e-2, "label_smoothing": 0.1, "bias": torch.randn(90, dtype=dtype)}
     check(linear_cross_entropy, reference.linear_cross_entropy, impl, x, with_gaps(w), **options)
+    check(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, **{**options, "label_smoothing": 0.0})
     if impl != "fused":
         check(linear_cross_entropy, reference.linear_cross_entropy, impl, x, w, softcap=2.0, **options)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
 def test_chunks_of_rows(impl, monkeypatch):
     monkeypatch.setenv("COSUP_WORKSPACE_BYTES", "1")
     x, w = operands(70, 75, 40)
     check(info_nce, reference.info_nce, impl, x, w)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
 def test_statistics_by_row(impl):
     x, w = operands(37, 75, 40)
     with sanitize():
@@ -112,18 +118,23 @@ def test_products_and_atomics(impl, products, dtype):
     assert not counts.atomics
 
 
-@pytest.mark.parametrize(("impl", "times"), [("fused", 2), ("rows", 1), ("recomputed", 1)])
-def test_how_often_a_score_is_stored(impl, times):
-    """A fused one as an exponential and as a gradient, others as a gradient alone (and by torch's product for rows)."""
-    n, m, d = 64, 160, 32
+@pytest.mark.parametrize(
+    ("impl", "width", "times"), [("fused", 64, 2), ("fused", 32, 1), ("rows", 32, 1), ("recomputed", 32, 1)]
+)
+def test_how_often_a_score_is_stored(impl, width, times):
+    """A fused one as an exponential and, if rows are too wide to be weighed in products, as a gradient.
+
+    Others as a gradient alone (and by torch's product for rows).
+    """
+    n, m = 64, 160
     with count() as counts:
-        run(info_nce, *operands(n, m, d, dtype=torch.bfloat16), impl=impl)
-    small = ("merge_fwd_kernel", "weights_bwd_kernel", "positives_fwd_kernel")
+        run(info_nce, *operands(n, m, width, dtype=torch.bfloat16), impl=impl)
+    assert counts.stored["levelled_bwd_kernel", "e"] == (2 * n if (impl, times) == ("fused", 1) else 0)
+    small = ("merge_fwd_kernel", "weights_bwd_kernel", "positives_fwd_kernel", "levelled_bwd_kernel")
     stored = [size for (kernel, name), size in counts.stored.items() if name in ("out", "e") and kernel not in small]
     assert sum(stored) == 2 * n * m * times
 
 
-@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_probability_near_one_keeps_its_gradient(impl, dtype):
     """p = 0.999 at the target: p - 1 formed from a rounded p would be 0 or twice as large in bf16."""
@@ -139,8 +150,17 @@ def test_a_probability_near_one_keeps_its_gradient(impl, dtype):
     torch.testing.assert_close(ours, exact, rtol=1.5 * torch.finfo(dtype).eps + 2.0**-10, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_rows_with_candidates_far_above_their_positives(impl, dtype):
+    """In none, some or all of their tiles: exponentials above such a positive would be infinite."""
+    x, w = operands(37, 75, 40, dtype=dtype)
+    x *= torch.linspace(1, 30, 37, dtype=dtype)[:, None]
+    above = (x.double() @ w.double().T - (x.double() * w[:37].double()).sum(1, keepdim=True)).view(37, 5, 15).amax(2)
+    assert set((above > 40).sum(1).tolist()) >= {0, 1, 2, 5}
+    check(info_nce, reference.info_nce, impl, x, w, well=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", KERNELS)
 def test_all_rows_ignored(impl, dtype):
     x, w = operands(9, 40, 16, dtype=dtype)
     leaves = x.requires_grad_(), w.requires_grad_(), torch.randn(40).requires_grad_()
@@ -156,7 +176,6 @@ def test_all_rows_ignored(impl, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("impl", KERNELS)
 def test_compiled_whole(impl, reduction):
     def f(x, w, scale):
         return info_nce(x * 2, w, scale=scale, reduction=reduction, impl=impl).square().sum() * 3
@@ -171,7 +190,6 @@ def test_compiled_whole(impl, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("impl", KERNELS)
 def test_opcheck(impl, reduction):
     x, w = (t.requires_grad_() for t in operands(6, 9, 5))
     call = Call(
@@ -183,7 +201,6 @@ def test_opcheck(impl, reduction):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
-@pytest.mark.parametrize("impl", KERNELS)
 def test_tensors_without_memory(impl, device):
     """Nothing runs: shapes of 2^20 by 2^20 scores. A torch without CUDA aborts on gradients of its fake tensors."""
     with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
@@ -196,7 +213,6 @@ def test_tensors_without_memory(impl, device):
                 assert (grad.shape, grad.dtype, grad.device.type) == (leaf.shape, torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
 def test_without_a_gpu_they_are_refused(impl):
     x, w = operands(4, 4, 4)
     with pytest.raises(ValueError, match=f"impl is '{impl}', which needs a GPU, and the operands are on cpu"):
@@ -286,15 +302,18 @@ def test_a_copy_of_the_positive_does_not_rank_above_it(impl, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("impl", ["reference", *KERNELS, "stored"])
-def test_a_private_copy_of_the_positive_neither_ranks_above_it_nor_is_the_best(impl):
+def test_a_private_copy_of_the_positive_neither_ranks_above_it_nor_is_the_best(impl, monkeypatch):
     """Whole numbers, whose products every implementation has exactly."""
+    monkeypatch.setattr(FusedChunk, "_row_traffic", lambda _: 0.0)
     x, w = torch.eye(3, 16), torch.eye(4, 16)
     copies = torch.stack([w[:3], -w[:3]], dim=1)
     with sanitize():
         _, stats = info_nce(x, w, private_negatives=copies, impl=impl, return_stats=True)
         _, above = info_nce(x, w, private_negatives=2 * copies, impl=impl, return_stats=True)
+        _, below = info_nce(x, w, torch.tensor([1, 2, 0]), private_negatives=copies / 2, impl=impl, return_stats=True)
     assert (stats.rank.tolist(), stats.top1.tolist()) == ([0] * 3, [0, 1, 2])
     assert (above.rank.tolist(), above.top1.tolist()) == ([1] * 3, [4] * 3)
+    assert (below.rank.tolist(), below.top1.tolist()) == ([2] * 3, [0, 1, 2])
 
 
 @pytest.mark.parametrize("impl", ["reference", *KERNELS, "stored"])
@@ -337,7 +356,6 @@ def test_columns_whose_exponentials_underflow_are_multiplied_again(dtype, kind, 
     assert score <= tiles
 
 
-@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
 def test_scores_of_a_thousand_million(impl, symmetric):
     """The maximum above which exponentials are held is rounded, at 10^9 by up to e^44."""
