@@ -229,7 +229,10 @@ class SequenceIndex(NonparametricIndex):
         if stamp.approximate is not None and self._engine in ("auto", "approximate"):
             path = self.folder / stamp.approximate.file
             self.approximate = nearest.read_approximate(path, stamp.dim, stamp.count)
-            nearest.set_parameters(self.approximate, stamp.approximate.parameters)
+            try:
+                nearest.set_parameters(self.approximate, stamp.approximate.parameters)
+            except ValueError as error:
+                raise ValueError(f"{self.folder / STAMP}: {error}") from None
         self._set_shards(shards)
 
     def _set_shards(self, shards: Sequence[Shard]) -> None:

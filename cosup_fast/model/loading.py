@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
@@ -38,6 +38,13 @@ class Base(BaseModel):
     lora: LoRAConfig
     sha256: dict[str, str]  # of the safetensors files
     new_tokens: bool = False  # whether rows for the special tokens are added
+
+    @field_validator("lora")
+    @classmethod
+    def _there(cls, lora: LoRAConfig) -> LoRAConfig:
+        if not lora.rank:
+            raise ValueError("expected adapters of a rank of at least 1, found rank 0")
+        return lora
 
     @classmethod
     def of(cls, name: str, layers: int | None, lora: LoRAConfig, new_tokens: bool = False) -> Self:

@@ -113,6 +113,14 @@ def test_a_deletion_fills_no_approximate_index_with_damaged_data(model, passages
     assert (folder / "index.json").read_bytes() == stamp
 
 
+def test_an_approximate_index_whose_parameters_are_damaged_names_the_file(model, passages, tmp_path):
+    SequenceIndex.build(model, passages, tmp_path / "index", factory="Flat", options=SMALL)
+    path = tmp_path / "index" / "index.json"
+    path.write_text(path.read_text().replace('"parameters": ""', '"parameters": "nprobes=3"'))
+    with pytest.raises(ValueError, match=r"index.json: parameters='nprobes=3' are not those of this FAISS index"):
+        SequenceIndex.open(tmp_path / "index")
+
+
 def test_a_change_keeps_the_checksums_of_shards_that_it_leaves_alone(model, passages, saved):
     index = SequenceIndex.load(saved, model)
     first = saved / next(iter(Stamp.read(saved).shards))

@@ -192,6 +192,10 @@ def test_a_checkpoint_says_what_its_adapters_are(make_model, llama_folder, tmp_p
     base = json.loads((tmp_path / "cosup.json").read_text())["adapters"]["gen"]
     assert (base["name"], base["layers"], base["lora"]["rank"]) == (llama_folder, 1, 4)
     assert CoSupervisionModel.load(tmp_path, merge=False).gen.config.num_hidden_layers == 1
+    text = (tmp_path / "cosup.json").read_text()
+    (tmp_path / "cosup.json").write_text(text.replace('"rank": 4', '"rank": 0'))
+    with pytest.raises(ValueError, match=r"cosup.json is damaged: adapters.gen.lora: .*a rank of at least 1"):
+        CoSupervisionModel.load(tmp_path)
 
 
 def test_a_mixture_of_experts_is_adapted_where_it_can_be_loaded_again_or_refused(make_folder, tmp_path):
