@@ -136,6 +136,8 @@ def run() -> None:
     try:
         with terminable():
             app()
+    except KeyboardInterrupt:  # before a command begins, or after it ended
+        sys.exit(130)
     except Exception as error:
         if DEBUG["on"]:
             raise

@@ -1,6 +1,6 @@
 """Files that are whole or absent, manifests and checksums by which damage is noticed, journals of long work, locks."""
 
-from cosup_fast.files.checked import read_checked, write_checked
+from cosup_fast.files.checked import checked, checked_line, read_checked, write_checked
 from cosup_fast.files.journal import Journal
 from cosup_fast.files.manifest import check_manifest, described, write_manifest
 from cosup_fast.files.whole import (
@@ -32,6 +32,8 @@ __all__ = [
     "check_regular",
     "check_replaceable",
     "check_writable",
+    "checked",
+    "checked_line",
     "described",
     "held",
     "install_folder",

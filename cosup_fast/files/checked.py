@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +31,11 @@ def check_checksum(text: bytes) -> None:
         raise ValueError("its checksum does not agree, or it has none")
 
 
+def checked_line(fields: dict[str, Any]) -> bytes:
+    """An object as a line of JSON, its checksum as the last field."""
+    return with_checksum(json.dumps(fields, ensure_ascii=False).encode()) + b"\n"
+
+
 def write_checked(path: Path, text: str) -> None:
     """Writes the text of a JSON object with its checksum; the file appears whole."""
     with replace_file(path, binary=True) as file:
@@ -46,14 +53,21 @@ def read_checked(path: Path, fields: Iterable[str] = ()) -> dict[str, Any]:
         ValueError: the file cannot be read, was changed, or holds anything else; the message begins with its path.
     """
     text = read_bytes(path)
-    found = parse_object(path, text, fields)
-    if FIELD in found:
-        del found[FIELD]
+    return checked(path, text.removesuffix(b"\n"), parse_object(path, text, fields))
+
+
+def checked(where: object, text: bytes, found: dict[str, Any]) -> dict[str, Any]:
+    """The object `found` in a text, without its checksum, if it has one, be it by another name.
+
+    Raises:
+        ValueError: the text was changed; the message begins with where it is.
+    """
+    if FIELD in found or re.fullmatch("[0-9a-f]{8}", str(next(reversed(found.values()), None))):
         try:
-            check_checksum(text.removesuffix(b"\n"))
+            check_checksum(text)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-    return found
+            raise ValueError(f"{where} is damaged: {error}") from None
+    return {name: value for name, value in found.items() if name != FIELD}
 
 
 def _ending(body: bytes) -> bytes:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from cosup_fast.files.checked import check_checksum, with_checksum
+from cosup_fast.files.checked import check_checksum, checked_line
 from cosup_fast.files.fields import differences, short
 from cosup_fast.files.whole import check_regular, fcntl, naming, sync
 
@@ -50,7 +50,7 @@ class Journal:
             self._file.truncate(whole)
             self._file.seek(whole)
             if not whole:
-                self._write(entry_line({"settings": settings}))
+                self._write(checked_line({"settings": settings}))
                 sync(path.parent)
         except BaseException:
             with suppress(OSError):  # a full disk, which is known already
@@ -68,7 +68,7 @@ class Journal:
     def add(self, key: str, value: Any) -> None:
         """Keeps a finished piece: written before this returns, on disk within a second or when the journal closes."""
         self.done[key] = value
-        self._write(entry_line({"key": key, "value": value}))
+        self._write(checked_line({"key": key, "value": value}))
 
     def _write(self, line: bytes) -> None:
         if self._file is None or self.path is None:
@@ -122,11 +122,6 @@ class Journal:
                 )
             whole += len(line) + 1
         return whole
-
-
-def entry_line(entry: dict[str, Any]) -> bytes:
-    """An entry as the journal keeps it, its CRC-32 as the last field."""
-    return with_checksum(json.dumps(entry, ensure_ascii=False).encode()) + b"\n"
 
 
 def _entry(line: bytes) -> dict[str, Any]:

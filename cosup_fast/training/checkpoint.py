@@ -36,11 +36,12 @@ from cosup_fast.files import (
     check_manifest,
     described,
     install_folder,
+    read_checked,
     read_object,
     remove_unfinished,
-    replace_file,
     sync,
     usual_mode,
+    write_checked,
     write_manifest,
 )
 from cosup_fast.model import CoSupervisionModel
@@ -214,8 +215,7 @@ class CheckpointWriter:
         kept = checkpoints(self.root)[-self.keep - self._extra :]
         if self._best is not None and is_checkpoint(best := checkpoint_folder(self.root, self._best)):
             kept.append(best)
-            with replace_file(self.root / BEST) as file:
-                file.write(json.dumps({"step": self._best}) + "\n")
+            write_checked(self.root / BEST, json.dumps({"step": self._best}))
         for old in checkpoints(self.root):
             if old not in kept:
                 (old / MANIFEST).unlink()  # first: what is half removed is not a checkpoint
@@ -279,7 +279,7 @@ def chosen_checkpoint(folder: Path) -> Path:
     if not (root / BEST).exists():
         return found[-1]
     try:
-        best = checkpoint_folder(root, read_object(root / BEST, ["step"])["step"])
+        best = checkpoint_folder(root, read_checked(root / BEST, ["step"])["step"])
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{error}: remove {root / BEST} for the newest checkpoint") from None
     if best not in found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosup_fast.data.records import DataError, parse_object
-from cosup_fast.files import check_regular, naming, replace_file
+from cosup_fast.files import check_regular, checked, checked_line, naming, replace_file
 from cosup_fast.terminal import FigureTable
 from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.diagnostics import Diagnosis
@@ -53,7 +52,7 @@ class RunLog(Callback):
         """Opens the files; records after `step`, of a part that is run again, are dropped."""
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.writelines(checked_line(record).decode() for record in kept)
         self.file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
         self._first, self._total, self._begun = step, total, time.monotonic()
         minutes = config.training.max_minutes
@@ -72,7 +71,7 @@ class RunLog(Callback):
     def metrics(self, metrics: Metrics) -> None:
         """Records a step, a diagnosis, an evaluation, or what else happened to the run."""
         with naming(self.path):
-            self.file.write(json.dumps(as_record(metrics)) + "\n")
+            self.file.write(checked_line(as_record(metrics)).decode())
         if isinstance(metrics, StepMetrics):
             self.last = metrics
             self._step(metrics)
@@ -156,10 +155,10 @@ def diagnosis_table(found: Diagnosis, last: StepMetrics | None) -> FigureTable:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut off by a kill is left out.
+    """The records of a metrics file, without their checksums; a last line that was cut off by a kill is left out.
 
     Raises:
-        DataError: a line is not a record; it is named.
+        DataError: a line is not a record, or was changed; it is named.
     """
     if not path.is_file():
         return []
@@ -168,6 +167,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _record(where: str, line: bytes) -> dict[str, Any]:
     record = parse_object(where, line)
+    try:
+        record = checked(where, line, record)
+    except ValueError as error:
+        raise DataError(f"{error}: remove the line") from None
     kind, step = record.get("kind"), record.get("step")
     wrong = [name for name, right in (("kind", isinstance(kind, str)), ("step", type(step) is int)) if not right]
     if not wrong:

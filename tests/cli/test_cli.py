@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -269,6 +270,14 @@ def test_whatever_goes_wrong_is_one_line_unless_the_trace_is_asked_for(cosup, mo
     monkeypatch.setattr("cosup_fast.cli.app.DEBUG", {"on": False})
     with pytest.raises(type(error)):
         cosup("--debug", "env")
+
+
+def test_a_signal_outside_of_a_command_ends_it_like_one_inside(cosup, monkeypatch):
+    def stopped():
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("cosup_fast.cli.app.app", stopped)
+    assert cosup("env") == (130, "", "")
 
 
 def test_a_corpus_of_unknown_examples_is_checked_line_by_line(cosup, data_folder, tmp_path, examples):

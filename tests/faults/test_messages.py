@@ -207,7 +207,7 @@ def test_a_report_without_settings_or_with_markup_is_compared_or_named(scratch, 
 
 
 def test_an_answer_with_an_unknown_passage_is_named(scratch, cosup):
-    from cosup_fast.files.journal import entry_line
+    from cosup_fast.files import checked_line
 
     path = scratch() / "new" / "answers.jsonl"
     arguments = (
@@ -228,7 +228,7 @@ def test_an_answer_with_an_unknown_passage_is_named(scratch, cosup):
         entry.pop("crc32")
         for retrieval in entry["value"]["retrievals"]:
             retrieval["candidates"][0]["passage"] = "nowhere"
-    path.write_bytes(first.encode() + b"\n" + b"".join(map(entry_line, entries)))
+    path.write_bytes(first.encode() + b"\n" + b"".join(map(checked_line, entries)))
     status, _, err = cosup(*arguments)
     assert (status, "answers.jsonl: the answer to" in err, "not in the corpus" in err) == (1, True, True), err
 

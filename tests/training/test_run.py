@@ -16,7 +16,7 @@ from rich.console import Console
 from cosup_fast.config import ConfigError
 from cosup_fast.data.records import DataError, write_jsonl
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.training.checkpoint import checkpoints
+from cosup_fast.training.checkpoint import CheckpointError, checkpoints, chosen_checkpoint
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.run import load_data, run_training
 from cosup_fast.training.trainer import Trainer
@@ -94,6 +94,26 @@ def test_a_run_killed_before_its_last_evaluation_makes_it_up(configure):
     path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     assert train(config, resume=True)[0] == ended
     assert path.read_text() == whole
+
+
+def test_a_changed_bit_of_metrics_and_of_the_choice_of_the_best_is_refused(configure):
+    """Whichever it is: a figure decides what is best, and what is best which checkpoint is used."""
+    config = configure(training__keep_best="recall_at_5", training__eval_every=2)
+    train(config)
+    metrics = Path(config.output) / "metrics.jsonl"
+    record = next(line for line in metrics.read_bytes().splitlines() if b"held-out" in line) + b"\n"
+    best = metrics.parent / "checkpoints" / "best.json"
+    for path, whole, read, error in (
+        (metrics, record, lambda: read_metrics(metrics), DataError),
+        (best, best.read_bytes(), lambda: chosen_checkpoint(metrics.parent), CheckpointError),
+    ):
+        for i in range(len(whole) - 1):
+            for bit in (1, 4, 64):
+                path.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
+                with pytest.raises(error, match=path.name):
+                    read()
+        path.write_bytes(whole)
+        read()
 
 
 def test_the_failure_monitor_sees_the_run_as_one(configure):
