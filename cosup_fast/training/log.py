@@ -50,6 +50,8 @@ class RunLog(Callback):
 
     def start(self, config: RunConfig, step: int, total: int) -> None:
         """Opens the files; records after `step`, of a part that is run again, are dropped."""
+        for name in ("warnings.log", "curves.png"):  # before the work rather than after it
+            check_regular(self.output / name)
         kept = records_until(step, self.path)
         with replace_file(self.path) as file:
             file.writelines(checked_line(record).decode() for record in kept)
@@ -116,9 +118,7 @@ class RunLog(Callback):
     def warning(self, message: str) -> None:
         """Shows a warning of the failure monitor and keeps it with the metrics."""
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False)
-        path = self.output / "warnings.log"
-        check_regular(path)
-        with path.open("a", encoding="utf-8") as file:
+        with (self.output / "warnings.log").open("a", encoding="utf-8") as file:
             file.write(message + "\n")
 
 

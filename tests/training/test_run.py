@@ -116,6 +116,20 @@ def test_a_changed_bit_of_metrics_and_of_the_choice_of_the_best_is_refused(confi
         read()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "warnings.log", "curves.png"])
+def test_a_link_in_the_output_is_refused_before_the_work(name, configure, tmp_path):
+    train(configure())
+    mine = tmp_path / "mine"
+    mine.write_text("")
+    path = Path(configure().output) / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(mine)
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*mine: name that file itself"):
+        train(configure(training__steps=6), resume=True)
+    assert steps_of(configure().output, "step") == ([] if name == "metrics.jsonl" else [1, 2, 3, 4])
+    assert mine.read_text() == ""
+
+
 def test_the_failure_monitor_sees_the_run_as_one(configure):
     """R@5 is flat over four evaluations, two of them before the interruption."""
     fields = {"training__lr": 1e-9, "training__eval_every": 1}
