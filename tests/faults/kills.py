@@ -127,8 +127,10 @@ def renewed(world: Path, place: Path) -> Path:
 
 def over(status: int, place: Path) -> bool:
     """Whether a change of an index says that one which was killed had been made."""
+    if status != 1:
+        return False
     last = (place / "stderr").read_text().rstrip().rpartition("\n")[2]
-    return status == 1 and ("no passage has the id" in last or "in the index already" in last)
+    return "no passage has the id" in last or "in the index already" in last
 
 
 def stopped(command: str, digest: Callable[[Path], object], world: Path, place: Path, count: int, seed: int) -> str:
