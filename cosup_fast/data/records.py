@@ -58,10 +58,16 @@ class _Record(Strict):
             for name in data:
                 if name not in cls.model_fields:
                     known = ", ".join(cls.model_fields)
+                    found = repr(str(name))  # on one line, whatever it holds
                     raise PydanticCustomError(
                         "unknown_field",
-                        "expected one of {known}, found '{field}'{hint}",
-                        {"field": str(name), "known": known, "hint": nearest(str(name), cls.model_fields)},
+                        "expected one of {known}, found {value}{hint}",
+                        {
+                            "field": found[1:-1],
+                            "known": known,
+                            "value": found,
+                            "hint": nearest(str(name), cls.model_fields),
+                        },
                     )
         return data
 

@@ -80,6 +80,8 @@ def test_whatever_a_file_holds_the_error_names_it(tmp_path_factory, content):
         ({"output": ["x"]}, "output.0: expected an object, found 'x'"),
         ({"output": [{"passage": "p"}]}, "output.0.text: expected a value, found only passage"),
         ({"output": [{"text": "x", "pasage": "p"}]}, "output.0.pasage: .*did you mean 'passage'\\?"),
+        ({"a\nb": "x"}, r"a\\nb: expected one of id, .*, found 'a\\nb'$"),
+        ({"output": [{"text": "x", "\ud800": "p"}]}, r"output.0.\\ud800: expected one of text, passage, found"),
         ({"output": [{"text": "x", "passage": "q"}]}, "output.0.passage: expected the id of a passage .*, found 'q'"),
         (
             {"output": [{"text": "x"}]},
