@@ -63,6 +63,12 @@ def test_self_rag(tmp_path, write_lines):
     assert list(note["sources"]) == ["source.jsonl"]
 
 
+@pytest.mark.parametrize("marks", ["", "[Irrelevant]Nothing here."])
+def test_evidence_that_was_never_relevant_grounds_nothing(marks):
+    text = f"[Retrieval]{OSLO}{marks}[Continue to Use Evidence]Oslo is Norwegian.[Utility:1]"
+    assert self_rag_example("x:1", {"instruction": "q", "output": text}, "x") == (None, [])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -245,6 +245,9 @@ def test_one_id_for_two_passages_is_refused(tmp_path, write_lines):
         convert_tevatron([path], tmp_path / "out", progress=False)
     counts = convert_tevatron([path], tmp_path / "out", skip_malformed=True, progress=False)
     assert counts["malformed"] == counts["examples"] == 1
+    in_one_row = {"query": "q", "positive_passages": [{"docid": "x", "text": text} for text in ("One.", "Another.")]}
+    with pytest.raises(DataError, match=r"train\.jsonl:1: expected one text for each passage id, .* for 'x'"):
+        convert_tevatron([write_lines(path, [in_one_row])], tmp_path / "again", progress=False)
 
 
 def test_a_passage_of_a_beir_corpus_is_written_once(tmp_path, beir):
@@ -290,6 +293,14 @@ def test_dpr(tmp_path):
     assert (example.dataset, example.question) == ("nq_train_psgs_w100", "where is oslo")
     assert (example.gold, example.negatives) == (["7"], ["9"])
     assert (example.answers, example.output) == (["Norway", "in Norway"], [Segment(text="Norway", passage="7")])
+
+
+def test_a_passage_that_was_judged_twice_is_gold_and_no_negative(tmp_path, beir):
+    path = beir / "qrels" / "train.tsv"
+    path.write_text(path.read_text() + "1\td1\t0\n")
+    convert_beir(beir, tmp_path / "out", progress=False)
+    (example,) = _read(tmp_path / "out", "train")[1]
+    assert (example.gold, example.negatives) == (["d1"], ["d2"])
 
 
 def test_beir(tmp_path, beir):
@@ -344,7 +355,11 @@ def test_kilt_for_training_grounds_the_first_answer_that_has_a_passage(tmp_path,
     tasks = write_lines(
         tmp_path / "nq-train-kilt.jsonl",
         [
-            {"id": "a", "input": "Where?", "output": [{"answer": "there"}, {"answer": "Norway", "provenance": [here]}]},
+            {
+                "id": "a",
+                "input": "Where?",
+                "output": [{"provenance": [here]}, {"answer": "there"}, {"answer": "Norway", "provenance": [here]}],
+            },
             {"id": "b", "input": "When?", "output": [{"answer": "then"}]},
         ],
     )
