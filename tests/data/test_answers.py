@@ -105,8 +105,9 @@ def test_not_found(text, answer):
             {"answers": ["東", "京", "the Rhône Glacier", "glacier ice", "ice"]},
             ["東京", "Rhône Glacier ice", "ice"],
         ),
+        ("New York City", {"answers": ["york", "New York City"]}, ["New York City"]),
     ],
-    ids=["every place", "short answers", "what touches or overlaps is one"],
+    ids=["every place", "short answers", "what touches or overlaps is one", "one inside another"],
 )
 def test_answer_spans_are_where_the_answers_stand(text, answers, spans):
     example = Example(id="x", question="?", output=[], **answers)

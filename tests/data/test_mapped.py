@@ -130,6 +130,14 @@ def test_the_same_size_and_time_are_seen_through_by_a_checksum_alone(path, cache
     assert "roma" in MappedCorpus(path, cache, checksum=True)
 
 
+def test_a_file_of_the_same_size_and_another_time_is_read_again(path, cache):
+    MappedCorpus(path, cache)
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"rome"', b'"roma"'))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+    assert "roma" in MappedCorpus(path, cache)
+
+
 def test_a_cache_that_cannot_be_written_is_warned_of(path, cache):
     cache.write_text("a file")
     with pytest.warns(UserWarning, match="set COSUP_HOME"):

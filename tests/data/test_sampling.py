@@ -86,7 +86,7 @@ def test_hard_negatives_are_counted_and_checked(model, examples, corpus):
     more = sum(len(model.template.sequence(known[name])) for name in hard.negatives)
     (alone,), (together,) = (example_lengths([e], known, model.template) for e in (plain, hard))
     assert together == alone + more
-    for drawn, read in ((1, more // 2), (2, more), (5, more)):
+    for drawn, read in ((0, 0), (1, more // 2), (2, more), (5, more)):
         assert example_lengths([hard], known, model.template, negatives=drawn) == [alone + read]
     with pytest.raises(ValueError, match=r"passage 'long' has \d+ tokens, more than the 200 of a micro-batch"):
         example_lengths([hard], known, model.template, PackLimits(200))
@@ -142,6 +142,11 @@ def test_a_mixture_deals_out_the_lengths_of_what_it_draws():
 
 def test_of_equal_remainders_the_first_set_gets_the_draw():
     assert Mixture([1, 0, 1], [1, 1]).draws == [2, 1]
+
+
+def test_the_largest_remainder_gets_the_draw_that_is_left():
+    assert Mixture([0] * 5 + [1] * 5, [14, 86]).draws == [1, 9]
+    assert Mixture([0] * 5 + [1] * 5, [16, 84]).draws == [2, 8]
 
 
 @st.composite
