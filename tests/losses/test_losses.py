@@ -230,6 +230,13 @@ def test_weight_zero_reports_nsp_without_gradient():
     assert_same(out.loss, F.cross_entropy(hidden @ weight.T, torch.arange(4)), hidden, weight)
 
 
+def test_a_loss_of_weight_zero_may_be_anything():
+    ntp, nothing = torch.tensor(2.0), torch.tensor(math.nan)
+    assert CoSupervisionLoss(nsp_weight=0).combine(ntp, nothing) == 2
+    assert CoSupervisionLoss(nsp_weight=3.0).combine(ntp, nothing, 0.0) == 2
+    assert CoSupervisionLoss(nsp_weight=3.0, ntp_weight=0).combine(nothing, ntp) == 6
+
+
 def test_nsp_alone_needs_no_head():
     hidden, keys = rand(4, 6), rand(5, 6)
     loss = CoSupervisionLoss(nsp_weight=0.3, ntp_weight=0)

@@ -21,6 +21,10 @@ OPTIONS = [
     {"private_negatives": torch.randn(37, 3, 40, generator=torch.Generator().manual_seed(5))},
     {"reduction": "none", "scale": 3.0},
     {"label_smoothing": 0.1},
+    {
+        "private_negatives": torch.randn(37, 3, 40, generator=torch.Generator().manual_seed(5)),
+        "label_smoothing": 0.1,
+    },
 ]
 
 

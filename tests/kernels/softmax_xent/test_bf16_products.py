@@ -125,6 +125,17 @@ def test_the_gradient_of_a_bias_is_not_rounded_to_bf16():
     assert (ours - exact)[1:].norm() < 2.0**-12 * exact[1:].norm()
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_ranks_change_no_loss_and_no_gradient(symmetric):
+    """They are those of rounded scores, the target's among them."""
+    x, w = (t.requires_grad_() for t in operands(40, 72, 64, "normal", HALF))
+    plain = info_nce(x, w, symmetric=symmetric)
+    ranked, _ = info_nce(x, w, symmetric=symmetric, return_stats=True)
+    assert torch.equal(ranked, plain)
+    for a, b in zip(torch.autograd.grad(ranked, (x, w)), torch.autograd.grad(plain, (x, w))):
+        assert torch.equal(a, b)
+
+
 def test_a_bias_counts_where_a_target_is_ranked():
     x, w = operands(40, 72, 64, "normal", HALF)
     bias = torch.zeros(72)
