@@ -117,6 +117,23 @@ def test_loss_and_gradients_are_those_of_the_definition(
             assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-9, name
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
+def test_options_of_nsp_reach_its_loss(make_model, corpus, symmetric):
+    examples = [
+        Example(id=name, question=f"{name}?", output=[Segment(text="So.", passage=name)])
+        for name in ("paris", "rome", "go")
+    ]
+    options = {"label_smoothing": 0.2, "temperature": 0.5, "symmetric": symmetric}
+    model = make_model(dtype="float64", nsp=options)
+    batch = make_batch(examples, corpus, model.template)
+    (part,), (pack,) = batch.gen, batch.passages
+    scores = model.queries(model.hidden_states(part.pack), part.query_rows) @ model.embed(pack).T / 0.5
+    expected = F.cross_entropy(scores, batch.positive, label_smoothing=0.2)
+    if symmetric:
+        expected = (expected + F.cross_entropy(scores.T, batch.positive.argsort(), label_smoothing=0.2)) / 2
+    torch.testing.assert_close(model(batch).nsp, expected, atol=1e-6, rtol=1e-6)
+
+
 HEADS = {
     "phi": {},
     "cohere": {"logit_scale": 0.3},

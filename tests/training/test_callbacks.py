@@ -182,6 +182,32 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_run_continues(configure,
     assert steps_of(configure().output) == [1, 2, 3, 4]
 
 
+def test_every_tracker_has_its_own_run_again(configure):
+    class Numbered(trackers.Tracker):
+        extra = "train"
+
+        def __init__(self, name):
+            super().__init__(pytest.fail)
+            self.name, self.opened = name, []
+
+        def open(self, output, config, step, run):
+            self.opened.append(run)
+            return run or f"{self.name}-1"
+
+        def send(self, figures, step):
+            pass
+
+        def close(self, error):
+            pass
+
+    config, several = configure(), [Numbered("one"), Numbered("other")]
+    Path(config.output).mkdir()
+    for _ in range(2):
+        for tracker in several:
+            tracker.start(config, 0, 4)
+    assert [tracker.opened for tracker in several] == [[None, "one-1"], [None, "other-1"]]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 def test_mlflow_has_every_figure_in_one_run_of_its_own(configure, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())

@@ -13,7 +13,7 @@ from cosup_fast.config import ConfigError, config_of
 from cosup_fast.data.records import Example, Segment, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.best import Best
-from cosup_fast.training.checkpoint import checkpoints, chosen_checkpoint
+from cosup_fast.training.checkpoint import checkpoint_folder, checkpoints, chosen_checkpoint
 from cosup_fast.training.initial import inherit, new_model
 from cosup_fast.training.metrics import HeldOut, as_record
 from tests.training.runs import records, train
@@ -261,6 +261,18 @@ def test_of_equal_evaluations_the_first_is_the_best_and_patience_counts_the_rest
     best = Best(metric, patience=2)
     assert [best.update({"step": step, metric: 0.5}) for step in range(3)] == [True, False, False]
     assert (best.step, best.exhausted) == (0, True)
+
+
+def test_a_replayed_best_is_one_whose_checkpoint_is_there(tmp_path):
+    """As after someone removed it: the best is then another one, and whatever is there is found."""
+    figures = {1: 0.9, 2: 0.4, 3: 0.3}
+    kept = checkpoint_folder(tmp_path, 2)
+    kept.mkdir()
+    (kept / "manifest.json").touch()
+    best = Best("recall_at_5", patience=2)
+    for step, figure in figures.items():
+        best.replay({"step": step, "recall_at_5": figure}, tmp_path)
+    assert (best.step, best.exhausted) == (2, False)
 
 
 def test_patience_ends_a_run_and_a_resumed_one_counts_on(keep, tmp_path):

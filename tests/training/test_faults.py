@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,16 @@ def test_checkpoints_come_by_minutes_too(make_trainer, tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "b" / "checkpoints")] == ["step-000003"]
 
 
+def test_minutes_count_from_the_checkpoint_before(make_trainer, tmp_path, monkeypatch):
+    """A step takes a minute here."""
+    made = []
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * sum(t.step for t in made), perf_counter=time.perf_counter)
+    monkeypatch.setattr("cosup_fast.training.trainer.time", clock)
+    made.append(make_trainer(steps=6, checkpoint_every=None, checkpoint_minutes=2, keep_checkpoints=9))
+    made[0].train()
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [f"step-00000{i}" for i in (2, 4, 6)]
+
+
 SPIKE = {"steps": 60, "batch_size": 1, "lr": 3e-3, "balance_lengths": False, "warmup": 0.0, "seed": 3,
          "spike_window": 16, "spike_factor": 10.0, "checkpoint_every": None, "on_spike": "skip"}  # fmt: skip
 
@@ -144,6 +156,18 @@ def test_steps_are_skipped_at_most_so_many_times_in_a_row(make_trainer, tmp_path
     assert [(m.step, m.in_a_row) for m in seen if isinstance(m, Skipped)] == [(2, 1), (3, 2)]
     for name, p in trainer.model.named_parameters():
         torch.testing.assert_close(p, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_step_that_is_taken_ends_a_row_of_skipped_ones(make_trainer):
+    trainer = make_trainer(steps=9, on_spike="skip", max_skips=1)
+    row, found = trainer.model.gen.lm_head.weight[5], []
+    right = row.detach().clone()
+    for broken in (True, False, True):
+        with torch.no_grad():
+            row.fill_(math.nan) if broken else row.copy_(right)
+        found.append(trainer.take_step())
+    assert [type(metrics) for metrics in found] == [Skipped, StepMetrics, Skipped]
+    assert found[2].in_a_row == 1
 
 
 def test_a_refused_step_draws_no_random_numbers(make_model, make_trainer, gpt2_folder):

@@ -18,6 +18,7 @@ from cosup_fast.data.records import DataError, write_jsonl
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, chosen_checkpoint
 from cosup_fast.training.log import read_metrics
+from cosup_fast.training.measured import measure
 from cosup_fast.training.run import load_data, run_training
 from cosup_fast.training.trainer import Trainer
 from tests.training.runs import during, records, steps_of, train
@@ -273,6 +274,20 @@ def test_long_examples_are_left_out_and_counted_when_asked(configure, write, exa
     write(dev=[long])
     with pytest.raises(ValueError, match=r"all of the 1 examples of data\.dev are too long"):
         train(configure(**fields, data__long_examples="skip", output=config.output + "-dev"))
+
+
+def test_what_is_measured_stays_with_its_example_where_long_ones_are_left_out(configure, model, corpus, examples):
+    long = examples[0].model_copy(update={"id": "long", "question": "why " * 200})
+    config = configure(data__long_examples="skip", data__train=["a", "b"], data__weights=[1, 2])
+
+    def measured(chosen, sets):
+        return measure(model.template, config, chosen, sets, corpus, Console(quiet=True))
+
+    found, alone = measured([long, *examples], [0, 0, 0, 1, 1]), measured(examples, [0, 0, 1, 1])
+    assert (found.examples, found.left_out) == (examples, 1)
+    assert found.lengths == alone.lengths
+    assert len(set(found.lengths)) == len(examples)
+    assert found.mixture == alone.mixture
 
 
 def test_there_is_a_weight_for_each_set(configure):

@@ -305,6 +305,14 @@ def test_a_replayed_history_warns_of_nothing_again_and_counts(make_trainer):
     assert "saturated" in [*warnings, *trainer.monitor.step(300.0, 4)][-1]
 
 
+def test_replayed_steps_that_retrieved_nothing_are_no_history_of_nsp(make_trainer):
+    """Their NSP of 0 is no loss, beside which the first real one would be a spike."""
+    trainer = make_trainer(spike_window=4, spike_factor=10.0)
+    trainer.replay([{"kind": "step", "ntp": 3.0, "nsp": 0.0, "candidates": 0}] * 4)
+    assert list(trainer.guard.refuse(3.0, 5.0)) == []
+    assert len(list(trainer.guard.refuse(5.0, 5.0))) == 1
+
+
 def test_only_the_newest_checkpoints_are_kept(make_trainer, tmp_path):
     make_trainer(steps=5, checkpoint_every=1, keep_checkpoints=2).train()
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000004", "step-000005"]
