@@ -26,6 +26,11 @@ class DataError(CosupError, ValueError):
     """Data that cannot be used; the message says where, what was expected and what was found."""
 
 
+def field_names(names: Iterable[object]) -> str:
+    """The names of fields or columns for a message, on one line, whatever they hold; "nothing" where there are none."""
+    return ", ".join(repr(str(name))[1:-1] for name in names) or "nothing"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the name closest to a mistyped one, or nothing when none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
@@ -286,7 +291,7 @@ def _describe(error: ValidationError) -> str:
     field = ".".join([*map(str, first["loc"]), *filter(None, [context.get("field")])])
     match first["type"]:
         case "missing":
-            return f"{field}: expected a value, found only {', '.join(map(str, first['input']))}"
+            return f"{field}: expected a value, found only {field_names(first['input'])}"
         case "unknown_field" | "text" | "regex" | "negative" | "gold_set":
             return f"{field}: {first['msg']}"
         case _:

@@ -278,8 +278,8 @@ def test_a_bad_tevatron_row_is_named(tmp_path, change, message, write_lines):
     path = write_lines(tmp_path / "train.jsonl", [TEVATRON[0], TEVATRON[0] | change])
     with pytest.raises(DataError, match=rf"train\.jsonl:2: {message}"):
         convert_tevatron([path], tmp_path / "out", progress=False)
-    renamed = [{"text_of_query": "q"}]
-    with pytest.raises(DataError, match="positive_passages: expected a value, found only text_of_query"):
+    renamed = [{"text_of\nquery": "q"}]
+    with pytest.raises(DataError, match=r"positive_passages: expected a value, found only text_of\\nquery$"):
         convert_tevatron([write_lines(path, renamed)], tmp_path / "out", progress=False)
 
 

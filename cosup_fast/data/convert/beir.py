@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cosup_fast.data.convert.output import Output, check_names, identifier, read, string, text
 from cosup_fast.data.convert.rows import Row, read_rows
-from cosup_fast.data.records import DataError, Example, Passage, validate
+from cosup_fast.data.records import DataError, Example, Passage, field_names, validate
 
 COLUMNS = ("query-id", "corpus-id", "score")
 
@@ -65,7 +65,7 @@ def convert_beir(
 
     def judgement(where: str, number: int, record: dict[str, Any]) -> Judgement:
         if missing := [name for name in COLUMNS if name not in record]:
-            raise DataError(f"{where}: {missing[0]}: expected a column of this name, found only {', '.join(record)}")
+            raise DataError(f"{where}: {missing[0]}: expected a column of this name, found only {field_names(record)}")
         asked, passage, score = (record[name] for name in COLUMNS)
         if asked not in queries:
             raise DataError(f"{where}: query-id: expected the id of a query, found {asked!r}")
@@ -145,5 +145,5 @@ def beir_passage(where: str, record: dict[str, Any]) -> Passage | None:
 
 def _id(where: str, record: dict[str, Any]) -> str:
     if not (name := identifier(where, record, "_id")):
-        raise DataError(f"{where}: _id: expected a value, found only {', '.join(record)}")
+        raise DataError(f"{where}: _id: expected a value, found only {field_names(record)}")
     return name

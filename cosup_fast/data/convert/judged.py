@@ -23,7 +23,7 @@ from cosup_fast.data.convert.output import (
     text,
 )
 from cosup_fast.data.convert.rows import read_rows
-from cosup_fast.data.records import DataError, Example, Passage, Segment, validate
+from cosup_fast.data.records import DataError, Example, Passage, Segment, field_names, validate
 
 COLUMNS = {"anchor": ("anchor", "query", "question"), "positive": ("positive", "answer", "passage")}
 """What a column may be called, in order of preference."""
@@ -127,14 +127,14 @@ def sentence_transformers_row(where: str, record: dict[str, Any], renamed: Mappi
         found[column] = next((name for name in wanted if name in record), None)
         if found[column] is None:
             raise DataError(
-                f"{where}: {wanted[0]}: expected a column of this name, found only {', '.join(record) or 'none'}; "
+                f"{where}: {wanted[0]}: expected a column of this name, found only {field_names(record)}; "
                 f"--columns {column}=NAME says which one it is"
             )
     prefix = re.escape(renamed.get("negative", "negative"))
     negatives = [name for name in record if re.fullmatch(rf"{prefix}s?(_?\d+)?", name)]
     if "negative" in renamed and not negatives:
         raise DataError(
-            f"{where}: {renamed['negative']}: expected a column of this name, found only {', '.join(record)}"
+            f"{where}: {renamed['negative']}: expected a column of this name, found only {field_names(record)}"
         )
     anchor, positive = str(found["anchor"]), str(found["positive"])
     return Judged(
@@ -152,7 +152,7 @@ def sentence_transformers_row(where: str, record: dict[str, Any], renamed: Mappi
 def tevatron_row(where: str, record: dict[str, Any]) -> Judged:
     """A row of Tevatron's."""
     if "positive_passages" not in record:
-        raise DataError(f"{where}: positive_passages: expected a value, found only {', '.join(record)}")
+        raise DataError(f"{where}: positive_passages: expected a value, found only {field_names(record)}")
     return Judged(
         id=identifier(where, record, "query_id"),
         question=text(where, record, "query"),
@@ -165,7 +165,7 @@ def tevatron_row(where: str, record: dict[str, Any]) -> Judged:
 def dpr_row(where: str, record: dict[str, Any]) -> Judged:
     """An object of DPR's."""
     if "positive_ctxs" not in record:
-        raise DataError(f"{where}: positive_ctxs: expected a value, found only {', '.join(record)}")
+        raise DataError(f"{where}: positive_ctxs: expected a value, found only {field_names(record)}")
     return Judged(
         question=text(where, record, "question"),
         positives=_passages(where, record, "positive_ctxs", "passage_id", "psg_id"),

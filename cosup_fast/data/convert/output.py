@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cosup_fast.data.convert.rows import Row
-from cosup_fast.data.records import DataError, Passage, to_line, validate
+from cosup_fast.data.records import DataError, Passage, field_names, to_line, validate
 from cosup_fast.files import FolderKind, replace_folder, sha256
 from cosup_fast.terminal import SafeConsole
 
@@ -145,7 +145,7 @@ def string(where: str, record: dict[str, Any], key: str, default: str | None, fi
 def text(where: str, record: dict[str, Any], key: str, field: str = "") -> str:
     """Text that has to be there; where its field is missing, those that exist are named."""
     if key not in record:
-        raise DataError(f"{where}: {field or key}: expected a value, found only {', '.join(record) or 'nothing'}")
+        raise DataError(f"{where}: {field or key}: expected a value, found only {field_names(record)}")
     found = string(where, record, key, None, field)
     if not found.strip():
         raise DataError(f"{where}: {field or key}: expected some text, found {found!r}")
