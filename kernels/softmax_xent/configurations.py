@@ -36,6 +36,8 @@ PLAIN = {
     "gfx942": _tiles(128, 128, 64, 8, 2),
     **_INTERPRETER,
 }
+# In four parts Triton 3.6 and 3.9 spill it.
+PLAIN_GRADIENT = {**PLAIN, "sm_90": _tiles(128, 256, 64, 8, 3, parts=8)}
 HEAVY = {
     "sm_80": _tiles(128, 128, 64, 8, 4, parts=4),
     "sm_86": _tiles(128, 128, 64, 8, 3, parts=4),
@@ -75,11 +77,14 @@ def product_tiles(
     kernel: Any, dtype: torch.dtype, options: Set[str]
 ) -> tuple[dict[str, Configuration], list[Configuration]]:
     """Of a product whose epilogue has these arguments and flags: by target, and what a search tries beside them."""
+    forward = kernel is product.scores_fwd_kernel
     if dtype.itemsize == 4:
-        return SINGLE_SEVERAL if "SEVERAL" in options and "out" not in options else SINGLE, _SINGLE_CANDIDATES
+        wide = "SEVERAL" not in options or (forward and "out" in options)
+        return SINGLE if wide else SINGLE_SEVERAL, _SINGLE_CANDIDATES
     if not options & {"SEVERAL", "columns", "ranks"} and not {"SMOOTHING", "key_ids"} <= options:
-        return PLAIN, _PLAIN_CANDIDATES
-    if kernel is product.scores_fwd_kernel and "SEVERAL" in options:
+        alone = not options & {"bias", "key_ids", "limit", "softcap"}
+        return PLAIN_GRADIENT if alone and not forward else PLAIN, _PLAIN_CANDIDATES
+    if forward and "SEVERAL" in options:
         ours = SEVERAL_STORED if "out" in options else SEVERAL_SYMMETRIC if "columns" in options else HEAVY
         return ours, _HEAVY_CANDIDATES
     return HEAVY, _HEAVY_CANDIDATES

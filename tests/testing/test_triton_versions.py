@@ -55,10 +55,10 @@ def test_the_kit_on_triton(version, tritons):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("kernel", "count"), [("stored", 81), ("levelled", 27)])
+@pytest.mark.parametrize(("kernel", "count"), [("stored", 81), ("levelled", 27), ("scores_bwd_logits", 39)])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_shipped_binaries_on_triton(version, kernel, count, tritons):
-    """Of the engine's default, fused: products that store their exponentials, and what makes those a gradient."""
+    """Products that store their exponentials or their gradient, and what makes the former the latter."""
     targets = [argument for target in ("sm_80", "sm_90", "sm_100") for argument in ("--target", target)]
     command = [
         "cosup_fast.testing.compile",
