@@ -190,6 +190,16 @@ def test_co_supervision_is_ntp_plus_lambda_nsp():
     assert CoSupervisionLoss().nsp_weight == 0.01
 
 
+def test_private_negatives_reach_nsp():
+    hidden, weight, keys, private = rand(4, 6), rand(17, 6), rand(3, 6, seed=1), rand(2, 5, 6, seed=2)
+    loss = CoSupervisionLoss(nsp_weight=0.3)
+    query = hidden[:2]
+    out = loss(hidden, weight, torch.arange(4), query=query, keys=keys, private_negatives=private)
+    scores = torch.cat([query @ keys.T, (private @ query[:, :, None]).squeeze(2)], 1)
+    nsp = F.cross_entropy(scores, torch.arange(2))
+    assert_same(out.loss, F.cross_entropy(hidden @ weight.T, torch.arange(4)) + 0.3 * nsp, hidden, keys, private)
+
+
 def test_unequal_micro_batches_add_up_to_the_whole_batch():
     hidden, weight, keys = rand(23, 6), rand(17, 6), rand(5, 6)
     at = torch.tensor([1, 6, 7, 20])
@@ -228,6 +238,13 @@ def test_weight_zero_reports_nsp_without_gradient():
     assert not out.nsp.requires_grad
     assert out.stats.rank.shape == (2,)
     assert_same(out.loss, F.cross_entropy(hidden @ weight.T, torch.arange(4)), hidden, weight)
+
+
+def test_no_loss_has_a_graph_where_gradients_are_off():
+    hidden, weight, keys = rand(4, 6), rand(17, 6), rand(5, 6)
+    with torch.no_grad():
+        out = CoSupervisionLoss()(hidden, weight, torch.arange(4), query=hidden[:2], keys=keys)
+    assert not any(loss.requires_grad for loss in out[:3])
 
 
 def test_a_loss_of_weight_zero_may_be_anything():

@@ -231,6 +231,11 @@ def test_what_a_kernel_cannot_do_is_refused():
             linear_cross_entropy(x.float(), w.float(), torch.arange(4), softcap=1.0, impl="fused")
 
 
+def test_gradients_of_scaled_scores_stay_in_the_range_of_fp16(impl):
+    x, w = operands(37, 75, 40, dtype=torch.float16)
+    check(info_nce, reference.info_nce, impl, x / 64, w, scale=64.0)
+
+
 @pytest.mark.parametrize("contested", [False, True])
 @pytest.mark.parametrize("impl", ["rows", "recomputed"])
 def test_one_key_that_answers_many_queries_in_fp16(impl, contested):
@@ -356,13 +361,17 @@ def test_columns_whose_exponentials_underflow_are_multiplied_again(dtype, kind, 
     assert score <= tiles
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["one way", "symmetric"])
-def test_scores_of_a_thousand_million(impl, symmetric):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"symmetric": True}, {"key_ids": torch.arange(75) % 5, "duplicates": "positive"}],
+    ids=["one way", "symmetric", "several positives"],
+)
+def test_scores_of_a_thousand_million(impl, options):
     """The maximum above which exponentials are held is rounded, at 10^9 by up to e^44."""
     x, w = operands(37, 75, 40)
     with sanitize():
-        ours = run(info_nce, 4e8 * x, w, impl=impl, symmetric=symmetric)
-    for name, b in run_exactly(reference.info_nce, 4e8 * x, w, symmetric=symmetric).items():
+        ours = run(info_nce, 4e8 * x, w, impl=impl, **options)
+    for name, b in run_exactly(reference.info_nce, 4e8 * x, w, **options).items():
         assert (ours[name].double() - b).norm() < 2.0**-20 * b.norm(), name
 
 
