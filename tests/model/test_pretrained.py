@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from cosup_fast.config.model import ModelConfig
+from cosup_fast.data.template import TextConfig
+from cosup_fast.model.loading import load_template
 from cosup_fast.model.pretrained import read_config, read_model, read_tokenizer
 
 PACKAGE = Path(__file__).parents[2] / "cosup_fast"
@@ -67,7 +70,6 @@ def test_a_tied_head_is_not_missing(make_folder):
 
 
 def test_an_embseq_folder_as_gen_is_refused(make_model, llama_folder, tmp_path):
-    from cosup_fast.config.model import ModelConfig
     from cosup_fast.model import CoSupervisionModel
 
     make_model(gen=llama_folder).save(tmp_path / "saved")
@@ -149,6 +151,11 @@ def test_a_tokenizer_with_tokens_beyond_the_embeddings_is_refused(llama_folder, 
 def _saved(tokenizer, folder):
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_each_model_has_its_own_positions(llama_folder, gpt2_folder):
+    template, _ = load_template(ModelConfig(gen=llama_folder, embseq=gpt2_folder), TextConfig())
+    assert (template.max_length, template.embseq_max_length) == (512, 320)
 
 
 def test_special_tokens_may_have_any_ids(llama_folder, make_model, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cosup_fast.training import checkpoint
 from cosup_fast.training.checkpoint import (
@@ -29,6 +31,20 @@ def test_checkpoints_sort_by_step_and_the_newest_survives(make_model, tmp_path):
     for step in (5, 999_999, 1_000_000):
         save_checkpoint(tmp_path, step, model, optimizer, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_the_index_of_weights_tells_where_each_is_and_the_size_of_all(tmp_path):
+    """As several ranks save them."""
+    (tmp_path / "gen").mkdir()
+    parts = {"a": {"x": torch.zeros(3, 5), "y": torch.zeros(2)}, "b": {"z": torch.zeros(7, dtype=torch.bfloat16)}}
+    files = {f"gen/model-{name}.safetensors": tensors for name, tensors in parts.items()}
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / name, metadata={"format": "pt"})
+    checkpoint._index_weights(tmp_path, files)
+    index = json.loads((tmp_path / "gen" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 4 * 17 + 2 * 7}
+    assert index["weight_map"] == {key: f"model-{name}.safetensors" for name in parts for key in parts[name]}
+    assert [path.name for path in tmp_path.iterdir()] == ["gen"]
 
 
 def test_a_whole_checkpoint_of_another_run_is_not_overwritten_a_broken_one_is(make_model, tmp_path):

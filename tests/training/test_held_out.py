@@ -138,5 +138,13 @@ def test_limits_draw_by_the_seed_for_training_and_alike_for_what_is_held_out(man
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[2][0]
     assert drawn[0][1] == drawn[2][1]
+
+
+def test_what_a_limit_draws_stays_with_its_set(many):
+    sets = [*many["data.train"], *many["data.dev"]]
+    fields = {"data.train": sets, "data.dev": [], "data.train_limit": 12}
+    _, train, _, numbers = load_data(_config(**many | fields))
+    assert numbers == [int(example.id.startswith("d")) for example in train]
+    assert sorted(numbers) != numbers
     _, train, dev, _ = load_data(_config(**many, **{"data.train_limit": 40, "data.dev_limit": 20}))
     assert [e.id for e in train + dev] == [f"t{i}" for i in range(40)] + [f"d{i}" for i in range(20)]
