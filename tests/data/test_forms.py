@@ -129,6 +129,14 @@ def test_columns_are_the_same_pairs_in_every_kind_of_file(tmp_path, form, write_
     assert (second.gold, second.negatives) == ([rome], [paris])
 
 
+def test_a_quote_of_a_tsv_is_a_character_like_any_other(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text('anchor\tpositive\n"Who?\t"Gauss" it was.\n')
+    convert_sentence_transformers([path], tmp_path / "out", progress=False)
+    passages, (example,) = _read(tmp_path / "out", "x")
+    assert (example.question, passages[example.gold[0]].text) == ('"Who?', '"Gauss" it was.')
+
+
 def test_columns_may_be_called_otherwise_hold_lists_and_come_in_any_number(tmp_path, write_lines):
     record = {"query": "q", "answer": ["a", "b"], "negative_1": "c", "negative_2": "a", "id": 3, "negatively": "no"}
     record |= {"negatives": ["d"], "negative3": "e"}

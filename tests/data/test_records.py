@@ -159,6 +159,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_training_asks_for_what_is_cited_or_else_for_the_first_gold_passage():
+    cited = [Segment(text=text, passage=name) for text, name in (("a", "q"), ("b", "p"), ("c", "q"))]
+    assert Example(id="e", question="?", output=cited, gold=["x", "q"]).asked == ("q", "p")
+    assert Example(id="e", question="?", output=[], gold=["x", "y"]).asked == ("x",)
+    assert Example(id="e", question="?", output=[]).asked == ()
+
+
 def test_what_is_not_given_as_gold_is_that_of_the_sets_or_else_what_is_cited():
     cited = [Segment(text=text, passage=name) for text, name in (("a", "q"), ("b", "p"), ("c", "q"))]
     output, sets = [Segment(text="free"), *cited], [["x", "y"], ["y"]]

@@ -140,6 +140,13 @@ def test_a_mixture_deals_out_the_lengths_of_what_it_draws():
         assert sum(sampler.lengths[sampler[step]]) == 10 + 3 * 1000
 
 
+def test_a_set_has_another_order_every_time_it_is_dealt_out():
+    mixture = Mixture([0] * 12 + [1] * 12, [1, 1])
+    one, other = (mixture.epoch(number, 0).view(2, 12) for number in range(2))
+    assert torch.equal(one.sort().values, other.sort().values)
+    assert (one != other).any(1).all()
+
+
 def test_of_equal_remainders_the_first_set_gets_the_draw():
     assert Mixture([1, 0, 1], [1, 1]).draws == [2, 1]
 

@@ -9,7 +9,7 @@ import yaml
 from cosup_fast.data.prepared.chains import make_chains
 from cosup_fast.data.prepared.claims import make_claims
 from cosup_fast.data.prepared.questions import BLANK
-from cosup_fast.data.prepared.spans import find_spans, make_spans
+from cosup_fast.data.prepared.spans import draw, find_spans, make_spans
 from cosup_fast.data.prepared.splits import HELD_OUT_TOPICS, Item, page_roles, read_table
 from cosup_fast.data.prepared.training import write_training
 from cosup_fast.data.prepared.trivia import read_trivia, read_trivia_table
@@ -96,6 +96,12 @@ def test_false_claims_differ_from_the_passage_and_true_ones_do_not():
         assert claim.answers == ["SUPPORTS" if true else "REFUTES"]
         assert claim.output[0].text == ("true" if true else "false")
         assert len(tokens(claim.question)) == len(tokens(texts[claim.gold[0]]))
+
+
+def test_what_a_false_claim_says_may_stand_anywhere_among_the_others():
+    leads = [lead(f"Town {i}", f"Town {i} is a city in {'Norway' if i < 5 else 'Sweden'}.") for i in range(40)]
+    claimed = [claim.id for claim in make_claims(leads)]
+    assert claimed == [f"claim-{passage.id}" for passage in leads if draw(f"true {passage.id}") % 3 == 0]
 
 
 def test_roles_of_pages_follow_the_table_and_else_the_rule():
