@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,7 +13,9 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -66,18 +70,47 @@ def test_a_tree_that_was_never_installed_has_a_version_too(tmp_path):
     assert done.stdout == "0+unknown\n"
 
 
-def test_the_base_install_brings_three_packages_beside_those_of_torch():
-    def closure(name: str) -> set[str]:
-        found, new = set(), {name}
-        while new:
-            found |= new
-            asked = [Requirement(text) for one in new for text in importlib.metadata.requires(one) or ()]
-            new = {
-                canonicalize_name(r.name) for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})
-            } - found
-        return found
+def closure(names: Iterable[str]) -> set[str]:
+    """These distributions and, of those that are installed, whatever they need."""
+    found, new = set(), set(names)
+    while new:
+        found |= new
+        asked = []
+        for one in new:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                asked += [Requirement(text) for text in importlib.metadata.requires(one) or ()]
+        needed = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+        new = {canonicalize_name(r.name) for r in needed} - found
+    return found
 
-    assert closure("cosup-fast") - closure("torch") <= {"cosup-fast", "numpy", "triton"}
+
+def test_the_base_install_brings_three_packages_beside_those_of_torch():
+    assert closure(["cosup-fast"]) - closure(["torch"]) <= {"cosup-fast", "numpy", "triton"}
+
+
+def test_whatever_is_imported_is_in_an_extra():
+    """Inside of functions and by a name, too; what only tests and documentation need does not count."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra not in ("dev", "docs")]
+    declared = {Requirement(name).name for names in (project["dependencies"], *extras) for name in names}
+    there = closure(map(canonicalize_name, declared - {"cosup-fast"}))
+    imported = set()
+    for path in (ROOT / "cosup_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+                imported |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
+    ours = {"cosup_fast", "kernels", "benchmarks"}
+    distributions = importlib.metadata.packages_distributions()
+    missing = {}
+    for root in {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - ours:
+        names = {canonicalize_name(name) for name in distributions.get(root, [root])}
+        if not names & there:
+            missing[root] = names
+    assert missing == {}
 
 
 def test_actions_are_pinned_by_commit_and_only_publishing_may_sign():
