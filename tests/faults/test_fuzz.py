@@ -261,9 +261,9 @@ def test_a_wrong_command_line_is_told_what_is_wrong(cosup, scratch, monkeypatch)
         known = [
             visible(part) for word in words for part in (word, *word.split("=", 1), word.lstrip("-")) if len(part) > 1
         ]
-        letters = [f"{word}: " for word in words if len(word) == 1]
-        # A question is no word of its own, and a folder without a name is the one here.
-        said = ("the question", "output='run'", *([": . is"] if "" in words else []))
+        # A folder without a name is the one here.
+        letters = [form.format(word or ".") for word in words if len(word) < 2 for form in ("{}: ", ": {} is ")]
+        said = ("the question", "no question", "output='run'", "'wiki-leads'")  # no word of its own, and defaults
         names = (*(part[:40] for part in known), *letters, *said, "Missing", "Usage", *words[:1])
         if found := verdict(cosup, words, names):
             failed.append(f"line {number}: {words!r:.400}\n{found}\n")
