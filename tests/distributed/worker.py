@@ -358,13 +358,14 @@ def lost(how: str, when: str, who: int, timeout: float) -> tuple[str, float]:
             Peers(groups[SIZE], timeout=timeout)
         except PeerError as error:
             return str(error), time.monotonic() - start
-    ranks = Peers(groups[SIZE], timeout=timeout)
-    if who == RANK and when == "before":
-        vanish()
-    if who == RANK:
-        ranks.run_collective = lambda *collective: vanish()
     start = time.monotonic()
     try:
+        ranks = Peers(groups[SIZE], timeout=timeout)  # the others may still be at it when one vanishes
+        if who == RANK and when == "before":
+            vanish()
+        if who == RANK:
+            ranks.run_collective = lambda *collective: vanish()
+        start = time.monotonic()
         functional.info_nce(torch.randn(3, 4), torch.randn(3, 4, requires_grad=True), group=ranks)
     except PeerError as error:
         return str(error), time.monotonic() - start
