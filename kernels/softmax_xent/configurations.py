@@ -234,7 +234,7 @@ def _levelled_cases() -> Iterator[dict[str, Any]]:
             for width in sorted({part_width(shipped[target]) for shipped in tiles}):
                 yield _case(
                     rows.levelled_bwd_kernel, f"tiles of {width}", {"target", "reference"},
-                    levelled_rows(target, width), [target], {"e": f"*{name}"}, dtypes=[name],
+                    levelled_rows(target, width), [target], {"e": f"*{name}", "out": "*fp32"}, dtypes=[name],
                 )  # fmt: skip
 
 
