@@ -103,8 +103,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep what is freed for the next large tensor; nothing where the C library is another one.
 
     By default it hands blocks of megabytes back to the kernel, and a training step on a CPU, which frees all gradients
-    and asks for them again, touches as many new pages: some 150,000 page faults for 184 million weights. The process
-    then stays as large as it ever was, until `return_freed_memory`.
+    and asks for them again, touches as many new pages: some 150,000 page faults for 184 million weights. Tensors of
+    other sizes leave holes, so the process grows with every step, until `return_freed_memory`.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -114,7 +114,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel what `keep_freed_memory` kept, once training has ended."""
+    """Gives the kernel what `keep_freed_memory` kept: every page that nothing lies on."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

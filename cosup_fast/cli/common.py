@@ -25,8 +25,20 @@ if TYPE_CHECKING:
 out = SafeConsole(emoji=False)
 err = SafeConsole(stderr=True, emoji=False)
 
+
+def _found(checkpoint: Path) -> Path:
+    from cosup_fast.data.sources import resolve_checkpoint
+
+    return resolve_checkpoint(checkpoint)
+
+
 Checkpoint = Annotated[
-    Path, typer.Argument(help="A checkpoint, or a run's folder for its best or newest one.", show_default=False)
+    Path,
+    typer.Argument(
+        help="A checkpoint, a run's folder for its best or newest one, or cosup-smollm2.",
+        show_default=False,
+        callback=_found,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 IndexName = Annotated[

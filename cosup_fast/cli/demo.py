@@ -1,7 +1,8 @@
 """The whole mission in a few minutes without a GPU: train, index, retrieve, generate, beside honest baselines.
 
 The same trained Gen answers the same held-out questions closed-book, with random passages, with those of a pretrained
-retriever, with the gold ones, and with its own. Everything lands in one folder; run again, the demo resumes there.
+retriever, with the gold ones, and with its own. Last, adapters that were trained for longer answer some of them.
+Everything lands in one folder; run again, the demo resumes there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cosup_fast.evaluation import Corpus, QuestionRecord, Report, Workbench, eva
 from cosup_fast.evaluation.retrievers import Retriever
 from cosup_fast.evaluation.scoring import rank_scores
 from cosup_fast.files import read_checked, write_checked
-from cosup_fast.generation import Generator
+from cosup_fast.generation import Answer, Generator
 from cosup_fast.index import SequenceIndex
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.terminal import FigureTable
@@ -50,6 +51,8 @@ SYSTEMS = {
     OURS: "its own passages",
 }
 """What the trained Gen is given, by the name of the system."""
+LONGER = "cosup-smollm2"
+"""A prepared checkpoint of the same two models."""
 
 Values = Mapping[str, float]
 """A metric by question."""
@@ -65,8 +68,8 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         places = {"data.train": [str(train)], "output": str(output / "run")}
         config = load_config(path, [f"{name}={json.dumps(place)}" for name, place in places.items()] + [*overrides])
 
-    console.rule("1/4  real weights, real text")
-    for name in ("smollm2-135m", "minilm", "wiki-leads", "questions", "spans", "cloze", "chains"):
+    console.rule("1/5  real weights, real text")
+    for name in ("smollm2-135m", "minilm", "wiki-leads", "questions", "spans", "cloze", "chains", LONGER):
         console.print(f"{name}: {prepare(name)}", soft_wrap=True, highlight=False, markup=False)
     if not train.exists():
         train.parent.mkdir(parents=True, exist_ok=True)
@@ -76,17 +79,14 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
         f"{len(questions)} held-out questions; {len(corpus)} passages to search, the gold ones never trained on"
     )
 
-    console.rule("2/4  co-supervised training")
+    console.rule("2/5  co-supervised training")
     before = _ranked(output, "before training", lambda: Workbench(new_model(config).eval()), OURS, questions, corpus)
     if not (output / "evaluation").is_dir():  # else its minutes are over, and answers of this checkpoint were begun
         run_training(config, resume=True, console=console)
     checkpoint = chosen_checkpoint(Path(config.output))
-    trained = CoSupervisionModel.load(checkpoint)
-    if config.training.precision == "bfloat16":  # as its products ran in training, and twice as fast
-        trained = trained.to(torch.bfloat16)
 
-    console.rule("3/4  the same Gen with other passages")
-    bench = Workbench(trained.eval())
+    console.rule("3/5  the same Gen with other passages")
+    bench = _bench(checkpoint, config)
     reports, recalls = {}, {"before training": before}
     for name in SYSTEMS:
         if name in ("dense:minilm", OURS):
@@ -100,15 +100,35 @@ def run_demo(output: Path, console: Console, overrides: Sequence[str] = ()) -> N
     console.print(comparison(reports, recalls, corpus))
     console.print(gains(reports), highlight=False, markup=False, soft_wrap=True)
 
-    console.rule("4/4  what it writes")
-    for record in _telling(reports[OURS]):
-        print_answer(console, record.example.question, record.answer)
-        console.print(f"  [dim]expected[/] {escape(' / '.join(record.example.answers[:3]))}", highlight=False)
+    console.rule("4/5  what it writes")
+    shown = _telling(reports[OURS])
+    for record in shown:
+        _print(console, record.example, record.answer)
     _show_two_retrievals(console, bench, config, corpus)
     # Of the weights as they are saved, with which it is going to be opened.
     index = Workbench(CoSupervisionModel.load(checkpoint).eval()).index("", corpus)
     assert isinstance(index, SequenceIndex)  # the bench made it
     index.save(Path(config.output) / "index")
+
+    console.rule("5/5  trained for longer")
+    longer = _bench(Path(LONGER), config)
+    recall = _percent(_ranked(output, LONGER, lambda: longer, OURS, questions, corpus))
+    console.print(
+        f"{LONGER}, the same models with more steps: R@1 {recall[0]}, R@5 {recall[1]} of the same {len(questions)} "
+        "questions",
+        soft_wrap=True,
+        highlight=False,
+    )
+    answers = Generator(longer.model, longer.index("", corpus), config.generation)
+    for record in shown:
+        _print(console, record.example, answers.generate(record.example.question, record.example.instruction))
+    _show_two_retrievals(console, longer, config, corpus)
+    console.print(
+        f"ask it about all of the leads: cosup-fast index build {LONGER} && cosup-fast serve {LONGER}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
     console.print(
         f"curves: {config.output}/curves.png   everything: {output}   ask it: cosup-fast serve {config.output}",
         soft_wrap=True,
@@ -221,6 +241,17 @@ def _ranked(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checked(path, json.dumps(found))
     return found
+
+
+def _bench(checkpoint: Path, config: RunConfig) -> Workbench:
+    """The models of a checkpoint, in bf16 where training multiplied in it: that is twice as fast."""
+    model = CoSupervisionModel.load(checkpoint).eval()
+    return Workbench(model.to(torch.bfloat16) if config.training.precision == "bfloat16" else model)
+
+
+def _print(console: Console, example: Example, answer: Answer) -> None:
+    print_answer(console, example.question, answer)
+    console.print(f"  [dim]expected[/] {escape(' / '.join(example.answers[:3]))}", highlight=False)
 
 
 def _telling(report: Report) -> list[QuestionRecord]:

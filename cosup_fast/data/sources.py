@@ -76,6 +76,14 @@ def resolve_model(spec: str) -> str:
     )
 
 
+def resolve_checkpoint(folder: Path) -> Path:
+    """The folder, or that of a prepared checkpoint where it has the name of one and is none."""
+    name = str(folder)
+    if name in CATALOG and CATALOG[name].kind == "checkpoint" and not folder.exists():
+        return _prepared(name)
+    return folder
+
+
 def _sets(kind: str) -> dict[str, tuple[str, str]]:
     """The prepared corpora or example sets: spec -> (prepared set, file)."""
     found = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cosup_fast.config.model import Attention, ModelConfig, NSPConfig, NTPConfig, Recompute
 from cosup_fast.data.packing import CoSupervisionBatch, GenPack, Pack
+from cosup_fast.data.sources import resolve_checkpoint
 from cosup_fast.data.template import Template, TextConfig
 from cosup_fast.functional import gather_last_hidden
 from cosup_fast.kernels.numerics import accumulator
@@ -185,7 +186,8 @@ class CoSupervisionModel(nn.Module):
         """A checkpoint folder that `save` wrote.
 
         Args:
-            folder: the checkpoint; of a run's folder `training.checkpoint.chosen_checkpoint` names one.
+            folder: the checkpoint, or the name of a prepared one; of a run's folder
+                `training.checkpoint.chosen_checkpoint` names one.
             device: where it goes.
             attention: as in `ModelConfig`.
             changes: settings that are to be others than those that were saved, as where another run begins with it.
@@ -195,7 +197,7 @@ class CoSupervisionModel(nn.Module):
             ValueError: the folder is not a co-supervised checkpoint, of another format version, or incomplete; the
                 weights that its adapters belong to have changed; or what `from_pretrained` refuses of its models.
         """
-        folder, device = Path(folder), torch.device(device)
+        folder, device = resolve_checkpoint(Path(folder)), torch.device(device)
         with whole_weights(folder):
             parts = load_parts(folder, device, attention, changes)
             model = cls(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from cosup_fast.config import ConfigError, RunConfig, config_of, explain
 from cosup_fast.config.model import ModelConfig
+from cosup_fast.data.sources import resolve_checkpoint
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.model.folder import Changes, read_description
 from cosup_fast.model.loading import Base
@@ -77,7 +78,7 @@ def initial_checkpoint(config: RunConfig) -> Path:
     """
     assert config.model.init_from is not None
     try:
-        return chosen_checkpoint(Path(config.model.init_from))
+        return chosen_checkpoint(resolve_checkpoint(Path(config.model.init_from)))
     except ValueError as error:
         raise ConfigError(f"model.init_from={config.model.init_from!r}: {error}") from None
 

@@ -24,6 +24,7 @@ from cosup_fast.data.packing import CoSupervisionBatch, make_batch
 from cosup_fast.data.records import Example, Passage
 from cosup_fast.data.sampling import Mixture, StepSampler, draw_negatives, example_lengths, seed_of
 from cosup_fast.distributed import Peers
+from cosup_fast.environment import return_freed_memory
 from cosup_fast.errors import CosupError
 from cosup_fast.losses import CoSupervisionOutput
 from cosup_fast.model import CoSupervisionModel
@@ -46,6 +47,8 @@ from cosup_fast.training.schedule import Schedule
 from cosup_fast.training.sharding import agree_on_norms, reshard, shard
 from cosup_fast.training.step import accumulate_gradients, random_state, set_random_state
 from cosup_fast.training.utilization import Utilization, peak_tflops
+
+RETURN_EVERY = 10  # steps on a CPU, between which freed memory is kept
 
 
 class TrainingError(CosupError, ValueError):
@@ -213,6 +216,8 @@ class Trainer:
                 if self._due:
                     self._begin_save()
                 metrics = self.take_step()
+                if self.model.device.type == "cpu" and self.step % RETURN_EVERY == 0:
+                    return_freed_memory()
                 if isinstance(metrics, Skipped):
                     self.on_metrics(metrics)
                     self._warn([f"step {metrics.step} skipped: {metrics.reason}"])

