@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -115,7 +114,6 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Gives the kernel what `keep_freed_memory` kept: every page that nothing lies on."""
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

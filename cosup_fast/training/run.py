@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -101,6 +102,7 @@ def run_training(
         try:
             return _run(config, output, resume, console, peers, callbacks)
         finally:
+            gc.collect()
             return_freed_memory()
 
 
