@@ -56,6 +56,15 @@ def test_training_lowers_both_losses_and_learns_to_retrieve_in_the_batch(make_tr
     assert [m.step for m in seen] == list(range(1, 41))
 
 
+def test_on_a_cpu_freed_memory_goes_back_every_ten_steps(make_trainer, monkeypatch):
+    trainer, given_back = make_trainer(steps=21, batch_size=2), []
+    monkeypatch.setattr(
+        "cosup_fast.training.trainer.return_freed_memory", lambda: given_back.append(trainer.step), raising=True
+    )
+    trainer.train()
+    assert given_back == [10, 20]
+
+
 @pytest.mark.parametrize("cut", [{}, {"micro_batch_size": 1}, {"tokens_per_micro_batch": 250, "fixed_shapes": True}])
 def test_the_gradient_of_a_step_is_that_of_its_mean_losses(cut, make_model, make_trainer, corpus):
     """However the step is cut: each query against every passage of the step."""
