@@ -54,7 +54,8 @@ def test_values_and_gradients_are_as_exact_as_eager_ones(dtype, window, softcap)
     ours = differentiated(lambda *x: batched_attention(*x, layout, **options), tensors, upstream, dtype)
     for name, a, b, c in zip(("out", "query", "key", "value"), ours, theirs, expected, strict=True):
         assert a.dtype == dtype
-        assert (a - c).abs().max() <= 2 * (b - c).abs().max(), name
+        last_bits = torch.finfo(dtype).eps * c.abs().max()  # which of them is worst is the processor's affair
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + last_bits, name
         assert (a - c).norm() <= 2 * (b - c).norm(), name
 
 

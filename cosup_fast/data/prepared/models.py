@@ -85,7 +85,7 @@ def _save_tokenizer(base: Path, out: Path, *, asks: bool) -> None:
     """That of a prepared model; Gen's has [NSP] and the other special tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     if asks:
         add_special_tokens(tokenizer)
     tokenizer.save_pretrained(out)
