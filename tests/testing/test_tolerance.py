@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosup_fast.testing import LOGITS, ODD_SHAPES, assert_close_to_fp64, logits, operands, with_gaps
+from cosup_fast.testing import LOGITS, ODD_SHAPES, assert_close_to_fp64, logits, operands, tolerance, with_gaps
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -44,6 +44,23 @@ def test_a_bad_eager_is_no_excuse(dtype, limit):
         assert_close_to_fp64(ours, bad, exact, dtype=dtype)
     assert_close_to_fp64(ours, bad, exact, dtype=dtype, well_conditioned=False)
     assert_close_to_fp64(exact * (1 + 0.9 * limit), bad, exact, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_many_numbers_it_is_their_own_rounding_and_of_one_that_of_its_neighbours(dtype):
+    exact = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rounding = (exact.to(dtype).double() - exact).norm()
+    assert tolerance._rounding(exact, dtype) == pytest.approx(float(rounding), rel=1e-2)
+    tiny = exact * torch.finfo(dtype).tiny / 64  # where there is no smaller spacing
+    assert tolerance._rounding(tiny, dtype) == pytest.approx(float((tiny.to(dtype).double() - tiny).norm()), rel=2e-2)
+
+
+def test_one_number_that_needs_no_rounding_allows_the_next_and_no_more():
+    exact = torch.tensor([2.75], dtype=torch.float64)
+    ulp = torch.finfo(torch.float32).eps * 2
+    assert_close_to_fp64((exact + ulp).float(), exact.float(), exact)
+    with pytest.raises(AssertionError, match="exceeds 2 x eager's 0"):
+        assert_close_to_fp64((exact + 5 * ulp).float(), exact.float(), exact)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
