@@ -26,7 +26,7 @@ out = SafeConsole(emoji=False)
 err = SafeConsole(stderr=True, emoji=False)
 
 
-def _found(checkpoint: Path) -> Path:
+def _resolved(checkpoint: Path) -> Path:
     from cosup_fast.data.sources import resolve_checkpoint
 
     return resolve_checkpoint(checkpoint)
@@ -37,7 +37,7 @@ Checkpoint = Annotated[
     typer.Argument(
         help="A checkpoint, a run's folder for its best or newest one, or cosup-smollm2.",
         show_default=False,
-        callback=_found,
+        callback=_resolved,
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
@@ -102,12 +102,13 @@ def leads() -> bool:
 
 
 def load_model(checkpoint: Path, device: str) -> CoSupervisionModel:
-    """The model of a checkpoint, or of the one that a run's folder stands for, its files verified first."""
+    """The model of a checkpoint, or of the one that a run's folder or a name stands for, its files verified first."""
+    from cosup_fast.data.sources import resolve_checkpoint
     from cosup_fast.environment import choose_device
     from cosup_fast.model import CoSupervisionModel
     from cosup_fast.training.checkpoint import MANIFEST, chosen_checkpoint, verify
 
-    folder = chosen_checkpoint(checkpoint)
+    folder = chosen_checkpoint(resolve_checkpoint(checkpoint))
     if (folder / MANIFEST).is_file():
         verify(folder)
     return CoSupervisionModel.load(folder, device=choose_device(device, "--device"))

@@ -205,10 +205,11 @@ def _ids(path: Path) -> list[str]:
 
 
 def _index(name: str) -> str | Path:
+    from cosup_fast.data.sources import resolve_checkpoint
     from cosup_fast.index.stores import in_milvus, index_exists
 
     if in_milvus(name):
         return name
-    folder = Path(name)
+    folder = resolve_checkpoint(Path(name))
     within = folder / "index"
     return (within if not index_exists(folder) and index_exists(within) else folder).resolve()

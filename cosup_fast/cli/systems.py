@@ -53,7 +53,7 @@ def open_system(
     Raises:
         ValueError: what `split_name` or the retriever refuses; an index or a corpus that this system does not read.
     """
-    from cosup_fast.data.sources import load_corpus
+    from cosup_fast.data.sources import load_corpus, resolve_checkpoint
     from cosup_fast.index.stores import load_index
 
     kind, argument = split_name(name)
@@ -67,7 +67,7 @@ def open_system(
     sources = {"checkpoint": str(checkpoint)} | ({"retriever": run} if run else {})
     searched: Corpus | None = None
     if kind.reads == "index" and not corpus:
-        index = index or (Path(run) if run else checkpoint) / "index"
+        index = index or (resolve_checkpoint(Path(run)) if run else checkpoint) / "index"
         loaded = load_index(index, bench.searcher(run), allow_stale=allow_stale)
         searched = Corpus.indexed(loaded, str(index))
         bench.add_index(run, searched, loaded)

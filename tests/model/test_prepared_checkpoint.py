@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load
 
 from cosup_fast.cli.common import load_model
-from cosup_fast.config import RunConfig, config_of, dump_config
+from cosup_fast.cli.systems import open_system
+from cosup_fast.config import RunConfig, config_of, dump_config, load_config
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data import sources
 from cosup_fast.data.packing import make_batch
@@ -86,11 +87,21 @@ def test_packed_and_prepared_it_is_the_model_that_was_trained(run, prepared, exa
 def test_commands_runs_and_python_find_it_by_its_name(prepared, tmp_path, monkeypatch):
     assert sources.resolve_checkpoint(Path(NAME)) == prepared
     assert config_of(prepared).generation.max_new_tokens == 7
-    assert isinstance(load_model(sources.resolve_checkpoint(Path(NAME)), "cpu"), CoSupervisionModel)
+    assert isinstance(load_model(Path(NAME), "cpu"), CoSupervisionModel)
     assert initial_checkpoint(RunConfig(model={"init_from": NAME})) == prepared
     monkeypatch.chdir(tmp_path)
     (tmp_path / NAME).mkdir()  # a folder of the user's comes first
     assert sources.resolve_checkpoint(Path(NAME)) == Path(NAME)
+
+
+def test_a_pair_and_the_index_commands_know_it_too(prepared, model, passages, tmp_path, cosup):
+    model.save(tmp_path / "writer")
+    SequenceIndex.build(CoSupervisionModel.load(NAME), passages, prepared / "index", progress=False)
+    status, out, err = cosup("index", "info", NAME)
+    assert status == 0, err
+    assert str(len(passages)) in out
+    system = open_system(f"pair:{NAME}", tmp_path / "writer", lambda folder: load_model(folder, "cpu"))
+    assert system.sources["index"] == str(prepared / "index")
 
 
 def test_damaged_or_missing_it_says_how_to_have_it(prepared):
@@ -109,7 +120,7 @@ def test_packing_twice_gives_the_same_bytes(run, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
-def test_the_committed_archive_is_the_pinned_one_and_small():
+def test_the_committed_archive_is_the_pinned_one_and_small(tmp_path):
     archive = ROOT / ADAPTERS.path
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == ADAPTERS.sha256
     assert archive.stat().st_size == ADAPTERS.size
@@ -119,16 +130,10 @@ def test_the_committed_archive_is_the_pinned_one_and_small():
             if name.endswith("adapter_model.safetensors"):
                 size += sum(x.numel() * x.element_size() for x in load(packed.read(name)).values())
         description = json.loads(packed.read("cosup.json"))
-        config = packed.read("config.yaml").decode()
+        (tmp_path / "config.yaml").write_bytes(packed.read("config.yaml"))
     assert size <= 8e6
     assert [base["name"] for base in description["adapters"].values()] == ["smollm2-135m", "smollm2-135m"]
-    assert config == dump_config(load_example())
-
-
-def load_example() -> RunConfig:
-    from cosup_fast.config import load_config
-
-    return load_config(ROOT / "examples" / "cosup-smollm2.yaml")
+    assert load_config(tmp_path / "config.yaml") == load_config(ROOT / "examples" / "cosup-smollm2.yaml")
 
 
 @pytest.mark.slow

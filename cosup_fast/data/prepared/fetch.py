@@ -183,7 +183,7 @@ def _stream(package: Sdist | Published, part: Path, bars: Progress, row: TaskID,
         with PyPIClient(
             trusted_hosts=settings.get("trusted-host", []), verify=verify, timeout=60.0, follow_redirects=True
         ) as client:
-            url = package.url if isinstance(package, Published) else _found(package, client, settings, by_hand)
+            url = package.url if isinstance(package, Published) else _link(package, client, settings, by_hand)
             if isinstance(url, Path):
                 shutil.copyfile(url, part)
                 return part
@@ -203,7 +203,7 @@ def _stream(package: Sdist | Published, part: Path, bars: Progress, row: TaskID,
     return part
 
 
-def _found(sdist: Sdist, client: Any, settings: dict[str, list[str]], by_hand: str) -> str | Path:
+def _link(sdist: Sdist, client: Any, settings: dict[str, list[str]], by_hand: str) -> str | Path:
     """Where pip's configuration has a source distribution: an address, or a file of its `find-links`."""
     from unearth import PackageFinder
     from unearth.auth import MultiDomainBasicAuth
