@@ -59,13 +59,15 @@ class SlotCache:
         if length <= self.capacity:
             return
         # Doubled: what grows token by token is copied a few times in all.
-        self.capacity = max(FIRST_CAPACITY, 1 << (length - 1).bit_length())
-        self._layers = {layer: (self._wider(k), self._wider(v)) for layer, (k, v) in self._layers.items()}
+        capacity = max(FIRST_CAPACITY, 1 << (length - 1).bit_length())
+        wider = {layer: (self._wider(k, capacity), self._wider(v, capacity)) for layer, (k, v) in self._layers.items()}
+        # Only now that there was memory for all of it: the requests of a step that failed for want of it go on.
+        self.capacity, self._layers = capacity, wider
 
     def write(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (T, H_kv, d) at rows (T,) of (S * C); returns the layer's, (S, C, H_kv, d)."""
         if layer not in self._layers:
-            self._layers[layer] = self._zeros(key), self._zeros(value)
+            self._layers[layer] = self._zeros(key, self.capacity), self._zeros(value, self.capacity)
         keys, values = self._layers[layer]
         keys.view(-1, *key.shape[1:]).index_copy_(0, rows, key)
         values.view(-1, *value.shape[1:]).index_copy_(0, rows, value)
@@ -83,14 +85,14 @@ class SlotCache:
         """Memory that the cache occupies, once it is full."""
         return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
 
-    def _wider(self, tensor: Tensor) -> Tensor:
-        wider = self._zeros(tensor[0])
+    def _wider(self, tensor: Tensor, capacity: int) -> Tensor:
+        wider = self._zeros(tensor[0], capacity)
         wider[:, : tensor.shape[1]] = tensor
         return wider
 
-    def _zeros(self, like: Tensor) -> Tensor:
+    def _zeros(self, like: Tensor, capacity: int) -> Tensor:
         """Room for tokens like these (n, H_kv, d). Zeros, since what is masked is multiplied too."""
-        shape = (self.slots, self.capacity, *like.shape[1:])
+        shape = (self.slots, capacity, *like.shape[1:])
         if like.device.type != "cpu":
             return like.new_zeros(shape)
         # From calloc: what no request has reached yet occupies no memory, which torch.zeros would write.

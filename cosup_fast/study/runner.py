@@ -131,14 +131,16 @@ def check_begun(cell: Cell) -> None:
 def _provide(cell: Cell, code: str, console: Console) -> None:
     """The checkpoints that a pair is made of: those of its parts, trained again where they are gone."""
     for part in cell.parts:
-        if part.result.is_file() and not checkpoints(Path(part.run.output) / "checkpoints"):
-            console.print(
-                f"{cell.name}: the checkpoint of {part.name} is gone, so it is trained again, with the same result",
-                markup=False,
-            )
-            shutil.rmtree(part.run.output, ignore_errors=True)
         part.work.mkdir(exist_ok=True)
-        with locked(part.work, wait=True):
+        with locked(part.work, wait=True):  # another process may be training it again
+            run = Path(part.run.output)
+            if part.result.is_file() and not checkpoints(run / "checkpoints"):
+                console.print(
+                    f"{cell.name}: the checkpoint of {part.name} is gone, so it is trained again, with the same result",
+                    markup=False,
+                )
+                if run.exists():
+                    shutil.rmtree(run)
             check_begun(part)
             train(part, Progress(part.work, code), console)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.plain_decoder import plain_decode
 from cosup_fast.generation import Decoder, GenerationConfig, Generator, Listener, Request, Ticket
+from cosup_fast.generation.cache import SlotCache
 from cosup_fast.index import SequenceIndex
 from cosup_fast.model.attention import attending
 
@@ -384,22 +385,35 @@ def test_a_listener_hears_in_order_and_the_timeline_says_when(make_model, passag
 
 
 def test_running_out_of_memory_ends_the_longest_request_alone(model, passages, monkeypatch):
+    monkeypatch.setattr("cosup_fast.generation.cache.FIRST_CAPACITY", 32)
+    config = GenerationConfig(max_new_tokens=12, max_retrievals=0)
+    undisturbed = Decoder(model, lambda query, k: [(passages[0], 1.0)])
+    expected = [undisturbed.submit(Request(text, config=config)) for text in ("Who?", "Where?")]
+    list(undisturbed.run())
+
     decoder = Decoder(model, lambda query, k: [(passages[0], 1.0)])
-    reserve = type(decoder.runner.cache).reserve
+    short = [decoder.submit(Request(text, config=config)) for text in ("Who?", "Where?")]
+    for _ in range(3):
+        decoder.step()
+    allocate, allocated = SlotCache._zeros, 0
 
-    def limited(cache, length):
-        if length > 120:
+    def limited(cache, like, capacity):
+        nonlocal allocated
+        allocated += 1
+        if allocated == 4:  # some layers are wider already
             raise torch.OutOfMemoryError("no room")
-        reserve(cache, length)
+        return allocate(cache, like, capacity)
 
-    monkeypatch.setattr(type(decoder.runner.cache), "reserve", limited)
-    config = GenerationConfig(max_new_tokens=5, max_retrievals=0)
-    short, long = (decoder.submit(Request(text, config=config)) for text in ("Who?", "so long " * 40))
-    list(decoder.run())
-    assert short.result().generated_tokens == 5
+    monkeypatch.setattr(SlotCache, "_zeros", limited)
+    long = decoder.submit(Request("so long " * 40, config=config))
+    decoder.step()
     assert isinstance(long.exception, torch.OutOfMemoryError)
     assert long.answer is not None
     assert long.answer.stop_reason == "error"
+    later = decoder.submit(Request("so long " * 40, config=config))
+    list(decoder.run())
+    assert [ticket.result().text for ticket in short] == [ticket.result().text for ticket in expected]
+    assert later.result().generated_tokens == 12
 
 
 def test_a_step_that_fails_can_be_aborted(model, passages, monkeypatch):

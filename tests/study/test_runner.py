@@ -178,8 +178,17 @@ def test_only_makes_what_it_names_and_a_pair_trains_what_it_lacks(write_study, m
         with pytest.raises(KeyboardInterrupt):
             _run(study, only="pair-*")
     shutil.rmtree(folder)
+    before_the_lock = []
+
+    def noticed(work, *, wait=True):
+        if wait:
+            before_the_lock.append((work / "run" / "metrics.jsonl").is_file())
+        return locked(work, wait=wait)
+
+    monkeypatch.setattr(runner, "locked", noticed)
     failed, printed = _run(study, only="pair-*")
     assert failed == []
+    assert before_the_lock == [True, True]  # another process may be training there: nothing is removed yet
     assert "pair-seed0: the checkpoint of ntp-seed0 is gone, so it is trained again" in printed
     assert not folder.exists()
     assert (study.cells["nsp-seed0"].work / "run" / "checkpoints").is_dir()  # its own cell is not finished
