@@ -169,6 +169,18 @@ class Decoder:
         ended, self._ended = self._ended, []
         return ended
 
+    def abandon(self, error: Exception) -> list[Ticket]:
+        """Ends every request, also those that wait, without a touch of the model or its cache, which may be broken:
+        nothing may be submitted any more. Returns the tickets of all that have not been returned yet."""
+        for ticket, task in self._running.values():
+            ticket.exception, ticket.answer = error, task.fail(error)
+        for ticket in self._waiting:
+            ticket.exception, ticket.answer = error, _unwritten("error", str(error))
+        ended = [*self._ended, *(ticket for ticket, _ in self._running.values()), *self._waiting]
+        self._running, self._ended = {}, []
+        self._waiting.clear()
+        return ended
+
     def _drop_cancelled(self) -> None:
         for ticket in [ticket for ticket in self._waiting if ticket._cancelled]:
             self._waiting.remove(ticket)
@@ -275,8 +287,9 @@ class Decoder:
         ticket, task = self._running.pop(slot)
         ticket.exception = error
         ticket.answer = task.fail(error)
-        self._release(slot, ticket)
+        self._ended.append(ticket)  # it has ended, even if its slot cannot be cleared
         self.runner.cache.clear(slot)
+        heapq.heappush(self._free, slot)
 
     def _end(self, slot: int) -> None:
         ticket, task = self._running[slot]
@@ -286,11 +299,8 @@ class Decoder:
             self._fail(slot, error)
         else:
             del self._running[slot]
-            self._release(slot, ticket)
-
-    def _release(self, slot: int, ticket: Ticket) -> None:
-        heapq.heappush(self._free, slot)
-        self._ended.append(ticket)
+            self._ended.append(ticket)
+            heapq.heappush(self._free, slot)
 
 
 class _TextListener(Listener):

@@ -70,10 +70,12 @@ async def model(name: str, served: Served) -> Model:
     return Model(id=served.system(name).name, created=served.created)
 
 
-@router.get("/health", tags=["server"])
-async def health() -> Status:
-    """The process answers."""
-    return Status(status="ok")
+@router.get("/health", tags=["server"], response_model=Status)
+async def health(served: Served) -> Response:
+    """Whether the process works; 503 when its engine has failed, so that the server has to be started again."""
+    if served.engine.failed:
+        return ApiError(503, "the engine has failed: start the server again", code="unavailable").response()
+    return JSONResponse({"status": "ok"})
 
 
 @router.get("/ready", tags=["server"], response_model=Status)

@@ -97,6 +97,7 @@ class Engine:
         self._open = 0
         self._seconds = 1.0  # what an answer takes, a moving average
         self._stopping = False
+        self.failed = False  # ended by an error that no request can be blamed for
         self.metrics.running.set_function(lambda: min(self._open, max_batch))
         self.metrics.waiting.set_function(lambda: max(0, self._open - max_batch))
         self._thread = threading.Thread(target=self._run, name="cosup-fast engine", daemon=True)
@@ -131,8 +132,7 @@ class Engine:
             StoppedError: the engine is not running.
         """
         with self._lock:
-            if not self.ready:
-                raise StoppedError("the server is shutting down")
+            self._check_ready()
             if self._open >= self._limit:
                 self.metrics.refused.inc()
                 rounds = (self._open - self._max_batch) / self._max_batch + 1
@@ -157,8 +157,7 @@ class Engine:
                 future.set_exception(error)
 
         with self._lock:
-            if not self.ready:
-                raise StoppedError("the server is shutting down")
+            self._check_ready()
             self._inbox.put(run)
         return future
 
@@ -170,10 +169,26 @@ class Engine:
         """
         self._posted.setdefault(loop, []).append(function)
 
+    def _check_ready(self) -> None:
+        if not self.ready:
+            failed = "the engine has failed, and its server is to be started again"
+            raise StoppedError(failed if self.failed else "the server is shutting down")
+
     def _enter(self, job: Job) -> None:
         self._jobs[job.enter(self.decoder)] = job
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # nobody is left waiting for an answer
+            log.critical("the engine has failed; start the server again", exc_info=True)
+            with self._lock:
+                self.failed = self._stopping = True
+            while self._read_now():
+                pass
+            self._finish(self.decoder.abandon(error))
+
+    def _serve(self) -> None:
         while not self._stopping:
             self._read_inbox()
             if self.decoder.idle:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cosup_fast.generation import GenerationConfig, Generator, Listener, Request
+from cosup_fast.generation.cache import SlotCache
 from cosup_fast.generation.runner import Runner
 from cosup_fast.index import SequenceIndex
 from cosup_fast.serve.engine import Job
@@ -140,3 +141,24 @@ def test_a_step_wakes_the_event_loop_once(server, forwards, monkeypatch):
     assert sum(reply.json()["usage"]["completion_tokens"] for reply in replies) == 30 * PLACES
     assert woken == sorted(set(woken))
     assert len(woken) <= len(forwards)
+
+
+def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(server, forwards, monkeypatch, eventually):
+    """As after an error of a GPU, which every later call repeats: the step fails, and so does clearing its slots."""
+
+    def broken(*_):
+        raise RuntimeError("illegal memory access")
+
+    forwards.close()
+    with ThreadPoolExecutor(PLACES + 4) as pool:
+        replies = [pool.submit(server.http.post, CHAT, json=body(n)) for n in range(PLACES + 4)]  # four of them wait
+        eventually(lambda: server.engine.open == PLACES + 4)
+        monkeypatch.setattr(Runner, "read", broken)
+        monkeypatch.setattr(SlotCache, "clear", broken)
+        forwards.open()
+        statuses = [reply.result(60).status_code for reply in replies]
+    assert set(statuses) == {500}
+    assert server.engine.open == 0
+    assert server.http.post(CHAT, json=body(0)).status_code == 503
+    assert server.http.get("/ready").status_code == 503
+    assert server.http.get("/health").status_code == 503
