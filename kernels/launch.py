@@ -7,6 +7,7 @@ a size seen first during training compiles nothing, and a graph can be captured 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from triton import knobs
 
 from .tuning import capturing
+
+_HOOK = threading.Lock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -34,15 +37,20 @@ def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **kwarg
 
 @contextmanager
 def _compiling_nothing() -> Iterator[None]:
-    def refuse(*, fn: Any, **_: Any) -> None:
-        raise RuntimeError(
-            f"{fn.name} would be compiled while a CUDA graph is captured, which cannot load it: run the step once "
-            "before the capture, with the same dtypes and options"
-        )
+    """For this thread: the hook is one of the process, in which other threads may compile."""
+    with _HOOK:
+        before, capturing_thread = knobs.runtime.jit_cache_hook, threading.get_ident()
 
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = refuse  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        knobs.runtime.jit_cache_hook = before
+        def refuse(*, fn: Any, **options: Any) -> Any:
+            if threading.get_ident() != capturing_thread:
+                return None if before is None else before(fn=fn, **options)
+            raise RuntimeError(
+                f"{fn.name} would be compiled while a CUDA graph is captured, which cannot load it: run the step once "
+                "before the capture, with the same dtypes and options"
+            )
+
+        knobs.runtime.jit_cache_hook = refuse  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = before

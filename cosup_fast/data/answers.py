@@ -122,7 +122,7 @@ def answer_spans(text: str, example: Example) -> list[tuple[int, int]]:
             bare = [word for word in wanted if word not in ARTICLES]
             if wanted:
                 found += _word_spans(content if bare else every, bare or wanted)
-            elif (as_it_is := answer.strip().lower()) and (place := text.lower().find(as_it_is)) >= 0:
+            elif (as_it_is := answer.strip()) and (place := text.find(as_it_is)) >= 0:  # no letters, so no case
                 found.append((place, place + len(as_it_is)))
     spans: list[tuple[int, int]] = []
     for start, end in sorted(found):

@@ -57,7 +57,8 @@ class LikelihoodJudge:
         """
         verdicts = []
         for removed in self.surprise_removed(pairs):
-            probability = 1 / (1 + math.exp(-(SLOPE * removed + OFFSET)))
+            logit = SLOPE * removed + OFFSET
+            probability = (1 + math.tanh(logit / 2)) / 2  # of a claim that was certain alone, exp would overflow
             why = f"the passage removes {100 * removed:.0f}% of the claim's surprise"
             verdicts.append(Verdict(entailed=probability > 0.5, score=probability, why=why))
         return verdicts

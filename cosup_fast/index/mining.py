@@ -184,6 +184,8 @@ class _Miner:
         gold = {self.corpus[name].content for name in (*example.gold, *example.cited)}
         given = {self.corpus[name].content for name in example.negatives}
         for score, row in ranked[self.config.skip_top :]:
+            if row < 0:  # the search found no more
+                return
             passage = self.index.passages[row]
             if passage.content in gold:
                 passed_over["gold"] += 1

@@ -36,7 +36,7 @@ class ServeConfig(Strict):
             raise ValueError("api_key must be printable ASCII, as it travels in a header")
         if key is not None and not key.get_secret_value().strip():
             raise ValueError("api_key is empty: give a key, or leave the option out")
-        return key
+        return None if key is None else SecretStr(key.get_secret_value().strip())  # blanks at a header's edge are lost
 
     @field_validator("allowed_hosts")
     @classmethod

@@ -4,7 +4,7 @@
       gen/ embseq/            Hugging Face folders: configuration, safetensors, tokenizer
       cosup.json heads.safetensors   what joins them (`CoSupervisionModel.save`)
       optimizer/rank-00000.safetensors   its states and random number generators, one file a rank
-      trainer.json            step, ranks, and what the tensors of each rank are
+      trainer.json            step, schedule, what the steps have shown, and what the tensors of each rank are
       manifest.json           size and SHA-256 of every other file
 
 best.json beside them names the best one by `training.keep_best`, which is never removed. Anything else there is not
@@ -100,11 +100,17 @@ class CheckpointWriter:
     def mark_best(self, step: int) -> None:
         """Names the checkpoint of a step, written already or next, as the best; it stays until there is a better one.
 
-        Not a collective: every rank calls it, and rank 0 writes.
+        Raises:
+            CheckpointError: best.json cannot be written.
         """
         self._best = step
+        problem = None
         if self.rank == 0 and is_checkpoint(checkpoint_folder(self.root, step)):
-            self._tidy()
+            try:
+                self._tidy()
+            except OSError as error:
+                problem = _not_written(error)
+        self._agree(self.root / BEST, problem)
 
     def start(
         self,
@@ -112,14 +118,14 @@ class CheckpointWriter:
         model: CoSupervisionModel,
         optimizer: LocalOptimizer,
         *,
-        schedule: dict[str, Any] | None = None,
+        state: Mapping[str, Any] | None = None,
         extra: int = 0,
     ) -> None:
         """Copies everything and begins to write; `finish` must follow.
 
         Args:
             step, model, optimizer: what is written.
-            schedule: of the learning rate, as JSON; `load_trainer_state` gives it back.
+            state: what else the trainer needs, as JSON; `load_trainer_state` gives it back.
             extra: how many checkpoints more than `keep` stay.
 
         Raises:
@@ -137,9 +143,13 @@ class CheckpointWriter:
         reshard(model)  # a pass without a backward one, as of a frozen Embseq, leaves some of its weights whole
         weights = copied_weights(model, self.rank, self.ranks)
         every = self._gathered({"step": step, "parameters": states.parameters})
+        trainer = json.dumps({**(state or {}), "step": step, "ranks": [one["parameters"] for one in every]}) + "\n"
 
         def write() -> None:
             try:
+                if self.rank == 0:
+                    (folder / "trainer.json").write_text(trainer)
+                    self._finished(folder, "trainer.json")
                 files = {f"optimizer/rank-{self.rank:05d}.safetensors": {**states.tensors, **random}, **weights}
                 for name, tensors in files.items():
                     save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -147,9 +157,6 @@ class CheckpointWriter:
             except Exception as error:  # safetensors reports a full disk as an error of its own, not as an OSError
                 self._error = _not_written(error)
 
-        if self.rank == 0:
-            trainer = {"step": step, "schedule": schedule, "ranks": [one["parameters"] for one in every]}
-            (folder / "trainer.json").write_text(json.dumps(trainer) + "\n")
         self.pending, self._extra, self._files, self._error = step, extra, {}, None
         self._thread = threading.Thread(target=write, daemon=True, name=f"checkpoint {step}")
         self._thread.start()
@@ -230,19 +237,10 @@ class CheckpointWriter:
     def _gathered(self, note: dict[str, Any]) -> list[dict[str, Any]]:
         return [note] if self.peers is None else self.peers.meet("checkpoint", note)
 
-    def _agree(self, final: Path, problem: str | None) -> None:
+    def _agree(self, path: Path, problem: str | None) -> None:
         problem = next((one["problem"] for one in self._gathered({"problem": problem}) if one["problem"]), None)
         if problem is not None:
-            raise CheckpointError(f"checkpoint {final} {problem}")
-
-
-def save_checkpoint(
-    root: Path, step: int, model: CoSupervisionModel, optimizer: LocalOptimizer, *, keep: int = 2
-) -> Path:
-    """Writes `root/step-NNNNNN` in one process, waits for it, and removes all but the `keep` newest."""
-    writer = CheckpointWriter(root, keep)
-    writer.start(step, model, optimizer)
-    return writer.finish()
+            raise CheckpointError(f"{path} {problem}")
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -307,7 +305,7 @@ def load_trainer_state(
     ranks: int = 1,
     *,
     warn: Callable[[str], None] = lambda message: None,
-) -> tuple[int, dict[str, Any] | None]:
+) -> tuple[int, dict[str, Any]]:
     """Restores optimizer and random number generators into place. The model is loaded already.
 
     A checkpoint of fewer ranks has no random numbers for `rank`: those stay as they are.
@@ -319,7 +317,7 @@ def load_trainer_state(
         warn: called with what is no longer the same to the bit.
 
     Returns:
-        The step, and the schedule that was saved with it, if any was.
+        The step, and what `CheckpointWriter.start` was given as `state`.
 
     Raises:
         CheckpointError: it has no trainer's state, or that of other parameters.
@@ -343,7 +341,7 @@ def load_trainer_state(
     if rank < len(read):
         random = {name.removeprefix("random/"): read[rank][name] for name in read[rank] if name.startswith("random/")}
         set_random_state(random, model.device)
-    return description["step"], description.get("schedule")
+    return description["step"], {name: x for name, x in description.items() if name not in ("step", "ranks")}
 
 
 class _Tensors(Mapping[str, Tensor]):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 
 class FailureMonitor:
@@ -29,6 +30,16 @@ class FailureMonitor:
         self._ntp: list[float] = []
         self._recall: list[float] = []
         self._warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps have shown, as JSON; the evaluations are shown again (`Trainer.replay`)."""
+        return {"single": list(self._single), "nsp": list(self._nsp), "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what the steps had shown."""
+        self._single.extend(state["single"])
+        self._nsp.extend((loss, chance) for loss, chance in state["nsp"])
+        self._warned.update(state["warned"])
 
     def step(self, nsp: float, candidates: int) -> Iterator[str]:
         """Warnings after a step with mean NSP loss `nsp` (nats) over `candidates` sequences; 0: nothing retrieved."""
@@ -112,6 +123,15 @@ class SpikeGuard:
     def __init__(self, factor: float | None, window: int = 100):
         self.factor = factor
         self._losses = {name: deque[float](maxlen=window) for name in ("NTP", "NSP")}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The losses that are remembered, as JSON."""
+        return {name: list(losses) for name, losses in self._losses.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Remembers these losses, the last ones where the window has become smaller."""
+        for name, losses in self._losses.items():
+            losses.extend(state[name])
 
     def refuse(self, ntp: float | None, nsp: float | None) -> Iterator[str]:
         """What is wrong with the losses of a step (nats; None where one is not trained, or nothing was retrieved)."""

@@ -162,11 +162,14 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continues from a checkpoint whose model is loaded already."""
         self._seed()  # where the checkpoint is one of fewer ranks
-        self.step, followed = load_trainer_state(
+        self.step, state = load_trainer_state(
             checkpoint, self.model, self.optimizer, self.rank, self.ranks, warn=self.on_warning
         )
         self._saved_step, self.last_checkpoint = self.step, checkpoint
-        if followed is not None:
+        if watched := state.get("watched"):
+            self.monitor.load_state_dict(watched["monitor"])
+            self.guard.load_state_dict(watched["guard"])
+        if followed := state.get("schedule"):
             before = Schedule(**followed["followed"])
             same = Schedule(**followed["asked"]) == self.asked
             self.schedule = before if same else before.continued(self.asked, self.step)
@@ -177,19 +180,17 @@ class Trainer:
         return self.asked.total
 
     def replay(self, records: Iterable[dict[str, Any]]) -> None:
-        """Shows the failure monitor the records (see `as_record`) of the part before; it has warned of them then."""
+        """Shows the failure monitor the records (see `as_record`) of the part before; it has warned of them then.
+
+        Those of steps are not needed: only every `log_every`-th is recorded, so checkpoints hold what steps have shown.
+        """
         for record in records:
-            messages: Iterable[str] = ()
-            if record["kind"] == "step":
-                messages = self.monitor.step(record["nsp"] or 0.0, record["candidates"])
-                self.guard.accept(record["ntp"], record["nsp"] if record["candidates"] else None)
-            elif record["kind"] == "skipped":
+            if record["kind"] == "skipped":
                 self.skipped_in_a_row = record["in_a_row"] if record["step"] == self.step else 0
             elif record["kind"] == "held-out":
-                messages = self._evaluated(record)
+                for _ in self._evaluated(record):
+                    pass
                 self.best.replay(record, self.writer.root)
-            for _ in messages:
-                pass
         if self.best.step is not None:
             self.writer.mark_best(self.best.step)
 
@@ -295,8 +296,11 @@ class Trainer:
             return
         if self.writer.pending is not None:
             self.last_checkpoint = self.writer.finish()
-        followed = {"followed": self.schedule.to_json(), "asked": self.asked.to_json()}
-        self.writer.start(self.step, self.model, self.optimizer, schedule=followed, extra=extra)
+        state = {
+            "schedule": {"followed": self.schedule.to_json(), "asked": self.asked.to_json()},
+            "watched": {"monitor": self.monitor.state_dict(), "guard": self.guard.state_dict()},
+        }
+        self.writer.start(self.step, self.model, self.optimizer, state=state, extra=extra)
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def batch_examples(self, step: int) -> list[Example]:

@@ -106,8 +106,9 @@ def test_not_found(text, answer):
             ["東京", "Rhône Glacier ice", "ice"],
         ),
         ("New York City", {"answers": ["york", "New York City"]}, ["New York City"]),
+        ("İİ costs ++ now", {"answers": [" ++"]}, ["++"]),
     ],
-    ids=["every place", "short answers", "what touches or overlaps is one", "one inside another"],
+    ids=["every place", "short answers", "what touches or overlaps is one", "one inside another", "no words"],
 )
 def test_answer_spans_are_where_the_answers_stand(text, answers, spans):
     example = Example(id="x", question="?", output=[], **answers)

@@ -43,6 +43,12 @@ def test_the_share_of_surprise_that_a_passage_removes(llama_folder, batch_size):
         assert "surprise" in verdict.why
 
 
+def test_a_claim_that_the_passage_makes_much_less_likely_has_a_verdict(llama_folder, monkeypatch):
+    judge = LikelihoodJudge(llama_folder)
+    monkeypatch.setattr(judge, "surprise_removed", lambda pairs: [-1e6, 1e6])
+    assert [verdict.score for verdict in judge.judge(PAIRS[:2])] == [0, 1]
+
+
 def test_a_long_passage_loses_its_head_and_a_long_claim_is_refused(llama_folder):
     judge = load_judge(f"likelihood:{llama_folder}")
     assert isinstance(judge, LikelihoodJudge)

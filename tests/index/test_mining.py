@@ -97,6 +97,20 @@ def test_a_score_at_the_ceiling_is_not_above_it(model, index, examples, monkeypa
     assert all(first[name] <= first["oslo"] for name in mined.negatives)
 
 
+def test_a_place_that_the_search_leaves_empty_is_no_passage(model, index, examples, monkeypatch):
+    """Backends may find fewer than they are asked for."""
+    search = index.search
+    chosen = mine(model, index, examples, MiningConfig(depth=3, per_example=3)).examples
+
+    def fewer(queries, k):
+        scores, rows = search(queries, k)
+        scores[:, 3:], rows[:, 3:] = -torch.inf, -1
+        return scores, rows
+
+    monkeypatch.setattr(type(index), "search", lambda index, queries, k: fewer(queries, k))
+    assert mine(model, index, examples, MiningConfig(depth=len(index), per_example=3)).examples == chosen
+
+
 def test_what_answers_is_no_negative(model, index, examples):
     mined = mine(model, index, examples, MiningConfig(per_example=50), progress=False)
     first, second, third, fourth = (set(example.negatives) for example in mined.examples)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -161,6 +163,32 @@ def test_a_cuda_graph_before_any_warm_up_is_refused(gpu, run):
         assert not rehearsal.specializations
         rehearsal.capturing = False
         loss("rows", 64, 128, 64, torch.bfloat16, "plain")
+
+
+def test_only_the_thread_that_captures_may_not_compile():
+    kernel, others = SimpleNamespace(name="kernel"), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def capture():
+        with launch._compiling_nothing():
+            inside.set()
+            leave.wait(10)
+
+    before = triton.knobs.runtime.jit_cache_hook
+    with launch._compiling_nothing():
+        thread = threading.Thread(target=capture)  # waits for its turn
+        thread.start()
+        hook = triton.knobs.runtime.jit_cache_hook
+        compiling = threading.Thread(target=lambda: others.append(hook(fn=kernel)))
+        compiling.start()
+        compiling.join()
+        assert others == [None]
+        with pytest.raises(RuntimeError, match="kernel would be compiled"):
+            hook(fn=kernel)
+    assert inside.wait(10)
+    leave.set()
+    thread.join()
+    assert triton.knobs.runtime.jit_cache_hook is before
 
 
 def test_the_commonest_loss_compiles_as_it_is_launched(gpu):

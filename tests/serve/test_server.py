@@ -162,7 +162,7 @@ def test_a_full_queue_answers_429(serving, generator, index):
 
 
 def test_a_key_is_asked_for(serving, generator, index):
-    with serving(generator, index, {"api_key": "secret"}) as server:
+    with serving(generator, index, {"api_key": " secret "}) as server:
         assert server.http.get("/").status_code == 200
         assert server.http.get("/health").status_code == 200
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):

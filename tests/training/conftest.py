@@ -10,7 +10,20 @@ import pytest
 from cosup_fast.config import load_config
 from cosup_fast.config.training import TrainingConfig
 from cosup_fast.data.records import Segment
+from cosup_fast.training.checkpoint import CheckpointWriter
 from cosup_fast.training.trainer import Trainer
+
+
+@pytest.fixture(scope="session")
+def save_checkpoint():
+    """A function that writes a checkpoint, waits for it, and removes all but the `keep` newest."""
+
+    def save(root, step, model, optimizer, *, keep=2):
+        writer = CheckpointWriter(root, keep)
+        writer.start(step, model, optimizer)
+        return writer.finish()
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from cosup_fast.training.checkpoint import (
     checkpoints,
     chosen_checkpoint,
     load_trainer_state,
-    save_checkpoint,
     verify,
 )
 from cosup_fast.training.optimizers import LocalOptimizer
@@ -25,7 +25,7 @@ def _optimizer(model, **fields):
     return LocalOptimizer(model.named_parameters(), "adamw", lr=1e-3, **fields)
 
 
-def test_checkpoints_sort_by_step_and_the_newest_survives(make_model, tmp_path):
+def test_checkpoints_sort_by_step_and_the_newest_survives(save_checkpoint, make_model, tmp_path):
     model = make_model()
     optimizer = _optimizer(model)
     for step in (5, 999_999, 1_000_000):
@@ -47,7 +47,7 @@ def test_the_index_of_weights_tells_where_each_is_and_the_size_of_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["gen"]
 
 
-def test_a_whole_checkpoint_of_another_run_is_not_overwritten_a_broken_one_is(make_model, tmp_path):
+def test_a_whole_checkpoint_of_another_run_is_not_overwritten_a_broken_one_is(save_checkpoint, make_model, tmp_path):
     model = make_model()
     saved = save_checkpoint(tmp_path, 3, model, _optimizer(model))
     with pytest.raises(CheckpointError, match="is there already, from another run"):
@@ -58,7 +58,7 @@ def test_a_whole_checkpoint_of_another_run_is_not_overwritten_a_broken_one_is(ma
     assert checkpoints(tmp_path) == [saved]
 
 
-def test_parameters_without_a_gradient_so_far_resume(make_model, tmp_path):
+def test_parameters_without_a_gradient_so_far_resume(save_checkpoint, make_model, tmp_path):
     model = make_model()
     optimizer = _optimizer(model)
     name, used = next((n, p) for n, p in model.named_parameters() if "layers.0" in n)
@@ -67,7 +67,7 @@ def test_parameters_without_a_gradient_so_far_resume(make_model, tmp_path):
     saved = save_checkpoint(tmp_path, 1, model, optimizer)
     other = make_model()
     restored = _optimizer(other)
-    assert load_trainer_state(saved, other, restored) == (1, None)
+    assert load_trainer_state(saved, other, restored) == (1, {})
     assert torch.equal(restored.states()[name]["exp_avg"], optimizer.states()[name]["exp_avg"])
     for p in other.parameters():
         p.grad = torch.ones_like(p)
@@ -109,7 +109,7 @@ def test_a_runs_folder_means_its_best_checkpoint_or_else_the_newest(make_model, 
 
 
 @pytest.mark.parametrize("name", ["step-000004.bak", "step-4", "step-", "step-000003 (copy)", "step-x"])
-def test_what_lies_beside_the_checkpoints_is_left_alone(name, make_model, tmp_path):
+def test_what_lies_beside_the_checkpoints_is_left_alone(save_checkpoint, name, make_model, tmp_path):
     """A copy that someone made, whole and with a manifest."""
     model = make_model()
     saved = save_checkpoint(tmp_path, 3, model, _optimizer(model))
@@ -120,7 +120,7 @@ def test_what_lies_beside_the_checkpoints_is_left_alone(name, make_model, tmp_pa
     assert (tmp_path / name / "manifest.json").is_file()
 
 
-def test_a_link_to_a_checkpoint_is_none(make_model, tmp_path):
+def test_a_link_to_a_checkpoint_is_none(save_checkpoint, make_model, tmp_path):
     model = make_model()
     saved = save_checkpoint(tmp_path, 3, model, _optimizer(model))
     (tmp_path / "step-000004").symlink_to(saved.name)
@@ -130,15 +130,31 @@ def test_a_link_to_a_checkpoint_is_none(make_model, tmp_path):
     verify(saved)
 
 
-def test_a_file_that_cannot_be_written_loses_nothing(make_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", [(checkpoint, "save_file"), (Path, "write_text")], ids=["tensors", "description"])
+def test_a_file_that_cannot_be_written_loses_nothing(save_checkpoint, make_model, tmp_path, monkeypatch, what):
     model = make_model()
     saved = save_checkpoint(tmp_path, 1, model, _optimizer(model))
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"step-000002 was not written .*No space left.*earlier.*whole"):
-        save_checkpoint(tmp_path, 2, model, _optimizer(model))
+    with monkeypatch.context() as patched:
+        patched.setattr(*what, full)
+        with pytest.raises(CheckpointError, match=r"step-000002 was not written .*No space left.*earlier.*whole"):
+            save_checkpoint(tmp_path, 2, model, _optimizer(model))
     assert checkpoints(tmp_path) == [saved]
     assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+def test_a_best_that_cannot_be_marked_is_an_error_of_the_checkpoint(make_model, tmp_path, monkeypatch):
+    model = make_model()
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
+    writer.start(1, model, _optimizer(model))
+    writer.finish()
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checked", full)
+    with pytest.raises(CheckpointError, match=r"best\.json was not written .*No space left"):
+        writer.mark_best(1)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cosup_fast.config import ConfigError
 from cosup_fast.model import CoSupervisionModel
-from cosup_fast.training.checkpoint import CheckpointError, checkpoints, save_checkpoint, verify
+from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
 from cosup_fast.training.metrics import Skipped, StepMetrics, as_record
 from cosup_fast.training.optimizers import LocalOptimizer
 from cosup_fast.training.run import run_training
@@ -241,7 +241,7 @@ def _refusal(saved, rank, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_every_file_of_a_checkpoint_is_verified_by_one_rank(ranks, model, tmp_path):
+def test_every_file_of_a_checkpoint_is_verified_by_one_rank(save_checkpoint, ranks, model, tmp_path):
     saved = save_checkpoint(tmp_path, 1, model, LocalOptimizer(model.named_parameters(), "adamw", lr=1e-3))
     files = json.loads((saved / "manifest.json").read_text())["files"]
     assert len(files) > 5

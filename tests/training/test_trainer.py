@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
 
 from cosup_fast.data.packing import Pack
+from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
 from cosup_fast.training.clipping import clip_gradients
 from cosup_fast.training.diagnostics import Diagnosis
@@ -308,18 +308,27 @@ def test_a_replayed_history_warns_of_nothing_again_and_counts(make_trainer):
     trainer = make_trainer(callbacks={"on_warning": warnings.append})
     trainer.replay(as_record(h) for h in held_out[:3])
     assert len([*trainer.monitor.evaluation(1.0, 0.1), *warnings]) == 1
-    step = dict.fromkeys((f.name for f in dataclasses.fields(StepMetrics)), 0.0) | {"candidates": 4, "nsp": 300.0}
-    trainer = make_trainer(callbacks={"on_warning": warnings.append})
-    trainer.replay(as_record(StepMetrics(**step)) for _ in range(49))
-    assert "saturated" in [*warnings, *trainer.monitor.step(300.0, 4)][-1]
 
 
-def test_replayed_steps_that_retrieved_nothing_are_no_history_of_nsp(make_trainer):
-    """Their NSP of 0 is no loss, beside which the first real one would be a spike."""
-    trainer = make_trainer(spike_window=4, spike_factor=10.0)
-    trainer.replay([{"kind": "step", "ntp": 3.0, "nsp": 0.0, "candidates": 0}] * 4)
-    assert list(trainer.guard.refuse(3.0, 5.0)) == []
-    assert len(list(trainer.guard.refuse(5.0, 5.0))) == 1
+def test_a_resumed_run_knows_what_every_step_has_shown(make_model, make_trainer, tmp_path):
+    """Also those that were not logged, whatever the window is now; and it does not warn again."""
+    options = {"steps": 10, "spike_window": 8, "spike_factor": 10.0, "log_every": 100}
+    trainer = make_trainer(make_model(), tmp_path, None, **options)
+    for _ in range(49):
+        list(trainer.monitor.step(300.0, 4))
+    assert len(list(trainer.monitor.evaluation(1.0, 0.1))) == 0
+    saved = trainer.train()
+    again = make_trainer(CoSupervisionModel.load(saved), tmp_path, None, **options)
+    again.resume(saved)
+    assert again.guard.state_dict() == trainer.guard.state_dict()
+    assert len(again.guard.state_dict()["NTP"]) == 8
+    assert again.monitor.state_dict() == trainer.monitor.state_dict()
+    assert list(again.guard.refuse(1e4, 1e4)) == list(trainer.guard.refuse(1e4, 1e4)) != []
+    assert again.monitor.state_dict()["warned"] == ["diverged"]
+    assert list(again.monitor.step(300.0, 4)) == []
+    narrow = make_trainer(CoSupervisionModel.load(saved), tmp_path, None, **options | {"spike_window": 4})
+    narrow.resume(saved)
+    assert narrow.guard.state_dict()["NTP"] == trainer.guard.state_dict()["NTP"][-4:]
 
 
 def test_only_the_newest_checkpoints_are_kept(make_trainer, tmp_path):
