@@ -68,6 +68,11 @@ def check_tensor(
     """A tensor of this shape (None: any size), on the device of `like`, of this dtype (None: floating)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; pass a torch.Tensor")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, of which each rank holds a shard; pass {name}.full_tensor(), or compute the loss "
+            "inside the module that FSDP gathers"
+        )
     if not (value.is_floating_point() if dtype is None else value.dtype == dtype):
         raise TypeError(f"{name} has dtype {value.dtype}; convert it to {dtype or 'a floating dtype'}")
     fits = shape is None or (
@@ -90,11 +95,12 @@ def check_operands(name: str, x: Any, other: str, w: Any, shape: tuple[int | Non
         raise ValueError(
             f"{other} has width {w.shape[-1]}, {name} has {x.shape[-1]}; project one of them to the other's width"
         )
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    kind, wide = x.device.type, torch.float64 in (x.dtype, w.dtype)  # which autocast leaves alone
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and not wide:
         return torch.get_autocast_dtype(kind)
     if x.dtype != w.dtype:
-        raise TypeError(f"{other} has dtype {w.dtype}, {name} has {x.dtype}; convert one of them, or use autocast")
+        remedy = "convert one of them" if wide else "convert one of them, or use autocast"
+        raise TypeError(f"{other} has dtype {w.dtype}, {name} has {x.dtype}; {remedy}")
     return x.dtype
 
 
@@ -103,7 +109,21 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, get_args(kind)))}")
 
 
+def check_number(name: str, value: Any, more: str = "") -> None:
+    """A Python number: what a tensor holds would be read, and its gradient lost."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a number{more}")
+
+
+def check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; pass True or False")
+
+
 def check_softcap(softcap: float | None) -> None:
+    if softcap is not None:
+        check_number("softcap", softcap, " or None")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; pass a positive number, or None for no cap")
 
@@ -111,6 +131,7 @@ def check_softcap(softcap: float | None) -> None:
 def check_common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, impl: str) -> None:
     check_choice("reduction", reduction, Reduction)
     check_choice("impl", impl, Impl)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; pass a number between 0 and 1")
     if isinstance(scale, Tensor):
@@ -118,8 +139,7 @@ def check_common(x: Tensor, scale: Any, label_smoothing: float, reduction: str, 
         if scale.device.type != "cpu" or not readable(scale):
             return
         scale = scale.item()
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"scale is a {type(scale).__name__}; pass a number or a 0-d tensor")
+    check_number("scale", scale, " or a 0-d tensor")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; pass a positive finite number (1 / temperature)")
 
@@ -128,6 +148,8 @@ def readable(t: Tensor) -> bool:
     """Whether t's values can be read here and now: it is neither fake, meta nor a batch of vmap's, nothing is compiled
     or captured."""
     if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling():
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # traced, if by real tensors
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
         if torch._C._functorch.is_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
@@ -152,6 +174,7 @@ def check_info_nce(
     positive: Tensor | None,
     *,
     scale: Any,
+    normalize: bool,
     symmetric: bool,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -194,7 +217,9 @@ def check_info_nce(
         raise ValueError(f"keys has {m} rows for {n} queries; pass positive, the key that answers each query")
     if symmetric and given and positive is None:
         raise ValueError("symmetric=True with positive_ids leaves open which key answers a query; pass positive too")
+    check_flags(normalize=normalize, symmetric=symmetric, query_negatives=query_negatives, key_negatives=key_negatives)
     if margin is not None:
+        check_number("margin", margin, " or None")
         if not -math.inf < margin < math.inf:
             raise ValueError(f"margin is {margin}; pass a finite number in the units of <q, k>, or None")
         if given and positive is None:

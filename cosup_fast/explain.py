@@ -46,9 +46,12 @@ def explain(
         positives, which fused and recomputed do not give, it runs another one.
 
     Raises:
+        TypeError: a size is no int.
         ValueError: a size, `gradients` or option out of its range.
     """
     for name, size in (("n", n), ("m", m), ("d", d)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} is a {type(size).__name__}; pass an int")
         if size < 1:
             raise ValueError(f"{name} is {size}; pass a size of at least 1")
     if gradients not in (0, 1, 2):

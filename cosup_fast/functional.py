@@ -38,6 +38,7 @@ from cosup_fast.checks import (
     check_common,
     check_in_range,
     check_info_nce,
+    check_number,
     check_operands,
     check_positives,
     check_softcap,
@@ -131,7 +132,7 @@ def info_nce(
             counted once a query and has them all as positives. Private negatives take no part in Lcol.
         query_ids: (N,) int64, the id of the passage that answers each query, key_ids[positive] by default. Needs
             key_ids.
-        key_ids: (M,) int64. A negative id marks padding: never a candidate.
+        key_ids: (M,) int64. A negative id marks padding: never a candidate, but multiplied, so it must be finite.
         positive_ids: (N, P) int64, negative for padding: every key of one of these ids is a positive, besides
             `positive` if that is given. Needs key_ids.
         duplicates: what a key other than positive[i] is whose id is query_ids[i]: "mask" no candidate, "positive" one
@@ -187,15 +188,16 @@ def info_nce(
         peers = Peers.of(group)
     with nullcontext() if peers is None else peers.reporting("info_nce"):
         dtype = check_info_nce(
-            query, keys, positive, scale=scale, symmetric=symmetric, query_ids=query_ids, key_ids=key_ids,
-            positive_ids=positive_ids, duplicates=duplicates, private_negatives=private_negatives, margin=margin,
-            query_negatives=query_negatives, key_negatives=key_negatives, label_smoothing=label_smoothing,
-            reduction=reduction, impl=impl, several_ranks=peers is not None, key_grad=key_grad,
-            positive_rows=positive_rows,
+            query, keys, positive, scale=scale, normalize=normalize, symmetric=symmetric, query_ids=query_ids,
+            key_ids=key_ids, positive_ids=positive_ids, duplicates=duplicates, private_negatives=private_negatives,
+            margin=margin, query_negatives=query_negatives, key_negatives=key_negatives,
+            label_smoothing=label_smoothing, reduction=reduction, impl=impl, several_ranks=peers is not None,
+            key_grad=key_grad, positive_rows=positive_rows,
         )  # fmt: skip
     n = len(query)
     if positive is None and positive_ids is None:
-        positive, positive_rows = torch.arange(n, device=query.device), "rank"
+        positive = torch.arange(n, device=query.device)
+        positive_rows = "rank" if n else positive_rows
     elsewhere = peers is not None and positive_rows == "group"
     options = {"scale": scale, "normalize": normalize, "symmetric": symmetric, "positive_ids": positive_ids}
     options |= {"margin": margin, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -305,8 +307,8 @@ def linear_cross_entropy(
         bias: (V,) floating, or None. A token of bias -inf is not a candidate: label smoothing passes it over too.
         ignore_index: a row of this target is not supervised: it has no loss and no gradient and enters no product.
             Supervised rows are gathered first, which on an accelerator waits for target; under torch.compile, CUDA
-            graph capture and fake tensors every row is computed and the losses of the others are dropped. None: every
-            row is supervised, and nothing is gathered or waited for.
+            graph capture and fake tensors every row is computed and the losses of the others are dropped, so they must
+            hold finite numbers. None: every row is supervised, and nothing is gathered or waited for.
         scale: a number > 0 or a 0-d tensor, which receives its gradient.
         softcap: bound of |z|, > 0, or None.
         z_loss: weight of lse^2, >= 0.
@@ -337,6 +339,7 @@ def linear_cross_entropy(
     if bias is not None:
         check_tensor("bias", bias, (v,), hidden)
     check_softcap(softcap)
+    check_number("z_loss", z_loss)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; pass a number >= 0")
     supervised = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index

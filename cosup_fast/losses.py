@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosup_fast.checks import check_number
 from cosup_fast.functional import (
     Duplicates,
     Impl,
@@ -35,9 +36,18 @@ def _over(result: Any, count: int | Tensor | None) -> Any:
     """A sum, with or without its statistics, divided by a count of the caller's."""
     if count is None:
         return result
+    if isinstance(count, Tensor):
+        if count.ndim:
+            raise ValueError(
+                f"count has shape {tuple(count.shape)}; pass a number or a 0-d tensor, how many rows there are"
+            )
+        count = count.clamp(min=1)
+    else:
+        check_number("count", count, " or a 0-d tensor")
+        count = max(count, 1)
     if isinstance(result, tuple):
-        return _over(result[0], count), result[1]
-    return result / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        return result[0] / count, result[1]
+    return result / count
 
 
 def _shown(**options: Any) -> str:
@@ -81,10 +91,11 @@ class InfoNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("temperature", temperature), ("scale", scale)):
-            if value is not None and not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"{name} is a {type(value).__name__}; pass a number, with learnable_scale=True to train it"
-                )
+            if value is not None:
+                check_number(name, value, ", with learnable_scale=True to train it")
+        check_number("max_scale", max_scale)
+        if not 0 < max_scale < math.inf:
+            raise ValueError(f"max_scale is {max_scale}; pass a positive finite number")
         if temperature is not None:
             if scale is not None:
                 raise ValueError(
@@ -274,6 +285,7 @@ class CoSupervisionLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, weight in (("nsp_weight", nsp_weight), ("ntp_weight", ntp_weight)):
+            check_number(name, weight)
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name} is {weight}; pass a finite number >= 0")
         if nsp_weight == ntp_weight == 0:

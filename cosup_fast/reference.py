@@ -32,8 +32,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    long = norm > 1e-12
-    return torch.where(long, x / torch.where(long, norm, 1.0), 0.0)
+    short = norm <= 1e-12  # which a norm of NaN is not
+    return torch.where(short, 0.0, x / torch.where(short, 1.0, norm))
 
 
 def _softmax_xent(z: Tensor, positive: Tensor, label_smoothing: float) -> Tensor:

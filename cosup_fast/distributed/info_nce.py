@@ -35,6 +35,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from cosup_fast.checks import readable
 from cosup_fast.distributed.peers import PeerError, Peers, outside_graphs
 from cosup_fast.kernels.numerics import finite
 from cosup_fast.kernels.softmax_xent import call
@@ -55,6 +56,7 @@ class Pool(call.Pool):
     any_wanted: bool  # some rank wants a gradient of anything
     keys_wanted: bool  # some rank wants one of its keys
     key_grad: str
+    late: bool  # some rank's positives are checked beside the keys of all
 
     @classmethod
     def of(
@@ -65,6 +67,8 @@ class Pool(call.Pool):
         others: tuple[Any, ...],
         key_ids: Tensor | None,  # (M_r,)
         same: dict[str, Any],
+        *,
+        late: bool,
     ) -> Self:
         """Meets the other ranks and gathers the ids.
 
@@ -73,9 +77,11 @@ class Pool(call.Pool):
             query, keys, key_ids: what this one brings.
             others: what else may want a gradient.
             same: what must be the same on every rank, by the name of the argument: numbers, texts, None.
+            late: this rank's positives can be checked only beside the keys of all ranks.
 
         Raises:
-            ValueError: another rank differs in `same`, or has ids where this one has none.
+            ValueError: another rank differs in `same`, has ids where this one has none, or has nothing to train where
+                `reduction` leaves the gradients to a backward pass of all ranks.
         """
         same = {**same, "width": query.shape[1], "key_ids": None if key_ids is None else "given"}
         wanted = any(isinstance(t, Tensor) and t.requires_grad for t in (query, keys, *others))
@@ -85,6 +91,7 @@ class Pool(call.Pool):
             "keys": len(keys),
             "wanted": torch.is_grad_enabled() and wanted,
             "keys_wanted": torch.is_grad_enabled() and keys.requires_grad,
+            "late": late,
         }
         notes = peers.meet("info_nce", note)
         for name, other in zip(peers.names, notes):
@@ -94,6 +101,12 @@ class Pool(call.Pool):
                         f"{option} is {value!r} on rank {peers.names[peers.rank]} and {other['same'][option]!r} on "
                         f"rank {name}; it must be the same on every rank"
                     )
+        idle = [name for name, one in zip(peers.names, notes) if not one["wanted"]]
+        if same["reduction"] == "none" and 0 < len(idle) < len(notes):
+            raise ValueError(
+                f"reduction is 'none', of which backward is a collective, and on rank {idle[0]} neither query nor keys "
+                "need a gradient, as they do on others; let them on every rank, or pass reduction='sum'"
+            )
         counts = tuple(one["keys"] for one in notes)
         return cls(
             peers,
@@ -103,6 +116,7 @@ class Pool(call.Pool):
             any(one["wanted"] for one in notes),
             any(one["keys_wanted"] for one in notes),
             same["key_grad"],
+            any(one["late"] for one in notes),
         )
 
     @property
@@ -176,30 +190,31 @@ def info_nce(
     keys of any rank, those of ids and, where `elsewhere`, those of `target`: `check` sees them. `options` are further
     fields of `Scores`.
     """
-    learnt = isinstance(scale, Tensor)
     same = {
         "dtype": str(product_dtype),
-        "scale": "a tensor" if learnt else scale,
+        "scale": _comparable(scale),
         "normalize": normalize,
         "symmetric": options["symmetric"],
         "margin": options["margin"],
         "label_smoothing": options["label_smoothing"],
+        "duplicates": "keep" if keep_duplicates else "positive" if options["duplicates_are_positive"] else "mask",
         "reduction": reduction,
         "key_grad": key_grad,
         "positive_rows": "group" if elsewhere else "rank",
         "impl": impl,
     }
-    pool = Pool.of(peers, query, keys, (scale, private), key_ids, same)
+    late = target is None or elsewhere  # what answers a query may be any rank's
+    pool = Pool.of(peers, query, keys, (scale, private), key_ids, same, late=late)
     size = sum(pool.counts)
-    if target is None or elsewhere:
-        if query.device.type == "cpu":  # elsewhere `check` reads no values
-            with peers.reporting("info_nce: positives"):
+    if pool.late and query.device.type == "cpu":  # elsewhere `check` reads no values
+        with peers.reporting("info_nce: positives"):
+            if late:
                 check(target, pool.ids, positive_ids, size)
-            peers.meet("info_nce: positives")
-    elif query.device.type == "cpu":
-        target = target + pool.offset
-    else:  # a wrong one must not become a key of another rank
-        target = torch.where((target >= 0) & (target < len(keys)), target + pool.offset, -1)
+        peers.meet("info_nce: positives")
+    if target is not None and not elsewhere:
+        # On a GPU a wrong one must not become a key of another rank.
+        mine = target + pool.offset
+        target = mine if mine.device.type == "cpu" else mine.where((target >= 0) & (target < len(keys)), -1)
     if elsewhere and target is not None and pool.ids is not None and not keep_duplicates:
         given = options["query_ids"]
         options["query_ids"] = pool.ids[target.clamp(0, size - 1)] if given is None else given
@@ -208,3 +223,10 @@ def info_nce(
         positive_ids=positive_ids, normalize=normalize, product_dtype=product_dtype, reduction=reduction, ranks=ranks,
         checked=query.device.type == "cpu", impl=impl, **options,
     )  # fmt: skip
+
+
+def _comparable(scale: float | Tensor) -> float | str:
+    """What ranks compare of a scale: on a GPU its value would have to be waited for."""
+    if not isinstance(scale, Tensor):
+        return scale
+    return scale.item() if scale.device.type == "cpu" and readable(scale) else "a tensor"

@@ -40,15 +40,15 @@ class RunFacts:
     def of(cls, checkpoint: Path, *, name: str | None = None, licence: str | None = None) -> Self:
         """What the folder of a checkpoint's run records; only a name where there is no run."""
         from cosup_fast.config import load_config
-        from cosup_fast.training.checkpoint import chosen_checkpoint
+        from cosup_fast.training.checkpoint import chosen_checkpoint, step_of
         from cosup_fast.training.log import read_metrics
 
         checkpoint = chosen_checkpoint(checkpoint)
         run = checkpoint.parent.parent
-        if not (run / "config.yaml").is_file():
+        if not (run / "config.yaml").is_file() or not (checkpoint / "trainer.json").is_file():
             return cls(name=name or checkpoint.name, licence=licence)
         config = load_config(run / "config.yaml").model_dump(mode="json")
-        step = int(checkpoint.name.rpartition("-")[2])
+        step = step_of(checkpoint)
         figures = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "held-out" and r["step"] <= step]
         return cls(name or run.name, licence, config, step, figures[-1] if figures else {})
 

@@ -255,6 +255,18 @@ def is_checkpoint(folder: Path) -> bool:
     return named and not folder.is_symlink() and (folder / MANIFEST).is_file()
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, whatever its folder is called.
+
+    Raises:
+        CheckpointError: it has no state of a trainer.
+    """
+    try:
+        return int(read_object(checkpoint / "trainer.json", ["step"])["step"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint} has no state of a trainer that can be read ({error}): {REMEDY}") from None
+
+
 def checkpoints(root: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = [path for path in root.glob(f"{_PREFIX}*") if is_checkpoint(path)]

@@ -11,7 +11,7 @@ from cosup_fast.distributed import Peers
 from cosup_fast.files import read_object
 from cosup_fast.files.fields import differences
 from cosup_fast.training.best import Best
-from cosup_fast.training.checkpoint import checkpoints
+from cosup_fast.training.checkpoint import checkpoints, step_of
 from cosup_fast.training.log import read_metrics
 from cosup_fast.training.schedule import count_steps
 
@@ -122,7 +122,7 @@ def check_same_run(peers: Peers, purpose: str, note: dict[str, Any]) -> None:
 def ended(checkpoint: Path, config: RunConfig, examples: int, *, evaluated: bool) -> str | None:
     """What is said where there is nothing left to do: the last step is taken, and evaluated where the run evaluates; or
     patience has run out."""
-    step = int(checkpoint.name.rpartition("-")[2])
+    step = step_of(checkpoint)
     records = [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "held-out"]
     best = Best(config.training.keep_best, config.training.patience)
     for record in records:

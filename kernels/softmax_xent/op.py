@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..autograd import has_values, once, place
 from ..numerics import accumulator, cast
@@ -26,6 +27,7 @@ from .scores import Gradients, Softmax, Statistics
 
 FORWARD_MODE = "this loss has no forward-mode derivative; pass impl='reference', which has one"
 ONCE = "this loss is differentiated once; pass impl='reference' for second derivatives"
+BATCHED = "this loss has no batched gradients (is_grads_batched, vectorize); loop over them, or pass impl='reference'"
 VMAP = "this loss cannot be vmapped over its operands; loop over them, or pass impl='reference'"
 
 
@@ -37,6 +39,17 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     kind = x.device.type
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if known and torch.is_autocast_enabled(kind) else _NOTHING
+
+
+@contextmanager
+def _naming_batches() -> Iterator[None]:
+    """Upstream gradients that is_grads_batched makes of several are told by what torch cannot do with them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batching rule" in str(error) or "vmap" in str(error):
+            raise RuntimeError(BATCHED) from error
+        raise
 
 
 class _Loss(torch.autograd.Function):
@@ -67,7 +80,7 @@ class _Loss(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # raises where one was changed in place
         places, saved = saved[: ctx.places], saved[ctx.places :]
-        with torch.no_grad(), _no_autocast(g):
+        with torch.no_grad(), _no_autocast(g), _naming_batches():
             if ctx.later is None:
                 grads = _times(saved, g, mine=not _graph_is_kept())
             else:
@@ -288,6 +301,13 @@ def _graph_is_kept() -> bool:
     return ask is None or ask()
 
 
+def _has_tangents(operands: Sequence[Tensor | None]) -> bool:
+    """Whether forward mode differentiates a trace, whose operator would drop the tangents without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands)
+
+
 def softmax_xent(
     x: Tensor, w: Tensor, *, scale: float | Tensor = 1.0, pool: Pool = LOCAL, **options: Any
 ) -> tuple[Tensor, ...]:
@@ -305,6 +325,8 @@ def softmax_xent(
         options["needs"] = [t is not None and t.requires_grad for t in operands]
     call = Call(x, w, **options)
     if not has_values(x):
+        if _has_tangents(call.operands):
+            raise RuntimeError(FORWARD_MODE)
         loss, *by_row = _forward(*call)[: 1 + len(ByRow._fields)]
         return (loss, *(t.detach() for t in by_row)) if call.ranks else (loss,)
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]

@@ -353,6 +353,21 @@ def test_a_rank_may_train_what_another_does_not(world):
         torch.testing.assert_close(answers[rank]["dkeys"], truth["dkeys"][own], rtol=1e-11, atol=1e-11)
 
 
+def test_ranks_may_say_in_different_ways_what_answers(world):
+    """By rows here, by ids there, and not at all where there is no query."""
+    parts = make_parts([(3, 4), (2, 3), (0, 2)])
+    start = 0
+    for part in parts:
+        part["key_ids"] = torch.arange(start, start + len(part["keys"]))
+        start += len(part["keys"])
+    said = [dict(part) for part in parts]
+    said[0]["positive"] = torch.tensor([2, 0, 1])
+    said[1]["positive_ids"] = torch.tensor([[6], [4]])
+    for part, rows in zip(parts, ([2, 0, 1], [2, 0], [])):
+        part["positive"] = torch.tensor(rows, dtype=torch.int64)
+    assert_equal(together(world.run("info_nce", said)), together(world.run("info_nce", parts)))
+
+
 @pytest.mark.parametrize("ignore_index", [-100, None])
 def test_co_supervision_shares_add_up(world, ignore_index):
     g = torch.Generator().manual_seed(0)
@@ -381,6 +396,18 @@ def test_under_torch_compile(world):
 REFUSED = {
     "width": ([{}, {"query": torch.randn(2, 5), "keys": torch.randn(3, 5)}], "width is 4 on rank 0 and 5 on rank 1"),
     "scale": ([{"scale": 2.0}, {"scale": 3.0}], "scale is 2.0 on rank 0 and 3.0 on rank 1"),
+    "scale tensor": (
+        [{"scale": torch.tensor(2.0)}, {"scale": torch.tensor(3.0)}],
+        "scale is 2.0 on rank 0 and 3.0 on rank 1",
+    ),
+    "duplicates": (
+        [{"key_ids": torch.arange(3), "duplicates": "positive"}, {"key_ids": torch.arange(3)}],
+        "duplicates is 'positive' on rank 0 and 'mask' on rank 1",
+    ),
+    "nothing to train": (
+        [{"query": torch.randn(2, 4, requires_grad=True), "reduction": "none"}, {"reduction": "none"}],
+        "reduction is 'none', of which backward is a collective, and on rank 1 neither query nor keys",
+    ),
     "ids": ([{"key_ids": torch.arange(3)}, {}], "key_ids is 'given' on rank 0 and None on rank 1"),
     "reduction": ([{"reduction": "sum"}, {}], "reduction is 'sum' on rank 0 and 'mean' on rank 1"),
     "dtype": (

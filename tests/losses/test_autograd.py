@@ -206,3 +206,10 @@ def test_not_a_number_is_never_hidden(name, value, symmetric, impl):
     everywhere = symmetric or name == "keys"
     assert out["query"].isnan().all() if everywhere else out["query"][2].isnan().all()
     assert out["keys"].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"query_negatives": True}, {"key_negatives": True}, {"impl": "reference"}])
+def test_a_direction_that_is_not_a_number_is_never_hidden(options):
+    query, keys = randn(4, 16), randn(5, 16)
+    assert info_nce(query * math.nan, keys, normalize=True, **options).isnan()
+    assert info_nce(query, keys * math.nan, normalize=True, **options).isnan()

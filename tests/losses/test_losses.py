@@ -152,6 +152,14 @@ def test_info_nce_loss_errors(options, message):
         InfoNCELoss(**options)
 
 
+def test_a_count_is_one_number():
+    query = torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"count has shape \(2,\); pass a number or a 0-d tensor"):
+        InfoNCELoss()(query, query, count=torch.tensor([3, 4]))
+    with pytest.raises(TypeError, match="count is a str; pass a number or a 0-d tensor"):
+        InfoNCELoss()(query, query, count="4")
+
+
 def test_counts_replace_the_mean():
     query, keys, target = rand(5, 4), rand(8, 4), torch.tensor([0, 1, -100, 3, 4])
     for count in (50, torch.tensor(50)):
@@ -310,6 +318,9 @@ def test_co_supervision_errors(options, message):
         (InfoNCELoss, {"label_smoothing": 2}, ValueError, "label_smoothing is 2"),
         (InfoNCELoss, {"temperature": torch.tensor(0.05)}, TypeError, "temperature is a Tensor; pass a number, with"),
         (InfoNCELoss, {"scale": "20"}, TypeError, "scale is a str"),
+        (InfoNCELoss, {"temperature": True}, TypeError, "temperature is a bool"),
+        (InfoNCELoss, {"learnable_scale": True, "max_scale": math.nan}, ValueError, "max_scale is nan"),
+        (CoSupervisionLoss, {"nsp_weight": "0.1"}, TypeError, "nsp_weight is a str; pass a number"),
         (LinearCrossEntropyLoss, {"impl": "triton"}, ValueError, "impl is 'triton'"),
         (LinearCrossEntropyLoss, {"z_loss": -1}, ValueError, "z_loss is -1"),
         (LinearCrossEntropyLoss, {"softcap": 0}, ValueError, "softcap is 0"),

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from cosup_fast import reference
@@ -75,6 +76,31 @@ def test_forward_mode_is_refused_rather_than_zero():
         torch.func.jacfwd(lambda x: info_nce(x, w))(x)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         info_nce(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), w)
+    for loss in (info_nce, lambda x, w: linear_cross_entropy(x, w, TARGET)):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.linearize(lambda x, loss=loss: loss(x, w), x)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients_are_refused_by_name(reduction):
+    x, w = operands()
+    x.requires_grad_()
+    loss = info_nce(x, w, reduction=reduction)
+    upstream = torch.ones(2, *loss.shape)
+    with pytest.raises(RuntimeError, match=r"no batched gradients .*; loop over them, or pass impl='reference'"):
+        torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_trace_computes_the_same(mode):
+    x, w = operands()
+    for loss, more in (
+        (linear_cross_entropy, TARGET),
+        (info_nce, TARGET),
+        (lambda x, w, ids: info_nce(x, w, key_ids=ids), torch.arange(len(w))),
+        (lambda x, w, scale: info_nce(x, w, scale=scale), torch.tensor(2.0)),
+    ):
+        torch.testing.assert_close(make_fx(loss, tracing_mode=mode)(x, w, more)(x, w, more), loss(x, w, more))
 
 
 def slope(x: Tensor, w: Tensor, reduction: str) -> Tensor:
