@@ -12,7 +12,7 @@ help:
 	@echo "make demo   train, index, retrieve and generate on real text, in about ten minutes on two CPU cores"
 	@echo "make serve  an OpenAI-compatible server and its page on what the demo trained"
 	@echo "make test   run the tests"
-	@echo "make slow   run the slow tests too"
+	@echo "make slow   run the slow tests"
 	@echo "make lint   ruff and pyright"
 	@echo "make docs   build the documentation in site/ and check every link"
 	@echo "make dist   build the wheel and the sdist in dist/ and check them"

@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Semiparametric token-sequence co-supervision: train a generator and a sequence encoder together, "
     "index passages, and generate with retrieval.",
-    epilog="Start with [bold]cosup-fast demo[/] (a few minutes, no GPU), or [bold]cosup-fast data prepare starter[/].",
+    epilog="Start with [bold]cosup-fast demo[/] (ten minutes, no GPU), or [bold]cosup-fast data prepare starter[/].",
 )
 DEBUG = {"on": bool(os.environ.get("COSUP_DEBUG"))}
 

@@ -47,7 +47,7 @@ def data_list() -> None:
 
 @data_app.command("prepare", epilog="Examples: cosup-fast data prepare starter | cosup-fast data prepare smollm2-135m")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, starter, or all")],
+    name: Annotated[str, typer.Argument(help="a name of `cosup-fast data list`, starter, study, or all")],
 ) -> None:
     """Fetch, verify and convert a model or a data set; run again, it resumes where it stopped."""
     from cosup_fast.data.prepared.prepare import prepare

@@ -199,6 +199,9 @@ def test_the_card_tells_what_the_run_knows(cosup, arguments, llama_folder, data_
         assert "- steps: 2" in body
         config = yaml.safe_load(re.search(r"```yaml\n(.*?)```", body, re.DOTALL)[1])
         assert config["training"]["batch_size"] == 2
+    copied = tmp_path / "run" / "checkpoints" / "best-copy"
+    shutil.copytree(chosen_checkpoint(tmp_path / "run"), copied)
+    assert (RunFacts.of(copied).step, RunFacts.of(copied).held_out) == (2, last)
     status, _, err = cosup("export", tmp_path / "run", tmp_path / "x", "--what", "onnx")
     assert (status, "choose from retriever, query, embseq, gen" in err) == (1, True)
 
