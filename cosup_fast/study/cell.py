@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from cosup_fast.config import RunConfig
 from cosup_fast.data.records import Example
 from cosup_fast.environment import choose_device
 from cosup_fast.evaluation import (
@@ -38,9 +36,11 @@ from cosup_fast.study.provenance import machine, versions
 from cosup_fast.study.random_weights import random_weights
 from cosup_fast.study.result import CellResult, SetFacts, SetScores, curves, pack
 from cosup_fast.study.spaces import SPACES_FILE, SpaceLog
+from cosup_fast.training.callbacks import Callback
 from cosup_fast.training.checkpoint import chosen_checkpoint, verify
 from cosup_fast.training.initial import new_model
 from cosup_fast.training.log import read_metrics
+from cosup_fast.training.metrics import Metrics, StepMetrics
 from cosup_fast.training.run import run_training
 
 if TYPE_CHECKING:
@@ -95,8 +95,10 @@ def train(cell: Cell, progress: Progress, console: Console) -> Path:
     if cell.settings.random_embseq:
         name, folder = cell.random_embseq
         random_weights(name, folder, layers=cell.run.model.embseq_layers)
-    callbacks = [SpaceLog(cell.work / SPACES_FILE, cell.run)] if "spaces" in cell.settings.probes else []
-    with progress.stage("training"), _watched(output / "metrics.jsonl", cell, progress):
+    callbacks: list[Callback] = [_Steps(progress)]
+    if "spaces" in cell.settings.probes:
+        callbacks.append(SpaceLog(cell.work / SPACES_FILE, cell.run))
+    with progress.stage("training"):
         run_training(cell.run, resume=True, console=console, callbacks=callbacks)
     return chosen_checkpoint(output)
 
@@ -247,26 +249,16 @@ def _of_stages(progress: Progress) -> OnProgress:
     return on_progress
 
 
-@contextmanager
-def _watched(metrics: Path, cell: Cell, progress: Progress) -> Iterator[None]:
-    """Tells the cell's progress how many steps the run has taken, which it writes down itself."""
-    ended = threading.Event()
-    training = cell.run.training
+class _Steps(Callback):
+    """Tells a cell's progress how many steps its run has taken."""
 
-    def watch() -> None:
-        while not ended.wait(5):
-            try:
-                steps = [record for record in read_metrics(metrics) if record["kind"] == "step"]
-            except (OSError, json.JSONDecodeError):  # in the middle of a write
-                continue
-            if steps:
-                last = steps[-1]
-                progress(last["step"], training.steps or round(last["step"] / last["epoch"] * training.epochs))
+    def __init__(self, progress: Progress):
+        self._progress, self._total = progress, 0
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    def start(self, config: RunConfig, step: int, total: int) -> None:
+        self._total = total
+        self._progress(step, total)
+
+    def metrics(self, metrics: Metrics) -> None:
+        if isinstance(metrics, StepMetrics):
+            self._progress(metrics.step, self._total)

@@ -19,6 +19,7 @@ from cosup_fast.export.card import RunFacts
 from cosup_fast.export.sentence_transformers import export
 from cosup_fast.generation import Generator
 from cosup_fast.index import embed_passages, embed_queries
+from cosup_fast.training.checkpoint import chosen_checkpoint
 from cosup_fast.training.log import read_metrics
 
 QUESTIONS = ["What is the capital of France?", "  two  spaces, 囲碁 👩‍👧?", "[NSP] or </s>?", "a\nb\n", "e\u0301"]
