@@ -1,4 +1,4 @@
-"""The settings of an optimisation, and the steps and learning rates that follow from them."""
+"""The settings of an optimisation."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class ReportedError(CosupError, ValueError):
 class Peers:
     """The ranks of a process group: meetings, and the collectives that negatives across ranks need.
 
-    Every method is a collective: all ranks of the group call it, in the same order.
+    Every method but `progress`, `progressing`, `reporting` and `naming` is a collective: all ranks of the group call
+    it, in the same order.
 
     Args:
         group: a process group of torch.distributed (gloo, nccl, ...); None is the default group.

@@ -5,9 +5,8 @@
    passages, by id or by text; a passage that contains one of its answers; one that scores too near the positive.
 3. The rest, best first and in turn from the example's queries, become its `negatives`, after those it has already.
 
-A passage contains an answer if the answer's words occur in a row in its title or text, as `data.answers` compares them
-(or
-if the answer, a pattern, is found there, or takes too long to look for).
+A passage contains an answer if the answer's words occur in a row in its title or text, as `data.answers` compares them.
+It contains one that is a pattern if the pattern is found there, or takes too long to look for.
 
 Sources: mining with the model that is trained, Xiong et al. 2021, arXiv 2007.00808 (ANCE); no passage that bears an
 answer, Karpukhin et al. 2020, arXiv 2004.04906 (DPR), section 3.2; a largest share of the positive's score, Moreira et

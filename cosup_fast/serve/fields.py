@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 100
 text_or_list = Discriminator(lambda value: TEXT if isinstance(value, str) else LIST)
 """Of a field with these two forms: an error is about the form that the value has."""
-_Method = Field(default=None, description="as in the configuration of a run; default: as the server was started")
 
 
 class Fields(Strict):

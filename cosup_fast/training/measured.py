@@ -34,7 +34,7 @@ def measure(
     corpus: Mapping[str, Passage],
     console: Console,
 ) -> TrainingSet:
-    """Tokenizes everything once, so that what does not fit is refused before a model is loaded, not late at night."""
+    """Tokenizes everything once, so that what does not fit is refused before a model is loaded."""
     too_long: list[str] | None = [] if config.data.long_examples == "skip" else None
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
 

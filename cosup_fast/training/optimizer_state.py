@@ -52,8 +52,8 @@ def load_states(optimizer: LocalOptimizer, saved: Sequence[SavedStates], rank: i
 
     Args:
         optimizer: as it was, of these ranks.
-        saved: what every rank of then saved, in order.
-        rank: the one of now.
+        saved: what every rank that saved it had, in order.
+        rank: the current one.
 
     Raises:
         ValueError: states of other parameters.

@@ -1,4 +1,4 @@
-"""The ranks of a training run: each holds all the weights and takes a part of every step.
+"""The ranks of a training run: each takes a part of every step, and holds all weights or, under FSDP, a shard.
 
     g = sum over ranks of g_r        the gradient of the step, on every rank (`reduce_gradients`)
 

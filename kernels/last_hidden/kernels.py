@@ -1,4 +1,4 @@
-"""The Triton kernels of `last_hidden.py`, whose docstring holds the equations, and their launchers.
+"""The Triton kernels of `op.py`, whose docstring holds the equations, and their launchers.
 
     a = inverse_rms inverse_norm      s_r = <x_r, dy_r * w>      (a factor is 1, and w too, where its option is off)
     dh = (dy - a x w (a s)) inverse_norm      dw = sum_r dh * x inverse_rms
@@ -171,7 +171,7 @@ def forward(
     normalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `last_hidden.gather_last_hidden_op`."""
+    """See `op.gather_last_hidden_op`."""
     if hidden.stride(1) != 1:
         hidden, rows = hidden[rows], torch.arange(len(rows), device=rows.device)
     T, D = hidden.shape
@@ -202,7 +202,7 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `last_hidden.gather_last_hidden_backward_op`."""
+    """See `op.gather_last_hidden_backward_op`."""
     (R, D), norm = dy.shape, norm_weight is not None
     dy, w = dy.contiguous(), None if norm_weight is None else norm_weight.contiguous()
     dhidden = dy.new_empty(height if need_hidden else 0, D)

@@ -109,7 +109,7 @@ NOTHING = Softmax(*[None] * len(Softmax._fields))  # pyright: ignore[reportArgum
 class Pool:
     """Where keys come from and where their gradients go: here they are those of one process.
 
-    `cosup_fast.distributed.Pool` shares those of several.
+    `cosup_fast.distributed.info_nce.Pool` shares those of several.
     """
 
     merge: Merge | None = None

@@ -1,7 +1,7 @@
 """Test sets that the archive of BIG-bench holds: each of its files to questions and the passages that answer them.
 
 Its files ask to appear in no training corpus, so nothing here is ever trained on. A reader yields everything that its
-file has, in its order; `test_sets` draws the sample.
+file has, in its order; `scripts/sampling.py` drew the sample.
 """
 
 from __future__ import annotations
