@@ -35,8 +35,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cosup_fast.checks import readable
 from cosup_fast.distributed.peers import PeerError, Peers, outside_graphs
+from cosup_fast.kernels.autograd import has_values
 from cosup_fast.kernels.numerics import finite
 from cosup_fast.kernels.softmax_xent import call
 from cosup_fast.kernels.softmax_xent.op import softmax_xent
@@ -229,4 +229,4 @@ def _comparable(scale: float | Tensor) -> float | str:
     """What ranks compare of a scale: on a GPU its value would have to be waited for."""
     if not isinstance(scale, Tensor):
         return scale
-    return scale.item() if scale.device.type == "cpu" and readable(scale) else "a tensor"
+    return scale.item() if scale.device.type == "cpu" and has_values(scale) else "a tensor"

@@ -180,10 +180,8 @@ class Trainer:
         return self.asked.total
 
     def replay(self, records: Iterable[dict[str, Any]]) -> None:
-        """Shows the failure monitor the records (see `as_record`) of the part before; it has warned of them then.
-
-        Those of steps are not needed: only every `log_every`-th is recorded, so checkpoints hold what steps have shown.
-        """
+        """Shows the failure monitor the evaluations of the part before (see `as_record`), of which it has warned then;
+        checkpoints hold what steps have shown, of which few are recorded."""
         for record in records:
             if record["kind"] == "skipped":
                 self.skipped_in_a_row = record["in_a_row"] if record["step"] == self.step else 0
