@@ -6,6 +6,7 @@ Shapes, dtypes and devices are always checked; values only where reading them ne
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
@@ -21,6 +22,7 @@ Duplicates = Literal["mask", "positive", "keep"]
 Impl = Literal["auto", "reference", "stored", "fused", "rows", "recomputed"]
 KeyGrad = Literal["global", "local"]
 PositiveRows = Literal["rank", "group"]
+_REAL = (numbers.Real, torch.SymInt, torch.SymFloat)  # NumPy's numbers, and those of a trace
 
 
 class InfoNCEOptions(TypedDict, total=False):
@@ -111,7 +113,8 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
 
 def check_number(name: str, value: Any, more: str = "") -> None:
     """A Python number: what a tensor holds would be read, and its gradient lost."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known and (torch.compiler.is_compiling() or not isinstance(value, _REAL) or isinstance(value, bool)):
         raise TypeError(f"{name} is a {type(value).__name__}; pass a number{more}")
 
 

@@ -196,8 +196,7 @@ def info_nce(
         )  # fmt: skip
     n = len(query)
     if positive is None and positive_ids is None:
-        positive = torch.arange(n, device=query.device)
-        positive_rows = "rank" if n else positive_rows
+        positive, positive_rows = torch.arange(n, device=query.device), "rank"
     elsewhere = peers is not None and positive_rows == "group"
     options = {"scale": scale, "normalize": normalize, "symmetric": symmetric, "positive_ids": positive_ids}
     options |= {"margin": margin, "label_smoothing": label_smoothing, "reduction": reduction}

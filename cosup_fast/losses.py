@@ -37,11 +37,9 @@ def _over(result: Any, count: int | Tensor | None) -> Any:
     if count is None:
         return result
     if isinstance(count, Tensor):
-        if count.ndim:
-            raise ValueError(
-                f"count has shape {tuple(count.shape)}; pass a number or a 0-d tensor, how many rows there are"
-            )
-        count = count.clamp(min=1)
+        if count.numel() != 1:
+            raise ValueError(f"count has shape {tuple(count.shape)}; pass a number or a 0-d tensor")
+        count = count.reshape(()).clamp(min=1)
     else:
         check_number("count", count, " or a 0-d tensor")
         count = max(count, 1)
@@ -94,8 +92,8 @@ class InfoNCELoss(nn.Module):
             if value is not None:
                 check_number(name, value, ", with learnable_scale=True to train it")
         check_number("max_scale", max_scale)
-        if not 0 < max_scale < math.inf:
-            raise ValueError(f"max_scale is {max_scale}; pass a positive finite number")
+        if not max_scale > 0:
+            raise ValueError(f"max_scale is {max_scale}; pass a positive number")
         if temperature is not None:
             if scale is not None:
                 raise ValueError(

@@ -94,18 +94,22 @@ class Pool(call.Pool):
             "late": late,
         }
         notes = peers.meet("info_nce", note)
-        for name, other in zip(peers.names, notes):
-            for option, value in same.items():
-                if other["same"][option] != value:
+        for option in same:
+            # Who has no query need not say whose rows answer it.
+            asked = [one["queries"] > 0 or option != "positive_rows" for one in notes]
+            said = [(one["same"][option], name) for one, name, ask in zip(notes, peers.names, asked) if ask]
+            for value, name in said[1:]:
+                if value != said[0][0]:
                     raise ValueError(
-                        f"{option} is {value!r} on rank {peers.names[peers.rank]} and {other['same'][option]!r} on "
-                        f"rank {name}; it must be the same on every rank"
+                        f"{option} is {said[0][0]!r} on rank {said[0][1]} and {value!r} on rank {name}; it must be the "
+                        "same on every rank"
                     )
         idle = [name for name, one in zip(peers.names, notes) if not one["wanted"]]
-        if same["reduction"] == "none" and 0 < len(idle) < len(notes):
+        keys_trained = same["key_grad"] == "global" and any(one["keys_wanted"] for one in notes)
+        if same["reduction"] == "none" and (same["symmetric"] or keys_trained) and 0 < len(idle) < len(notes):
             raise ValueError(
-                f"reduction is 'none', of which backward is a collective, and on rank {idle[0]} neither query nor keys "
-                "need a gradient, as they do on others; let them on every rank, or pass reduction='sum'"
+                f"reduction is 'none', so that backward is a collective, but rank {idle[0]} has nothing that needs a "
+                "gradient and will not go back; let query or keys need one on every rank, or pass reduction='sum'"
             )
         counts = tuple(one["keys"] for one in notes)
         return cls(

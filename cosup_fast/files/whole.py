@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -234,8 +234,8 @@ def check_replaceable(folder: str | Path, kind: FolderKind) -> Path:
 def replace_folder(folder: str | Path, kind: FolderKind) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` once all of it is on disk.
 
-    One writer of a folder at a time; another one waits. What a killed writer left is removed, or put back if it was the
-    only copy.
+    One writer at a time in the folder above; another one waits. What a killed writer left is removed, or put back if it
+    was the only copy.
 
     Args:
         folder: where the result goes; an earlier result there is replaced.
@@ -247,21 +247,20 @@ def replace_folder(folder: str | Path, kind: FolderKind) -> Iterator[Path]:
     folder = check_replaceable(folder, kind)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new")
-    with _claimed(new):
+    with locked(folder.parent):
+        _recover(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         try:
-            with locked(folder.parent):
-                _recover(folder)
             with naming(folder):
                 yield new
                 for path in sorted(new.rglob("*"), reverse=True):
                     if path.is_file():
                         usual_mode(path)
                     sync(path)
-                with locked(folder.parent):
-                    _install(new, folder)
-        except BaseException:
+                _install(new, folder)
+        finally:
             shutil.rmtree(new, ignore_errors=True)
-            raise
 
 
 def install_folder(new: Path, folder: str | Path, kind: FolderKind) -> None:
@@ -270,19 +269,6 @@ def install_folder(new: Path, folder: str | Path, kind: FolderKind) -> None:
     with locked(folder.parent):
         _recover(folder)
         _install(new, folder)
-
-
-def _claimed(new: Path) -> ExitStack:
-    """Makes an empty folder of a temporary name; no other process has it until the block ends."""
-    while True:
-        new.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError), ExitStack() as stack:
-            descriptor = stack.enter_context(locked(new))
-            # Else it has got its final name, or is gone: it was another process that had it.
-            if descriptor is None or os.path.samestat(os.fstat(descriptor), os.stat(new)):
-                for left in new.iterdir():
-                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-                return stack.pop_all()
 
 
 def _recover(folder: Path) -> None:
@@ -313,8 +299,7 @@ def remove_unfinished(parent: Path, name: str) -> None:
     if leftovers := list(parent.glob(f".{name}.new")):
         with locked(parent):
             for leftover in leftovers:
-                with suppress(BlockingIOError, FileNotFoundError), locked(leftover, wait=False):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_unwritten(folder: Path) -> None:
@@ -353,19 +338,18 @@ def held(path: Path, work: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[int | None]:
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """One process at a time; the lock is on the folder itself, so that no lock file stays behind (not on Windows).
-    Yields its descriptor.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
     """
     if fcntl is None:
-        yield None
+        yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield descriptor
+        yield
     finally:
         os.close(descriptor)

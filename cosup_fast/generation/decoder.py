@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cosup_fast.config.generation import GenerationConfig
+from cosup_fast.errors import CosupError
 from cosup_fast.generation.answer import Answer, StopReason
 from cosup_fast.generation.cache import Chunk
 from cosup_fast.generation.grammar import Grammar, State, choose
@@ -61,6 +62,10 @@ class Ticket:
             raise self.exception
         assert self.answer is not None, "the request has not ended yet"
         return self.answer
+
+
+class BrokenDecoderError(CosupError, RuntimeError):
+    """The memory of the cache cannot be written any more, as after some errors of a GPU: the decoder cannot go on."""
 
 
 class Decoder:
@@ -173,7 +178,11 @@ class Decoder:
         """Ends every request, also those that wait, without a touch of the model or its cache, which may be broken:
         nothing may be submitted any more. Returns the tickets of all that have not been returned yet."""
         for ticket, task in self._running.values():
-            ticket.exception, ticket.answer = error, task.fail(error)
+            ticket.exception = error
+            try:
+                ticket.answer = task.fail(error)
+            except Exception:  # of a listener
+                ticket.answer = _unwritten("error", str(error))
         for ticket in self._waiting:
             ticket.exception, ticket.answer = error, _unwritten("error", str(error))
         ended = [*self._ended, *(ticket for ticket, _ in self._running.values()), *self._waiting]
@@ -287,8 +296,11 @@ class Decoder:
         ticket, task = self._running.pop(slot)
         ticket.exception = error
         ticket.answer = task.fail(error)
-        self._ended.append(ticket)  # it has ended, even if its slot cannot be cleared
-        self.runner.cache.clear(slot)
+        self._ended.append(ticket)
+        try:
+            self.runner.cache.clear(slot)
+        except Exception as broken:
+            raise BrokenDecoderError(f"the place of a failed request cannot be cleared: {broken}") from broken
         heapq.heappush(self._free, slot)
 
     def _end(self, slot: int) -> None:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from cosup_fast.errors import CosupError
 from cosup_fast.generation import Answer, Decoder, Generator, Listener, Request, Ticket
+from cosup_fast.generation.decoder import BrokenDecoderError
 from cosup_fast.serve.metrics import Metrics
 
 R = TypeVar("R")
@@ -34,7 +35,15 @@ class QueueFullError(CosupError, RuntimeError):
 
 
 class StoppedError(CosupError, RuntimeError):
-    """The engine takes no more work."""
+    """The engine takes no more work.
+
+    Args:
+        failed: it has ended by an error.
+    """
+
+    def __init__(self, *, failed: bool):
+        super().__init__("the engine has failed: start the server again" if failed else "the server is shutting down")
+        self.code = "unavailable" if failed else "shutting_down"
 
 
 class Job:
@@ -171,8 +180,7 @@ class Engine:
 
     def _check_ready(self) -> None:
         if not self.ready:
-            failed = "the engine has failed, and its server is to be started again"
-            raise StoppedError(failed if self.failed else "the server is shutting down")
+            raise StoppedError(failed=self.failed)
 
     def _enter(self, job: Job) -> None:
         self._jobs[job.enter(self.decoder)] = job
@@ -196,6 +204,8 @@ class Engine:
             began = time.perf_counter()
             try:
                 ended = self.decoder.step()
+            except BrokenDecoderError:
+                raise
             except Exception as error:
                 log.exception("a step failed; the requests that were running are answered with an error")
                 ended = self.decoder.abort(error)
@@ -230,8 +240,11 @@ class Engine:
                 self._open -= 1
                 if ticket.answer.stop_reason not in ("cancelled", "error"):
                     self._seconds += 0.2 * (seconds - self._seconds)
-            self._count(ticket, ticket.answer, job.submitted, seconds)
-            job.on_end(ticket)
+            try:
+                self._count(ticket, ticket.answer, job.submitted, seconds)
+                job.on_end(ticket)
+            except Exception:  # the others are to hear of their ends
+                log.exception("the end of a request could not be told")
         posted, self._posted = self._posted, {}
         for loop, functions in posted.items():
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more

@@ -162,7 +162,7 @@ async def _between_steps(served: Service, run: Callable[[], R]) -> R:
     try:
         future = served.engine.call(run)
     except StoppedError as stopped:
-        raise ApiError(503, str(stopped), code="shutting_down") from None
+        raise ApiError(503, str(stopped), code=stopped.code) from None
     return await asyncio.wrap_future(future)
 
 

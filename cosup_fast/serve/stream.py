@@ -94,7 +94,7 @@ class Stream(Listener):
             headers = {"Retry-After": str(busy.retry_after)}
             raise ApiError(429, str(busy), code="queue_full", headers=headers) from None
         except StoppedError as stopped:
-            raise ApiError(503, str(stopped), code="shutting_down") from None
+            raise ApiError(503, str(stopped), code=stopped.code) from None
         try:
             self._first = await self._next()
         except BaseException:

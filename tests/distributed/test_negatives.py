@@ -368,6 +368,28 @@ def test_ranks_may_say_in_different_ways_what_answers(world):
     assert_equal(together(world.run("info_nce", said)), together(world.run("info_nce", parts)))
 
 
+def test_a_rank_without_queries_need_not_say_whose_rows_answer(world):
+    first, second = make_parts([(3, 3), (0, 2)])
+    truth = expected({**whole([first, second]), "positive": torch.tensor([4, 0, 1])})
+    first["positive"] = torch.tensor([4, 0, 1])
+    for more in ({}, {"positive": torch.zeros(0, dtype=torch.int64)}):
+        answers = world.run("info_nce", [first, {**second, **more}], positive_rows="group")
+        assert_equal(together(answers), truth)
+
+
+def test_positive_rows_of_all_ranks_without_a_positive_are_their_own(world):
+    parts = make_parts([(3, 4), (0, 2)])
+    assert_equal(together(world.run("info_nce", parts, positive_rows="group")), expected(whole(parts)))
+
+
+def test_a_rank_may_have_nothing_to_train_where_backward_needs_no_other(world):
+    parts = make_parts([(3, 4), (2, 2)])
+    parts[0]["frozen"], parts[1]["frozen"] = ("keys",), ("query", "keys")
+    answers = world.run("info_nce", parts, reduction="none")
+    assert "dquery" in answers[0]
+    assert "dquery" not in answers[1]
+
+
 @pytest.mark.parametrize("ignore_index", [-100, None])
 def test_co_supervision_shares_add_up(world, ignore_index):
     g = torch.Generator().manual_seed(0)
@@ -405,8 +427,8 @@ REFUSED = {
         "duplicates is 'positive' on rank 0 and 'mask' on rank 1",
     ),
     "nothing to train": (
-        [{"query": torch.randn(2, 4, requires_grad=True), "reduction": "none"}, {"reduction": "none"}],
-        "reduction is 'none', of which backward is a collective, and on rank 1 neither query nor keys",
+        [{"keys": torch.randn(3, 4, requires_grad=True), "reduction": "none"}, {"reduction": "none"}],
+        "reduction is 'none', so that backward is a collective, but rank 1 has nothing that needs a gradient",
     ),
     "ids": ([{"key_ids": torch.arange(3)}, {}], "key_ids is 'given' on rank 0 and None on rank 1"),
     "reduction": ([{"reduction": "sum"}, {}], "reduction is 'sum' on rank 0 and 'mean' on rank 1"),

@@ -112,15 +112,6 @@ def test_two_writers_wait_for_each_other(tmp_path):
     assert _visible(tmp_path) == ["x"]
 
 
-def test_writers_of_other_folders_do_not_wait(tmp_path):
-    with replace_folder(tmp_path / "x", THING) as new, replace_folder(tmp_path / "y", THING) as other:
-        for folder in (new, other):
-            (folder / "marker").write_text("one")
-        remove_unfinished(tmp_path, "*")  # they are not unfinished, but at work
-    assert _visible(tmp_path) == ["x", "y"]
-    assert (tmp_path / "y" / "marker").read_text() == "one"
-
-
 def test_what_is_something_else_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").write_text("years of work")

@@ -10,6 +10,7 @@ import pytest
 from cosup_fast.generation import GenerationConfig, Generator, Listener, Request
 from cosup_fast.generation.cache import SlotCache
 from cosup_fast.generation.runner import Runner
+from cosup_fast.generation.task import Task
 from cosup_fast.index import SequenceIndex
 from cosup_fast.serve.engine import Job
 
@@ -143,7 +144,8 @@ def test_a_step_wakes_the_event_loop_once(server, forwards, monkeypatch):
     assert len(woken) <= len(forwards)
 
 
-def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(server, forwards, monkeypatch, eventually):
+@pytest.mark.parametrize("where", ["read", "logits"])
+def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(server, forwards, where, monkeypatch, eventually):
     """As after an error of a GPU, which every later call repeats: the step fails, and so does clearing its slots."""
 
     def broken(*_):
@@ -153,7 +155,10 @@ def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(server, forwards, mon
     with ThreadPoolExecutor(PLACES + 4) as pool:
         replies = [pool.submit(server.http.post, CHAT, json=body(n)) for n in range(PLACES + 4)]  # four of them wait
         eventually(lambda: server.engine.open == PLACES + 4)
-        monkeypatch.setattr(Runner, "read", broken)
+        if where == "read":  # fails all that run
+            monkeypatch.setattr(Runner, "read", broken)
+        else:  # fails one of them, in the middle of a step
+            monkeypatch.setattr(Task, "take", broken)
         monkeypatch.setattr(SlotCache, "clear", broken)
         forwards.open()
         statuses = [reply.result(60).status_code for reply in replies]
