@@ -112,7 +112,7 @@ def test_the_studies_that_come_with_the_project_are_whole(name):
     study = load_study(EXAMPLES / f"{name}.yaml")
     assert all(cell.identity for cell in study.cells.values())
     steps = {cell.run.training.steps * cell.run.training.batch_size for cell in study.cells.values() if cell.trains}
-    assert all(examples in (160 * 16, 40 * 16, 640 * 16) for examples in steps)
+    assert all(examples in (160 * 16, 40 * 16, 400 * 16, 640 * 16) for examples in steps)
 
 
 def test_the_pilot_is_a_study_of_equal_trials():
