@@ -95,7 +95,7 @@ def test_batched_gradients_are_refused_by_name(reduction):
 def test_a_trace_computes_the_same(mode):
     x, w = operands()
     for loss, more in (
-        (lambda x, w, row: linear_cross_entropy(x, w, row), TARGET),  # noqa: PLW0108: make_fx traces every argument
+        (lambda x, w, row: linear_cross_entropy(x, w, row), TARGET),  # noqa: PLW0108 (make_fx traces every argument)
         (lambda x, w, row: info_nce(x, w, row), TARGET),  # noqa: PLW0108
         (lambda x, w, ids: info_nce(x, w, key_ids=ids), torch.arange(len(w))),
         (lambda x, w, scale: info_nce(x, w, scale=scale), torch.tensor(2.0)),
