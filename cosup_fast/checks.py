@@ -113,8 +113,9 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
 
 def check_number(name: str, value: Any, more: str = "") -> None:
     """A Python number: what a tensor holds would be read, and its gradient lost."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not known and (torch.compiler.is_compiling() or not isinstance(value, _REAL) or isinstance(value, bool)):
+    # Dynamo knows Python's numbers alone, which are all that it sees.
+    real = (int, float) if torch.compiler.is_compiling() else _REAL
+    if isinstance(value, bool) or not isinstance(value, real):
         raise TypeError(f"{name} is a {type(value).__name__}; pass a number{more}")
 
 

@@ -16,8 +16,8 @@ must be SUMMED over ranks; where they are averaged, as DistributedDataParallel d
 of ranks first. With FSDP2: `set_gradient_divide_factor(1.0)`.
 
 A reduced loss forms its gradients, and talks to the other ranks, in the forward pass: backward waits for nobody, and
-every rank must go back from the same multiple of its share. With reduction="none" any weights will do, and backward is
-a collective.
+every rank must go back from the same multiple of its share. With reduction="none" any weights will do; where keys are
+trained with key_grad="global", or the loss is symmetric, backward is then a collective, and each rank needs a gradient.
 
 Before each loss the ranks meet (`peers.py`): they compare what they are about to do and learn each other's counts. A
 rank that does not come is a `PeerError` that names it.

@@ -144,7 +144,7 @@ def test_a_step_wakes_the_event_loop_once(server, forwards, monkeypatch):
     assert len(woken) <= len(forwards)
 
 
-@pytest.mark.parametrize("where", ["read", "logits"])
+@pytest.mark.parametrize("where", ["read", "take"])
 def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(server, forwards, where, monkeypatch, eventually):
     """As after an error of a GPU, which every later call repeats: the step fails, and so does clearing its slots."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cosup_fast.data.packing import Pack
+from cosup_fast.data.records import Example, Segment
 from cosup_fast.model import CoSupervisionModel
 from cosup_fast.training.checkpoint import CheckpointError, checkpoints, verify
 from cosup_fast.training.clipping import clip_gradients
@@ -329,6 +330,17 @@ def test_a_resumed_run_knows_what_every_step_has_shown(make_model, make_trainer,
     narrow = make_trainer(CoSupervisionModel.load(saved), tmp_path, None, **options | {"spike_window": 4})
     narrow.resume(saved)
     assert narrow.guard.state_dict()["NTP"] == trainer.guard.state_dict()["NTP"][-4:]
+
+
+def test_steps_that_retrieve_nothing_are_no_history_of_nsp(make_trainer, examples):
+    """Their NSP of 0 is no loss, beside which the first real one would be a spike."""
+    plain = [Example(id=f"plain-{i}", question="Who?", output=[Segment(text="I do not know.")]) for i in range(7)]
+    trainer = make_trainer(chosen=[*plain, examples[0]], spike_window=8, spike_factor=None)
+    steps = [trainer.take_step() for _ in range(4)]
+    assert sorted(step.candidates > 0 for step in steps) == [False, False, False, True]
+    history = trainer.guard.state_dict()
+    assert history["NTP"] == [step.ntp for step in steps]
+    assert history["NSP"] == [step.nsp for step in steps if step.candidates]
 
 
 def test_only_the_newest_checkpoints_are_kept(make_trainer, tmp_path):
